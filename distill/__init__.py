@@ -1,0 +1,1 @@
+"""The core that every stage shares: records, ledger, verification, curation, recipes, manifests. No torch."""

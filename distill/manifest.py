@@ -1,0 +1,174 @@
+"""Stage manifests: a stage is complete when its `manifest.json` is there, and the manifest is written last.
+
+`run_stage` is the one way to run a stage. It fingerprints what goes in (input hashes, resolved config, potstill's own
+version); where the folder already holds a manifest with that fingerprint and its outputs are still there, nothing runs.
+Otherwise the stage's body runs and the manifest is written atomically (temporary file, fsync, rename, fsync of the
+folder). A body must itself be resumable: what it finds in its folder from an interrupted run is its own to judge.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import ValidationError
+
+from distill.errors import EnvironmentFault
+from distill.records import StageManifest, content_id
+
+MANIFEST = "manifest.json"
+VERSIONED = (
+    "potstill",
+    "torch",
+    "transformers",
+    "trl",
+    "datasets",
+    "accelerate",
+    "lm-eval",
+    "math-verify",
+    "reasoning-gym",
+)
+
+
+@contextmanager
+def environment_faults(where: Path | str) -> Iterator[None]:
+    """Translate a full disk, a read-only folder and the like into EnvironmentFault (exit 3)."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG):
+            raise EnvironmentFault(f"{exc.strerror}; free it and run the same command again", where=where) from exc
+        raise
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write a whole file or nothing."""
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears whole or not at all: temporary file beside it, fsync, rename, fsync of the folder."""
+    with environment_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, or of a folder's files (relative names and bytes, sorted; manifests left out)."""
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for inner in sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST):
+            digest.update(f"{inner.relative_to(path).as_posix()}\0{hash_file(inner)}\n".encode())
+        return digest.hexdigest()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path) -> StageManifest | None:
+    """The folder's manifest, or None where there is none or it is not one (then the stage is not complete)."""
+    try:
+        return StageManifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def fingerprint(stage: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    return content_id([stage, dict(inputs), dict(config), _version("potstill")])
+
+
+def run_stage(
+    stage: str,
+    inputs: Mapping[str, Path],
+    config: Mapping[str, Any],
+    out_dir: Path,
+    body: Callable[[], Mapping[str, Any]],
+    outputs: Iterable[str],
+) -> StageManifest:
+    """Run `body` unless `out_dir` already holds its result, and write the manifest.
+
+    `inputs` maps a name to a file or folder that is hashed, `config` is the part of the resolved recipe that the stage
+    depends on, `body` does the work inside `out_dir` and returns counts, `outputs` names the files or folders in
+    `out_dir` that later stages read.
+    """
+    hashes = {name: hash_file(path) for name, path in inputs.items()}
+    print_ = fingerprint(stage, hashes, config)
+    done = read_manifest(out_dir)
+    if done is not None and done.fingerprint == print_ and _outputs_present(out_dir, done):
+        return done
+    with environment_faults(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / MANIFEST).unlink(missing_ok=True)
+        started = time.monotonic()
+        counts = dict(body())
+        manifest = StageManifest(
+            stage=stage,
+            fingerprint=print_,
+            inputs=hashes,
+            config=dict(config),
+            outputs={name: hash_file(out_dir / name) for name in outputs},
+            versions={name: _version(name) for name in VERSIONED},
+            counts=counts,
+            seconds=round(time.monotonic() - started, 3),
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+        write_atomically(out_dir / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
+    return manifest
+
+
+def is_current(stage: str, inputs: Mapping[str, Path], config: Mapping[str, Any], out_dir: Path) -> bool:
+    """Whether `run_stage` with these arguments would have nothing to do."""
+    done = read_manifest(out_dir)
+    if done is None or not all(path.exists() for path in inputs.values()):
+        return False
+    hashes = {name: hash_file(path) for name, path in inputs.items()}
+    return done.fingerprint == fingerprint(stage, hashes, config) and _outputs_present(out_dir, done)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process or any one of its ended children held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def _outputs_present(folder: Path, manifest: StageManifest) -> bool:
+    return all(
+        (folder / name).exists() and hash_file(folder / name) == value for name, value in manifest.outputs.items()
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

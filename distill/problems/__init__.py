@@ -1,0 +1,49 @@
+"""Where questions come from: procedural families, local files, data sets of the Hub.
+
+`load_problems` reads any mixture of sources into one list of `Problem`s, each question once. `split_of` is the
+boundary between training and evaluation: a procedural question's own text decides on which side it lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from distill.problems import hub, local, reasoning_gym
+from distill.problems.split import normalised, split_of
+from distill.recipe import LocalSource, ProblemSource, ReasoningGymSource
+from distill.records import Problem
+
+__all__ = ["load_problems", "normalised", "source_files", "split_of"]
+
+
+def load_problems(sources: Iterable[ProblemSource], *, base_dir: Path) -> list[Problem]:
+    """Read all sources, in order; of questions that occur twice (same id) the first stays.
+
+    Relative paths are resolved against `base_dir`. Raises RecipeError (a source that cannot give what is asked),
+    DataError (a file that is not what it should be), EnvironmentFault (the Hub cannot be reached).
+    """
+    problems: dict[str, Problem] = {}
+    for source in sources:
+        for problem in _read(source, base_dir):
+            problems.setdefault(problem.id, problem)
+    return list(problems.values())
+
+
+def source_files(sources: Iterable[ProblemSource], *, base_dir: Path) -> dict[str, Path]:
+    """The files on this machine that the sources read, by the name a manifest lists them under."""
+    files = {}
+    for source in sources:
+        if isinstance(source, ReasoningGymSource) and isinstance(source.families, str):
+            files[f"problems:{source.families}"] = reasoning_gym.problem_set_path(source.families, base_dir)
+        elif isinstance(source, LocalSource):
+            files[f"problems:{source.path}"] = local.file_path(source, base_dir)
+    return files
+
+
+def _read(source: ProblemSource, base_dir: Path) -> Iterable[Problem]:
+    if isinstance(source, ReasoningGymSource):
+        return reasoning_gym.read(source, base_dir)
+    if isinstance(source, LocalSource):
+        return local.read(source, base_dir)
+    return hub.read(source)

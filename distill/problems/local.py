@@ -1,0 +1,64 @@
+"""Questions from a file on this machine: JSON Lines (`.jsonl`, `.json`) or Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distill.errors import DataError
+from distill.problems.rows import problem_of
+from distill.recipe import LocalSource
+from distill.records import Problem
+
+
+def file_path(source: LocalSource, base_dir: Path) -> Path:
+    path = base_dir / source.path
+    if not path.is_file():
+        raise DataError("no such file", where=path, field="problems.path")
+    return path
+
+
+def read(source: LocalSource, base_dir: Path) -> Iterator[Problem]:
+    """Yield the file's problems. Raises DataError naming the file, the line (counted from 1) and the field."""
+    path = file_path(source, base_dir)
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    number = 0
+    for number, (where, row) in enumerate(rows, start=1):
+        yield problem_of(row, source, name=path.stem, where=where)
+        if number == source.limit:
+            return
+    if number == 0:
+        raise DataError("holds no questions", where=path)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if path.suffix not in (".jsonl", ".json"):
+        raise DataError(f"must end in .jsonl, .json or .parquet, got {path.suffix!r}", where=path)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as exc:  # also UnicodeDecodeError: a line torn inside a character
+                raise DataError(f"not a JSON line ({exc})", where=where) from exc
+            if not isinstance(row, dict):
+                raise DataError(f"must be a JSON object, got {type(row).__name__}", where=where)
+            yield where, row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(1_024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}: row {number}", row
+    except (pa.ArrowException, OSError, ValueError) as exc:
+        raise DataError(f"not a readable Parquet file ({exc})", where=path) from exc

@@ -1,0 +1,354 @@
+"""The recipe: one typed, frozen description of a whole run. Every public default of the pipeline lives here.
+
+A recipe is YAML; `load_recipe(path, overrides)` validates it against `Recipe` and turns every fault into one
+`RecipeError` line naming file and field. Unknown keys are errors that name the nearest match. Values that YAML hands
+over as strings (`4e-5`) are coerced. A recipe may name one parent (`extends: other.yaml`, relative to itself): mappings
+merge, everything else replaces. Student recipes (`students/zoo/*.yaml`) are read by `load_student`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from distill.errors import RecipeError, nearest
+from distill.records import Sampling
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+class ReasoningGymSource(Config):
+    """Procedural problems.
+
+    `families` is a problem-set file (`distill/problems/*.yaml`) or a mapping family -> parameters. `split` decides
+    which part of the world the problems come from: a problem's own hash puts it in `train` or `held_out`, so that the
+    two never meet whatever the seeds are.
+    """
+
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    families: str | dict[str, dict[str, Any]]
+    count: int = Field(ge=1, description="problems in all, spread evenly over the families")
+    seed: int = Field(1, ge=0)
+    split: Literal["train", "held_out"] = "train"
+
+
+class LocalSource(Config):
+    """JSON Lines or Parquet on this machine."""
+
+    kind: Literal["local"] = "local"
+    path: str
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    choices_field: str | None = None
+    grader: Literal["math", "choice"] = "math"
+    limit: int | None = Field(None, ge=1)
+
+
+class DatasetSource(Config):
+    """A data set of the Hugging Face Hub, read with `datasets`."""
+
+    kind: Literal["dataset"] = "dataset"
+    repo: str
+    revision: str = "main"
+    config: str | None = None
+    split: str = "train"
+    prompt_field: str = "problem"
+    answer_field: str = "answer"
+    choices_field: str | None = None
+    grader: Literal["math", "choice"] = "math"
+    limit: int | None = Field(None, ge=1)
+
+
+ProblemSource = Annotated[ReasoningGymSource | LocalSource | DatasetSource, Field(discriminator="kind")]
+
+
+# --- teacher and generation -------------------------------------------------------------------------------------------
+
+
+class NativeTeacher(Config):
+    """This project's own model and latent cache, in this process."""
+
+    backend: Literal["native"] = "native"
+    model: str = Field(description="checkpoint folder")
+    batch_size: int = Field(64, ge=1)
+
+
+class OpenAITeacher(Config):
+    """Any OpenAI-compatible endpoint: vLLM, SGLang, DeepSeek's own."""
+
+    backend: Literal["openai"] = "openai"
+    base_url: str = "http://127.0.0.1:8000/v1"
+    model: str = Field(description="the served model's name")
+    revision: str = "unknown"
+    api_key_env: str = "OPENAI_API_KEY"
+    system_prompt: str | None = None
+    max_concurrency: int = Field(64, ge=1)
+    timeout_s: float = Field(3_600, gt=0)
+    max_retries: int = Field(8, ge=0)
+    think_prefilled: bool = Field(True, description="the served template already opens <think>: put it back in front")
+
+
+TeacherConfig = Annotated[NativeTeacher | OpenAITeacher, Field(discriminator="backend")]
+
+
+class GenerateConfig(Config):
+    num_samples: int = Field(1, ge=1, description="samples a prompt")
+    sampling: Sampling = Sampling()
+
+
+# --- curation ---------------------------------------------------------------------------------------------------------
+
+
+class CurateConfig(Config):
+    """Filters in the order in which they run. Each is a switch; the funnel counts what each one drops."""
+
+    correct_only: bool = True
+    complete_reasoning: bool = Field(True, description="drop traces without a closed <think> block and a final answer")
+    max_tokens: int | None = Field(None, ge=1, description="drop longer traces (teacher tokens)")
+    max_repetition: float | None = Field(0.5, ge=0, le=1, description="share of lines that repeat an earlier line")
+    decontaminate: bool = Field(True, description="drop examples whose question occurs in an evaluation suite")
+    deduplicate: bool = True
+    max_per_problem: int | None = Field(None, ge=1)
+
+
+class VerifyConfig(Config):
+    num_workers: int = Field(2, ge=1)
+    timeout_s: float = Field(10.0, gt=0, description="per answer; the worker is killed after it")
+
+
+# --- students ---------------------------------------------------------------------------------------------------------
+
+
+class SFTConfig(Config):
+    """Supervised fine-tuning on traces: loss on the completion only."""
+
+    lr: float = Field(gt=0, lt=1)
+    num_epochs: float = Field(3.0, gt=0)
+    batch_size: int = Field(64, ge=1, description="examples an optimizer step, over all devices")
+    micro_batch_size: int = Field(64, ge=1, description="examples a forward pass on one device")
+    max_length: int = Field(32_768, ge=16, description="tokens; a longer example is an error, never cut")
+    scheduler: Literal["cosine_with_min_lr", "linear", "constant"] = "cosine_with_min_lr"
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    gradient_checkpointing: bool = False
+    packing: bool = False
+    rope_theta: float | None = Field(None, gt=0, description="raise the base's rope theta for longer contexts")
+    save_steps: int = Field(200, ge=1)
+
+
+class StudentConfig(Config):
+    """One student of the zoo: a base and how it learns."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    base: str = Field(description="checkpoint folder, or a repository of the Hub")
+    revision: str = "main"
+    architecture: Literal["qwen2", "qwen3", "llama"]
+    num_parameters: int = Field(ge=1, description="of the base, embeddings counted once where tied")
+    licence: str
+    chat_template: str | None = Field(None, description="template file to bake in; none: the base's own")
+    eos_token: str | None = Field(None, description="end of turn, where the base's own EOS is another token")
+    sft: SFTConfig
+
+
+class DistillConfig(Config):
+    students: tuple[str, ...] = Field(min_length=1, description="names in students/zoo, or paths of student files")
+    methods: tuple[Literal["distilled", "direct"], ...] = ("distilled",)
+    overrides: dict[str, Any] = Field(default_factory=dict, description="laid over every student's sft settings")
+    num_workers: int = Field(1, ge=1, description="students trained side by side, each in a process of its own")
+
+
+# --- evaluation, report, push -----------------------------------------------------------------------------------------
+
+
+class EvalConfig(Config):
+    suites: tuple[str, ...] = Field(("pico",), min_length=1)
+    held_out: ReasoningGymSource | None = Field(None, description="the problems behind the suite `pico`")
+    bench_data: str | None = Field(None, description="folder of benchmark files; else POTSTILL_BENCH_DATA")
+    num_samples: int = Field(4, ge=1, description="samples a question; pass@1 is their mean")
+    sampling: Sampling = Sampling()
+    batch_size: int = Field(128, ge=1)
+    limit: int | None = Field(None, ge=1, description="questions a suite")
+    roles: tuple[Literal["teacher", "base", "direct", "distilled"], ...] = ("teacher", "base", "direct", "distilled")
+
+
+class PushConfig(Config):
+    repo: str = Field("potstill-{student}", description="repository name; {student} is filled in")
+    student: str | None = Field(None, description="which student; none: the best distilled one")
+    private: bool = True
+
+
+class Recipe(Config):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    problems: tuple[ProblemSource, ...] = Field(min_length=1)
+    teacher: TeacherConfig
+    generate: GenerateConfig = GenerateConfig()
+    verify: VerifyConfig = VerifyConfig()
+    curate: CurateConfig = CurateConfig()
+    distill: DistillConfig
+    eval: EvalConfig = EvalConfig()
+    push: PushConfig = PushConfig()
+
+    @model_validator(mode="after")
+    def _held_out_is_held_out(self) -> Recipe:
+        if "pico" in self.eval.suites and self.eval.held_out is None:
+            raise ValueError("eval.held_out: the suite 'pico' needs its problems")
+        if self.eval.held_out is not None and self.eval.held_out.split != "held_out":
+            raise ValueError("eval.held_out.split: must be 'held_out'")
+        return self
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, merge, override (`a.b=value`, value parsed as YAML) and validate a recipe. Raises RecipeError."""
+    tree = _read_tree(path)
+    for text in overrides:
+        _apply_override(tree, text)
+    return parse(Recipe, tree, where=path)
+
+
+def load_student(path: Path, sft_overrides: Mapping[str, Any] | None = None) -> StudentConfig:
+    """Read one student file of the zoo, with `sft_overrides` laid over its `sft` settings. Raises RecipeError."""
+    tree = _read_tree(path)
+    if sft_overrides:
+        tree = _merged(tree, {"sft": dict(sft_overrides)})
+    return parse(StudentConfig, tree, where=path)
+
+
+def parse(model: type[M], tree: Any, *, where: Path | str) -> M:
+    """Validate `tree` as `model`; the first fault becomes a RecipeError with file, dotted field and what is allowed."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as exc:
+        raise _translated(exc, model, where) from exc
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML as usual, but a key that is given twice is a fault: the first value would be lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1 and key != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    path = path.resolve() if seen else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise RecipeError(f"cannot be read ({getattr(exc, 'strerror', None) or exc})", where=path) from exc
+    try:
+        tree = yaml.load(text, _UniqueKeys)
+    except yaml.YAMLError as exc:
+        raise RecipeError(f"not valid YAML: {exc}", where=path) from exc
+    if not isinstance(tree, dict):
+        raise RecipeError(f"must be a mapping, got {type(tree).__name__}", where=path)
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise RecipeError(f"must be a path, got {parent!r}", where=path, field="extends")
+    parent_path = (path.parent / parent).resolve()
+    if parent_path in (*seen, path.resolve()):
+        raise RecipeError(f"{parent!r} extends this file again", where=path, field="extends")
+    return _merged(_read_tree(parent_path, (*seen, path.resolve())), tree)
+
+
+def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _apply_override(tree: dict[str, Any], text: str) -> None:
+    dotted, equals, raw = text.partition("=")
+    if not equals or not dotted:
+        raise RecipeError(f"must be a.b=value, got {text!r}", where="--set")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as exc:
+        raise RecipeError(f"{raw!r} is not valid YAML", where="--set", field=dotted) from exc
+    *parents, last = dotted.split(".")
+    node: Any = tree
+    for name in parents:
+        node = _step(node, name, dotted, create=True)
+    if isinstance(node, list):
+        _step(node, last, dotted, create=False)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise RecipeError("goes through a plain value", where="--set", field=dotted)
+
+
+def _step(node: Any, name: str, dotted: str, *, create: bool) -> Any:
+    if isinstance(node, dict):
+        return node.setdefault(name, {}) if create else node[name]
+    if isinstance(node, list):
+        if not name.isdigit() or int(name) >= len(node):
+            raise RecipeError(f"index {name!r} is not in 0..{len(node) - 1}", where="--set", field=dotted)
+        return node[int(name)]
+    raise RecipeError("goes through a plain value", where="--set", field=dotted)
+
+
+def _translated(exc: ValidationError, model: type[BaseModel], where: Path | str) -> RecipeError:
+    fault = exc.errors()[0]
+    loc = [str(part) for part in fault["loc"]]
+    message, got = fault["msg"], fault.get("input")
+    if fault["type"] == "extra_forbidden":
+        message = f"unknown key; {nearest(loc[-1], _keys_beside(model, fault['loc']))}"
+    elif fault["type"] == "missing":
+        message = "required, but not given"
+    elif fault["type"] == "value_error" and not loc:
+        message = message.removeprefix("Value error, ")
+    elif not isinstance(got, (dict, list)):
+        message = f"{message}, got {got!r}"
+    return RecipeError(message, where=where, field=".".join(loc))
+
+
+def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:
+    """The allowed keys at the place of an unknown one: walk the JSON schema, taking a union's member by its tag."""
+    schema = model.model_json_schema()
+    definitions = schema.get("$defs", {})
+
+    def resolved(node: dict[str, Any]) -> dict[str, Any]:
+        while "$ref" in node:
+            node = definitions[node["$ref"].rsplit("/", 1)[1]]
+        return node
+
+    node = schema
+    for part in loc[:-1]:
+        node = resolved(node)
+        mapping = node.get("discriminator", {}).get("mapping", {})
+        if isinstance(part, int):
+            node = node.get("items", {})
+        elif part in mapping:
+            node = {"$ref": mapping[part]}
+        else:
+            node = node.get("properties", {}).get(part, {})
+            if "allOf" in node:
+                node = node["allOf"][0]
+            for option in node.get("anyOf", ()):
+                if "$ref" in option:
+                    node = option
+    return set(resolved(node).get("properties", {}))

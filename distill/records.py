@@ -1,0 +1,162 @@
+"""The records that stages hand to each other. Frozen, validated, identified by their content.
+
+`Problem -> Trace -> Verdict -> Example -> ScoreCard`, and a `StageManifest` beside each stage's output.
+A record's id is a hash of what it says, so that equal content is the same record on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+VerdictState = Literal["correct", "wrong", "unverifiable", "truncated", "timeout", "infra_error"]
+FinishReason = Literal["stop", "length"]
+Grader = Literal["reasoning_gym", "math", "choice"]
+Role = Literal["teacher", "base", "direct", "distilled"]
+
+
+def content_id(content: Any, *, digits: int = 32) -> str:
+    """Hash of a JSON value: SHA-256 over its canonical form (sorted keys, no spaces), first `digits` hex digits."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:digits]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Problem(Record):
+    """One question with what is needed to grade an answer.
+
+    `source` names the family or data set, `metadata` is what its grader asks for (for reasoning-gym the entry's own
+    metadata, `choices` for multiple choice).
+    """
+
+    prompt: str = Field(min_length=1)
+    answer: str | None
+    grader: Grader
+    source: str
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+    @cached_property
+    def id(self) -> str:
+        """Identity of the question: its text and the grader's reference, not where it came from."""
+        return content_id([self.prompt, self.answer, self.grader])
+
+
+class Sampling(Record):
+    """How a completion is drawn. `max_tokens` counts new tokens; `temperature` 0 is greedy."""
+
+    temperature: float = Field(0.6, ge=0, le=5)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_tokens: int = Field(32_768, ge=1)
+    seed: int = Field(17, ge=0)
+
+
+class TeacherIdentity(Record):
+    """All that can change what a teacher writes, apart from the problem and the sampling."""
+
+    name: str
+    weights: str = Field(description="hash of the weight files, or the served model's name and revision")
+    template: str = Field(description="hash of chat template, tokenizer and system prompt")
+    backend: str
+    backend_version: str
+
+
+class TraceRequest(Record):
+    problem: Problem
+    sample_index: int = Field(ge=0)
+
+    def key(self, teacher: TeacherIdentity, sampling: Sampling) -> str:
+        """The sample's key: changes with anything that can change the sample, and with nothing else."""
+        return content_id(
+            [self.problem.id, teacher.model_dump(), sampling.model_dump(), self.sample_index],
+        )
+
+    def seed(self, sampling: Sampling) -> int:
+        """Seed of this one sample: distinct for every problem and index, equal on every machine."""
+        return int(content_id([sampling.seed, self.problem.id, self.sample_index], digits=15), 16)
+
+
+class Completion(Record):
+    """What a teacher wrote for one request; `text` begins with the reasoning's opening tag where the model has one."""
+
+    request: TraceRequest
+    text: str
+    finish_reason: FinishReason
+    num_prompt_tokens: int = Field(ge=0)
+    num_tokens: int = Field(ge=0)
+
+
+class Trace(Record):
+    """An accepted sample as the ledger keeps it."""
+
+    key: str
+    problem_id: str
+    sample_index: int
+    text: str
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_tokens: int
+    teacher: str
+
+
+class Verdict(Record):
+    """What grading says of one answer. A failure of ours (`timeout`, `infra_error`) is never `wrong`."""
+
+    state: VerdictState
+    extracted: str | None = None
+    detail: str = ""
+
+    @property
+    def correct(self) -> bool:
+        return self.state == "correct"
+
+
+class Example(Record):
+    """One training example: a question and the completion that a student shall learn, and where it came from."""
+
+    question: str
+    completion: str
+    problem_id: str
+    trace_key: str | None
+    source: str
+
+    @cached_property
+    def id(self) -> str:
+        return content_id([self.question, self.completion])
+
+
+class StageManifest(Record):
+    """Written last: its presence is the stage's completion. Hashes are SHA-256; outputs are relative to the folder."""
+
+    stage: str
+    fingerprint: str
+    inputs: dict[str, str]
+    config: dict[str, Any]
+    outputs: dict[str, str]
+    versions: dict[str, str]
+    counts: dict[str, Any]
+    seconds: float
+    peak_rss_bytes: int
+
+
+class ScoreCard(Record):
+    """One model on one suite (or one family of it, `suite` = `pico/gcd`)."""
+
+    name: str
+    role: Role
+    architecture: str
+    num_parameters: int
+    num_active_parameters: int
+    suite: str
+    metric: str
+    value: float
+    stderr: float
+    ci95: tuple[float, float]
+    num_questions: int
+    num_samples: int

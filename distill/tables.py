@@ -1,0 +1,103 @@
+"""Records as Parquet: one column a field, mappings and nested values as JSON text. Written whole or not at all.
+
+The bytes depend on the records and their order alone, so that a run that was killed and resumed leaves the same file
+as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ValidationError
+
+from distill.errors import DataError
+from distill.manifest import atomic_file
+
+ROW_GROUP = 4_096
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def write_records(path: Path, records: Iterable[M], model: type[M]) -> int:
+    """Write `records` to a Parquet file atomically and return how many there were. Holds one row group in memory."""
+    schema = pa.schema([pa.field(name, *_arrow_type(info.annotation)) for name, info in model.model_fields.items()])
+    as_json = [name for name, info in model.model_fields.items() if _plain(info.annotation) is None]
+    remaining, count = iter(records), 0
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        while group := list(islice(remaining, ROW_GROUP)):
+            rows = [_row(record, as_json) for record in group]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            count += len(rows)
+    return count
+
+
+def read_records(path: Path, model: type[M]) -> list[M]:
+    """All records of a file that `write_records` wrote. Raises DataError naming the file, the row and the field."""
+    as_json = [name for name, info in model.model_fields.items() if _plain(info.annotation) is None]
+    return [_record(row, model, as_json, path, number) for number, row in enumerate(_rows(path, model), start=1)]
+
+
+def _rows(path: Path, model: type[BaseModel]) -> Iterator[dict[str, Any]]:
+    try:
+        with pq.ParquetFile(path) as file:
+            present = set(file.schema_arrow.names)
+            for name, info in model.model_fields.items():
+                if name not in present and info.is_required():
+                    raise DataError("no such column", where=path, field=name)
+            for batch in file.iter_batches(ROW_GROUP, columns=[name for name in model.model_fields if name in present]):
+                yield from batch.to_pylist()
+    except FileNotFoundError as exc:
+        raise DataError("no such file", where=path) from exc
+    except (pa.ArrowException, OSError, ValueError) as exc:
+        raise DataError(f"not a readable Parquet file ({exc})", where=path) from exc
+
+
+def _record(row: dict[str, Any], model: type[M], as_json: Sequence[str], path: Path, number: int) -> M:
+    try:
+        for name in as_json:
+            if row.get(name) is not None:
+                row[name] = json.loads(row[name])
+        return model.model_validate(row)
+    except ValidationError as exc:
+        fault = exc.errors()[0]
+        field = ".".join(str(part) for part in fault["loc"])
+        raise DataError(fault["msg"], where=f"{path}: row {number}", field=field) from exc
+    except (ValueError, TypeError) as exc:
+        raise DataError(f"not JSON ({exc})", where=f"{path}: row {number}", field=name) from exc
+
+
+def _row(record: BaseModel, as_json: Sequence[str]) -> dict[str, Any]:
+    row = record.model_dump(mode="json")
+    for name in as_json:
+        row[name] = json.dumps(row[name], ensure_ascii=False, allow_nan=False)
+    return row
+
+
+def _arrow_type(annotation: Any) -> tuple[pa.DataType, bool]:
+    """The column's type and whether it may be null."""
+    plain = _plain(annotation) or str
+    nullable = type(None) in get_args(annotation)
+    return (
+        {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}.get(plain, pa.string()),
+        nullable,
+    )
+
+
+def _plain(annotation: Any) -> type | None:
+    """str, int, float or bool for a field that is one of them (or of their literals, or optional), else None."""
+    if annotation in (str, int, float, bool):
+        return annotation  # type: ignore[no-any-return]
+    members = [member for member in get_args(annotation) if member is not type(None)]
+    if get_origin(annotation) is Literal:
+        kinds = {type(member) for member in members}
+        return kinds.pop() if len(kinds) == 1 else None
+    if get_origin(annotation) in (Union, types.UnionType) and len(members) == 1:
+        return _plain(members[0])
+    return None

@@ -1,0 +1,1 @@
+"""Scores: lm-eval task files, the harness, honest statistics, the comparison and its report."""

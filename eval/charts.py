@@ -1,0 +1,235 @@
+"""The figures of the report, drawn once: as PNG on white, and as SVG whose colours follow the page's theme.
+
+matplotlib knows no CSS. So the SVG is drawn in marker colours that occur nowhere else, and each is replaced by the CSS
+variable of the same meaning afterwards; text stays text, in the page's own font.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+from eval.compare import Comparison, Model
+
+# Distinct in hue and in lightness (colour-blind safe); each role has a marker of its own besides.
+INK, MUTED, GRID, PAPER = "#1b2430", "#5c6877", "#dfe4ea", "#fefefe"
+COLOURS = {"base": "#8a94a3", "direct": "#d9820b", "distilled": "#0a7d8c", "teacher": "#6f42c1"}
+MARKERS = {"base": "s", "direct": "^", "distilled": "o", "teacher": "D"}
+LABELS = {"base": "base", "direct": "SFT on bare answers", "distilled": "distilled", "teacher": "teacher"}
+ROLES = ("base", "direct", "distilled")
+_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "card"} | {c: role for role, c in COLOURS.items()}
+_STYLE = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "potstill",
+}
+
+
+def render(draw: Callable[[Any], None], size: tuple[float, float], title: str, about: str) -> tuple[str, bytes]:
+    """Draw a figure once and return it as inline SVG (with `title` and `about` for those who do not see it) and PNG."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure)
+        vector, pixels = io.StringIO(), io.BytesIO()
+        figure.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(pixels, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return _themed(vector.getvalue(), title, about), pixels.getvalue()
+
+
+def _themed(svg: str, title: str, about: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for colour, name in _VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px; font-family: inherit", svg)
+    opening = re.match(r"<svg[^>]*>", svg)
+    assert opening is not None
+    box = re.search(r'viewBox="[^"]+"', opening.group())
+    assert box is not None
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box.group()} role="img">'
+    )
+    return f"{head}<title>{escape(title)}</title><desc>{escape(about)}</desc>{svg[opening.end() :]}"
+
+
+def accuracy_by_parameters(comparison: Comparison) -> Callable[[Any], None]:
+    """Accuracy against parameters (log), one line a role and architecture, error bars the 95% intervals."""
+
+    def draw(figure: Any) -> None:
+        from matplotlib.ticker import FuncFormatter, NullLocator
+
+        axes = figure.add_subplot()
+        sizes: set[int] = set()
+        for role in ROLES:
+            models = comparison.of_role(role)
+            architectures = list(dict.fromkeys(model.cards[0].architecture for model in models))
+            for order, architecture in enumerate(architectures):
+                of = [model for model in models if model.cards[0].architecture == architecture]
+                sizes |= _line(axes, of, role, comparison.suite, first=order == 0)
+        teacher = comparison.teacher and comparison.teacher.card(comparison.suite)
+        if teacher:
+            axes.axhline(100 * teacher.value, color=COLOURS["teacher"], linestyle=(0, (5, 3)), linewidth=1.6)
+            axes.axhspan(*(100 * bound for bound in teacher.ci95), color=COLOURS["teacher"], alpha=0.10, linewidth=0)
+            axes.text(
+                0.0,
+                100 * teacher.value - 1.2,
+                f"teacher {100 * teacher.value:.1f}%",
+                color=COLOURS["teacher"],
+                transform=axes.get_yaxis_transform(),
+                verticalalignment="top",
+            )
+        axes.set_xscale("log")
+        axes.set_xticks(_spaced(sorted(sizes)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+        axes.margins(x=0.12)
+        axes.set_ylim(0, 102)
+        axes.set_xlabel("parameters (log scale)")
+        axes.set_ylabel(f"held-out pass@1 on {comparison.suite}, %")
+        axes.grid(axis="x", visible=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=4, handletextpad=0.4)
+
+    return draw
+
+
+def _line(axes: Any, models: Sequence[Model], role: str, suite: str, *, first: bool) -> set[int]:
+    cards = [card for model in models if (card := model.card(suite))]
+    x = [card.num_parameters for card in cards]
+    y = [100 * card.value for card in cards]
+    errors = [
+        [max(0.0, 100 * (card.value - card.ci95[0])) for card in cards],
+        [max(0.0, 100 * (card.ci95[1] - card.value)) for card in cards],
+    ]
+    axes.errorbar(
+        x,
+        y,
+        yerr=errors,
+        color=COLOURS[role],
+        marker=MARKERS[role],
+        markersize=8 if role == "distilled" else 6.5,
+        linewidth=2.4 if role == "distilled" else 1.6,
+        elinewidth=1.2,
+        capsize=3,
+        # A second architecture is hollow: of like size as the first, but not a point on its line.
+        markerfacecolor=COLOURS[role] if first else PAPER,
+        markeredgewidth=1.6,
+        label=LABELS[role] if first else None,
+        zorder=3 if role == "distilled" else 2,
+    )
+    if role == "distilled":
+        for model, at_x, at_y in zip(models, x, y, strict=True):
+            axes.annotate(
+                model.student,
+                (at_x, at_y),
+                # Above for the line, beside for a second architecture: the two may lie at nearly one place.
+                xytext=(0, 17) if first else (10, -5),
+                horizontalalignment="center" if first else "left",
+                textcoords="offset points",
+                fontsize=9,
+                color=INK,
+            )
+    return set(x)
+
+
+def accuracy_by_family(comparison: Comparison) -> Callable[[Any], None]:
+    """One row a family: where the students stand on average as bases, after bare answers, after traces; the teacher."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        means = {role: family_means(comparison, role) for role in (*ROLES, "teacher")}
+        families = sorted(comparison.families, key=lambda family: means["distilled"].get(family, 0.0))
+        for place, family in enumerate(families):
+            known = [100 * of[family] for of in means.values() if family in of]
+            axes.plot([min(known), max(known)], [place, place], color=GRID, linewidth=3, zorder=1)
+        for role, of in means.items():
+            points = [(100 * of[family], place) for place, family in enumerate(families) if family in of]
+            if points:
+                axes.scatter(
+                    [x for x, _ in points],
+                    [y for _, y in points],
+                    s=70 if role == "distilled" else 46,
+                    color=COLOURS[role],
+                    marker=MARKERS[role],
+                    label=LABELS[role],
+                    zorder=3,
+                )
+        axes.set_yticks(range(len(families)), [family.replace("_", " ") for family in families])
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.set_xlim(-2, 102)
+        axes.set_ylim(-0.6, len(families) - 0.4)
+        axes.set_xlabel("pass@1, mean over the students, %")
+        axes.grid(axis="y", visible=False)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=4, handletextpad=0.2)
+
+    return draw
+
+
+def family_means(comparison: Comparison, role: str) -> dict[str, float]:
+    """Mean pass@1 of a role's models, a family."""
+    means = {}
+    for family in comparison.families:
+        cards = [model.card(f"{comparison.suite}/{family}") for model in comparison.of_role(role)]
+        values = [card.value for card in cards if card]
+        if values:
+            means[family] = sum(values) / len(values)
+    return means
+
+
+def filter_funnel(comparison: Comparison) -> Callable[[Any], None]:
+    """Horizontal bars: traces that are left after each filter."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        steps = comparison.funnel[::-1]
+        places = range(len(steps))
+        axes.barh(places, [step["in"] for step in steps], color=GRID, height=0.6)
+        axes.barh(places, [step["out"] for step in steps], color=COLOURS["distilled"], height=0.6)
+        for place, step in zip(places, steps, strict=True):
+            axes.text(step["in"], place, f"  {step['out']:,} of {step['in']:,}", verticalalignment="center", fontsize=9)
+        axes.set_yticks(places, [step["filter"].replace("_", " ") for step in steps])
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.margins(x=0.2)
+        axes.set_xlabel("traces kept")
+        axes.grid(axis="y", visible=False)
+
+    return draw
+
+
+def short_count(value: float) -> str:
+    """`412k`, `0.41M`, `1.5B`: what a person reads of a parameter count."""
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:g}"
+
+
+def _spaced(sizes: Sequence[int]) -> list[int]:
+    """Ticks that do not run into each other on a log axis: at least 15% apart."""
+    ticks: list[int] = []
+    for size in sizes:
+        if not ticks or size >= 1.15 * ticks[-1]:
+            ticks.append(size)
+    return ticks

@@ -1,0 +1,220 @@
+"""Score one model on suites: lm-eval drives, the model writes k distinct samples a question, `distill.verify` grades.
+
+Leaves two files in the model's folder: `samples.parquet`, one row a sample, and `scores.json`, the ScoreCards: per
+suite pass@1 (and cons@k from four samples on), and pass@1 of each family of a suite that has several. Verdicts that are
+our failure (`timeout`, `infra_error`) are left out of the means and counted; above a small share they stop the stage.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.errors import EnvironmentFault
+from distill.manifest import write_atomically
+from distill.progress import Progress, silent
+from distill.protocols import Teacher, Verifier
+from distill.records import Role, Sampling, ScoreCard
+from eval.statistics import Estimate, consensus, mean_estimate, pass_at_1
+from eval.suites import TASKS
+from eval.tasks.processors import MIN_VOTES, NO_VERDICT
+
+SAMPLES, SCORES = "samples.parquet", "scores.json"
+MAX_UNGRADED = 0.02  # share of samples without a verdict; above it the score would be a guess
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under evaluation, as its ScoreCards name it."""
+
+    name: str
+    role: Role
+    architecture: str
+    num_parameters: int
+    num_active_parameters: int
+
+
+def score_model(
+    model: Teacher,
+    subject: Subject,
+    suites: Sequence[str],
+    out_dir: Path,
+    *,
+    verifier: Verifier,
+    seed: int,
+    num_samples: int | None = None,
+    sampling: Sampling | None = None,
+    limit: int | None = None,
+    held_out: Path | None = None,
+    bench_data: str | None = None,
+    progress: Progress | None = None,
+) -> list[ScoreCard]:
+    """Write samples.parquet and scores.json to `out_dir` and return the ScoreCards.
+
+    `num_samples` and `sampling` replace what the task files say (R1's protocol); `limit` is questions a suite. Raises
+    EnvironmentFault where more than 2% of the samples could not be graded.
+    """
+    rows: list[dict[str, Any]] = []
+    cards: list[ScoreCard] = []
+    metadata = {"held_out": str(held_out or ""), "bench_data": bench_data}
+    for suite in suites:
+        config = task_config(suite, num_samples=num_samples, sampling=sampling)
+        samples, results = _run_task(model, verifier, config, seed, limit, metadata, subject, progress or silent())
+        of_suite = [_row(sample) for sample in samples]
+        suite_cards = score_rows(of_suite, subject, suite)
+        _agree(suite_cards[0], results)
+        rows += of_suite
+        cards += suite_cards
+    _write_rows(rows, out_dir / SAMPLES)
+    write_atomically(out_dir / SCORES, json.dumps([card.model_dump(mode="json") for card in cards], indent=2) + "\n")
+    return cards
+
+
+def task_config(suite: str, *, num_samples: int | None = None, sampling: Sampling | None = None) -> dict[str, Any]:
+    """A task file as lm-eval reads it, with the recipe's own sampling laid over it where it states one."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = dict(load_yaml(TASKS / f"{suite}.yaml"))
+    if num_samples is not None:
+        config["repeats"] = num_samples
+        config["filter_list"] = [{"name": "all", "filter": [{"function": "take_first_k", "k": num_samples}]}]
+    if sampling is not None:
+        config["generation_kwargs"] = {
+            **config["generation_kwargs"],
+            "do_sample": sampling.temperature > 0,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_gen_toks": sampling.max_tokens,
+        }
+    return config
+
+
+def score_rows(rows: Sequence[Mapping[str, Any]], subject: Subject, suite: str) -> list[ScoreCard]:
+    """ScoreCards of one suite from its sample rows: total, cons@k, then families. Raises EnvironmentFault."""
+    states = Counter(row["verdict"] for row in rows)
+    ungraded = sum(states[state] for state in NO_VERDICT)
+    if ungraded > MAX_UNGRADED * len(rows):
+        raise EnvironmentFault(
+            f"{ungraded} of {len(rows)} answers could not be graded ({dict(states)}), at most {MAX_UNGRADED:.0%} "
+            "may be; raise verify.timeout_s or give it more memory",
+            where=subject.name,
+            field=suite,
+        )
+    graded = [row for row in rows if row["verdict"] not in NO_VERDICT]
+
+    def card(name: str, metric: str, estimate: Estimate) -> ScoreCard:
+        return ScoreCard(**vars(subject), suite=name, metric=metric, **vars(estimate))
+
+    def outcomes(of: Sequence[Mapping[str, Any]]) -> list[list[bool]]:
+        return list(group_outcomes(of).values())
+
+    cards = [card(suite, "pass@1", pass_at_1(outcomes(graded)))]
+    answers: dict[str, list[tuple[str | None, bool]]] = defaultdict(list)
+    for row in graded:
+        answers[row["problem_id"]].append((row["extracted"], row["verdict"] == "correct"))
+    votes = max(map(len, answers.values()))
+    if votes >= MIN_VOTES:
+        values = [consensus(votes_of) for votes_of in answers.values()]
+        cards.append(card(suite, f"cons@{votes}", mean_estimate(values, len(graded))))
+    families = sorted({row["family"] for row in graded})
+    if len(families) > 1:
+        for family in families:
+            of = [row for row in graded if row["family"] == family]
+            cards.append(card(f"{suite}/{family}", "pass@1", pass_at_1(outcomes(of))))
+    return cards
+
+
+def group_outcomes(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[bool]]:
+    """Graded rows as `problem id -> correct?` lists, what `eval.statistics` works on; ungraded rows are left out."""
+    grouped: dict[str, list[bool]] = defaultdict(list)
+    for row in rows:
+        if row["verdict"] not in NO_VERDICT:
+            grouped[row["problem_id"]].append(row["verdict"] == "correct")
+    return dict(grouped)
+
+
+def _run_task(
+    model: Teacher,
+    verifier: Verifier,
+    config: dict[str, Any],
+    seed: int,
+    limit: int | None,
+    metadata: dict[str, Any],
+    subject: Subject,
+    progress: Progress,
+) -> tuple[list[Any], dict[str, Any]]:
+    """One suite through lm-eval's evaluator. Returns our samples and lm-eval's own aggregate."""
+    with quiet_lm_eval():
+        from lm_eval.evaluator import evaluate
+        from lm_eval.tasks import TaskManager
+
+        from eval.adapter import PotstillLM
+
+        tasks = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata).load([config])
+        lm = PotstillLM(model, verifier, seed=seed, progress=progress, title=f"{subject.name} {config['task']}")
+        results = evaluate(lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=False)
+    return lm.samples, results["results"][config["task"]]
+
+
+@contextmanager
+def quiet_lm_eval() -> Iterator[None]:
+    """Keep lm-eval's own bar and its remarks about defaults off the terminal: stages report through `Progress`."""
+    import lm_eval.api.task as task_module
+
+    logger, bar = logging.getLogger("lm_eval"), task_module.tqdm
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    task_module.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        task_module.tqdm = bar
+        logger.setLevel(level)
+
+
+def _agree(card: ScoreCard, results: Mapping[str, Any]) -> None:
+    """Our pass@1 and the one that lm-eval aggregated are the same number, computed twice."""
+    theirs = results[f"{card.metric},all"]
+    assert abs(theirs - card.value) < 1e-9, f"{card.name} {card.suite}: lm-eval says {theirs}, we say {card.value}"
+
+
+def _row(sample: Any) -> dict[str, Any]:
+    completion, verdict = sample.completion, sample.verdict
+    problem = completion.request.problem
+    return {
+        "suite": sample.suite,
+        "problem_id": problem.id,
+        "family": problem.source,
+        "sample_index": completion.request.sample_index,
+        "prompt": problem.prompt,
+        "answer": problem.answer,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "num_prompt_tokens": completion.num_prompt_tokens,
+        "num_tokens": completion.num_tokens,
+        "verdict": verdict.state,
+        "extracted": verdict.extracted,
+        "detail": verdict.detail,
+    }
+
+
+def _write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    whole = {"sample_index", "num_prompt_tokens", "num_tokens"}
+    schema = pa.schema([(name, pa.int64() if name in whole else pa.string()) for name in rows[0]])
+    buffer = io.BytesIO()
+    # A model may write half a surrogate pair; Parquet strings are UTF-8.
+    clean = [
+        {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in r.items()} for r in rows
+    ]
+    pq.write_table(pa.Table.from_pylist(clean, schema=schema), buffer)
+    write_atomically(path, buffer.getvalue())

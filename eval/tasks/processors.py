@@ -1,0 +1,103 @@
+"""What the task files call: questions as lm-eval documents, and the verdicts of a document's samples as metrics.
+
+A response that went through `eval.adapter.PotstillLM` carries its verdict already (graded in bulk by `distill.verify`).
+One that lm-eval's own models wrote (`lm_eval --model vllm --include_path eval/tasks`) is a plain string, and is graded
+here by the same verifier.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distill.records import Problem, Verdict
+from distill.tables import read_records
+from eval.statistics import consensus
+from eval.suites import bench_folder, read_benchmark
+
+MIN_VOTES = 4  # cons@k over fewer samples says little more than pass@1
+NO_VERDICT = ("timeout", "infra_error")  # failures of ours, never the model's
+
+
+def documents(problems: Sequence[Problem]) -> dict[str, Any]:
+    """The split that lm-eval reads, one row a problem; `metadata` is a JSON string."""
+    import datasets
+
+    rows = [
+        {
+            "question": problem.prompt,
+            "answer": problem.answer,
+            "grader": problem.grader,
+            "source": problem.source,
+            "metadata": json.dumps(problem.metadata),
+        }
+        for problem in problems
+    ]
+    return {"test": datasets.Dataset.from_list(rows)}
+
+
+def problem_of(doc: Mapping[str, Any], prompt: str | None = None) -> Problem:
+    """The document's problem; `prompt` is the text the model was given, where that is more than the question."""
+    return Problem(
+        prompt=prompt or doc["question"],
+        answer=doc["answer"],
+        grader=doc["grader"],
+        source=doc["source"],
+        metadata=json.loads(doc["metadata"]),
+    )
+
+
+def pico(held_out: str = "", **_: Any) -> dict[str, Any]:
+    return documents(read_records(Path(held_out), Problem))
+
+
+def gsm8k(bench_data: str | None = None, **_: Any) -> dict[str, Any]:
+    return documents(read_benchmark("gsm8k", bench_folder(bench_data)))
+
+
+def math500(bench_data: str | None = None, **_: Any) -> dict[str, Any]:
+    return documents(read_benchmark("math500", bench_folder(bench_data)))
+
+
+def aime24(bench_data: str | None = None, **_: Any) -> dict[str, Any]:
+    return documents(read_benchmark("aime24", bench_folder(bench_data)))
+
+
+def aime25(bench_data: str | None = None, **_: Any) -> dict[str, Any]:
+    return documents(read_benchmark("aime25", bench_folder(bench_data)))
+
+
+def reference(doc: Mapping[str, Any]) -> str:
+    return str(doc["answer"])
+
+
+def grade(doc: Mapping[str, Any], results: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Metrics of one document from all its samples.
+
+    A sample that could not be graded (`timeout`, `infra_error`) takes no part; with none left the document has no
+    metric at all. Everything else that is not correct, a truncated answer included, counts as not correct.
+    """
+    verdicts = [verdict for verdict in _verdicts(doc, results[0]) if verdict.state not in NO_VERDICT]
+    if not verdicts:
+        return {}
+    metrics = {
+        "pass@1": sum(verdict.correct for verdict in verdicts) / len(verdicts),
+        "truncated": sum(verdict.state == "truncated" for verdict in verdicts) / len(verdicts),
+    }
+    if len(verdicts) >= MIN_VOTES:
+        metrics["cons@k"] = consensus([(verdict.extracted, verdict.correct) for verdict in verdicts])
+    return metrics
+
+
+def _verdicts(doc: Mapping[str, Any], responses: Sequence[str]) -> list[Verdict]:
+    carried = [getattr(response, "verdict", None) for response in responses]
+    if all(carried):
+        return [verdict for verdict in carried if verdict is not None]
+    from distill.recipe import VerifyConfig
+    from distill.verify import open_verifier
+
+    problem = problem_of(doc)
+    with open_verifier(VerifyConfig()) as verifier:
+        return list(verifier.verify([(problem, str(response), "stop") for response in responses]))

@@ -1,0 +1,1 @@
+"""The chain: stages, recipes and the command line that ties them together."""

@@ -1,0 +1,129 @@
+"""What can be known to be wrong before a stage starts: files that a recipe names, and the weights of its models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from distill.errors import CheckpointError
+from distill.manifest import hash_file
+from distill.recipe import LocalSource, NativeTeacher, Recipe
+
+# Weights up to this size are read whole beforehand; larger ones show faults in their values only when they are loaded.
+MAX_CHECKED_BYTES = 2 * 2**30
+
+Check = tuple[str, Callable[[], str]]
+
+
+def check_recipe(recipe: Recipe, stages: Collection[str]) -> None:
+    """Raise the first fault of `recipe_checks`; the suites' files matter only to the stages that read them."""
+    for name, check in recipe_checks(recipe):
+        if name != "suites" or {"curate", "eval"} & set(stages):
+            check()
+
+
+def recipe_checks(recipe: Recipe) -> Iterator[Check]:
+    """Named checks of the files and names in a recipe. Each returns what it found, or raises a UserInputError."""
+    yield "problems", lambda: _problems(recipe)
+    yield "teacher", lambda: _teacher(recipe)
+    yield "students", lambda: _students(recipe)
+    yield "suites", lambda: _suites(recipe)
+
+
+def check_weights(recipe: Recipe, stages: Collection[str], *, known: Collection[str]) -> None:
+    """Open the local models that these stages read, as whole as they will be: names, shapes, values.
+
+    Folders whose hash is in `known` have been opened before and are left alone. Raises CheckpointError.
+    """
+    if isinstance(recipe.teacher, NativeTeacher) and {"generate", "eval"} & set(stages):
+        folder = Path(recipe.teacher.model)
+        if _is_new(folder, known):
+            from teacher.backends import open_teacher
+
+            open_teacher(recipe.teacher, base_dir=Path.cwd()).close()
+    if {"distill", "eval"} & set(stages):
+        new = [folder for folder in _local_bases(recipe) if _is_new(folder, known)]
+        for folder in new:
+            from eval.transformers_model import open_transformers_model
+            from students.bases import check_folder
+
+            check_folder(folder)
+            open_transformers_model(folder, batch_size=1).close()
+        if new and "distill" in stages:
+            _preflight(recipe)
+
+
+def _preflight(recipe: Recipe) -> None:
+    """Template, tokenizer and vocabulary of every student whose base is on this machine. Raises CheckpointError."""
+    from students.base_folder import locate
+    from students.preflight import preflight
+    from students.zoo import find_student
+
+    for name in recipe.distill.students:
+        student = find_student(name, recipe.distill.overrides)
+        folder = locate(student.base)
+        for method in recipe.distill.methods if folder.is_dir() else ():
+            for finding in preflight(student, method):
+                if finding.state == "error":
+                    raise CheckpointError(f"{student.name}: {finding.text}", where=folder, field=finding.check)
+
+
+def _is_new(folder: Path, known: Collection[str]) -> bool:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return size <= MAX_CHECKED_BYTES and hash_file(folder) not in known
+
+
+def _problems(recipe: Recipe) -> str:
+    """Problem-set files are there, local files can be read to their last line; the Hub is not asked."""
+    from distill.problems import load_problems, source_files
+
+    held_out = () if recipe.eval.held_out is None else (recipe.eval.held_out,)
+    files = source_files([*recipe.problems, *held_out], base_dir=Path.cwd())
+    local = [source for source in recipe.problems if isinstance(source, LocalSource)]
+    count = len(load_problems(local, base_dir=Path.cwd())) if local else 0
+    return ", ".join([*files, *([f"{count} local problems"] if local else [])]) or "no local file"
+
+
+def _teacher(recipe: Recipe) -> str:
+    if not isinstance(recipe.teacher, NativeTeacher):
+        return f"{recipe.teacher.model} at {recipe.teacher.base_url}"
+    folder = Path(recipe.teacher.model)
+    if not folder.is_dir():
+        raise CheckpointError("no such checkpoint folder", where=folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError("config.json is missing", where=folder)
+    return str(folder)
+
+
+def _students(recipe: Recipe) -> str:
+    """Every name is in the zoo (or is a file that validates), every local base has its weight files."""
+    from students.zoo import find_student
+
+    names = [find_student(name, recipe.distill.overrides).name for name in recipe.distill.students]
+    for folder in _local_bases(recipe):
+        if not (folder / "config.json").is_file():
+            raise CheckpointError("config.json is missing", where=folder)
+    return ", ".join(names)
+
+
+def _local_bases(recipe: Recipe) -> list[Path]:
+    """Base folders on this machine. Raises CheckpointError for a base that is a path and not there."""
+    from students.base_folder import locate
+    from students.zoo import find_student
+
+    folders = []
+    for name in recipe.distill.students:
+        base = find_student(name, recipe.distill.overrides).base
+        folder = locate(base)
+        if folder.is_dir():
+            folders.append(folder)
+        elif base.count("/") != 1 or base.startswith((".", "/", "~")):
+            raise CheckpointError("no such checkpoint folder", where=base)
+    return list(dict.fromkeys(folders))
+
+
+def _suites(recipe: Recipe) -> str:
+    from eval.suites import check_suites
+
+    check_suites(recipe.eval.suites, bench_data=recipe.eval.bench_data)
+    return ", ".join(recipe.eval.suites)

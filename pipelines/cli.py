@@ -1,0 +1,301 @@
+"""The command line, and the only module that prints.
+
+    potstill run|generate|distill|eval|compare RECIPE [--set a.b=value] [--out runs]
+    potstill push RECIPE [--dry-run]     potstill serve RECIPE     potstill doctor [RECIPE]     potstill zoo list|show
+    potstill pico teacher|bases
+
+Results go to standard output, progress and errors to standard error. A fault is one line and an exit code of
+`distill.errors`; Ctrl-C exits with 130 and SIGTERM with 75, both after what is done so far has been kept.
+`POTSTILL_DEBUG=1` shows the traceback as well. Heavy imports wait until a command needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from distill.errors import EnvironmentFault, PotstillError, RecipeError
+from pipelines.preemption import preemptible
+
+if TYPE_CHECKING:
+    from distill.progress import Progress
+    from distill.recipe import Recipe
+    from pipelines.doctor import Finding
+
+INTERRUPTED = 130
+UNWRAPPED = 1_000
+
+app = typer.Typer(
+    help="Distil a reasoning teacher into small models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+zoo = typer.Typer(help="The students that potstill knows.", no_args_is_help=True)
+app.add_typer(zoo, name="zoo")
+pico = typer.Typer(help="Make the bundled pico models again (needs a GPU to be quick).", no_args_is_help=True)
+app.add_typer(pico, name="pico")
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (pipelines/recipes/*.yaml)")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="A.B=VALUE", help="override one field of the recipe; may be repeated")
+]
+Runs = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="where runs are kept")]
+
+
+@app.command("run")
+def run_(recipe: RecipePath, set_: Overrides = [], out: Runs = Path("runs")) -> None:
+    """Run the whole chain: generate, distill, eval, compare."""
+    _run_stages("run", recipe, set_, out)
+
+
+@app.command()
+def generate(recipe: RecipePath, set_: Overrides = [], out: Runs = Path("runs")) -> None:
+    """Let the teacher write its traces."""
+    _run_stages("generate", recipe, set_, out)
+
+
+@app.command()
+def distill(recipe: RecipePath, set_: Overrides = [], out: Runs = Path("runs")) -> None:
+    """Verify and filter the traces, then train the students."""
+    _run_stages("distill", recipe, set_, out)
+
+
+@app.command("eval")
+def eval_(recipe: RecipePath, set_: Overrides = [], out: Runs = Path("runs")) -> None:
+    """Score teacher, bases and students."""
+    _run_stages("eval", recipe, set_, out)
+
+
+@app.command()
+def compare(recipe: RecipePath, set_: Overrides = [], out: Runs = Path("runs")) -> None:
+    """Write the report that compares the sizes."""
+    _run_stages("compare", recipe, set_, out)
+
+
+@app.command()
+def push(
+    recipe: RecipePath,
+    set_: Overrides = [],
+    out: Runs = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be pushed, push nothing")] = False,
+) -> None:
+    """Push a student to the Hugging Face Hub."""
+    _run_stages("push", recipe, set_, out, dry_run=dry_run)
+
+
+@app.command()
+def serve(
+    recipe: RecipePath,
+    set_: Overrides = [],
+    host: Annotated[str, typer.Option(help="address to bind; the server has no authentication")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free one")] = 8000,
+) -> None:
+    """Serve the recipe's teacher over an OpenAI-compatible HTTP API."""
+    from pipelines.serving import serve_teacher
+
+    with _naming(recipe):
+        serve_teacher(_load(recipe, set_), host=host, port=port, announce=typer.echo)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="also check this recipe")] = None,
+    set_: Overrides = [],
+) -> None:
+    """Check this machine, and a recipe if one is given, before anything runs."""
+    from pipelines.doctor import examine_machine, examine_recipe
+
+    findings = examine_machine()
+    if recipe is not None:
+        findings += examine_recipe(recipe, set_)
+    _print_findings(findings)
+    raise typer.Exit(max(finding.exit_code for finding in findings))
+
+
+@zoo.command("list")
+def zoo_list() -> None:
+    """List the students, smallest first."""
+    from rich.table import Table
+
+    from students.zoo import list_students
+
+    table = Table("name", "base", "architecture", "parameters", "licence", box=None, header_style="bold")
+    for student in list_students():
+        count = f"{student.num_parameters:,}"
+        table.add_row(student.name, student.base, student.architecture, count, student.licence)
+    _print_table(table)
+
+
+@zoo.command("show")
+def zoo_show(name: Annotated[str, typer.Argument(help="a name of `potstill zoo list`, or a student file")]) -> None:
+    """Show one student's settings as YAML."""
+    import yaml
+
+    from students.zoo import find_student
+
+    settings = find_student(name).model_dump(mode="json")
+    typer.echo(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip())
+
+
+@pico.command("teacher")
+def pico_teacher(out: Annotated[Path, typer.Option("--out", metavar="FOLDER")] = Path("teacher/pico")) -> None:
+    """Train the pico teacher by teacher/train/pico.yaml."""
+    from teacher.train.make import load_pretrain_config, make_teacher
+
+    typer.echo(
+        f"wrote {make_teacher(load_pretrain_config(), out, num_workers=os.cpu_count() or 1, progress=_progress())}"
+    )
+
+
+@pico.command("bases")
+def pico_bases(
+    names: Annotated[list[str] | None, typer.Argument(help="which; none: all")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER")] = Path("students/pico"),
+) -> None:
+    """Pre-train the pico bases by students/pretrain/pico.yaml, side by side on one device."""
+    from students.pretrain.bases import load_bases_config, make_bases
+
+    for folder in make_bases(load_bases_config(), out, names=names or None, num_workers=4, progress=_progress()):
+        typer.echo(f"wrote {folder}")
+
+
+# --- what the commands share ------------------------------------------------------------------------------------------
+
+
+def _load(path: Path, overrides: list[str]) -> Recipe:
+    from distill.recipe import load_recipe
+
+    return load_recipe(path, overrides)
+
+
+def _run_stages(command: str, path: Path, overrides: list[str], out: Path, *, dry_run: bool = False) -> None:
+    from pipelines import chain
+
+    recipe = _load(path, overrides)
+    run_dir = out / recipe.name
+    with _naming(path):
+        stages = chain.prepare(command, recipe, run_dir, dry_run=dry_run)
+        typer.echo(f"recipe {recipe.name} ({path}) in {run_dir}")
+        progress = _progress()
+        for stage in stages:
+            outcome = stage.run(progress)
+            typer.echo(f"  {'dry run: nothing is pushed' if dry_run else outcome.line()}")
+            if command == "push":
+                _print_push(outcome.manifest.counts)
+    if "compare" in chain.COMMANDS[command]:
+        _print_report(run_dir / "report")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Rooms that see a part of the recipe call it `recipe`; here its file is known."""
+    try:
+        yield
+    except RecipeError as exc:
+        if exc.where != "recipe":
+            raise
+        prefix = ": ".join(part for part in ("recipe", exc.field) if part) + ": "
+        raise RecipeError(str(exc).removeprefix(prefix), where=path, field=exc.field) from exc
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+
+    from pipelines.display import BarProgress, PlainProgress
+
+    console = Console(stderr=True)
+    return BarProgress(console) if console.is_terminal else PlainProgress(sys.stderr)
+
+
+def _print_push(counts: dict[str, Any]) -> None:
+    """Where the model goes and of which files it consists."""
+    from rich.table import Table
+
+    typer.echo(f"{counts['repo']} ({'private' if counts['private'] else 'public'}) {counts.get('url', '')}".rstrip())
+    table = Table("file", "bytes", box=None, header_style="bold")
+    for name, size in counts["tree"].items():
+        table.add_row(name, f"{size:,}")
+    _print_table(table)
+
+
+def _print_report(folder: Path) -> None:
+    """The headline of a report: every model's score on whole suites, and where to read more."""
+    import json
+
+    from rich.table import Table
+
+    table = Table("model", "role", "parameters", "suite", "score", box=None, header_style="bold")
+    for model in json.loads((folder / "summary.json").read_text(encoding="utf-8"))["models"]:
+        if "/" not in model["suite"]:
+            score = f"{100 * model['value']:.1f} ± {100 * model['stderr']:.1f}"
+            count = f"{model['num_parameters']:,}"
+            table.add_row(model["name"], model["role"], count, f"{model['suite']} {model['metric']}", score)
+    _print_table(table)
+    typer.echo(f"report: {folder / 'index.html'}")
+
+
+def _print_table(table: object) -> None:
+    """Wide lines stay whole where the output is not a terminal."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=UNWRAPPED)
+    console.print(table)
+
+
+def _print_findings(findings: list[Finding]) -> None:
+    from rich.table import Table
+
+    table = Table("", "check", "found", box=None, header_style="bold")
+    for finding in findings:
+        table.add_row(finding.state, finding.check, finding.text)
+    _print_table(table)
+
+
+# --- faults and exit codes --------------------------------------------------------------------------------------------
+
+
+def main() -> NoReturn:
+    """Entry point of the `potstill` command."""
+    try:
+        try:
+            with preemptible():
+                app(prog_name="potstill")
+        except SystemExit as exc:
+            if exc.code == INTERRUPTED:  # how typer reports Ctrl-C inside a command
+                raise KeyboardInterrupt from exc
+            raise
+    except KeyboardInterrupt:
+        typer.echo("potstill: interrupted; the same command goes on from here", err=True)
+        sys.exit(INTERRUPTED)
+    except Exception as exc:
+        fault = _fault(exc)
+        if fault is None:
+            raise
+        if os.environ.get("POTSTILL_DEBUG"):
+            traceback.print_exception(exc)
+        typer.echo(f"potstill: {fault}", err=True)
+        sys.exit(fault.exit_code)
+    sys.exit(0)
+
+
+def _fault(exc: BaseException) -> PotstillError | None:
+    """The fault behind an exception; libraries report a full disk and exhausted memory in many words."""
+    if isinstance(exc, PotstillError):
+        return exc
+    text = str(exc)
+    if "No space left on device" in text or "os error 28" in text or "disk is full" in text:
+        return EnvironmentFault(f"the disk is full ({text}); free it and run the same command again")
+    if isinstance(exc, MemoryError):
+        return EnvironmentFault("this machine's memory does not suffice")
+    return None

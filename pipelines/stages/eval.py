@@ -1,0 +1,266 @@
+"""The eval stage: teacher, bases, bare-answer students and distilled students of a recipe on its suites.
+
+    run_dir/eval/held_out.parquet              the questions behind the suite `pico`, none of them in the training set
+    run_dir/eval/<model>/{samples.parquet, scores.json, manifest.json}
+    run_dir/eval/manifest.json                 all of them together
+
+Each model is a stage of its own: a new student is scored without scoring the others again, an interrupted run goes on
+with the models that are missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.errors import DataError
+from distill.manifest import is_current, read_manifest, run_stage
+from distill.problems import load_problems, normalised, source_files
+from distill.progress import Progress, silent
+from distill.protocols import Teacher
+from distill.recipe import EvalConfig, NativeTeacher, OpenAITeacher, Recipe, VerifyConfig
+from distill.records import Example, Problem, Role, Sampling, StageManifest
+from distill.tables import read_records, write_records
+from eval.harness import SAMPLES, SCORES, Subject, score_model
+from eval.suites import BENCHMARKS, TASKS, bench_folder, check_suites
+from pipelines.preemption import preemptible
+from pipelines.workers import num_cores, run_side_by_side
+
+HELD_OUT = "held_out.parquet"
+MAX_WORKERS = 4  # each holds a model and the libraries, about 0.8 GB for a pico model
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to score; everything a worker process needs, picklable."""
+
+    name: str
+    role: Role
+    model: Path | NativeTeacher | OpenAITeacher
+    suites: tuple[str, ...]
+    num_samples: int | None
+    sampling: Sampling | None
+    seed: int
+    limit: int | None
+    batch_size: int
+    verify: VerifyConfig
+    held_out: Path | None
+    bench_data: str | None
+    out_dir: Path
+    base_dir: Path
+
+    @property
+    def weights(self) -> Path | None:
+        """The model's folder; none for an endpoint."""
+        if isinstance(self.model, Path):
+            return self.model
+        return self.base_dir / self.model.model if isinstance(self.model, NativeTeacher) else None
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        files = _task_files(self.suites, self.bench_data)
+        if self.held_out is not None:
+            files["held_out"] = self.held_out
+        return files if self.weights is None else files | {"model": self.weights}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the scores besides the files; how fast they are made is left out."""
+        return {
+            "name": self.name,
+            "role": self.role,
+            "suites": list(self.suites),
+            "num_samples": self.num_samples,
+            "sampling": None if self.sampling is None else self.sampling.model_dump(),
+            "seed": self.seed,
+            "limit": self.limit,
+            "verify_timeout_s": self.verify.timeout_s,
+            "served": self.model.model_dump(mode="json") if isinstance(self.model, OpenAITeacher) else None,
+        }
+
+
+def evaluate(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    progress: Progress | None = None,
+    base_dir: Path | None = None,
+    num_workers: int | None = None,
+) -> StageManifest:
+    """Score every model of the recipe's roles. Raises DataError where a student has not been trained yet, or where a
+    held-out question occurs among the training examples."""
+    base_dir = base_dir or Path.cwd()
+    config, out_dir = recipe.eval, run_dir / "eval"
+    check_suites(config.suites, bench_data=config.bench_data)
+    jobs = _jobs(recipe, run_dir, base_dir)
+    examples = run_dir / "curate" / "examples.parquet"
+    inputs = {f"model:{job.name}": path for job in jobs if (path := job.weights) is not None}
+    inputs |= _suite_files(config, base_dir)
+    if examples.exists():
+        inputs["examples"] = examples
+    settings = {name: getattr(recipe, name).model_dump(mode="json") for name in ("eval", "verify", "teacher")}
+
+    def body() -> dict[str, Any]:
+        counts = _write_held_out(config, out_dir, examples, base_dir)
+        with preemptible():
+            _score_all(jobs, num_workers or _num_workers(), progress or silent())
+        manifests = [read_manifest(job.out_dir) for job in jobs]
+        return {**counts, "models": len(jobs), "samples": sum(m.counts["samples"] for m in manifests if m)}
+
+    outputs = [f"{job.name}/{name}" for job in jobs for name in (SAMPLES, SCORES)]
+    if config.held_out is not None:
+        outputs.append(HELD_OUT)
+    return run_stage("eval", inputs, settings, out_dir, body, outputs)
+
+
+def _score_all(jobs: list[Job], num_workers: int, progress: Progress) -> None:
+    """Tiny models are bound by single operations, which threads do not help: two cores are two models at a time."""
+    missing = [job for job in jobs if not is_current("eval-model", job.inputs, job.settings, job.out_dir)]
+    workers = min(num_workers, len(missing))
+    if workers > 1:
+        threads = max(1, num_cores() // workers)
+        run_side_by_side(score, [(j.name, j) for j in missing], workers, num_threads=threads, progress=progress)
+    else:
+        for job in missing:
+            score(job, progress)
+
+
+def score(job: Job, progress: Progress) -> None:
+    """One model's stage, in whatever process this is: open it, score it, leave its manifest."""
+
+    def body() -> dict[str, Any]:
+        from distill.verify import open_verifier
+
+        model, subject = _open(job)
+        try:
+            with open_verifier(job.verify) as verifier:
+                cards = score_model(
+                    model,
+                    subject,
+                    job.suites,
+                    job.out_dir,
+                    verifier=verifier,
+                    seed=job.seed,
+                    num_samples=job.num_samples,
+                    sampling=job.sampling,
+                    limit=job.limit,
+                    held_out=job.held_out,
+                    bench_data=job.bench_data,
+                    progress=progress,
+                )
+        finally:
+            model.close()
+        totals = [card for card in cards if card.suite in job.suites and card.metric == "pass@1"]
+        return {
+            "samples": sum(card.num_samples for card in totals),
+            "pass@1": {card.suite: card.value for card in totals},
+            "identity": model.identity.model_dump(),
+        }
+
+    run_stage("eval-model", job.inputs, job.settings, job.out_dir, body, [SAMPLES, SCORES])
+
+
+def _open(job: Job) -> tuple[Teacher, Subject]:
+    if isinstance(job.model, Path):
+        from eval.transformers_model import open_transformers_model
+
+        student = open_transformers_model(job.model, batch_size=job.batch_size)
+        count = student.num_parameters
+        return student, Subject(job.name, job.role, student.architecture, count, count)
+    from teacher.backends import open_teacher
+
+    model = open_teacher(job.model, base_dir=job.base_dir)
+    if isinstance(job.model, OpenAITeacher):
+        return model, Subject(job.name, job.role, "served", 0, 0)  # an endpoint does not say how large its model is
+    from teacher.model.config import read_config
+    from teacher.model.counts import count_parameters
+
+    counts = count_parameters(read_config(job.base_dir / job.model.model))
+    return model, Subject(job.name, job.role, "deepseek_v3", counts.total, counts.active)
+
+
+def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[Job]:
+    """The models of the recipe's roles, the slowest to score first: the teacher, then the larger students."""
+    from students.base_folder import resolve_base
+    from students.zoo import find_student
+
+    config = recipe.eval
+    given = config.model_fields_set
+    of_pico = config.suites == ("pico",)  # no protocol of its own: the recipe's settings hold, defaults included
+    models: list[tuple[str, Role, Path | NativeTeacher | OpenAITeacher]] = []
+    if "teacher" in config.roles:
+        models.append(("teacher", "teacher", recipe.teacher))
+    students = [find_student(name, recipe.distill.overrides) for name in recipe.distill.students]
+    for student in sorted(students, key=lambda student: -student.num_parameters):
+        if "base" in config.roles:
+            models.append((f"{student.name}-base", "base", resolve_base(student)))
+        for method in recipe.distill.methods:
+            folder = run_dir / "distill" / f"{student.name}-{method}"
+            if method in config.roles:
+                if not (folder / "manifest.json").exists():
+                    raise DataError("this student has not been trained yet: run distill first", where=folder)
+                models.append((f"{student.name}-{method}", method, folder))
+    if not models:
+        raise DataError("no model has one of these roles", where="recipe", field="eval.roles")
+    return [
+        Job(
+            name=name,
+            role=role,
+            model=model,
+            suites=config.suites,
+            num_samples=config.num_samples if of_pico or "num_samples" in given else None,
+            sampling=config.sampling if of_pico or "sampling" in given else None,
+            seed=config.sampling.seed,
+            limit=config.limit,
+            batch_size=config.batch_size,
+            verify=recipe.verify.model_copy(update={"num_workers": 1}),
+            held_out=None if config.held_out is None else run_dir / "eval" / HELD_OUT,
+            bench_data=config.bench_data,
+            out_dir=run_dir / "eval" / name,
+            base_dir=base_dir,
+        )
+        for name, role, model in models
+    ]
+
+
+def _suite_files(config: EvalConfig, base_dir: Path) -> dict[str, Path]:
+    """What decides the questions of all models: the suites' files and the problem set behind the held-out source."""
+    held_out = [] if config.held_out is None else [config.held_out]
+    return _task_files(config.suites, config.bench_data) | source_files(held_out, base_dir=base_dir)
+
+
+def _task_files(suites: tuple[str, ...], bench_data: str | None) -> dict[str, Path]:
+    files = {"protocol": TASKS / "_r1_protocol.yaml", "metrics": TASKS / "processors.py"}
+    for suite in suites:
+        files[f"task:{suite}"] = TASKS / f"{suite}.yaml"
+        if suite in BENCHMARKS:
+            files[f"data:{suite}"] = bench_folder(bench_data) / BENCHMARKS[suite][0]
+    return files
+
+
+def _write_held_out(config: EvalConfig, out_dir: Path, examples: Path, base_dir: Path) -> dict[str, int]:
+    """Write the held-out problems and check that training never saw one of them. Raises DataError."""
+    if config.held_out is None:
+        return {"held_out": 0, "training_questions": 0, "shared_with_training": 0}
+    # By id, which is a hash: a `limit` then takes a fair share of every family.
+    problems = sorted(load_problems([config.held_out], base_dir=base_dir), key=lambda problem: problem.id)
+    trained = (
+        {normalised(example.question) for example in read_records(examples, Example)} if examples.exists() else set()
+    )
+    shared = [problem for problem in problems if normalised(problem.prompt) in trained]
+    if shared:
+        raise DataError(
+            f"{len(shared)} of {len(problems)} held-out questions occur among the training examples, "
+            f"the first is {shared[0].prompt[:80]!r}",
+            where=examples,
+            field="question",
+        )
+    write_records(out_dir / HELD_OUT, problems, Problem)
+    return {"held_out": len(problems), "training_questions": len(trained), "shared_with_training": 0}
+
+
+def _num_workers() -> int:
+    import torch
+
+    return 1 if torch.cuda.is_available() else min(num_cores(), MAX_WORKERS)

@@ -1,0 +1,163 @@
+"""Generate: problems and a teacher to traces, every sample once.
+
+    R/generate/ledger.sqlite      each sample as soon as it is there; survives whatever happens
+    R/generate/problems.parquet   the questions, in the order of the recipe
+    R/generate/traces.parquet     the samples of these questions, by question and sample index
+
+Only samples that the ledger does not have are asked for, so an interrupted run goes on where it stopped, and a recipe
+that asks for sixteen samples where it asked for four asks for twelve.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from distill.errors import CheckpointError, EnvironmentFault
+from distill.ledger import Ledger
+from distill.manifest import is_current, read_manifest, run_stage
+from distill.problems import load_problems, source_files
+from distill.progress import Progress, Task
+from distill.protocols import Teacher
+from distill.recipe import NativeTeacher, Recipe, TeacherConfig
+from distill.records import Completion, Problem, Sampling, StageManifest, TeacherIdentity, Trace, TraceRequest
+from distill.tables import write_records
+from pipelines.preemption import preemptible
+
+LEDGER, PROBLEMS, TRACES = "ledger.sqlite", "problems.parquet", "traces.parquet"
+FLUSH_SAMPLES = 64
+FLUSH_S = 5.0
+# What changes how fast and how patiently a teacher is asked, and nothing of what it writes.
+SPEED = {"batch_size", "max_concurrency", "timeout_s", "max_retries", "api_key_env"}
+
+OpenTeacher = Callable[[TeacherConfig], Teacher]
+
+
+def generate(
+    recipe: Recipe,
+    out_dir: Path,
+    progress: Progress,
+    *,
+    base_dir: Path | None = None,
+    open_teacher: OpenTeacher | None = None,
+) -> StageManifest:
+    """Run the stage in `out_dir`. `open_teacher` makes the teacher; by default it is the backend of the recipe.
+
+    Raises RecipeError, DataError or CheckpointError before anything is written; EnvironmentFault, Preempted or
+    KeyboardInterrupt with all finished samples in the ledger.
+    """
+    base_dir = base_dir or Path.cwd()
+    inputs = source_files(recipe.problems, base_dir=base_dir)
+    if isinstance(recipe.teacher, NativeTeacher):
+        inputs["teacher"] = _checkpoint_folder(base_dir / recipe.teacher.model)
+    config = _what_matters(recipe)
+    if is_current("generate", inputs, config, out_dir):
+        done = read_manifest(out_dir)
+        assert done is not None
+        return done
+    problems = load_problems(recipe.problems, base_dir=base_dir)
+    teacher = (open_teacher or _backend(base_dir))(recipe.teacher)
+    try:
+        return run_stage(
+            "generate",
+            inputs,
+            config,
+            out_dir,
+            lambda: _body(problems, teacher, recipe, out_dir, progress),
+            (PROBLEMS, TRACES),
+        )
+    finally:
+        teacher.close()
+
+
+def _what_matters(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "problems": [source.model_dump(mode="json") for source in recipe.problems],
+        "teacher": recipe.teacher.model_dump(mode="json", exclude=SPEED),
+        "generate": recipe.generate.model_dump(mode="json"),
+    }
+
+
+def _checkpoint_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise CheckpointError("no such checkpoint folder", where=path, field="teacher.model")
+    return path
+
+
+def _backend(base_dir: Path) -> OpenTeacher:
+    from teacher.backends import open_teacher  # may bring torch in
+
+    def opened(config: TeacherConfig) -> Teacher:
+        teacher: Teacher = open_teacher(config, base_dir=base_dir)
+        return teacher
+
+    return opened
+
+
+def _body(
+    problems: list[Problem], teacher: Teacher, recipe: Recipe, out_dir: Path, progress: Progress
+) -> Mapping[str, Any]:
+    sampling, identity = recipe.generate.sampling, teacher.identity
+    requests = {
+        request.key(identity, sampling): request
+        for problem in problems
+        for request in (TraceRequest(problem=problem, sample_index=i) for i in range(recipe.generate.num_samples))
+    }
+    write_records(out_dir / PROBLEMS, problems, Problem)
+    with preemptible(), Ledger.open(out_dir / LEDGER) as ledger:
+        missing = ledger.missing(requests)
+        done = len(requests) - len(missing)
+        if missing:
+            with progress.task("generate", total=len(requests), done=done, unit="samples") as task:
+                _ask(teacher, [requests[key] for key in missing], sampling, ledger, task)
+            if left := ledger.missing(requests):
+                raise EnvironmentFault(f"the teacher left {len(left)} samples out", where=recipe.teacher.model)
+        counts = {"problems": len(problems), "samples": 0, "reused": done, "tokens": 0, "truncated": 0}
+        write_records(out_dir / TRACES, _tallied(ledger.traces(requests), counts), Trace)
+    return counts
+
+
+def _ask(teacher: Teacher, requests: list[TraceRequest], sampling: Sampling, ledger: Ledger, task: Task) -> None:
+    """Ask for all `requests`; whatever ends the loop, what had arrived is in the ledger afterwards."""
+    identity = teacher.identity
+    waiting: list[Trace] = []
+    started = flushed = time.monotonic()
+    tokens = 0
+    stream = teacher.generate(requests, sampling)
+    try:
+        for completion in stream:
+            waiting.append(_trace(completion, identity, sampling))
+            tokens += completion.num_tokens
+            now = time.monotonic()
+            if len(waiting) >= FLUSH_SAMPLES or now - flushed > FLUSH_S:
+                ledger.add(waiting)
+                waiting, flushed = [], now
+            task.advance(1, tokens=tokens, tokens_per_s=round(tokens / max(now - started, 1e-9)))
+    finally:
+        ledger.add(waiting)
+        if isinstance(stream, Generator):
+            stream.close()  # ends the requests in flight now, not when the collector comes by
+
+
+def _trace(completion: Completion, identity: TeacherIdentity, sampling: Sampling) -> Trace:
+    request = completion.request
+    return Trace(
+        key=request.key(identity, sampling),
+        problem_id=request.problem.id,
+        sample_index=request.sample_index,
+        text=completion.text,
+        finish_reason=completion.finish_reason,
+        num_prompt_tokens=completion.num_prompt_tokens,
+        num_tokens=completion.num_tokens,
+        teacher=identity.name,
+    )
+
+
+def _tallied(traces: Iterator[Trace], counts: dict[str, int]) -> Iterator[Trace]:
+    for trace in traces:
+        counts["samples"] += 1
+        counts["tokens"] += trace.num_tokens
+        counts["truncated"] += trace.finish_reason == "length"
+        yield trace

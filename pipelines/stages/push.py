@@ -1,0 +1,179 @@
+"""Push: the best distilled student, or the one that the recipe names, to the Hugging Face Hub.
+
+R/push/model/          what was uploaded: the checkpoint's files and the model card
+R/push/manifest.json   repository, commit, and the name and size of every file
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from distill.errors import DataError, RecipeError, nearest
+from distill.manifest import read_manifest, run_stage
+from distill.progress import Progress
+from distill.recipe import Recipe, StudentConfig, parse
+from distill.records import ScoreCard, StageManifest
+
+
+def push(recipe: Recipe, run_dir: Path, *, progress: Progress, dry_run: bool = False) -> StageManifest:
+    """Push one student. A dry run touches neither the network nor the disk: its manifest only says what would go.
+
+    Raises RecipeError for a student or repository name, DataError where nothing is trained or scored yet,
+    EnvironmentFault for a Hub that refuses or is not reached.
+    """
+    scores = _scores(run_dir)
+    name = f"{recipe.push.student}-distilled" if recipe.push.student else best_student(scores, run_dir)
+    folder = run_dir / "distill" / name
+    if not (folder / "config.json").is_file():
+        trained = [path.parent.name for path in (run_dir / "distill").glob("*-distilled/config.json")]
+        known = [other.removesuffix("-distilled") for other in trained]
+        raise RecipeError(
+            f"no distilled student {name.removesuffix('-distilled')!r} in {run_dir / 'distill'}; "
+            + (nearest(name.removesuffix("-distilled"), known) if known else "nothing is trained yet"),
+            where="recipe",
+            field="push.student",
+        )
+    card, student, repo = _card(recipe, run_dir, folder, scores)
+    inputs = {"model": folder, **{f"scores {path.parent.name}": path for path in _score_files(run_dir)}}
+    config = {"push": recipe.push.model_dump(mode="json"), "repo": repo, "student": student.name}
+    if dry_run:
+        return _shown(config, folder, card, private=recipe.push.private)
+    out_dir = run_dir / "push"
+
+    def body() -> Mapping[str, Any]:
+        from students.publish.hub import lay_out, push_folder, tree
+
+        lay_out(folder, card, out_dir / "model")
+        with progress.task(f"push {repo}", 1, unit="commits") as task:
+            message = f"Distilled from {_teacher(recipe)} with the recipe {recipe.name}"
+            done = push_folder(out_dir / "model", repo, private=recipe.push.private, message=message)
+            task.advance(1)
+        files = tree(folder, card)
+        return {
+            "repo": done.repo_id,
+            "url": done.url,
+            "commit": done.commit,
+            "private": recipe.push.private,
+            "files": len(files),
+            "bytes": sum(files.values()),
+            "tree": files,
+        }
+
+    return run_stage("push", inputs, config, out_dir, body, ["model"])
+
+
+def best_student(scores: list[ScoreCard], run_dir: Path) -> str:
+    """The distilled student with the highest pass@1, the mean over suites; of equals the smaller one."""
+    values: dict[tuple[int, str], list[float]] = defaultdict(list)
+    for score in scores:
+        if score.role == "distilled" and score.metric == "pass@1" and "/" not in score.suite:
+            values[score.num_parameters, score.name].append(score.value)
+    if not values:
+        raise DataError("no distilled student is scored yet; run `potstill eval`, or name push.student", where=run_dir)
+    return max(values, key=lambda key: (sum(values[key]) / len(values[key]), -key[0]))[1]
+
+
+def _score_files(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "eval").glob("*/scores.json"))
+
+
+def _scores(run_dir: Path) -> list[ScoreCard]:
+    """Every score of the run; from report/summary.json where the score cards themselves are not here."""
+    cards = []
+    for path in _score_files(run_dir) or [run_dir / "report" / "summary.json"]:
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            entries = tree["models"] if isinstance(tree, dict) else tree
+            cards += [ScoreCard.model_validate(entry) for entry in entries]
+        except FileNotFoundError:
+            continue
+        except (ValueError, TypeError, KeyError, ValidationError) as exc:
+            raise DataError(f"not a file of score cards ({type(exc).__name__})", where=path) from exc
+    return cards
+
+
+def _card(recipe: Recipe, run_dir: Path, folder: Path, scores: list[ScoreCard]) -> tuple[str, StudentConfig, str]:
+
+    from students.publish.card import Lineage, model_card
+    from students.publish.hub import check_repo_name
+
+    try:
+        log = json.loads((folder / "train_log.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise DataError("not a training log; train the student again", where=folder / "train_log.json") from exc
+    student = parse(StudentConfig, log["student"], where=folder / "train_log.json")
+    repo = recipe.push.repo.replace("{student}", student.name)
+    check_repo_name(repo, student)
+    # Its base, its size's control and the teacher stand beside it; families are for the report.
+    beside = {folder.name, f"{student.name}-direct", f"{student.name}-base", student.name}
+    shown = [score for score in scores if "/" not in score.suite and (score.name in beside or score.role == "teacher")]
+    manifest = read_manifest(folder)
+    lineage = Lineage(
+        recipe=recipe.name,
+        teacher=_teacher(recipe),
+        problems="; ".join(_problems(recipe)),
+        funnel=_funnel(run_dir),
+        hashes=_hashes(run_dir, folder),
+        versions={key: value for key, value in (manifest.versions if manifest else {}).items() if value[:1].isdigit()},
+    )
+    return model_card(repo, student, log, shown, lineage), student, repo
+
+
+def _shown(config: dict[str, Any], folder: Path, card: str, *, private: bool) -> StageManifest:
+    from students.publish.hub import tree
+
+    files = tree(folder, card)
+    counts = {"repo": config["repo"], "private": private, "files": len(files), "bytes": sum(files.values())}
+    return StageManifest(
+        stage="push",
+        fingerprint="dry run",
+        inputs={},
+        config=config,
+        outputs={},
+        versions={},
+        counts={**counts, "tree": files, "card": card},
+        seconds=0,
+        peak_rss_bytes=0,
+    )
+
+
+def _teacher(recipe: Recipe) -> str:
+    return recipe.teacher.model
+
+
+def _problems(recipe: Recipe) -> list[str]:
+    lines = []
+    for source in recipe.problems:
+        if source.kind == "reasoning_gym":
+            lines.append(f"reasoning-gym, {source.count:,} problems, seed {source.seed}, split {source.split}")
+        elif source.kind == "local":
+            lines.append(f"`{Path(source.path).name}`")
+        else:
+            lines.append(f"`{source.repo}` at `{source.revision}`, split {source.split}")
+    return lines
+
+
+def _funnel(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "curate" / "funnel.json"
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
+    except (OSError, ValueError) as exc:
+        raise DataError("not a funnel of curation", where=path) from exc
+
+
+def _hashes(run_dir: Path, folder: Path) -> dict[str, str]:
+    """What the student's manifest read (base, examples) and what stands behind that (teacher, traces)."""
+    student, generated = read_manifest(folder), read_manifest(run_dir / "generate")
+    hashes = dict(student.inputs) if student else {}
+    if student:
+        hashes |= {name: digest for name, digest in student.outputs.items() if name.endswith(".safetensors")}
+    if generated:
+        hashes |= {"teacher": generated.inputs["teacher"]} if "teacher" in generated.inputs else {}
+        hashes |= {name: digest for name, digest in generated.outputs.items() if name == "traces.parquet"}
+    return hashes

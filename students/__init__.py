@@ -1,0 +1,1 @@
+"""Bases become students: the zoo, supervised fine-tuning, publishing."""

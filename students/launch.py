@@ -1,0 +1,44 @@
+"""One student on several GPUs or nodes: what `accelerate launch` starts, one process a GPU.
+
+    accelerate launch --config_file students/accelerate/fsdp2.yaml -m students.launch \\
+        --student r1-distill-qwen-7b --examples runs/r1/curate/examples.parquet \\
+        --out runs/r1/distill/r1-distill-qwen-7b-distilled
+
+`potstill distill` finds the finished folder afterwards and does not train it again. Exit codes as everywhere: 2 for
+what was given, 3 for the environment, 4 for a training failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+from distill.errors import PotstillError
+from students.sft import train_student
+from students.zoo import find_student
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="students.launch", description="Train one student under accelerate launch.")
+    parser.add_argument("--student", required=True, help="name in the zoo, or path of a student file")
+    parser.add_argument("--examples", required=True, help="Parquet file of examples")
+    parser.add_argument("--out", required=True, help="checkpoint folder to write")
+    parser.add_argument("--method", choices=("distilled", "direct"), default="distilled")
+    parser.add_argument("--seed", type=int, default=17)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override of an sft setting")
+    options = parser.parse_args(argv)
+    overrides = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in options.set)}
+    try:
+        student = find_student(options.student, overrides)
+        train_student(student, options.examples, options.method, options.out, seed=options.seed)
+    except PotstillError as exc:
+        sys.stderr.write(f"{exc}\n")
+        return exc.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""The checks before money is spent: what can be seen to be wrong with a student before a step is trained.
+
+Each check is named and says in one line what it found. `train_student` runs them and stops at the first error;
+`potstill doctor` prints them all. They come from what is known to go wrong silently: EOS masked because padding is the
+same token, another end of turn in the template than in the tokenizer, reasoning that the template deletes, `<think>`
+prefilled on one side alone, examples cut at `max_length`, token ids past the embedding, positions past the rope.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tokenizers import Tokenizer as RawTokenizer
+from transformers import PreTrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from distill.errors import CheckpointError, DataError, UserInputError
+from distill.progress import silent
+from distill.recipe import StudentConfig
+from students import bases
+from students.bases import Method
+from students.tokens import THINK, Fault, TokenCounts, render, render_prompt, write_tokens
+
+PROBE_TEXT = "What is 12 * 34?\n 7 mod 3 = 1\n\nBase-16: ff, x^2 + 5 = 41 \\boxed{6}"
+PROBE_QUESTION = "What is 2 + 3?"
+PROBE = {"distilled": f"{THINK}2 + 3 = 5\n</think>\n\n\\boxed{{5}}", "direct": "\\boxed{5}"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check's outcome. `about` tells whose fault an error is: the checkpoint's or the examples'."""
+
+    check: str
+    state: Literal["ok", "error"]
+    text: str
+    about: Literal["checkpoint", "examples"] = "checkpoint"
+
+
+def preflight(student: StudentConfig, method: Method, examples_path: Path | None = None) -> list[Finding]:
+    """All checks of one student, for `potstill doctor`: errors are findings here, but a base that is broken raises."""
+    folder = bases.resolve_base(student)
+    bases.check_folder(folder)
+    config = bases.open_config(folder)
+    tokenizer = bases.open_tokenizer(student, method, folder)
+    findings = check_student(student, method, config, tokenizer)
+    if examples_path is not None and all(finding.state == "ok" for finding in findings):
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "tokens.arrow"
+            counts = write_tokens(examples_path, tokenizer, student.sft.max_length, out, silent())
+        findings += check_counts(counts, student.sft.max_length)
+    return findings
+
+
+def check_student(
+    student: StudentConfig, method: Method, config: PreTrainedConfig, tokenizer: Tokenizer
+) -> list[Finding]:
+    """What tokenizer, template and config say by themselves."""
+    findings = [_architecture(student, config), _tokenizer_identity(tokenizer), _padding(tokenizer)]
+    findings.append(_chat_template(tokenizer))
+    if findings[-1].state == "ok":
+        findings += [_think_prefill(tokenizer, method), _training_text(tokenizer, method)]
+    return [*findings, _vocabulary(config, tokenizer), _positions(student, config)]
+
+
+def check_counts(counts: TokenCounts, max_length: int) -> list[Finding]:
+    """What the examples' tokens say."""
+
+    def finding(check: str, fault: Fault, what: str, fine: str) -> Finding:
+        if not fault.count:
+            return Finding(check, "ok", fine, "examples")
+        text = f"{fault.count} of {counts.num_examples} examples {what} (first: {fault.first})"
+        return Finding(check, "error", text, "examples")
+
+    present = Finding("examples", "ok", f"{counts.num_examples} examples, {counts.num_tokens} tokens", "examples")
+    if not counts.num_examples:
+        present = Finding("examples", "error", "no examples to train on", "examples")
+    longer = f"are longer than sft.max_length={max_length}; raise it or filter them, nothing is cut"
+    return [
+        present,
+        finding("truncation", counts.too_long, longer, f"longest {counts.longest} of {max_length} tokens"),
+        finding("empty_text", counts.empty, "are empty", "no empty question or completion"),
+        finding(
+            "unknown_text", counts.unknown, "cannot be written by the tokenizer", "all text comes back from its tokens"
+        ),
+    ]
+
+
+def stop_on_error(findings: Iterable[Finding], *, base: Path, examples_path: Path) -> None:
+    """Raise the first error: CheckpointError naming the base, or DataError naming the file of examples."""
+    for finding in findings:
+        if finding.state == "error":
+            kind: type[UserInputError] = DataError if finding.about == "examples" else CheckpointError
+            where = examples_path if finding.about == "examples" else base
+            raise kind(finding.text, where=where, field=finding.check)
+
+
+def _architecture(student: StudentConfig, config: PreTrainedConfig) -> Finding:
+    if config.model_type != student.architecture:
+        text = f"the student says {student.architecture}, config.json says {config.model_type}"
+        return Finding("architecture", "error", text)
+    return Finding("architecture", "ok", str(config.model_type))
+
+
+def _tokenizer_identity(tokenizer: Tokenizer) -> Finding:
+    """transformers makes a Qwen2Tokenizer, with Qwen's pre-tokenizer, of whatever lies beside a `qwen2` config."""
+    file = Path(str(tokenizer.name_or_path)) / "tokenizer.json"
+    if not file.is_file():
+        return Finding("tokenizer_identity", "ok", "no tokenizer.json to compare with")
+    by_file = RawTokenizer.from_file(str(file)).encode(PROBE_TEXT, add_special_tokens=False).ids
+    if tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"] != by_file:
+        text = f"AutoTokenizer reads tokenizer.json as a {type(tokenizer).__name__}, which splits text another way"
+        return Finding("tokenizer_identity", "error", text)
+    return Finding("tokenizer_identity", "ok", f"{type(tokenizer).__name__} splits text as tokenizer.json does")
+
+
+def _padding(tokenizer: Tokenizer) -> Finding:
+    if tokenizer.eos_token_id is None:
+        return Finding("padding", "error", "the tokenizer has no EOS token; name one with eos_token")
+    if tokenizer.pad_token_id is None:
+        return Finding("padding", "error", "the tokenizer has no padding token, and none of the reserved ones")
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        text = f"padding is the EOS token {tokenizer.eos_token!r}: masking one masks the other, generation never stops"
+        return Finding("padding", "error", text)
+    return Finding("padding", "ok", f"pad {tokenizer.pad_token!r} is not EOS {tokenizer.eos_token!r}")
+
+
+def _chat_template(tokenizer: Tokenizer) -> Finding:
+    if tokenizer.chat_template is None:
+        return Finding("chat_template", "error", "the base has no chat template and the student names none")
+    try:
+        render_prompt(tokenizer, PROBE_QUESTION)
+    except Exception as exc:  # noqa: BLE001 - a template is a program of somebody else's: anything may come out of it
+        return Finding("chat_template", "error", f"cannot be rendered ({type(exc).__name__}: {exc})")
+    return Finding("chat_template", "ok", "renders a generation prompt")
+
+
+def _think_prefill(tokenizer: Tokenizer, method: Method) -> Finding:
+    prefilled = render_prompt(tokenizer, PROBE_QUESTION).endswith(THINK)
+    if method == "distilled" and not prefilled:
+        text = "the generation prompt does not open <think>: the student would answer without reasoning"
+        return Finding("think_prefill", "error", text)
+    if method == "direct" and "<think>" in render_prompt(tokenizer, PROBE_QUESTION):
+        text = "the base's template opens <think>, but the bare answers have no reasoning to close"
+        return Finding("think_prefill", "error", text)
+    return Finding("think_prefill", "ok", "opens <think>" if prefilled else "plain")
+
+
+def _training_text(tokenizer: Tokenizer, method: Method) -> Finding:
+    try:
+        render(tokenizer, PROBE_QUESTION, PROBE[method])
+    except CheckpointError as exc:
+        return Finding("training_text", "error", str(exc))
+    return Finding("training_text", "ok", f"inference prompt is a prefix, ends with {tokenizer.eos_token!r}")
+
+
+def _vocabulary(config: PreTrainedConfig, tokenizer: Tokenizer) -> Finding:
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= config.vocab_size:
+        text = f"the tokenizer's highest token is {highest}, the embedding has {config.vocab_size} rows"
+        return Finding("vocabulary", "error", text)
+    return Finding("vocabulary", "ok", f"{highest + 1} tokens in {config.vocab_size} rows")
+
+
+def _positions(student: StudentConfig, config: PreTrainedConfig) -> Finding:
+    positions, length = config.max_position_embeddings, student.sft.max_length
+    if length > positions and student.sft.rope_theta is None:
+        text = f"sft.max_length={length} is past the base's {positions} positions; set sft.rope_theta or shorten it"
+        return Finding("positions", "error", text)
+    if length > positions:
+        return Finding("positions", "ok", f"{positions} raised to {length} with rope theta {student.sft.rope_theta:g}")
+    return Finding("positions", "ok", f"{length} of {positions}")

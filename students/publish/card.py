@@ -1,0 +1,146 @@
+"""The model card: where a student comes from, how it was made, what it scores, what its licence asks.
+
+The text is written from what the run left behind (training log, manifests, score cards), never by hand, so that every
+figure can be walked back. Front matter is huggingface_hub's `ModelCardData`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from distill.recipe import StudentConfig
+from distill.records import ScoreCard
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What a student was made of. Hashes are SHA-256 of files and folders, as the stages' manifests have them."""
+
+    recipe: str
+    teacher: str
+    problems: str
+    funnel: Sequence[Mapping[str, Any]] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def model_card(
+    repo: str, student: StudentConfig, log: Mapping[str, Any], scores: Sequence[ScoreCard], lineage: Lineage
+) -> str:
+    """README.md of one student. `log` is its train_log.json; `scores` are suite totals, its own and those beside it."""
+    name = f"{student.name}-{log['method']}"
+    front = card_data(repo, student, [score for score in scores if score.name == name]).to_yaml()
+    return "\n".join(
+        [
+            f"---\n{front}\n---\n",
+            f"# {repo.rpartition('/')[2]}\n",
+            _summary(student, log, lineage),
+            "## Scores\n",
+            _scores(scores, name),
+            "## Lineage\n",
+            _lineage(student, lineage),
+            "## Training\n",
+            _training(student, log, lineage),
+            "## Licence\n",
+            _licence(student),
+        ]
+    )
+
+
+def card_data(repo: str, student: StudentConfig, scores: Sequence[ScoreCard]) -> ModelCardData:
+    """The YAML front matter: licence, base model, tags, and one evaluation result a suite and metric."""
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=score.suite,
+            dataset_name=score.suite,
+            metric_type=score.metric,
+            metric_name=score.metric,
+            metric_value=round(100 * score.value, 2),
+        )
+        for score in scores
+    ]
+    on_hub = student.base.count("/") == 1 and not student.base.startswith((".", "/", "~"))
+    return ModelCardData(
+        license=student.licence,
+        language="en",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=student.base if on_hub else None,
+        tags=["potstill", "distillation", "reasoning", "sft"],
+        model_name=repo.rpartition("/")[2],
+        eval_results=results or None,
+    )
+
+
+def _summary(student: StudentConfig, log: Mapping[str, Any], lineage: Lineage) -> str:
+    opening = (
+        f"A {student.num_parameters:,}-parameter {student.architecture} model, fine-tuned from `{student.base}` on"
+    )
+    if log["method"] == "direct":
+        return f"{opening} {log['num_examples']:,} bare answers: the control that shows what reasoning adds.\n"
+    return (
+        f"{opening} {log['num_examples']:,} verified worked solutions of the reasoning teacher `{lineage.teacher}`, "
+        f"with potstill's recipe `{lineage.recipe}`.\n\n"
+        "The chat template opens the reasoning (`<think>`) itself; the answer stands in the last `\\boxed{}` after "
+        "`</think>`. Sample at temperature 0.6 and top-p 0.95, without a system prompt.\n"
+    )
+
+
+def _scores(scores: Sequence[ScoreCard], name: str) -> str:
+    if not scores:
+        return "Not scored yet.\n"
+    rows = ["| model | suite | metric | score | 95% interval | questions x samples |", "|---|---|---|---|---|---|"]
+    for score in sorted(scores, key=lambda score: (score.name != name, score.suite, -score.value)):
+        bold = "**" if score.name == name else ""
+        low, high = (100 * bound for bound in score.ci95)
+        rows.append(
+            f"| {bold}{score.name}{bold} ({score.role}) | {score.suite} | {score.metric} | {100 * score.value:.1f} | "
+            f"{low:.1f} to {high:.1f} | {score.num_questions} x {score.num_samples} |"
+        )
+    return "\n".join(rows) + "\n\nStandard errors are clustered by question.\n"
+
+
+def _lineage(student: StudentConfig, lineage: Lineage) -> str:
+    lines = [
+        f"1. Base: `{student.base}` at revision `{student.revision}`",
+        f"2. Teacher: `{lineage.teacher}`",
+        f"3. Problems: {lineage.problems}",
+    ]
+    if lineage.funnel:
+        steps = " -> ".join(f"{step['filter']} {step['out']:,}" for step in lineage.funnel)
+        lines.append(f"4. Traces: {lineage.funnel[0]['in']:,} -> {steps}")
+    if lineage.hashes:
+        lines += ["", "| what | SHA-256 |", "|---|---|"]
+        lines += [f"| {what} | `{digest}` |" for what, digest in lineage.hashes.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _training(student: StudentConfig, log: Mapping[str, Any], lineage: Lineage) -> str:
+    sft = student.sft
+    schedule = f"{sft.scheduler} to {sft.min_lr_ratio:g} of the peak, warm-up {sft.warmup_ratio:g}"
+    learned = f"{log['num_completion_tokens']:,} learned"
+    rows = {
+        "method": "supervised fine-tuning (TRL), loss on the completion only",
+        "learning rate": f"{sft.lr:g}, {schedule}",
+        "epochs, batch": f"{sft.num_epochs:g}, {sft.batch_size} examples",
+        "longest example": f"{sft.max_length:,} tokens at most; nothing was cut",
+        "examples, tokens": f"{log['num_examples']:,}, {log['num_tokens']:,} ({learned})",
+        "steps, seed": f"{log['num_steps']:,}, {log['seed']}",
+        "seconds, tokens a second": f"{log['seconds']:,.1f}, {log['tokens_per_s']:,.0f}",
+        "weights": sft.dtype,
+        "loss, first and last step": f"{log['steps'][0]['loss']:.4f}, {log['steps'][-1]['loss']:.4f}",
+        "made with": ", ".join(f"{name} {version}" for name, version in lineage.versions.items()),
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]) + "\n"
+
+
+def _licence(student: StudentConfig) -> str:
+    text = f"The weights derive from `{student.base}` and stand under its licence, `{student.licence}`.\n"
+    if student.licence.startswith("llama"):
+        text += "\nBuilt with Llama. Use is subject to Meta's community licence and acceptable use policy.\n"
+    return text

@@ -1,0 +1,37 @@
+"""The students there are: one YAML file each, read by `distill.recipe.load_student`.
+
+Six R1-Distill students on Qwen2.5 and Llama 3 (bases and settings of DeepSeek-R1, arXiv 2501.12948) and four pico
+students on bases that this project bundles. A student of one's own is a file of the same form, named by its path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill.errors import RecipeError, nearest
+from distill.recipe import StudentConfig, load_student
+
+ZOO = Path(__file__).parent
+
+
+def list_students() -> list[StudentConfig]:
+    """Every student of the zoo, smallest first."""
+    students = [load_student(path) for path in ZOO.glob("*.yaml")]
+    return sorted(students, key=lambda student: (student.num_parameters, student.name))
+
+
+def find_student(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> StudentConfig:
+    """A student by its name in the zoo, or by the path of a student file; `overrides` are laid over its `sft` settings.
+
+    Raises RecipeError for a name that is not in the zoo (naming the nearest), and for a file that does not validate.
+    """
+    text = str(name_or_path)
+    bundled = ZOO / f"{text}.yaml"
+    if "/" not in text and bundled.is_file():
+        return load_student(bundled, overrides)
+    if "/" in text or text.endswith((".yaml", ".yml")):
+        return load_student(Path(text), overrides)
+    known = (path.stem for path in ZOO.glob("*.yaml"))
+    raise RecipeError(f"no student {text!r} in the zoo; {nearest(text, known)}", where="students/zoo")

@@ -1,0 +1,1 @@
+"""The mixture-of-experts teacher: DeepSeek-V3's architecture, its training, its checkpoints, its backends."""

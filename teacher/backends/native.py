@@ -1,0 +1,141 @@
+"""The native backend: this project's engine in this process, on the GPU where there is one.
+
+The prompt is the folder's own chat template with generation prompt. Where that opens the reasoning (`<think>` and a
+line break), the completion's text gets it back in front, so that every trace begins alike whatever the backend.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from distill.errors import CheckpointError, DataError
+from distill.manifest import hash_file
+from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest, content_id
+from teacher.backends.workers import generate_in_workers
+from teacher.model.checkpoint import count_parameters, load_checkpoint, read_config, weight_files
+from teacher.serve.engine import Engine
+from teacher.serve.sequence import Sequence
+
+THINK = "<think>\n"
+# Part of every sample's key. Raise it when the same weights, request and seed would give another text.
+ENGINE_VERSION = "1"
+# Models up to this size generate in one process a core, each with a copy of the weights (FP32: 0.4 GB).
+_WORKER_PARAMETERS = 100_000_000
+_TEMPLATE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+def open_native(folder: Path, *, batch_size: int) -> NativeBackend:
+    """Load a checkpoint folder. Raises CheckpointError for anything wrong with weights, config or tokenizer."""
+    config = read_config(folder)
+    tokenizer = _load_tokenizer(folder)
+    if len(tokenizer) > config.vocab_size:
+        message = f"has {len(tokenizer)} tokens, more than config.json's vocab_size {config.vocab_size}"
+        raise CheckpointError(message, where=folder / "tokenizer.json")
+    eos_token_ids = _eos_token_ids(folder) or config.eos_token_ids
+    if not eos_token_ids:
+        raise CheckpointError("required, but not given", where=folder / "config.json", field="eos_token_id")
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model = load_checkpoint(folder, dtype).to(device)
+    small = device == "cpu" and count_parameters(config).total <= _WORKER_PARAMETERS
+    engine = Engine(model, batch_size=batch_size, eos_token_ids=eos_token_ids)
+    return NativeBackend(folder, tokenizer, engine, max_workers=torch.get_num_threads() if small else 1)
+
+
+class NativeBackend:
+    """A `Teacher` over one engine."""
+
+    def __init__(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, engine: Engine, *, max_workers: int = 1
+    ) -> None:
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.engine = engine
+        self.max_workers = max_workers
+
+    @cached_property
+    def identity(self) -> TeacherIdentity:
+        weights = [self.folder / "config.json", *weight_files(self.folder)]
+        template = [path for name in _TEMPLATE_FILES if (path := self.folder / name).exists()]
+        return TeacherIdentity(
+            name=self.folder.resolve().name,
+            weights=content_id([[path.name, hash_file(path)] for path in weights]),
+            template=content_id([[path.name, hash_file(path)] for path in template]),
+            backend="native",
+            backend_version=ENGINE_VERSION,
+        )
+
+    def generate(self, requests: Many[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
+        """Yield a completion a request, each as soon as it is finished. Raises DataError for a prompt too long."""
+        prefixes: dict[int, str] = {}
+        sequences = []
+        for number, request in enumerate(requests):
+            prompt = self._render(request.problem.prompt)
+            prefixes[number] = THINK if prompt.endswith(THINK) else ""
+            prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=False)
+            if len(prompt_ids) >= self.engine.max_positions:
+                message = f"has {len(prompt_ids)} tokens; the model takes {self.engine.max_positions - 1}"
+                raise DataError(message, where=request.problem.source, field=f"prompt {request.problem.prompt[:40]!r}")
+            seed = request.seed(sampling)
+            sequences.append(Sequence(number, prompt_ids, max_tokens=sampling.max_tokens, seed=seed))
+        for done in self._finished(sequences, sampling):
+            written = done.generated_ids[:-1] if done.finish_reason == "stop" else done.generated_ids
+            text = self.tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            yield Completion(
+                request=requests[done.key],
+                text=prefixes[done.key] + text,
+                finish_reason=done.finish_reason,
+                num_prompt_tokens=len(done.prompt_ids),
+                num_tokens=len(done.generated_ids),
+            )
+
+    def _finished(self, sequences: list[Sequence[int]], sampling: Sampling) -> Iterator[Sequence[int]]:
+        draw = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        # A worker for every full batch: fewer requests than that are not worth starting processes for.
+        num_workers = min(self.max_workers, len(sequences) // self.engine.batch_size)
+        if num_workers < 2:
+            return self.engine.run(sequences, **draw)
+        limits = {"batch_size": self.engine.batch_size, "eos_token_ids": self.engine.eos_token_ids}
+        return generate_in_workers(self.folder, sequences, num_workers=num_workers, **limits, **draw)
+
+    def close(self) -> None:
+        """Free weights and cache; the teacher cannot be used afterwards."""
+        del self.engine
+
+    def _render(self, question: str) -> str:
+        message = [{"role": "user", "content": question}]
+        return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise CheckpointError("no such file", where=path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as exc:
+        raise CheckpointError(f"is not a usable tokenizer: {exc}", where=path) from exc
+    if not tokenizer.chat_template:
+        raise CheckpointError("no chat template", where=folder / "chat_template.jinja")
+    return tokenizer
+
+
+def _eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json; empty where there is none."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return ()
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (UnicodeDecodeError, ValueError, AttributeError) as exc:
+        raise CheckpointError(f"is not a JSON object: {exc}", where=path) from exc
+    tokens = value if isinstance(value, list) else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens if token is not None):
+        raise CheckpointError(f"must be token ids, got {value!r}", where=path, field="eos_token_id")
+    return tuple(token for token in tokens if token is not None)

@@ -1,0 +1,122 @@
+"""One engine a core: small models generate in worker processes, each with one thread of arithmetic.
+
+A decode step of a small model is hundreds of products of a few microseconds; threads inside one spend their time
+waiting for each other (and come to a standstill where cores are shared), while processes do not meet at all. A worker
+is this module run as a program: it reads one job from its standard input and writes each finished sequence as a line.
+It ends by itself when its reader is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from distill.errors import EnvironmentFault
+from teacher.serve.sequence import Sequence
+
+
+def generate_in_workers(
+    folder: Path,
+    sequences: list[Sequence[int]],
+    *,
+    num_workers: int,
+    batch_size: int,
+    eos_token_ids: frozenset[int],
+    temperature: float,
+    top_p: float,
+) -> Iterator[Sequence[int]]:
+    """Yield the sequences, finished, in the order in which that happens. Raises EnvironmentFault if a worker dies.
+
+    Abandoning the iterator ends the workers.
+    """
+    by_key = {sequence.key: sequence for sequence in sequences}
+    settings = {"folder": str(folder.resolve()), "batch_size": batch_size, "eos_token_ids": sorted(eos_token_ids)}
+    settings |= {"temperature": temperature, "top_p": top_p}
+    lines: queue.SimpleQueue[tuple[_Worker, str | None]] = queue.SimpleQueue()
+    with contextlib.ExitStack() as stack:
+        for number in range(num_workers):
+            share = [[s.key, list(s.prompt_ids), s.max_tokens, s.seed] for s in sequences[number::num_workers]]
+            stack.enter_context(_Worker(json.dumps(settings | {"sequences": share}), lines))
+        running = num_workers
+        while running:
+            worker, line = lines.get()
+            if line is None:
+                worker.check()
+                running -= 1
+                continue
+            key, generated_ids, finish_reason = json.loads(line)
+            sequence = by_key.pop(key)
+            sequence.generated_ids, sequence.finish_reason = generated_ids, finish_reason
+            yield sequence
+    if by_key:
+        raise EnvironmentFault(f"{len(by_key)} sequences did not come back", where="generation worker")
+
+
+class _Worker:
+    """A running worker; its lines go to `lines`, followed by None."""
+
+    def __init__(self, job: str, lines: queue.SimpleQueue[tuple[_Worker, str | None]]) -> None:
+        self._job = job
+        self._lines = lines
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+
+    def __enter__(self) -> _Worker:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-m", "teacher.backends.workers"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
+        self._process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        threading.Thread(target=self._pump, args=(self._process.stdin, self._process.stdout), daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._stderr.close()
+
+    def check(self) -> None:
+        """Raise EnvironmentFault unless the worker ended well."""
+        status = self._process.wait()
+        if status:
+            self._stderr.seek(0)
+            last = self._stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
+            message = f"ended with status {status}: {last[-300:] or 'killed; is there enough memory?'}"
+            raise EnvironmentFault(message, where="generation worker")
+
+    def _pump(self, stdin: IO[str], stdout: IO[str]) -> None:
+        with contextlib.suppress(OSError):  # a worker that dies early closes its end: check() says so
+            stdin.write(self._job)
+            stdin.close()
+        for line in stdout:
+            self._lines.put((self, line))
+        self._lines.put((self, None))
+
+
+def _work(job: dict[str, Any], output: IO[str]) -> None:
+    import torch
+
+    from teacher.model.checkpoint import load_checkpoint
+    from teacher.serve.engine import Engine
+
+    torch.set_num_threads(1)
+    model = load_checkpoint(job["folder"])
+    engine = Engine(model, batch_size=job["batch_size"], eos_token_ids=job["eos_token_ids"])
+    sequences = [Sequence(key, ids, max_tokens, seed) for key, ids, max_tokens, seed in job["sequences"]]
+    for done in engine.run(sequences, temperature=job["temperature"], top_p=job["top_p"]):
+        output.write(json.dumps([done.key, done.generated_ids, done.finish_reason]) + "\n")
+        output.flush()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
+        _work(json.load(sys.stdin), sys.stdout)
+    # Nothing is left to flush; skips the interpreter's complaint about a closed pipe.
+    sys.stderr.close()

@@ -1,0 +1,85 @@
+"""Between the model's tensors and a Hugging Face checkpoint's: which names exist, their shapes, and the way across.
+
+In memory an MoE layer's experts are stacked; in a checkpoint each has three matrices. The MTP module's embedding and
+head are the main model's; a checkpoint holds copies of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from teacher.model.config import DeepseekV3Config
+from teacher.model.transformer import DeepseekV3
+
+Shape = tuple[int, ...]
+
+
+class Place(NamedTuple):
+    """Where a checkpoint tensor lives in the model: a state_dict entry, and the part of it (None: all of it)."""
+
+    entry: str
+    expert: int | None = None
+    rows: slice = slice(None)
+
+
+def empty_model(config: DeepseekV3Config) -> DeepseekV3:
+    """The model without storage for its weights (meta device)."""
+    with torch.device("meta"):
+        return DeepseekV3(config)
+
+
+def places(config: DeepseekV3Config, entries: dict[str, Shape]) -> dict[str, tuple[Place, Shape]]:
+    """Every tensor that a checkpoint must hold -> (its place, its shape), in the order of the layers."""
+    inner = config.moe_intermediate_size
+    result: dict[str, tuple[Place, Shape]] = {}
+    for entry, shape in entries.items():
+        if entry.endswith("experts.gate_up_proj"):
+            stem = entry.removesuffix("gate_up_proj")
+            for expert in range(shape[0]):
+                half = (inner, shape[2])
+                result[f"{stem}{expert}.gate_proj.weight"] = Place(entry, expert, slice(0, inner)), half
+                result[f"{stem}{expert}.up_proj.weight"] = Place(entry, expert, slice(inner, 2 * inner)), half
+        elif entry.endswith("experts.down_proj"):
+            stem = entry.removesuffix("down_proj")
+            for expert in range(shape[0]):
+                result[f"{stem}{expert}.down_proj.weight"] = Place(entry, expert), shape[1:]
+        else:
+            result[entry] = Place(entry), shape
+    return result
+
+
+def mtp_copies(config: DeepseekV3Config) -> dict[str, str]:
+    """The MTP module's shared tensors: their name in a checkpoint -> the main model's tensor that they repeat."""
+    return {
+        f"model.layers.{layer}.{name}": original
+        for layer in range(config.num_hidden_layers, config.num_layers)
+        for name, original in (
+            ("embed_tokens.weight", "model.embed_tokens.weight"),
+            ("shared_head.head.weight", "lm_head.weight"),
+        )
+    }
+
+
+def is_quantised(name: str, shape: Shape) -> bool:
+    """Whether V3's FP8 format quantises this tensor: the projections, not embedding, head, router, norms, eh_proj."""
+    kept = ("embed_tokens", "lm_head", "shared_head", "eh_proj", "mlp.gate.", "norm")
+    return len(shape) == 2 and not any(part in name for part in kept)
+
+
+def checkpoint_tensors(model: DeepseekV3) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """(checkpoint name, a function that returns the tensor) for every tensor to be written, MTP copies included."""
+    state = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    def part(place: Place) -> Tensor:
+        whole = state[place.entry].detach()
+        return whole if place.expert is None else whole[place.expert][place.rows]
+
+    for name, (place, _) in places(model.config, shapes).items():
+        yield name, lambda place=place: part(place)
+    for name, original in mtp_copies(model.config).items():
+        yield name, lambda original=original: state[original].detach()

@@ -1,0 +1,227 @@
+"""Every fault of a recipe is one line: the file, the field, what is wrong and what is allowed."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.errors import RecipeError
+from distill.recipe import Recipe, load_recipe, load_student
+
+GOOD: dict[str, Any] = {
+    "name": "good",
+    "problems": [
+        {"kind": "reasoning_gym", "families": {"gcd": {}}, "count": 8},
+        {"kind": "local", "path": "p.jsonl"},
+    ],
+    "teacher": {"backend": "native", "model": "teacher/pico"},
+    "distill": {"students": ["a"]},
+    "eval": {"held_out": {"families": {"gcd": {}}, "count": 9, "split": "held_out"}},
+}
+STUDENT = {
+    "name": "s",
+    "base": "b",
+    "architecture": "qwen2",
+    "num_parameters": 5,
+    "licence": "MIT",
+    "sft": {"lr": "4e-5", "num_epochs": 2},
+}
+
+
+def written(folder: Path, tree: Any, name: str = "r.yaml") -> Path:
+    path = folder / name
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+    return path
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """GOOD with one dotted place set, or taken away where the value is None."""
+    tree = copy.deepcopy(GOOD)
+    *parents, last = path.split(".")
+    node: Any = tree
+    for name in parents:
+        node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
+    if value is None:
+        del node[last]
+    else:
+        node[last] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("nmae", "x", r"nmae: unknown key; did you mean 'name'\?"),
+        ("generate.num_sample", 2, r"generate\.num_sample: unknown key; did you mean 'num_samples'\?"),
+        (
+            "generate.sampling.temprature",
+            1,
+            r"generate\.sampling\.temprature: unknown key; did you mean 'temperature'\?",
+        ),
+        ("teacher.batchsize", 2, r"teacher\.native\.batchsize: unknown key; did you mean 'batch_size'\?"),
+        ("problems.0.cuont", 2, r"problems\.0\.reasoning_gym\.cuont: unknown key; did you mean 'count'\?"),
+        ("problems.1.promptfield", "q", r"problems\.1\.local\.promptfield: unknown key; did you mean 'prompt_field'\?"),
+        ("eval.held_out.sede", 2, r"eval\.held_out\.sede: unknown key; did you mean 'seed'\?"),
+        ("curate.zzz", 2, r"curate\.zzz: unknown key; allowed: complete_reasoning, correct_only"),
+        ("name", None, r"name: required, but not given"),
+        ("distill.students", None, r"distill\.students: required, but not given"),
+        ("name", "Bad Name", r"name: String should match pattern .*, got 'Bad Name'"),
+        ("generate.num_samples", 0, r"generate\.num_samples: .*greater than or equal to 1, got 0"),
+        ("generate.num_samples", "four", r"generate\.num_samples: .*valid integer.*, got 'four'"),
+        ("generate.num_samples", 2.5, r"generate\.num_samples: .*got 2\.5"),
+        ("generate.sampling.temperature", -1, r"temperature: .*got -1"),
+        ("generate.sampling.top_p", float("nan"), r"top_p: .*got nan"),
+        ("verify.timeout_s", float("inf"), r"verify\.timeout_s: .*finite number, got inf"),
+        ("curate.max_repetition", 1.5, r"max_repetition: .*got 1\.5"),
+        ("curate.correct_only", "perhaps", r"correct_only: .*valid boolean.*, got 'perhaps'"),
+        ("teacher.backend", "vlm", r"teacher: .*'native', 'openai'"),
+        ("problems.0.kind", None, r"problems\.0: .*'kind'"),
+        ("problems", [], r"problems: .*at least 1 item"),
+        ("distill.methods", ["distil"], r"distill\.methods\.0: .*'distilled' or 'direct', got 'distil'"),
+        ("eval.held_out", None, r"eval\.held_out: the suite 'pico' needs its problems"),
+        ("eval.held_out.split", "train", r"eval\.held_out\.split: must be 'held_out'"),
+        ("eval", 3, r"eval: .*got 3"),
+    ],
+)
+def test_a_fault_names_file_and_field(tmp_path: Path, path: str, value: Any, says: str) -> None:
+    recipe = written(tmp_path, changed(path, value))
+    with pytest.raises(RecipeError, match=says) as caught:
+        load_recipe(recipe)
+    assert str(caught.value).startswith(f"{recipe}: ")
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: [", r"r\.yaml: not valid YAML"),
+        ("- name", r"r\.yaml: must be a mapping, got list"),
+        ("", r"r\.yaml: must be a mapping, got NoneType"),
+        ("name: a\nname: b\n", r"r\.yaml: not valid YAML: .*'name' is given twice"),
+        ("extends: 3", r"r\.yaml: extends: must be a path, got 3"),
+        ("extends: none.yaml", r"none\.yaml: cannot be read \(No such file"),
+        ("extends: r.yaml", r"r\.yaml: extends: 'r\.yaml' extends this file again"),
+        ("\x00", r"r\.yaml: not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        load_recipe(written(tmp_path, text))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(RecipeError, match="cannot be read"):
+            load_recipe(path)
+    (tmp_path / "latin.yaml").write_bytes(b"name: gr\xfc\xdfe")
+    with pytest.raises(RecipeError, match=r"latin\.yaml: cannot be read"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+def test_two_files_that_extend_each_other_are_named(tmp_path: Path) -> None:
+    written(tmp_path, {"extends": "b.yaml"}, "a.yaml")
+    written(tmp_path, {"extends": "a.yaml"}, "b.yaml")
+    with pytest.raises(RecipeError, match="extends this file again"):
+        load_recipe(tmp_path / "a.yaml")
+
+
+def test_a_child_changes_what_it_names_and_inherits_the_rest(tmp_path: Path) -> None:
+    written(tmp_path, changed("generate.sampling", {"seed": 5, "top_p": 0.5}), "parent.yaml")
+    child = {
+        "extends": "parent.yaml",
+        "name": "child",
+        "generate": {"sampling": {"top_p": 0.9}},
+        "problems": [GOOD["problems"][1]],
+    }
+    recipe = load_recipe(written(tmp_path, child))
+    assert recipe.name == "child"
+    assert (recipe.generate.sampling.seed, recipe.generate.sampling.top_p) == (5, 0.9)
+    assert len(recipe.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("generate.num_samples=16", lambda r: r.generate.num_samples, 16),
+        ("generate.sampling.temperature=0", lambda r: r.generate.sampling.temperature, 0),
+        ("problems.0.count=77", lambda r: r.problems[0].count, 77),
+        ("distill.students=[x, y]", lambda r: r.distill.students, ("x", "y")),
+        ("distill.students.0=z", lambda r: r.distill.students, ("z",)),
+        ("distill.overrides.lr=4e-5", lambda r: r.distill.overrides, {"lr": "4e-5"}),
+        ("curate.max_repetition=null", lambda r: r.curate.max_repetition, None),
+        ("push.repo=a=b", lambda r: r.push.repo, "a=b"),
+    ],
+)
+def test_overrides(tmp_path: Path, override: str, read: Any, value: Any) -> None:
+    assert read(load_recipe(written(tmp_path, GOOD), [override])) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("generate.num_samples", r"--set: must be a\.b=value, got 'generate\.num_samples'"),
+        ("=3", r"--set: must be a\.b=value"),
+        ("name.x=3", r"--set: name\.x: goes through a plain value"),
+        ("problems.7.count=3", r"--set: problems\.7\.count: index '7' is not in 0\.\.1"),
+        ("problems.x=3", r"--set: problems\.x: index 'x' is not in 0\.\.1"),
+        ("name=[", r"--set: name: '\[' is not valid YAML"),
+        ("generate.num_sample=3", r"generate\.num_sample: unknown key; did you mean 'num_samples'"),
+        ("generate.num_samples=many", r"generate\.num_samples: .*got 'many'"),
+    ],
+)
+def test_bad_overrides_are_named(tmp_path: Path, override: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        load_recipe(written(tmp_path, GOOD), [override])
+
+
+def test_students_take_numbers_as_texts_and_overrides_are_checked(tmp_path: Path) -> None:
+    path = written(tmp_path, STUDENT, "s.yaml")
+    assert load_student(path).sft.lr == 4e-5
+    assert load_student(path, {"num_epochs": 7}).sft.num_epochs == 7
+    with pytest.raises(RecipeError, match=r"s\.yaml: sft\.num_epoch: unknown key; did you mean 'num_epochs'\?"):
+        load_student(path, {"num_epoch": 7})
+    with pytest.raises(RecipeError, match=r"s\.yaml: sft\.lr: .*less than 1, got 3"):
+        load_student(path, {"lr": 3})
+
+
+def test_a_resolved_recipe_reads_as_itself(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, GOOD))
+    again = load_recipe(written(tmp_path, recipe.model_dump(mode="json"), "again.yaml"))
+    assert again == recipe
+
+
+KEYS = st.sampled_from(["name", "problems", "teacher", "generate", "eval", "distill", "kind", "x", "held_out", "0"])
+TREES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["native", "local"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.integers(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(KEYS, TREES, max_size=6))
+def test_no_tree_whatever_ends_in_anything_but_one_line(
+    tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]
+) -> None:
+    path = written(tmp_path_factory.getbasetemp(), yaml.safe_dump({**GOOD, **tree}), "any.yaml")
+    try:
+        recipe = load_recipe(path)
+    except RecipeError as exc:
+        message = str(exc)
+    else:
+        message = str(path)
+        assert isinstance(recipe, Recipe)
+    assert message.startswith(str(path))
+    assert "\n" not in message

@@ -1,0 +1,110 @@
+"""A finished run with plausible random scores, for the report: the files that the stages leave, nothing trained."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from distill.manifest import MANIFEST, run_stage
+from distill.recipe import VerifyConfig
+from distill.records import ScoreCard
+from eval.harness import SAMPLES, SCORES, Subject, _write_rows, score_rows
+
+FAMILIES = [
+    "base_conversion",
+    "chain_sum",
+    "count_bits",
+    "gcd",
+    "lcm",
+    "letter_counting",
+    "number_sorting",
+    "polynomial",
+    "products",
+    "spell_backward",
+]
+SIZES = {"qwen2-0.2m": 203_168, "qwen2-0.4m": 401_920, "llama-0.4m": 411_264, "qwen2-0.8m": 812_544}
+SKILL = {"base": 0.16, "direct": 0.24, "distilled": 0.62}
+HOSTILE = (
+    "<think>\n<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\n"
+    "</pre></article><svg onload=\"document.title='owned'\"> {{ 7 * 7 }} \u202egnp.exe\x00\x07\n"
+    "</think>\n\n\\boxed{<a href='https://example.com/'>1</a>}"
+)
+
+
+def write_synthetic_run(run_dir: Path, *, questions: int = 24, samples: int = 4, seed: int = 0) -> Path:
+    """`questions` a family. The first question of every family gets hostile text from every distilled student."""
+    rng = random.Random(seed)
+    hard = {(family, q): rng.gauss(0, 0.35) for family in FAMILIES for q in range(questions)}
+    subjects = [Subject("teacher", "teacher", "deepseek_v3", 11_842_560, 5_120_256)]
+    for student, count in SIZES.items():
+        for role in ("base", "direct", "distilled"):
+            subjects.append(Subject(f"{student}-{role}", role, student.partition("-")[0], count, count))
+    for subject in subjects:
+        _write_model(run_dir, subject, hard, samples, rng)
+    _write_stages(run_dir)
+    return run_dir
+
+
+def _skill(subject: Subject, family: str) -> float:
+    if subject.role == "teacher":
+        return 0.97
+    size = {"0.2m": -0.14, "0.4m": 0.0, "0.8m": 0.09}[subject.name.split("-")[1]]
+    return SKILL[subject.role] + size * (subject.role == "distilled") + 0.03 * (FAMILIES.index(family) - 5)
+
+
+def _write_model(run_dir: Path, subject: Subject, hard: dict, samples: int, rng: random.Random) -> list[ScoreCard]:
+    rows = []
+    for (family, question), easier in hard.items():
+        for sample in range(samples):
+            right = rng.random() < _skill(subject, family) + easier * (subject.role != "teacher")
+            answer = str(7 * question + 3)
+            written = answer if right else str(7 * question + 3 + rng.randint(1, 9))
+            thought = "" if subject.role in ("base", "direct") else f"<think>\n7 * {question} = {7 * question}\n"
+            thought += "" if not thought else f"{7 * question} + 3 = {written}\n</think>\n\n"
+            text = f"{thought}\\boxed{{{written}}}"
+            if question == 0 and subject.role == "distilled":
+                text = HOSTILE
+            rows.append(
+                {
+                    "suite": "pico",
+                    "problem_id": f"{family}-{question}",
+                    "family": family,
+                    "sample_index": sample,
+                    "prompt": f"What is 7 * {question} + 3?" if question else f"<b>{family}</b> & what is 7 * 0 + 3?",
+                    "answer": answer,
+                    "text": text,
+                    "finish_reason": "stop",
+                    "num_prompt_tokens": 20,
+                    "num_tokens": len(text),
+                    "verdict": "correct" if right else rng.choice(["wrong", "wrong", "truncated", "unverifiable"]),
+                    "extracted": written,
+                    "detail": "",
+                }
+            )
+    cards = score_rows(rows, subject, "pico")
+    out = run_dir / "eval" / subject.name
+
+    def body() -> dict:
+        _write_rows(rows, out / SAMPLES)
+        (out / SCORES).write_text(json.dumps([card.model_dump(mode="json") for card in cards]))
+        return {"samples": len(rows), "identity": {"weights": f"{rng.getrandbits(128):032x}"}}
+
+    run_stage("eval-model", {}, {"name": subject.name}, out, body, [SAMPLES, SCORES])
+    return cards
+
+
+def _write_stages(run_dir: Path) -> None:
+    stages = {"generate": 74.2, "curate": 9.6, "eval": 83.0}
+    stages |= {f"distill/{s}-{m}": 21.0 for s in SIZES for m in ("direct", "distilled")}
+    for name, seconds in stages.items():
+        folder = run_dir / name
+        run_stage(name, {}, {"verify": VerifyConfig().model_dump()}, folder, lambda: {}, [])
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest |= {"seconds": seconds, "peak_rss_bytes": 1_240_000_000}
+        manifest["counts"] = {"held_out": 240, "training_questions": 7_410, "shared_with_training": 0}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+    funnel = [("correct_only", 8192, 7804), ("complete_reasoning", 7804, 7804), ("max_repetition", 7804, 7790)]
+    funnel += [("decontaminate", 7790, 7790), ("deduplicate", 7790, 7410)]
+    steps = [{"filter": name, "in": before, "out": after} for name, before, after in funnel]
+    (run_dir / "curate" / "funnel.json").write_text(json.dumps(steps))

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from eval.charts import short_count
+from eval.compare import compare_run
+from eval.report import duration, visible, write_report
+from tests.eval.synthetic_run import FAMILIES, SIZES, write_synthetic_run
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    """One question a family, so that every trace shown is the hostile one."""
+    run = write_synthetic_run(tmp_path_factory.mktemp("run") / "pico", questions=1, samples=8)
+    write_report(compare_run(run), run / "report", elapsed_s=lambda: 2.0, peak_rss_bytes=3 * 10**8)
+    return run / "report"
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_it_is_one_file_without_script_or_request(report):
+    text = (report / "index.html").read_text()
+    page = Page(text)
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "iframe", "img", "object", "embed", "form"}
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    links = [a[k] for _, a in page.tags for k in ("href", "src", "xlink:href") if k in a]
+    assert all(link.startswith("#") or link == "data:," for link in links)
+    assert not re.search(r"url\((?!#)|@import", text)
+    policy = next(a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+
+
+def test_hostile_text_is_shown_not_run(report):
+    words = "".join(Page((report / "index.html").read_text()).words)
+    for shown in (
+        "<script>document.title='owned'</script>",
+        "{{ 7 * 7 }}",
+        "</pre></article>",
+        "\\u202egnp.exe\\u0000",
+    ):
+        assert shown in words
+    assert "\u202e" not in words
+    assert "<b>base_conversion</b> &" in words
+
+
+def test_figures_and_tables_can_be_read_without_seeing(report):
+    page = Page((report / "index.html").read_text())
+    figures = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(figures) == 2
+    assert all(attributes["role"] == "img" for attributes in figures)
+    assert sum(tag == "title" for tag, _ in page.tags) == 3, "the page's and one a figure"
+    assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
+    ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id", "").startswith("h-")]
+    assert len(ids) == len(set(ids))
+    targets = {a["href"][1:] for t, a in page.tags if t == "a"}
+    assert targets <= {a.get("id") for _, a in page.tags}
+
+
+def test_everything_scored_is_in_the_page(report):
+    words = "".join(Page((report / "index.html").read_text()).words)
+    for name in (*SIZES, *(family.replace("_", " ") for family in FAMILIES), "decontaminate", "deduplicate", "teacher"):
+        assert name in words
+    assert "0 occur among the 7,410 training questions" in words
+    summary = json.loads((report / "summary.json").read_text())
+    assert [stage["name"] for stage in summary["stages"]] == ["generate", "curate", "distill", "eval", "compare"]
+
+
+def test_pictures_are_pictures(report):
+    for name in ("accuracy_by_parameters", "accuracy_by_family", "filter_funnel"):
+        data = (report / f"{name}.png").read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert len(data) > 10_000
+
+
+def test_a_run_without_families_teacher_or_funnel_has_a_report_too(tmp_path):
+    run = write_synthetic_run(tmp_path / "small", questions=2)
+    shutil.rmtree(run / "eval" / "teacher")
+    shutil.rmtree(run / "curate")
+    for folder in (run / "eval").iterdir():
+        if folder.is_dir():
+            cards = json.loads((folder / "scores.json").read_text())
+            (folder / "scores.json").write_text(json.dumps(cards[:1]))
+            if folder.name.endswith("-direct"):
+                shutil.rmtree(folder)
+    written = write_report(compare_run(run), run / "report", elapsed_s=lambda: 1.0, peak_rss_bytes=1)
+    assert written == ["accuracy_by_parameters.png", "index.html", "summary.json"]
+
+
+@pytest.mark.browser
+def test_it_opens_in_chromium_without_an_error(report, tmp_path):
+    """Headless, scripts allowed: whatever were to run or to be fetched would show in the log or in the title."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    common = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    common += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0"]
+    url = (report / "index.html").as_uri()
+    dom = subprocess.run([*common, "--dump-dom", url], capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in dom.stderr, dom.stderr
+    faulty = tmp_path / "faulty.html"
+    faulty.write_text((report / "index.html").read_text().replace("</main>", "<script>1</script></main>"))
+    control = subprocess.run([*common, "--dump-dom", faulty.as_uri()], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" in control.stderr, "the page's policy refuses a script, and the log would show it"
+    assert "<title>pico · potstill report</title>" in dom.stdout
+    assert "owned</title>" not in dom.stdout
+    page = Page(dom.stdout)
+    assert sum(tag == "svg" for tag, _ in page.tags) == 2, "model text opened no element of its own"
+    assert not any(tag in ("script", "img") for tag, _ in page.tags)
+    for width in (390, 1200):
+        picture = tmp_path / f"{width}.png"
+        shot = [*common, f"--window-size={width},2000", f"--screenshot={picture}", url]
+        subprocess.run(shot, capture_output=True, timeout=120, check=True)
+        assert picture.stat().st_size > 20_000, "a blank page compresses to less"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a\nb\tc", "a\nb\tc"), ("\u202eab", "\\u202eab"), ("\x1b[31m", "\\u001b[31m"), ("é漢🙂", "é漢🙂")],
+)
+def test_visible(text, shown):
+    assert visible(text) == shown
+
+
+def test_units():
+    assert [duration(s) for s in (8.24, 185, 7_800)] == ["8.2 s", "3 min 05 s", "2 h 10 min"]
+    assert [short_count(n) for n in (203_168, 11_842_560, 671e9)] == ["203k", "11.8M", "671B"]

@@ -1,0 +1,214 @@
+"""The task files through the real lm-eval evaluator, on real benchmark files, with a model that follows a script."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from distill.errors import DataError, EnvironmentFault, RecipeError
+from distill.progress import silent
+from distill.recipe import VerifyConfig
+from distill.records import Completion, Problem, Sampling, TeacherIdentity, TraceRequest, Verdict
+from distill.tables import read_records, write_records
+from distill.verify import open_verifier
+from eval.harness import Subject, score_model, score_rows, task_config
+from eval.suites import BENCHMARKS, check_suites, read_benchmark
+from eval.tasks.processors import documents, grade
+
+BENCH_DATA = os.environ.get("POTSTILL_BENCH_DATA")
+needs_data = pytest.mark.skipif(not BENCH_DATA, reason="POTSTILL_BENCH_DATA is not set")
+SUBJECT = Subject("scripted", "base", "qwen2", 10, 10)
+
+
+class Scripted:
+    """Right on samples that `right(question number, sample index)` names; remembers what it was asked."""
+
+    def __init__(self, right) -> None:
+        self.right = right
+        self.seen: list[TraceRequest] = []
+        self.sampling: Sampling | None = None
+        self.order: dict[str, int] = {}
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        return TeacherIdentity(name="s", weights="s", template="s", backend="script", backend_version="0")
+
+    def generate(self, requests: Sequence[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
+        self.seen, self.sampling = list(requests), sampling
+        for request in requests:
+            self.order.setdefault(request.problem.id, len(self.order))
+        for request in reversed(requests):  # any order is allowed
+            right = self.right(self.order[request.problem.id], request.sample_index)
+            answer = request.problem.answer if right else f"{request.sample_index}+x^99"
+            text = f"<think>\nI remember.\n</think>\n\n\\boxed{{{answer}}}"
+            yield Completion(request=request, text=text, finish_reason="stop", num_prompt_tokens=1, num_tokens=9)
+
+    def close(self) -> None:
+        pass
+
+
+class Exact:
+    """Grades by equality of the boxed text: what these tests ask for, without worker processes."""
+
+    def verify(self, answers) -> Iterator[Verdict]:
+        for problem, text, finish in answers:
+            extracted = text.rpartition("\\boxed{")[2].removesuffix("}")
+            state = "truncated" if finish == "length" else "correct" if extracted == problem.answer else "wrong"
+            yield Verdict(state=state, extracted=extracted)
+
+    def close(self) -> None:
+        pass
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("suite", "questions", "repeats"), [("gsm8k", 1319, 1), ("math500", 500, 4), ("aime24", 30, 64), ("aime25", 30, 64)]
+)
+def test_benchmarks_follow_r1s_protocol(suite, questions, repeats, tmp_path):
+    limit = min(questions, 10)
+    model = Scripted(lambda question, sample: question % 2 == 0)
+    cards = score_model(model, SUBJECT, [suite], tmp_path, verifier=Exact(), seed=3, limit=limit, bench_data=BENCH_DATA)
+    total = cards[0]
+    assert (total.suite, total.metric, total.value) == (suite, "pass@1", 0.5)
+    assert (total.num_questions, total.num_samples) == (limit, limit * repeats)
+    assert [card.metric for card in cards] == ["pass@1"] + ([f"cons@{repeats}"] if repeats >= 4 else [])
+    assert model.sampling == Sampling(temperature=0.6, top_p=0.95, max_tokens=32_768, seed=3)
+    assert len({request.seed(model.sampling) for request in model.seen}) == limit * repeats, "k samples, k seeds"
+    instruction = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert all(request.problem.prompt.endswith(instruction) for request in model.seen)
+    assert len(read_benchmark(suite, Path(BENCH_DATA))) == questions
+
+
+@needs_data
+def test_the_real_grader_scores_real_answers(tmp_path):
+    with open_verifier(VerifyConfig(num_workers=1)) as verifier:
+        for suite, asked in (("math500", 12), ("gsm8k", 12)):
+            model = Scripted(lambda question, sample: question < 9)
+            (card, *_) = score_model(
+                model,
+                SUBJECT,
+                [suite],
+                tmp_path,
+                verifier=verifier,
+                seed=1,
+                limit=asked,
+                num_samples=1,
+                bench_data=BENCH_DATA,
+            )
+            assert card.value == 9 / 12
+
+
+@pytest.fixture
+def held_out(tmp_path) -> Path:
+    problems = [
+        Problem(
+            prompt=f"{{{{ {i} }}}} + 1 = ?\n",
+            answer=str(i + 1),
+            grader="reasoning_gym",
+            source=["gcd", "sums"][i % 2],
+            metadata={"i": i},
+        )
+        for i in range(8)
+    ]
+    path = tmp_path / "held_out.parquet"
+    write_records(path, problems, Problem)
+    return path
+
+
+def test_pico_scores_totals_families_and_samples(held_out, tmp_path):
+    import pyarrow.parquet as pq
+
+    model = Scripted(lambda question, sample: question % 2 == 0 or sample == 0)
+    sampling = Sampling(temperature=0.9, top_p=0.8, max_tokens=77, seed=5)
+    cards = score_model(
+        model,
+        SUBJECT,
+        ["pico"],
+        tmp_path / "out",
+        verifier=Exact(),
+        seed=5,
+        num_samples=4,
+        sampling=sampling,
+        held_out=held_out,
+    )
+    values = {(card.suite, card.metric): card.value for card in cards}
+    assert values == {
+        ("pico", "pass@1"): (4 * 1 + 4 * 0.25) / 8,
+        ("pico", "cons@4"): pytest.approx((4 * 1 + 4 * 0.25) / 8),  # four different answers tie
+        ("pico/gcd", "pass@1"): 1.0,
+        ("pico/sums", "pass@1"): 0.25,
+    }
+    assert model.sampling == sampling
+    assert model.seen[0].problem == read_records(held_out, Problem)[0], "the prompt reaches the model untouched"
+    rows = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
+    assert len(rows) == 32
+    assert {(row["problem_id"], row["sample_index"]) for row in rows} == {
+        (p.id, k) for p in read_records(held_out, Problem) for k in range(4)
+    }
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())[0]["value"] == values["pico", "pass@1"]
+
+
+def row(problem: str, verdict: str, extracted: str | None = None) -> dict:
+    return {"problem_id": problem, "family": "f", "verdict": verdict, "extracted": extracted}
+
+
+def test_truncated_is_not_correct_and_our_failures_are_not_wrong():
+    rows = [row("p", "correct", "1"), row("p", "truncated"), row("q", "correct", "1"), row("q", "infra_error")]
+    (card,) = score_rows([*rows, *[row(f"r{i}", "correct", "1") for i in range(60)]], SUBJECT, "s")
+    assert card.value == (0.5 + 1 + 60) / 62
+    assert (card.num_questions, card.num_samples) == (62, 63)
+    with pytest.raises(EnvironmentFault, match=r"1 of 4 answers could not be graded.*at most 2%"):
+        score_rows(rows, SUBJECT, "s")
+
+
+def test_overrides_reach_the_protocol_and_defaults_stay():
+    assert task_config("aime24")["repeats"] == 64
+    assert task_config("aime24", num_samples=2)["repeats"] == 2
+    greedy = task_config("math500", sampling=Sampling(temperature=0, max_tokens=8))["generation_kwargs"]
+    assert (greedy["do_sample"], greedy["max_gen_toks"], greedy["until"]) == (False, 8, [])
+
+
+def test_suite_faults_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.delenv("POTSTILL_BENCH_DATA", raising=False)
+    with pytest.raises(RecipeError, match=r"eval.suites: unknown suite 'aime42'; did you mean 'aime2"):
+        check_suites(("aime42",), bench_data=None)
+    with pytest.raises(RecipeError, match=r"eval.bench_data: .*POTSTILL_BENCH_DATA"):
+        check_suites(("aime24",), bench_data=None)
+    with pytest.raises(DataError, match=r"math500.jsonl: missing benchmark file"):
+        check_suites(("pico", "math500"), bench_data=str(tmp_path))
+    for text, words in (
+        ('{"problem": "p", "answer": 1}\n{', r"aime24.json:2: not valid JSON"),
+        ('{"problem": "p"}', r"aime24.json:1: answer: missing"),
+        ('{"problem": "", "answer": 1}', r"aime24.json:1: not a question"),
+        ("[1]", r"aime24.json:1: must be a mapping"),
+        ("\n", r"aime24.json: holds no question"),
+    ):
+        (tmp_path / BENCHMARKS["aime24"][0]).write_text(text)
+        with pytest.raises(DataError, match=words):
+            read_benchmark("aime24", tmp_path)
+
+
+def test_lm_eval_stays_quiet(held_out, tmp_path, capfd):
+    score_model(
+        Scripted(lambda *_: True),
+        SUBJECT,
+        ["pico"],
+        tmp_path,
+        verifier=Exact(),
+        seed=1,
+        held_out=held_out,
+        progress=silent(),
+    )
+    assert capfd.readouterr() == ("", "")
+
+
+def test_answers_of_lm_evals_own_models_are_graded_too():
+    """Plain strings, as `lm_eval --model vllm --include_path eval/tasks` hands them over, no verdict attached."""
+    problem = Problem(prompt="What is 1/2 + 1/4?", answer="\\frac{3}{4}", grader="math", source="math500")
+    doc = documents([problem])["test"][0]
+    written = ["\\boxed{0.75}", "<think>\n</think>\n\\boxed{3/4}", "\\boxed{2}", "no answer at all"]
+    assert grade(doc, [written])["pass@1"] == 0.5

@@ -1,0 +1,110 @@
+"""The command line as a program: exit codes, single lines, what is written and what is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PICO = "pipelines/recipes/pico.yaml"
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from pipelines.cli import main; main()", *arguments]
+
+
+def potstill(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_help_is_quick_and_lists_every_command() -> None:
+    started = time.monotonic()
+    result = potstill("--help")
+    assert time.monotonic() - started < 1.0
+    assert result.returncode == 0
+    for name in ("run", "generate", "distill", "eval", "compare", "push", "serve", "doctor", "zoo"):
+        assert f"\n  {name} " in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("generate",), ("generate", PICO, "--nonsense"), ("nonsense",), ("zoo", "show"), ("serve", PICO, "--port", "x")],
+)
+def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
+    result = potstill(*arguments)
+    assert result.returncode == 2
+    assert "Usage: potstill" in result.stderr
+    assert not result.stdout
+
+
+def test_zoo_lists_and_shows_students() -> None:
+    listed = potstill("zoo", "list")
+    assert listed.returncode == 0
+    lines = listed.stdout.splitlines()
+    names = [line.split()[0] for line in lines[1:]]
+    assert names[0] == "qwen2-0.2m"
+    assert names[-1] == "r1-distill-llama-70b"
+    assert len(names) == 10
+    shown = potstill("zoo", "show", "r1-distill-qwen-1.5b")
+    assert "base: Qwen/Qwen2.5-Math-1.5B" in shown.stdout
+    unknown = potstill("zoo", "show", "qwen2-0.5m")
+    assert unknown.returncode == 2
+    assert unknown.stderr.count("\n") == 1
+    assert "did you mean 'qwen2-0." in unknown.stderr
+
+
+def test_the_token_is_never_shown() -> None:
+    result = potstill("doctor", HF_TOKEN="hf_thisisthesecret")
+    assert result.returncode == 0
+    assert "present" in result.stdout
+    assert "thisisthesecret" not in result.stdout + result.stderr
+
+
+def test_doctor_reports_a_bad_recipe_and_exits_2(tmp_path: Path) -> None:
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text("name: bad\n", encoding="utf-8")
+    result = potstill("doctor", str(recipe))
+    assert result.returncode == 2
+    assert "bad.yaml" in result.stdout
+    assert "problems" in result.stdout
+    assert not result.stderr
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_signals_end_with_one_line(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    """A named pipe as recipe: the command waits for its writer until the signal comes."""
+    pipe = tmp_path / "recipe.yaml"
+    os.mkfifo(pipe)
+    process = subprocess.Popen(
+        command("generate", str(pipe)),
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    writer = os.open(pipe, os.O_WRONLY)  # returns when the command has opened the other end
+    try:
+        process.send_signal(sent)
+        out, err = process.communicate(timeout=60)
+    finally:
+        os.close(writer)
+        process.kill()
+    assert process.returncode == code
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "the same command goes on" in err

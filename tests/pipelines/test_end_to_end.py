@@ -1,0 +1,148 @@
+"""The whole chain through the command line, on random models: what it writes, what it does not do twice, what a kill
+changes (nothing)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, REPOSITORY, make_world, potstill, tree_of
+
+STAGES = ("generate", "curate", "distill", "eval", "compare")
+MODELS = {"teacher", "tiny-base", "tiny-direct", "tiny-distilled"}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("finished")
+    result = potstill("run", recipe, "--out", out)
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout
+
+
+def results(out: Path) -> dict[str, object]:
+    """What a run found out, without times and memory."""
+    run = out / "tiny-world"
+    summary = json.loads((run / "report/summary.json").read_text(encoding="utf-8"))
+    return {
+        "models": summary["models"],
+        "funnel": summary["funnel"],
+        "stages": [stage["name"] for stage in summary["stages"]],
+        **{
+            str(path.relative_to(run)): path.read_bytes()
+            for pattern in (
+                "generate/traces.parquet",
+                "curate/*.parquet",
+                "distill/*/model.safetensors",
+                "eval/*/scores.json",
+            )
+            for path in sorted(run.glob(pattern))
+        },
+    }
+
+
+def test_the_chain_writes_the_agreed_layout(finished: tuple[Path, str]) -> None:
+    out, stdout = finished
+    run = out / "tiny-world"
+    for name in ("generate/traces.parquet", "curate/examples.parquet", "curate/direct.parquet", "curate/funnel.json"):
+        assert (run / name).is_file()
+    for model in ("tiny-distilled", "tiny-direct"):
+        assert (run / "distill" / model / "model.safetensors").is_file()
+    assert {path.parent.name for path in (run / "eval").glob("*/scores.json")} == MODELS
+    summary = json.loads((run / "report/summary.json").read_text(encoding="utf-8"))
+    assert {model["name"] for model in summary["models"]} == MODELS
+    assert [stage["name"] for stage in summary["stages"]] == list(STAGES)
+    assert all(stage["peak_rss_bytes"] > 0 for stage in summary["stages"])
+    assert list(summary["funnel"][0]) == ["filter", "in", "out"]
+    lines = stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:6]] == list(STAGES)
+    assert all(" done in " in line for line in lines[1:6])
+    assert lines[-1] == f"report: {run / 'report/index.html'}"
+
+
+def test_a_second_run_does_nothing(recipe: Path, finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    before = tree_of(out)
+    result = potstill("run", recipe, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert [line.split() for line in result.stdout.splitlines()[1:6]] == [[name, "up", "to", "date"] for name in STAGES]
+    assert tree_of(out) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "rerun", "untouched"),
+    [
+        ("eval.num_samples=1", {"eval", "compare"}, ("generate/", "curate/", "distill/")),
+        (
+            "distill.methods=[distilled]",
+            {"distill", "eval", "compare"},
+            ("generate/", "curate/", "distill/tiny-distilled"),
+        ),
+        ("eval.batch_size=4", None, ("generate/", "curate/", "distill/")),
+    ],
+)
+def test_a_changed_recipe_reruns_what_depends_on_it(
+    recipe: Path, finished: tuple[Path, str], tmp_path: Path, override: str, rerun: set[str] | None, untouched: tuple
+) -> None:
+    out = shutil.copytree(finished[0], tmp_path / "runs", copy_function=shutil.copy2)
+    before = tree_of(out)
+    result = potstill("run", recipe, "--set", override, "--out", out)
+    assert result.returncode == 0, result.stderr
+    ran = {line.split()[0] for line in result.stdout.splitlines()[1:6] if "up to date" not in line}
+    if rerun is not None:
+        assert ran == rerun
+    after = tree_of(out)
+    for prefix in untouched:
+        names = [name for name in before if name.startswith(f"tiny-world/{prefix}")]
+        assert names
+        assert {name: after[name] for name in names} == {name: before[name] for name in names}
+
+
+def test_a_stage_alone_asks_for_the_ones_before_it(recipe: Path, tmp_path: Path) -> None:
+    result = potstill("compare", recipe, "--out", tmp_path / "runs")
+    assert result.returncode == 2
+    assert "eval/manifest.json: not there yet; run `potstill eval`" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_and_run_again_is_the_same(
+    recipe: Path, finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    """SIGKILL as soon as a stage has begun, once in every stage, and then to the end (push: test_stage_push)."""
+    for stage, sign in (
+        ("generate", "generate/ledger.sqlite"),
+        ("curate", "curate/*"),
+        ("distill", "distill/.*/checkpoint-*"),
+        ("eval", "eval/*/samples.parquet"),
+        ("report", "report"),
+    ):
+        process = subprocess.Popen(
+            [*COMMAND, "run", str(recipe), "--out", str(tmp_path)],
+            cwd=REPOSITORY,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        until = time.monotonic() + 200
+        while not list((tmp_path / "tiny-world").glob(sign)):
+            assert process.poll() is None, f"{stage} ended before it could be killed"
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        assert not (tmp_path / "tiny-world" / stage / "manifest.json").exists()
+    result = potstill("run", recipe, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert results(tmp_path) == results(finished[0])

@@ -1,0 +1,61 @@
+"""`potstill serve` as a program: the bundled teacher answers over HTTP, a signal ends it in order."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, REPOSITORY, potstill
+
+PICO = "pipelines/recipes/pico.yaml"
+QUESTION = "State the final answer to the following arithmetic problem: 12 + 34 - 5 + 20 ="
+
+
+@pytest.fixture
+def server() -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [*COMMAND, "serve", PICO, "--port", "0"],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    process.kill()
+    process.wait(30)
+
+
+def test_the_bundled_teacher_answers(server: subprocess.Popen[str]) -> None:
+    announced = server.stdout.readline()
+    assert announced.startswith("serving 'pico' on http://127.0.0.1:"), server.stderr.read()
+    body = {"model": "pico", "temperature": 0, "messages": [{"role": "user", "content": QUESTION}]}
+    address = announced.split()[-1]
+    answer = httpx.post(f"{address}/chat/completions", json=body, timeout=60).json()
+    (choice,) = answer["choices"]
+    assert choice["message"]["content"] == ("<think>\n12 + 34 = 46\n46 - 5 = 41\n41 + 20 = 61\n</think>\n\n\\boxed{61}")
+    assert choice["finish_reason"] == "stop"
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(30) == 0
+    assert server.stderr.read() == ""
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = potstill("serve", PICO, "--port", port)
+    assert result.returncode == 3
+    assert result.stderr == f"potstill: 127.0.0.1:{port}: cannot be bound (Address already in use)\n"
+
+
+def test_an_endpoint_cannot_be_served() -> None:
+    result = potstill("serve", "pipelines/recipes/r1-openai.yaml")
+    assert result.returncode == 2
+    assert result.stderr.startswith(
+        "potstill: pipelines/recipes/r1-openai.yaml: teacher.backend: only a native teacher"
+    )

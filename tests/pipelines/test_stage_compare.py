@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distill.errors import DataError
+from distill.manifest import read_manifest
+from distill.recipe import Recipe
+from pipelines.stages.compare import compare
+from tests.eval.synthetic_run import write_synthetic_run
+
+RECIPE = Recipe.model_validate(
+    {
+        "name": "pico",
+        "problems": [{"kind": "local", "path": "p.jsonl"}],
+        "teacher": {"backend": "native", "model": "teacher/pico"},
+        "distill": {"students": ["qwen2-0.2m"]},
+        "eval": {"held_out": {"families": {"gcd": {}}, "count": 1, "split": "held_out"}},
+    }
+)
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    return write_synthetic_run(tmp_path / "pico", questions=3)
+
+
+def test_the_report_is_written_once_and_again_when_a_score_changes(run_dir):
+    first = compare(RECIPE, run_dir)
+    names = {"index.html", "summary.json", "accuracy_by_parameters.png", "accuracy_by_family.png", "filter_funnel.png"}
+    assert set(first.outputs) == names
+    assert first.counts["models"] == 13
+    page = run_dir / "report" / "index.html"
+    stamp = page.stat().st_mtime_ns
+    assert compare(RECIPE, run_dir) == first
+    assert page.stat().st_mtime_ns == stamp
+    cards = json.loads((run_dir / "eval" / "teacher" / "scores.json").read_text())
+    cards[0]["value"] = 0.123
+    (run_dir / "eval" / "teacher" / "scores.json").write_text(json.dumps(cards))
+    assert compare(RECIPE, run_dir).fingerprint != first.fingerprint
+    assert "12.3" in page.read_text()
+
+
+def test_a_damaged_report_is_written_again(run_dir):
+    first = compare(RECIPE, run_dir)
+    (run_dir / "report" / "index.html").write_text("torn")
+    again = compare(RECIPE, run_dir)
+    assert again.fingerprint == first.fingerprint
+    assert "potstill" in (run_dir / "report" / "index.html").read_text()
+
+
+def test_nothing_scored_is_one_line_and_nothing_written(tmp_path):
+    with pytest.raises(DataError, match="run eval first"):
+        compare(RECIPE, tmp_path / "pico")
+    assert not (tmp_path / "pico" / "report").exists()
+
+
+def test_a_broken_funnel_leaves_no_manifest(run_dir):
+    compare(RECIPE, run_dir)
+    (run_dir / "curate" / "funnel.json").write_text("{")
+    with pytest.raises(DataError, match=r"funnel.json"):
+        compare(RECIPE, run_dir)
+    assert read_manifest(run_dir / "report") is None

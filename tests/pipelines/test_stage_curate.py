@@ -1,0 +1,182 @@
+"""The curate stage over what generation leaves: graded once, filtered as often as the recipe changes, resumable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.curate import Dropped, GradedTrace
+from distill.errors import DataError, EnvironmentFault, RecipeError
+from distill.manifest import read_manifest
+from distill.problems import load_problems
+from distill.problems.stream import PICO_FAMILIES
+from distill.problems.worked import worked_solution
+from distill.progress import silent
+from distill.recipe import Recipe
+from distill.records import Example, FinishReason, Problem, Trace, Verdict
+from distill.tables import read_records, write_records
+from distill.verify.verifier import RuleVerifier
+from pipelines.stages import curate as stage_module
+from pipelines.stages.curate import curate
+
+
+def recipe(**changed: Any) -> Recipe:
+    tree = {
+        "name": "t",
+        "problems": [{"kind": "reasoning_gym", "families": str(PICO_FAMILIES), "count": 40}],
+        "teacher": {"backend": "openai", "model": "x"},
+        "verify": {"num_workers": 1, "timeout_s": 10},
+        "distill": {"students": ["x"]},
+        "eval": {"held_out": {"families": str(PICO_FAMILIES), "count": 16, "split": "held_out"}},
+    }
+    return Recipe.model_validate({**tree, **changed})
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Forty questions, four samples each: two right (one of them twice), one wrong, one cut off."""
+    problems = load_problems(recipe().problems, base_dir=tmp_path)
+    traces = []
+    for problem in problems:
+        right = worked_solution(problem)
+        wrong = f"<think>\nno\n</think>\n\n\\boxed{{-7{problem.answer}}}"
+        written = [(right, "stop"), (right, "stop"), (wrong, "stop"), ("<think>\nand so", "length")]
+        for index, (text, reason) in enumerate(written):
+            traces.append(
+                Trace(
+                    key=f"{problem.id}{index}",
+                    problem_id=problem.id,
+                    sample_index=index,
+                    text=text,
+                    finish_reason=reason,
+                    num_prompt_tokens=9,
+                    num_tokens=len(text),
+                    teacher="t",
+                )
+            )
+    write_records(tmp_path / "generate" / "problems.parquet", problems, Problem)
+    write_records(tmp_path / "generate" / "traces.parquet", traces, Trace)
+    return tmp_path
+
+
+def run(run_dir: Path, what: Recipe | None = None) -> Any:
+    return curate(what or recipe(), run_dir, progress=silent(), base_dir=run_dir)
+
+
+def test_from_traces_to_examples(run_dir: Path) -> None:
+    manifest = run(run_dir)
+    out = run_dir / "curate"
+    assert manifest.counts == {"traces": 160, "examples": 40, "questions": 40}
+    graded = read_records(out / "verdicts.parquet", GradedTrace)
+    assert [one.state for one in graded] == ["correct", "correct", "wrong", "truncated"] * 40
+    assert [one.key for one in graded] == [t.key for t in read_records(run_dir / "generate" / "traces.parquet", Trace)]
+    funnel = json.loads((out / "funnel.json").read_text())
+    assert funnel[0] == {"filter": "verdict", "in": 160, "out": 80}
+    assert {"filter": "deduplicate", "in": 80, "out": 40} in funnel
+    examples, direct = (read_records(out / f"{name}.parquet", Example) for name in ("examples", "direct"))
+    assert [e.question for e in examples] == [d.question for d in direct]
+    assert all(
+        e.completion.startswith("<think>\n") and d.completion.startswith("\\boxed{")
+        for e, d in zip(examples, direct, strict=True)
+    )
+    assert len(read_records(out / "dropped.parquet", Dropped)) == 120
+    assert not (out / "verify" / "parts").exists()
+
+
+def test_nothing_runs_twice_and_other_filters_need_no_new_grading(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(run_dir)
+    graded = read_manifest(run_dir / "curate" / "verify")
+
+    def refuse(self: object, answers: object) -> Iterator[Verdict]:
+        raise AssertionError("graded again")
+
+    monkeypatch.setattr(RuleVerifier, "verify", refuse)
+    assert run(run_dir) == first
+    assert run(run_dir, recipe(verify={"num_workers": 3, "timeout_s": 10})) == first
+    other = run(run_dir, recipe(curate={"deduplicate": False}))
+    assert other.counts["examples"] == 80
+    assert read_manifest(run_dir / "curate" / "verify") == graded
+    assert run(run_dir, recipe(curate={"decontaminate": False})).fingerprint != first.fingerprint
+
+
+def test_an_interrupted_grading_goes_on_from_its_parts(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_module, "PART_SIZE", 30)
+    asked: list[int] = []
+    grade = RuleVerifier.verify
+
+    def counted(self: RuleVerifier, answers: Sequence[tuple[Problem, str, FinishReason]]) -> Iterator[Verdict]:
+        if len(asked) == 3:
+            asked.clear()
+            raise KeyboardInterrupt
+        asked.append(len(answers))
+        return grade(self, answers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RuleVerifier, "verify", counted)
+        with pytest.raises(KeyboardInterrupt):
+            run(run_dir)
+        assert read_manifest(run_dir / "curate") is None
+        assert not asked
+        asked.extend([0, 0])  # a second stop, one part further on
+        with pytest.raises(KeyboardInterrupt):
+            run(run_dir)
+        run(run_dir)
+    assert asked == [30, 10]
+    resumed = {path.name: path.read_bytes() for path in (run_dir / "curate").glob("*.parquet")}
+    straight = run_dir / "straight"
+    (straight).mkdir()
+    (straight / "generate").symlink_to(run_dir / "generate")
+    run(straight)
+    assert resumed == {path.name: path.read_bytes() for path in (straight / "curate").glob("*.parquet")}
+
+
+def test_questions_of_the_evaluation_are_dropped_with_their_text(run_dir: Path) -> None:
+    bench = run_dir / "bench"
+    bench.mkdir()
+    problems = read_records(run_dir / "generate" / "problems.parquet", Problem)
+    rows = [{"problem": problem.prompt, "answer": "1"} for problem in problems[:3]]
+    (bench / "math500.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suites = {**recipe().eval.model_dump(), "suites": ["pico", "math500"], "bench_data": str(bench)}
+    assert run(run_dir, recipe(eval=suites)).counts["examples"] == 37
+    leaks = [d for d in read_records(run_dir / "curate" / "dropped.parquet", Dropped) if d.filter == "decontaminate"]
+    assert {d.problem_id for d in leaks} == {problem.id for problem in problems[:3]}
+    assert all(d.detail.startswith("is the held-out question") for d in leaks)
+
+
+def test_what_is_missing_or_broken_is_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("POTSTILL_BENCH_DATA", raising=False)
+    with pytest.raises(RecipeError, match=r"eval\.bench_data"):
+        run(run_dir, recipe(eval={"suites": ["aime24"]}))
+    traces = read_records(run_dir / "generate" / "traces.parquet", Trace)
+    stray = [*traces[:2], traces[2].model_copy(update={"problem_id": "nobody"})]
+    write_records(run_dir / "generate" / "traces.parquet", stray, Trace)
+    with pytest.raises(DataError, match=r"traces\.parquet: row 3: problem_id: belongs to no problem"):
+        run(run_dir)
+    (run_dir / "generate" / "traces.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(DataError, match=r"traces\.parquet: not a readable Parquet file"):
+        run(run_dir)
+    (run_dir / "generate" / "traces.parquet").unlink()
+    with pytest.raises(DataError, match=r"traces\.parquet: no such file; run `potstill generate` first"):
+        run(run_dir)
+    assert not (run_dir / "curate").exists()
+
+
+def test_a_run_without_a_single_example_says_which_filter_took_the_last(run_dir: Path) -> None:
+    with pytest.raises(DataError, match=r"no trace is left after the filter 'length': \{'correct': 80"):
+        run(run_dir, recipe(curate={"max_tokens": 1}))
+    assert read_manifest(run_dir / "curate") is None
+
+
+def test_graders_that_fail_throughout_are_no_verdict(run_dir: Path) -> None:
+    problems = read_records(run_dir / "generate" / "problems.parquet", Problem)
+    lost = [p.model_copy(update={"metadata": {"dataset": "gone", "entry": {}}}) for p in problems]
+    write_records(run_dir / "generate" / "problems.parquet", lost, Problem)
+    with pytest.raises(EnvironmentFault, match="grading fails for 120 of 160 answers"):
+        run(run_dir)
+    assert read_manifest(run_dir / "curate" / "verify") is None

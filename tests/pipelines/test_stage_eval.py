@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from distill.errors import DataError
+from distill.manifest import run_stage
+from distill.problems import load_problems, split_of
+from distill.recipe import Recipe
+from distill.records import Example, Problem
+from distill.tables import read_records, write_records
+from pipelines.stages.eval import HELD_OUT, evaluate
+from tests.eval.tiny_models import save_tiny_model
+from tests.teacher.v3_models import tiny_config, write_model_folder
+
+FAMILIES = {"gcd": {"min_value": 1, "max_value": 99}, "chain_sum": {"min_terms": 2, "max_terms": 3}}
+
+
+def recipe_of(student: Path, **changes) -> Recipe:
+    held_out = {"families": FAMILIES, "count": 6, "seed": 2, "split": "held_out"}
+    tree = {
+        "name": "tiny",
+        "problems": [{"kind": "reasoning_gym", "families": FAMILIES, "count": 8}],
+        "teacher": {"backend": "native", "model": str(student.parent / "teacher"), "batch_size": 8},
+        "distill": {"students": [str(student)]},
+        "eval": {
+            "held_out": held_out,
+            "num_samples": 2,
+            "sampling": {"max_tokens": 12, "temperature": 1.0, "top_p": 1.0},
+            "batch_size": 8,
+            "roles": ["teacher", "base", "distilled"],
+            **changes,
+        },
+    }
+    return Recipe.model_validate(tree)
+
+
+def example(question: str) -> Example:
+    return Example(question=question, completion="\\boxed{1}", problem_id="p", trace_key=None, source="gcd")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> tuple[Path, Path, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    scaling = {"factor": 16.0, "original_max_position_embeddings": 32}
+    write_model_folder(folder / "teacher", tiny_config(max_position_embeddings=512, rope_scaling=scaling))
+    save_tiny_model(folder / "distilled", template="thinking", seed=1)
+    return save_tiny_model(folder / "base"), folder / "distilled", folder / "teacher"
+
+
+@pytest.fixture
+def student(tmp_path, bases) -> Path:
+    """The recipe's student file; the teacher's folder lies beside it."""
+    (tmp_path / "teacher").symlink_to(bases[2])
+    path = tmp_path / "mini.yaml"
+    about = "architecture: qwen2\nnum_parameters: 9000\nlicence: apache-2.0\nsft: {lr: 1e-3}\n"
+    path.write_text(f"name: mini\nbase: {bases[0]}\n{about}")
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path, bases) -> Path:
+    """A run up to distill: examples, and a distilled student that is a model with other weights."""
+    run = tmp_path / "tiny"
+    write_records(run / "curate" / "examples.parquet", [example("1 + 1 = ?")], Example)
+    trained = run / "distill" / "mini-distilled"
+    shutil.copytree(bases[1], trained)
+    run_stage("distill-student", {}, {}, trained, dict, ["model.safetensors"])
+    return run
+
+
+def stamps(run_dir: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in (run_dir / "eval").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_model_is_scored_once(student, run_dir, workers):
+    recipe = recipe_of(student)
+    manifest = evaluate(recipe, run_dir, num_workers=workers)
+    counted = {"held_out": 6, "training_questions": 1, "shared_with_training": 0, "models": 3, "samples": 3 * 6 * 2}
+    assert manifest.counts == counted
+    problems = read_records(run_dir / "eval" / HELD_OUT, Problem)
+    assert {problem.source for problem in problems} == set(FAMILIES)
+    assert all(split_of(problem.prompt) == "held_out" for problem in problems)
+    for name, role in (("teacher", "teacher"), ("mini-base", "base"), ("mini-distilled", "distilled")):
+        (total, *families) = json.loads((run_dir / "eval" / name / "scores.json").read_text())
+        assert (total["name"], total["role"], total["suite"], total["metric"]) == (name, role, "pico", "pass@1")
+        assert total["architecture"] == ("deepseek_v3" if role == "teacher" else "qwen2")
+        assert (total["num_questions"], total["num_samples"]) == (6, 12)
+        assert (total["num_parameters"] > total["num_active_parameters"]) == (role == "teacher")
+        assert {card["suite"] for card in families} == {f"pico/{family}" for family in FAMILIES}
+    before = stamps(run_dir)
+    assert evaluate(recipe, run_dir, num_workers=workers) == manifest
+    assert stamps(run_dir) == before, "the second time nothing is done"
+
+
+def test_only_what_changed_is_scored_again(student, run_dir, bases):
+    recipe = recipe_of(student)
+    evaluate(recipe, run_dir, num_workers=1)
+    before = stamps(run_dir)
+    save_tiny_model(run_dir / "distill" / "mini-distilled", template="thinking", seed=2)
+    evaluate(recipe, run_dir, num_workers=1)
+    after = stamps(run_dir)
+    changed = {Path(path).parent.name for path in after if after[path] != before.get(path)}
+    assert "mini-distilled" in changed
+    assert "mini-base" not in changed
+
+
+def test_an_interrupted_run_resumes_to_the_same_scores(student, run_dir, tmp_path):
+    recipe = recipe_of(student)
+    evaluate(recipe, run_dir, num_workers=1)
+    whole = {p.parent.name: p.read_bytes() for p in (run_dir / "eval").glob("*/samples.parquet")}
+    (run_dir / "eval" / "manifest.json").unlink()
+    (run_dir / "eval" / "mini-base" / "manifest.json").unlink()
+    (run_dir / "eval" / "mini-base" / "scores.json").write_text("[")
+    evaluate(recipe, run_dir, num_workers=1)
+    assert {p.parent.name: p.read_bytes() for p in (run_dir / "eval").glob("*/samples.parquet")} == whole
+
+
+def test_a_held_out_question_in_the_training_set_is_an_error(student, run_dir):
+    recipe = recipe_of(student)
+    (leaked, *_) = load_problems([recipe.eval.held_out], base_dir=Path.cwd())
+    path = run_dir / "curate" / "examples.parquet"
+    write_records(path, [example("  " + leaked.prompt.replace(" ", "\n"))], Example)
+    with pytest.raises(DataError, match=r"1 of 6 held-out questions occur among the training examples"):
+        evaluate(recipe, run_dir, num_workers=1)
+    assert not (run_dir / "eval" / "manifest.json").exists()
+
+
+def test_an_untrained_student_is_one_line_and_nothing_written(student, tmp_path):
+    with pytest.raises(DataError, match=r"mini-distilled: this student has not been trained yet"):
+        evaluate(recipe_of(student), tmp_path / "tiny")
+    assert not (tmp_path / "tiny").exists()

@@ -1,0 +1,242 @@
+"""Generation that is stopped in every way and goes on: the same traces, each asked for once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.errors import CheckpointError, DataError, EnvironmentFault, Preempted
+from distill.ledger import Ledger
+from distill.manifest import read_manifest
+from distill.progress import silent
+from distill.recipe import Recipe
+from distill.records import Completion, Problem, Sampling, TeacherIdentity, Trace, TraceRequest
+from distill.tables import read_records
+from pipelines.stages.generate import generate
+
+IDENTITY = TeacherIdentity(name="sums", weights="w", template="t", backend="test", backend_version="1")
+
+
+class SumTeacher:
+    """Writes what its request says, in an order of its own; `on_sample` sees each sample before it is handed over."""
+
+    def __init__(
+        self, *, identity: TeacherIdentity = IDENTITY, seed: int = 0, on_sample: Callable[[int], None] = lambda n: None
+    ) -> None:
+        self.identity = identity
+        self.asked: list[TraceRequest] = []
+        self.closed = 0
+        self._order = random.Random(seed)
+        self._on_sample = on_sample
+
+    def generate(self, requests: Sequence[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
+        for number, request in enumerate(self._order.sample(list(requests), len(requests))):
+            self._on_sample(number)
+            self.asked.append(request)
+            text = f"<think>\n{request.seed(sampling)}\n</think>\n\n\\boxed{{{request.problem.answer}}}"
+            reason = "length" if request.sample_index == 3 else "stop"
+            yield Completion(request=request, text=text, finish_reason=reason, num_prompt_tokens=5, num_tokens=7)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def recipe(num_samples: int = 2, count: int = 100, **teacher: Any) -> Recipe:
+    tree = {
+        "name": "t",
+        "problems": [{"kind": "reasoning_gym", "families": {"gcd": {}, "products": {}}, "count": count}],
+        "teacher": {"backend": "openai", "model": "sums", **teacher},
+        "generate": {"num_samples": num_samples},
+        "distill": {"students": ["x"]},
+        "eval": {"held_out": {"families": {"gcd": {}}, "count": 9, "split": "held_out"}},
+    }
+    return Recipe.model_validate(tree)
+
+
+def local_recipe(folder: Path) -> Recipe:
+    """The same without reasoning-gym, which takes a child process seconds to import."""
+    (folder / "p.jsonl").write_text("".join(f'{{"prompt": "{n} + 1?", "answer": {n + 1}}}\n' for n in range(100)))
+    return Recipe.model_validate({**recipe().model_dump(), "problems": [{"kind": "local", "path": "p.jsonl"}]})
+
+
+def run(out: Path, teacher: SumTeacher, what: Recipe | None = None) -> Any:
+    return generate(what or recipe(), out, silent(), base_dir=out.parent, open_teacher=lambda config: teacher)
+
+
+def test_traces_follow_the_order_of_problems_and_indices(tmp_path: Path) -> None:
+    teacher = SumTeacher()
+    manifest = run(tmp_path / "g", teacher)
+    problems = read_records(tmp_path / "g" / "problems.parquet", Problem)
+    traces = read_records(tmp_path / "g" / "traces.parquet", Trace)
+    assert len(problems) == 100
+    assert [(t.problem_id, t.sample_index) for t in traces] == [(p.id, i) for p in problems for i in range(2)]
+    assert len({t.text for t in traces}) == len({t.key for t in traces}) == 200
+    assert manifest.counts == {"problems": 100, "samples": 200, "reused": 0, "tokens": 1400, "truncated": 0}
+    assert teacher.closed == 1
+
+
+def test_the_second_run_does_nothing_and_opens_no_teacher(tmp_path: Path) -> None:
+    first = run(tmp_path / "g", SumTeacher())
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "g").iterdir()}
+
+    def refuse(config: object) -> SumTeacher:
+        raise AssertionError("the teacher is not needed")
+
+    faster = recipe(max_concurrency=3, timeout_s=5)
+    assert generate(faster, tmp_path / "g", silent(), base_dir=tmp_path, open_teacher=refuse) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "g").iterdir()} == stamps
+
+
+def test_topping_up_asks_for_the_new_samples_alone(tmp_path: Path) -> None:
+    run(tmp_path / "g", SumTeacher(), recipe(4, 20))
+    more = SumTeacher()
+    manifest = run(tmp_path / "g", more, recipe(16, 20))
+    assert len(more.asked) == 12 * 20
+    assert min(request.sample_index for request in more.asked) == 4
+    assert (manifest.counts["reused"], manifest.counts["samples"], manifest.counts["truncated"]) == (80, 320, 20)
+    fewer = SumTeacher()
+    assert run(tmp_path / "g", fewer, recipe(2, 10)).counts["samples"] == 20
+    assert not fewer.asked
+
+
+def test_another_teacher_is_asked_for_everything(tmp_path: Path) -> None:
+    run(tmp_path / "g", SumTeacher())
+    other = SumTeacher(identity=IDENTITY.model_copy(update={"backend_version": "2"}))
+    run(tmp_path / "g", other, recipe(revision="two"))
+    assert len(other.asked) == 200
+    with Ledger.open(tmp_path / "g" / "ledger.sqlite") as ledger:
+        assert len(ledger) == 400
+
+
+def stop_with(error: type[BaseException], at: int) -> Callable[[int], None]:
+    def stop(number: int) -> None:
+        if number == at:
+            raise error("stopped")
+
+    return stop
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 120), st.sampled_from([KeyboardInterrupt, Preempted, EnvironmentFault]))))
+def test_any_interruptions_leave_the_same_bytes_and_ask_nothing_twice(
+    tmp_path_factory: pytest.TempPathFactory, stops: list[tuple[int, type[BaseException]]]
+) -> None:
+    folder = tmp_path_factory.mktemp("g")
+    run(folder / "straight", SumTeacher(), recipe(2, 60))
+    asked: list[tuple[str, int]] = []
+    for turn, (at, error) in enumerate([*stops, (10_000, KeyboardInterrupt)]):
+        teacher = SumTeacher(seed=turn, on_sample=stop_with(error, at))
+        expected: AbstractContextManager[Any] = nullcontext()
+        if at < 120 - len(asked):
+            expected = pytest.raises(error)
+        with expected:
+            run(folder / "stopped", teacher, recipe(2, 60))
+        asked += [(request.problem.id, request.sample_index) for request in teacher.asked]
+        done = read_manifest(folder / "stopped")
+        assert (done is not None) == (len(asked) == 120)
+    assert len(asked) == len(set(asked)) == 120
+    for name in ("traces.parquet", "problems.parquet"):
+        assert (folder / "stopped" / name).read_bytes() == (folder / "straight" / name).read_bytes()
+
+
+CHILD = """
+    import sys, time
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[3])
+    from test_stage_generate import SumTeacher, run, local_recipe
+    def pause(number):
+        if number == 0: print("asked", flush=True)
+        time.sleep(0.002)
+    try:
+        out = Path(sys.argv[1])
+        run(out, SumTeacher(seed=int(sys.argv[2]), on_sample=pause), local_recipe(out.parent))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as exc:
+        print(exc)
+        sys.exit(exc.exit_code)
+"""
+
+
+def start(out: Path, seed: int) -> subprocess.Popen[str]:
+    here = Path(__file__)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(CHILD), str(out), str(seed), str(here.parent)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(here.parents[2])},
+    )
+
+
+@pytest.mark.timeout(120)
+def test_signals_leave_a_run_that_goes_on(tmp_path: Path) -> None:
+    """Ctrl-C and SIGTERM keep all that had arrived; SIGKILL at most loses what was asked since the last flush."""
+    for seed, (number, code) in enumerate(
+        [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGKILL, -9), (signal.SIGKILL, -9)]
+    ):
+        child = start(tmp_path / "g", seed)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "asked\n"
+        time.sleep(0.08)
+        child.send_signal(number)
+        out = child.stdout.read()
+        assert child.wait() == code
+        assert ("stopped by SIGTERM" in out) == (number == signal.SIGTERM)
+        assert read_manifest(tmp_path / "g") is None
+        with Ledger.open(tmp_path / "g" / "ledger.sqlite") as ledger:
+            assert len(ledger) >= (10 if number != signal.SIGKILL else 0)
+    teacher = SumTeacher()
+    manifest = run(tmp_path / "g", teacher, local_recipe(tmp_path))
+    assert manifest.counts["reused"] == 200 - len(teacher.asked) > 10
+    run(tmp_path / "straight", SumTeacher(), local_recipe(tmp_path))
+    for name in ("traces.parquet", "problems.parquet"):
+        assert (tmp_path / "g" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_a_teacher_that_leaves_samples_out_is_not_complete(tmp_path: Path) -> None:
+    class Lazy(SumTeacher):
+        def generate(self, requests: Sequence[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
+            yield from super().generate(requests[:-3], sampling)
+
+    with pytest.raises(EnvironmentFault, match="left 3 samples out"):
+        run(tmp_path / "g", Lazy())
+    assert read_manifest(tmp_path / "g") is None
+
+
+def test_a_full_disk_is_exit_three_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(EnvironmentFault, match="No space left") as caught:
+            run(tmp_path / "g", SumTeacher())
+    assert caught.value.exit_code == 3
+    assert not list((tmp_path / "g").glob("*.parquet"))
+    assert run(tmp_path / "g", SumTeacher()).counts["samples"] == 200
+
+
+def test_bad_inputs_write_nothing(tmp_path: Path) -> None:
+    tree = recipe().model_dump()
+    native = Recipe.model_validate({**tree, "teacher": {"backend": "native", "model": "nowhere"}})
+    with pytest.raises(CheckpointError, match=r"nowhere: teacher\.model: no such checkpoint folder"):
+        run(tmp_path / "g", SumTeacher(), native)
+    (tmp_path / "p.jsonl").write_text('{"prompt": ')
+    torn = Recipe.model_validate({**tree, "problems": [{"kind": "local", "path": "p.jsonl"}]})
+    with pytest.raises(DataError, match=r"p\.jsonl:1: not a JSON line"):
+        run(tmp_path / "g", SumTeacher(), torn)
+    assert not (tmp_path / "g").exists()

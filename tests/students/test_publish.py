@@ -1,0 +1,93 @@
+"""The model card says what the run says, in front matter that huggingface_hub reads back; what is pushed is listed."""
+
+from __future__ import annotations
+
+import pytest
+from huggingface_hub import ModelCard
+
+from distill.errors import RecipeError
+from distill.records import ScoreCard
+from students.publish.card import Lineage, model_card
+from students.publish.hub import check_repo_name, lay_out, tree
+from students.zoo import find_student
+
+LINEAGE = Lineage(
+    recipe="pico",
+    teacher="teacher/pico",
+    problems="reasoning-gym, 4,096 problems, seed 1, split train",
+    funnel=[{"filter": "correct", "in": 8192, "out": 7900}, {"filter": "deduplicate", "in": 7900, "out": 7000}],
+    hashes={"base": "b" * 64, "examples": "e" * 64},
+    versions={"trl": "1.16.0"},
+)
+
+
+def score(name: str, role: str, value: float, suite: str = "pico") -> ScoreCard:
+    return ScoreCard(
+        name=name,
+        role=role,
+        architecture="qwen2",
+        num_parameters=200_000,
+        num_active_parameters=200_000,
+        suite=suite,
+        metric="pass@1",
+        value=value,
+        stderr=0.01,
+        ci95=(value - 0.02, value + 0.02),
+        num_questions=400,
+        num_samples=4,
+    )
+
+
+def log_of(student, method="distilled"):
+    return {
+        "method": method,
+        "seed": 17,
+        "num_examples": 7000,
+        "num_tokens": 3_000_000,
+        "num_completion_tokens": 2_000_000,
+        "num_steps": 875,
+        "seconds": 61.5,
+        "tokens_per_s": 48_780.5,
+        "student": student.model_dump(mode="json"),
+        "steps": [{"step": 1, "loss": 2.5}, {"step": 875, "loss": 0.125}],
+    }
+
+
+def test_the_card_carries_lineage_scores_recipe_and_licence():
+    student = find_student("r1-distill-qwen-1.5b")
+    own, beside = score(f"{student.name}-distilled", "distilled", 0.7214), score(student.name, "base", 0.05)
+    text = model_card("me/potstill-qwen", student, log_of(student), [beside, own], LINEAGE)
+    card = ModelCard(text)
+    assert (card.data.license, card.data.base_model) == ("apache-2.0", "Qwen/Qwen2.5-Math-1.5B")
+    assert (card.data.pipeline_tag, card.data.library_name) == ("text-generation", "transformers")
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("pico", "pass@1", 72.14)
+    assert "| **r1-distill-qwen-1.5b-distilled** (distilled) | pico | pass@1 | 72.1 | 70.1 to 74.1 | 400 x 4 |" in text
+    assert text.index("72.1") < text.index("| r1-distill-qwen-1.5b (base) | pico | pass@1 | 5.0 | 3.0 to 7.0 |")
+    assert "4. Traces: 8,192 -> correct 7,900 -> deduplicate 7,000" in text
+    assert f"| examples | `{'e' * 64}` |" in text
+    assert "| steps, seed | 875, 17 |" in text
+
+
+def test_a_bundled_base_is_no_repository_and_llama_is_named():
+    pico, llama = find_student("qwen2-0.2m"), find_student("r1-distill-llama-8b")
+    assert ModelCard(model_card("x", pico, log_of(pico), [], LINEAGE)).data.base_model is None
+    assert "Built with Llama" in model_card("Llama-x", llama, log_of(llama), [], LINEAGE)
+    check_repo_name("me/Llama-potstill-8b", llama)
+    with pytest.raises(RecipeError, match=r"push\.repo: the licence llama3\.1 asks for a name that begins with Llama"):
+        check_repo_name("me/potstill-8b", llama)
+    with pytest.raises(RecipeError, match=r"push\.repo: not a repository name"):
+        check_repo_name("me/two words", pico)
+
+
+def test_what_is_laid_out_is_what_the_tree_says(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name, size in (("config.json", 3), ("model.safetensors", 1000), ("manifest.json", 5), ("README.md", 7)):
+        (folder / name).write_bytes(b"x" * size)
+    readme = "# A card, with ÷\n"
+    lay_out(folder, readme, tmp_path / "out")
+    listed = tree(folder, readme)
+    assert listed == {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert list(listed) == ["README.md", "config.json", "model.safetensors"]
+    assert (folder / "README.md").read_bytes() == b"x" * 7

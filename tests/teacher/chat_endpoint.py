@@ -1,0 +1,111 @@
+"""A chat endpoint on loopback that answers like vLLM and fails as told: a real server, for tests of clients."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+
+async def _broken_off() -> AsyncIterator[bytes]:
+    yield b'{"choices": [{"message": {"content": "it beg'
+    raise ConnectionResetError
+
+
+def dropped() -> Response:
+    """An answer whose connection is cut in the middle."""
+    return StreamingResponse(_broken_off(), headers={"content-length": "500"})
+
+
+class ChatEndpoint:
+    """Answers `a + b?` with worked reasoning, whose text shows the request's seed.
+
+    `fault(number, payload)` may answer the number-th request in its place: None is no fault.
+    """
+
+    def __init__(self, *, model: str = "pico", key: str | None = None) -> None:
+        self.model = model
+        self.key = key
+        self.version: str | None = "0.31.0"
+        self.style = "prefilled"
+        self.delay_s = 0.0
+        self.fault: Callable[[int, dict[str, Any]], Response | None] = lambda number, payload: None
+        self.payloads: list[dict[str, Any]] = []
+        self.running = self.most_running = 0
+        self.url = ""
+
+    async def models(self, request: Request) -> Response:
+        return self._refused(request) or JSONResponse({"object": "list", "data": [{"id": self.model}]})
+
+    async def server_version(self, request: Request) -> Response:
+        return JSONResponse({"version": self.version}) if self.version else Response("Not Found", 404)
+
+    async def chat(self, request: Request) -> Response:
+        payload = await request.json()
+        self.payloads.append(payload)
+        number = len(self.payloads)
+        self.running += 1
+        self.most_running = max(self.running, self.most_running)
+        try:
+            await asyncio.sleep(self.delay_s)
+            fault = self._refused(request) or self.fault(number, payload)
+        finally:
+            self.running -= 1
+        if fault is not None:
+            return fault
+        return self._answer(payload)
+
+    def _refused(self, request: Request) -> Response | None:
+        got = request.headers.get("authorization", "nothing")
+        if self.key is None or got == f"Bearer {self.key}":
+            return None
+        return JSONResponse({"error": {"message": f"Incorrect API key provided: {got}"}}, 401)
+
+    def _answer(self, payload: dict[str, Any]) -> Response:
+        if payload["model"] != self.model:
+            return JSONResponse({"error": {"message": f"The model `{payload['model']}` does not exist."}}, 404)
+        a, b = (int(text) for text in re.findall(r"\d+", payload["messages"][-1]["content"])[-2:])
+        steps, answer = f"seed {payload['seed']}\n{a} + {b} = {a + b}", f"\\boxed{{{a + b}}}"
+        message: dict[str, Any] = {"role": "assistant", "content": f"{steps}\n</think>\n\n{answer}"}
+        if self.style != "prefilled":
+            message = {"role": "assistant", "content": answer, self.style: f"\n{steps}\n"}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 9, "completion_tokens": 20, "total_tokens": 29}
+        return JSONResponse({"id": "x", "object": "chat.completion", "choices": [choice], "usage": usage})
+
+
+@contextmanager
+def serving(endpoint: ChatEndpoint) -> Iterator[ChatEndpoint]:
+    """Run the endpoint on a free port of loopback, on a thread, until the block ends."""
+    app = Starlette(
+        routes=[
+            Route("/v1/models", endpoint.models),
+            Route("/version", endpoint.server_version),
+            Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
+        ]
+    )
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    endpoint.url = f"http://127.0.0.1:{port}/v1"
+    try:
+        yield endpoint
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(timeout=20)
