@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 
 from distill.errors import EnvironmentFault
+from distill.failpoints import failpoint
 from distill.records import StageManifest, content_id
 
 MANIFEST = "manifest.json"
@@ -68,7 +69,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+            failpoint("file.written")
             temporary.replace(path)
+            failpoint("file.renamed")
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
@@ -129,8 +132,10 @@ def run_stage(
     with environment_faults(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / MANIFEST).unlink(missing_ok=True)
+        failpoint("stage.begun")
         started = time.monotonic()
         counts = dict(body())
+        failpoint("stage.ended")
         manifest = StageManifest(
             stage=stage,
             fingerprint=print_,

@@ -1,0 +1,34 @@
+"""Places where a process can be made to die, so that tests kill it there instead of hoping to hit them.
+
+`POTSTILL_FAILPOINT=name` ends the process by SIGKILL when it first comes to `failpoint("name")`, `name:3` at the third
+time. Without that variable a failpoint does nothing. What a kill leaves behind is what a power cut would, but for the
+pages that the kernel still writes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+
+VARIABLE = "POTSTILL_FAILPOINT"
+FAILPOINTS = (
+    "stage.begun",  # the folder's old manifest is gone, the body has not begun
+    "stage.ended",  # the body has ended, the manifest is not written
+    "file.written",  # an atomic file's bytes are on the disk under its temporary name
+    "file.renamed",  # it has its name, the folder is not synced
+)
+_passed: Counter[str] = Counter()
+
+
+def failpoint(name: str) -> None:
+    """Die here if the environment says so."""
+    assert name in FAILPOINTS, name
+    wanted = os.environ.get(VARIABLE)
+    if wanted is None:
+        return
+    place, _, count = wanted.partition(":")
+    if place == name:
+        _passed[name] += 1
+        if _passed[name] == int(count or 1):
+            os.kill(os.getpid(), signal.SIGKILL)
