@@ -30,7 +30,8 @@ def dropped() -> Response:
 class ChatEndpoint:
     """Answers `a + b?` with worked reasoning, whose text shows the request's seed.
 
-    `fault(number, payload)` may answer the number-th request in its place: None is no fault.
+    `fault(number, payload)` may answer the number-th request in its place: None is no fault. While `hold(number)` is
+    true the number-th request (counted from 1) waits, so that a test waits for what has happened and never for a time.
     """
 
     def __init__(self, *, model: str = "pico", key: str | None = None) -> None:
@@ -38,7 +39,7 @@ class ChatEndpoint:
         self.key = key
         self.version: str | None = "0.31.0"
         self.style = "prefilled"
-        self.delay_s = 0.0
+        self.hold: Callable[[int], bool] = lambda number: False
         self.fault: Callable[[int, dict[str, Any]], Response | None] = lambda number, payload: None
         self.payloads: list[dict[str, Any]] = []
         self.running = self.most_running = 0
@@ -57,7 +58,8 @@ class ChatEndpoint:
         self.running += 1
         self.most_running = max(self.running, self.most_running)
         try:
-            await asyncio.sleep(self.delay_s)
+            while self.hold(number) and not await request.is_disconnected():
+                await asyncio.sleep(0.002)
             fault = self._refused(request) or self.fault(number, payload)
         finally:
             self.running -= 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,21 +63,22 @@ def test_every_request_is_answered_once_whatever_the_server_parses(endpoint: Cha
 
 
 def test_concurrency_is_used_and_bounded(endpoint: ChatEndpoint) -> None:
-    endpoint.delay_s = 0.02
-    list(teacher(endpoint, max_concurrency=7).generate(requests(30), SAMPLING))
+    endpoint.hold = lambda number: endpoint.most_running < 7
+    asked = requests(30)
+    check_all(list(teacher(endpoint, max_concurrency=7).generate(asked, SAMPLING)), asked)
     assert endpoint.most_running == 7
 
 
 def test_completions_arrive_as_they_finish(endpoint: ChatEndpoint) -> None:
-    endpoint.delay_s = 0.1
-    started = time.monotonic()
+    endpoint.hold = lambda number: number > 1
     stream = teacher(endpoint, max_concurrency=2).generate(requests(20), SAMPLING)
     next(stream)
-    assert time.monotonic() - started < 1.5  # all forty would take two seconds
     stream.close()
     asked = len(endpoint.payloads)
-    time.sleep(0.3)
-    assert len(endpoint.payloads) <= asked + 2, "a closed stream asks for nothing more"
+    assert asked <= 3, "the others wait for their turn"
+    endpoint.hold = lambda number: False
+    assert teacher(endpoint).identity.name == "pico"  # the endpoint has taken whatever came before this
+    assert len(endpoint.payloads) == asked, "a closed stream asks for nothing more"
 
 
 def test_faults_that_pass_are_asked_again(endpoint: ChatEndpoint) -> None:
@@ -99,12 +99,10 @@ def test_faults_that_pass_are_asked_again(endpoint: ChatEndpoint) -> None:
 
 
 def test_a_time_out_is_asked_again(endpoint: ChatEndpoint) -> None:
-    source = teacher(endpoint, timeout_s=0.2)
-    endpoint.delay_s = 1.0
-    endpoint.fault = lambda number, payload: setattr(endpoint, "delay_s", 0.0)  # the first ones have timed out by then
+    endpoint.hold = lambda number: number <= 2
     asked = requests(1)
-    check_all(list(source.generate(asked, SAMPLING)), asked)
-    assert len(endpoint.payloads) > len(asked)
+    check_all(list(teacher(endpoint, timeout_s=0.3, max_retries=100).generate(asked, SAMPLING)), asked)
+    assert len(endpoint.payloads) >= 2 + len(asked)
 
 
 def test_faults_that_stay_end_in_one_line(endpoint: ChatEndpoint) -> None:
@@ -119,11 +117,19 @@ def collect(stream: Iterator[Completion], into: list[Completion]) -> None:
 
 
 def test_paid_for_work_comes_home_before_the_error(endpoint: ChatEndpoint) -> None:
-    endpoint.delay_s = 0.2
+    refused: list[int] = []
+
+    def too_long(number: int) -> bool:
+        return bool(endpoint.payloads[number - 1]["messages"][-1]["content"].startswith("1 +"))
 
     def refuse_one(number: int, payload: dict[str, Any]) -> Response | None:
-        too_long = payload["messages"][-1]["content"].startswith("1 +")
-        return JSONResponse({"error": {"message": "too long\nfor 64 tokens"}}, 400) if too_long else None
+        if not too_long(number):
+            return None
+        refused.append(number)
+        return JSONResponse({"error": {"message": "too long\nfor 64 tokens"}}, 400)
+
+    # All eight are in flight when the first of them is refused, and the others are still there when it has been.
+    endpoint.hold = lambda number: len(endpoint.payloads) < 8 if too_long(number) else not refused
 
     endpoint.fault = refuse_one
     arrived: list[Completion] = []
