@@ -17,6 +17,8 @@ FAILPOINTS = (
     "stage.ended",  # the body has ended, the manifest is not written
     "file.written",  # an atomic file's bytes are on the disk under its temporary name
     "file.renamed",  # it has its name, the folder is not synced
+    "ledger.inserted",  # a batch is in the transaction, which is not committed
+    "ledger.committed",  # it is committed, whoever added it has not heard of it
 )
 _passed: Counter[str] = Counter()
 

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from distill.errors import DataError, EnvironmentFault
+from distill.failpoints import failpoint
 from distill.manifest import environment_faults
 from distill.records import Trace
 
@@ -102,7 +103,10 @@ class Ledger:
         with _translated(self.path), self._transaction():
             before = self._connection.total_changes
             self._connection.executemany(f"INSERT OR IGNORE INTO traces VALUES ({marks})", rows)
-            return self._connection.total_changes - before
+            new = self._connection.total_changes - before
+            failpoint("ledger.inserted")
+        failpoint("ledger.committed")
+        return new
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """The keys that have no sample yet, in their order, each once."""

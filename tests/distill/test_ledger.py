@@ -10,8 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import textwrap
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,74 +18,53 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.errors import DataError, EnvironmentFault
+from distill.failpoints import VARIABLE
 from distill.ledger import Ledger
 from distill.records import Problem, Trace
 from distill.tables import read_records, write_records
+from tests.distill.ledger_writer import KEYS, trace
+
+CREDIT = 12  # batches that one writer may add: twenty killed ones never come to the end
 
 
-def trace(index: int, text: str = "") -> Trace:
-    return Trace(
-        key=f"{index:032x}",
-        problem_id=f"{index // 4:032x}",
-        sample_index=index % 4,
-        text=text or f"<think>\nstep {index} größer ⊢ 𝔸\n</think>\n\n\\boxed{{{index}}}",
-        finish_reason="stop",
-        num_prompt_tokens=7,
-        num_tokens=index,
-        teacher="pico",
-    )
-
-
-KEYS = [trace(index).key for index in range(4_000)]
-
-WRITER = """
-    import sys
-    from pathlib import Path
-    sys.path.insert(0, sys.argv[3])
-    from test_ledger import KEYS, trace
-    from distill.ledger import Ledger
-    import random
-    with Ledger.open(Path(sys.argv[1])) as ledger:
-        print("open", flush=True)
-        missing = ledger.missing(KEYS)
-        random.Random(int(sys.argv[2])).shuffle(missing)
-        for start in range(0, len(missing), 8):
-            batch = missing[start : start + 8]
-            ledger.add(trace(int(key, 16)) for key in batch)
-            print(*batch, flush=True)
-    print("done", flush=True)
-"""
-
-
-def start_writer(path: Path, seed: int) -> subprocess.Popen[str]:
+def start_writer(path: Path, seed: int, *, credit: int = -1, failpoint: str = "") -> subprocess.Popen[str]:
+    """A process that adds what is missing, in an order of its own; with `credit` it waits after so many batches."""
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(WRITER), str(path), str(seed), str(Path(__file__).parent)],
+        [sys.executable, "-m", "tests.distill.ledger_writer", str(path), str(seed), str(credit)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), VARIABLE: failpoint},
     )
+
+
+def killed_writers(path: Path) -> Iterator[set[str]]:
+    """Twenty of them, each with what it had reported as stored: eight die at a failpoint, twelve whenever it hits."""
+    rng = random.Random(5)
+    for turn in range(20):
+        failpoint = ("ledger.inserted", "ledger.committed")[turn % 2] + f":{1 + turn}" if turn < 8 else ""
+        writer = start_writer(path, turn, credit=CREDIT, failpoint=failpoint)
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "open\n"
+        lines = [] if failpoint else [writer.stdout.readline() for _ in range(rng.randrange(CREDIT + 1))]
+        if not failpoint:
+            writer.kill()
+        lines += writer.stdout.read().splitlines()
+        writer.communicate()
+        assert writer.returncode == -signal.SIGKILL
+        yield {key for line in lines for key in line.split() if len(key) == 32}
 
 
 @pytest.mark.timeout(240)
 def test_twenty_sigkills_lose_and_double_nothing(tmp_path: Path) -> None:
-    path, rng = tmp_path / "ledger.sqlite", random.Random(5)
+    path = tmp_path / "ledger.sqlite"
     acknowledged: set[str] = set()
-    kills = 0
-    while kills < 20:
-        writer = start_writer(path, kills)
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "open\n"
-        time.sleep(rng.uniform(0.0, 0.03))
-        writer.send_signal(signal.SIGKILL)
-        lines = writer.stdout.read().splitlines()
-        writer.wait()
-        kills += 1
-        acknowledged.update(key for line in lines if line != "done" for key in line.split() if len(key) == 32)
+    for reported in killed_writers(path):
+        acknowledged |= reported
         with Ledger.open(path) as ledger:
             assert not set(ledger.missing(acknowledged))
-    assert 0 < len(acknowledged) < len(KEYS), "the kills must fall into the middle of the work"
-    writer = start_writer(path, 99)
-    out, _ = writer.communicate(timeout=60)
+    assert 0 < len(acknowledged) < len(KEYS), "the kills fall into the middle of the work"
+    out, _ = start_writer(path, 99).communicate()
     assert out.endswith("done\n")
     with Ledger.open(path) as ledger:
         assert len(ledger) == len(KEYS)

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 
 from distill.errors import EnvironmentFault
+from distill.failpoints import VARIABLE
 from distill.manifest import (
     MANIFEST,
     environment_faults,
@@ -137,71 +137,67 @@ def test_folders_hash_by_names_and_bytes_without_manifests(tmp_path: Path) -> No
 WRITER = """
     import sys
     from pathlib import Path
-    from distill.manifest import write_atomically
+    from distill.manifest import atomic_file, write_atomically
     path = Path(sys.argv[1])
-    for turn in range(10_000):
-        write_atomically(path, (b"a" if turn % 2 else b"b") * (300_000 + turn))
-        if turn == 0:
-            print("first", flush=True)
+    write_atomically(path, b"a" * 300_000)
+    with atomic_file(path) as file:
+        file.write(b"b" * 150_000)
+        file.flush()
+        print("half", flush=True)
+        sys.stdin.read()
+        file.write(b"b" * 150_000)
 """
 
 
-def child(code: str, *arguments: str) -> subprocess.Popen[str]:
+def child(code: str, *arguments: str, failpoint: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), VARIABLE: failpoint},
     )
 
 
 @pytest.mark.timeout(120)
-def test_a_kill_leaves_the_old_file_or_the_new_one_whole(tmp_path: Path) -> None:
-    rng, sizes = random.Random(2), set()
-    for _ in range(8):
-        writer = child(WRITER, str(tmp_path / "file"))
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "first\n"
-        time.sleep(rng.uniform(0, 0.05))
-        writer.send_signal(signal.SIGKILL)
-        writer.communicate()
-        data = (tmp_path / "file").read_bytes()
-        assert data in (data[:1] * len(data), b"")
-        assert len(data) >= 300_000
-        sizes.add(len(data))
-    assert len(sizes) > 2, "the kills must fall at different times"
+@pytest.mark.parametrize(
+    ("place", "left"), [("half", b"a"), ("file.written:2", b"a"), ("file.renamed:2", b"b"), ("", b"b")]
+)
+def test_a_kill_leaves_the_old_file_or_the_new_one_whole(tmp_path: Path, place: str, left: bytes) -> None:
+    writer = child(WRITER, str(tmp_path / "file"), failpoint=place)
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "half\n"
+    if place == "half":
+        writer.kill()
+    writer.communicate()
+    assert writer.returncode == (-signal.SIGKILL if place else 0)
+    assert (tmp_path / "file").read_bytes() == left * 300_000
 
 
 STAGE = """
-    import sys, time
+    import sys
     from pathlib import Path
     from distill.manifest import run_stage, write_atomically
     folder = Path(sys.argv[1])
     def body():
-        print("begun", flush=True)
         for part in range(20):
             if not (folder / "out" / f"{part}.txt").exists():
-                time.sleep(0.01)
                 write_atomically(folder / "out" / f"{part}.txt", f"part {part}")
         return {}
     run_stage("parts", {"in": folder / "in.txt"}, {}, folder / "out", body, [f"{n}.txt" for n in range(20)])
 """
+KILLS = ("stage.begun", "file.written:5", "file.renamed:7", "stage.ended", "file.written:1")  # the last: the manifest
 
 
 @pytest.mark.timeout(120)
 def test_a_killed_stage_is_incomplete_and_its_rerun_equals_a_straight_one(tmp_path: Path) -> None:
     outputs = []
-    for name, kills in (("killed", 4), ("straight", 0)):
+    for name, kills in (("killed", KILLS), ("straight", ())):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "in.txt").write_text("x")
-        for _ in range(kills):
-            process = child(STAGE, str(folder))
-            assert process.stdout is not None
-            assert process.stdout.readline() == "begun\n"
-            time.sleep(0.03)
-            process.kill()
-            process.communicate()
+        for place in kills:
+            assert child(STAGE, str(folder), failpoint=place).wait() == -signal.SIGKILL
             assert read_manifest(folder / "out") is None
         assert child(STAGE, str(folder)).wait() == 0
         manifest = read_manifest(folder / "out")
