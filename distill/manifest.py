@@ -132,10 +132,10 @@ def run_stage(
     with environment_faults(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / MANIFEST).unlink(missing_ok=True)
-        failpoint("stage.begun")
+        failpoint("stage.begun", stage)
         started = time.monotonic()
         counts = dict(body())
-        failpoint("stage.ended")
+        failpoint("stage.ended", stage)
         manifest = StageManifest(
             stage=stage,
             fingerprint=print_,

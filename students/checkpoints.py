@@ -12,6 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
+from distill.failpoints import failpoint
 from distill.manifest import sync_folder, write_atomically
 
 COMPLETE = "complete.json"
@@ -25,6 +26,7 @@ def mark_complete(checkpoint: Path) -> None:
             os.fsync(file.fileno())
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
     write_atomically(checkpoint / COMPLETE, json.dumps(sizes, indent=2) + "\n")
+    failpoint("checkpoint.complete")
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -31,10 +30,14 @@ def potstill(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
+HEAVY = {"torch", "transformers", "trl", "accelerate", "datasets", "lm_eval", "pyarrow", "sympy", "reasoning_gym"}
+
+
 def test_help_is_quick_and_lists_every_command() -> None:
-    started = time.monotonic()
-    result = potstill("--help")
-    assert time.monotonic() - started < 1.0
+    result = potstill("--help", PYTHONPROFILEIMPORTTIME="1")
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & HEAVY
     assert result.returncode == 0
     for name in ("run", "generate", "distill", "eval", "compare", "push", "serve", "doctor", "zoo"):
         assert f"\n  {name} " in result.stdout
@@ -100,7 +103,7 @@ def test_signals_end_with_one_line(tmp_path: Path, sent: signal.Signals, code: i
     writer = os.open(pipe, os.O_WRONLY)  # returns when the command has opened the other end
     try:
         process.send_signal(sent)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     finally:
         os.close(writer)
         process.kill()

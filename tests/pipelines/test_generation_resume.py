@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
@@ -33,6 +35,15 @@ def uninterrupted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 def traces(out: Path) -> list[Trace]:
     return read_records(out / "tiny-world/generate/traces.parquet", Trace)
+
+
+def num_samples(ledger: Path) -> int:
+    """How many samples are committed, as another process sees it while the first one writes."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as connection:
+            return int(connection.execute("SELECT count(*) FROM traces").fetchone()[0])
+    except sqlite3.OperationalError:  # not there yet, or without its table
+        return 0
 
 
 @pytest.fixture
@@ -73,14 +84,14 @@ def test_stopped_generation_goes_on(
         stderr=subprocess.PIPE,
         text=True,
     )
-    ledger = tmp_path / "tiny-world/generate/ledger.sqlite-wal"
-    until = time.monotonic() + 120
-    while not (ledger.exists() and ledger.stat().st_size > 30_000):
+    ledger = tmp_path / "tiny-world/generate/ledger.sqlite"
+    until = time.monotonic() + 240
+    while not num_samples(ledger):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < until
         time.sleep(0.005)
     process.send_signal(getattr(signal, sent))
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == code, err
     assert err.count("\n") == (0 if sent == "SIGKILL" else 1), err
     assert not (tmp_path / "tiny-world/generate/manifest.json").exists()
