@@ -3,7 +3,8 @@
 A recipe is YAML; `load_recipe(path, overrides)` validates it against `Recipe` and turns every fault into one
 `RecipeError` line naming file and field. Unknown keys are errors that name the nearest match. Values that YAML hands
 over as strings (`4e-5`) are coerced. A recipe may name one parent (`extends: other.yaml`, relative to itself): mappings
-merge, everything else replaces. Student recipes (`students/zoo/*.yaml`) are read by `load_student`.
+merge (but for one whose `backend` or `kind` differs), everything else replaces. Student recipes
+(`students/zoo/*.yaml`) are read by `load_student`.
 """
 
 from __future__ import annotations
@@ -73,7 +74,6 @@ ProblemSource = Annotated[ReasoningGymSource | LocalSource | DatasetSource, Fiel
 
 # --- teacher and generation -------------------------------------------------------------------------------------------
 
-
 class NativeTeacher(Config):
     """This project's own model and latent cache, in this process."""
 
@@ -82,11 +82,9 @@ class NativeTeacher(Config):
     batch_size: int = Field(64, ge=1)
 
 
-class OpenAITeacher(Config):
-    """Any OpenAI-compatible endpoint: vLLM, SGLang, DeepSeek's own."""
+class ServedTeacher(Config):
+    """How a model behind an OpenAI-compatible endpoint is asked, whoever started the endpoint."""
 
-    backend: Literal["openai"] = "openai"
-    base_url: str = "http://127.0.0.1:8000/v1"
     model: str = Field(description="the served model's name")
     revision: str = "unknown"
     api_key_env: str = "OPENAI_API_KEY"
@@ -95,6 +93,13 @@ class OpenAITeacher(Config):
     timeout_s: float = Field(3_600, gt=0)
     max_retries: int = Field(8, ge=0)
     think_prefilled: bool = Field(True, description="the served template already opens <think>: put it back in front")
+
+
+class OpenAITeacher(ServedTeacher):
+    """Any OpenAI-compatible endpoint: vLLM, SGLang, DeepSeek's own."""
+
+    backend: Literal["openai"] = "openai"
+    base_url: str = "http://127.0.0.1:8000/v1"
 
 
 TeacherConfig = Annotated[NativeTeacher | OpenAITeacher, Field(discriminator="backend")]
@@ -276,8 +281,13 @@ def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = _merged(result[key], value) if both else value
+        result[key] = _merged(result[key], value) if both and _same_kind(result[key], value) else value
     return result
+
+
+def _same_kind(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
+    """Whether both describe the same thing: a teacher of another backend shares no settings with its parent's."""
+    return all(tag not in above or above[tag] == below.get(tag) for tag in ("backend", "kind"))
 
 
 def _apply_override(tree: dict[str, Any], text: str) -> None:
@@ -319,7 +329,7 @@ def _translated(exc: ValidationError, model: type[BaseModel], where: Path | str)
         message = f"unknown key; {nearest(loc[-1], _keys_beside(model, fault['loc']))}"
     elif fault["type"] == "missing":
         message = "required, but not given"
-    elif fault["type"] == "value_error" and not loc:
+    elif fault["type"] == "value_error":
         message = message.removeprefix("Value error, ")
     elif not isinstance(got, (dict, list)):
         message = f"{message}, got {got!r}"

@@ -17,7 +17,7 @@ import os
 import queue
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -41,13 +41,23 @@ class OpenAICompatibleTeacher:
 
     Raises on construction: EnvironmentFault (the endpoint cannot be reached, the key is refused), RecipeError (the
     endpoint does not serve this model). `backoff_s` is the first pause before asking again; it doubles each time.
+    `api_key` stands for the one in the environment. Where `gone` says that the endpoint will not come back (its
+    process has ended), nothing is asked again: EnvironmentFault at once.
     """
 
-    def __init__(self, config: OpenAITeacher, *, backoff_s: float = 0.5) -> None:
+    def __init__(
+        self,
+        config: OpenAITeacher,
+        *,
+        backoff_s: float = 0.5,
+        api_key: str | None = None,
+        gone: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.config = config
         self._base_url = config.base_url.rstrip("/")
-        self._key = os.environ.get(config.api_key_env) or None
+        self._key = api_key or os.environ.get(config.api_key_env) or None
         self._backoff_s = backoff_s
+        self._gone = gone
         self._identity = self._ask_identity()
 
     @property
@@ -149,7 +159,12 @@ class OpenAICompatibleTeacher:
             attempt += 1
 
     def pause(self, attempt: int, response: httpx.Response | None) -> float:
-        """Seconds until the next attempt: doubled each time, jittered by half, at least what the endpoint asks for."""
+        """Seconds until the next attempt: doubled each time, jittered by half, at least what the endpoint asks for.
+
+        Raises EnvironmentFault where there is nobody left to ask.
+        """
+        if self._gone():
+            raise EnvironmentFault("the server has ended", where=self._base_url)
         pause: float = min(MAX_BACKOFF_S, self._backoff_s * 2.0**attempt) * random.uniform(0.5, 1.5)
         asked = response.headers.get("retry-after", "") if response is not None else ""
         return max(pause, min(float(asked), MAX_BACKOFF_S)) if asked.isdigit() else pause
