@@ -20,6 +20,8 @@ FAILPOINTS = (
     "file.renamed",  # it has its name, the folder is not synced
     "ledger.inserted",  # a batch is in the transaction, which is not committed
     "ledger.committed",  # it is committed, whoever added it has not heard of it
+    "ledger.graded",  # verdicts are committed, likewise
+    "ledger.migrated",  # a new or older file has this version's tables, not yet committed
     "checkpoint.complete",  # a training checkpoint is whole and marked so
 )
 _passed: Counter[str] = Counter()

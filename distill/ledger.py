@@ -2,7 +2,8 @@
 
 One SQLite file in WAL mode with `synchronous=FULL`: what `add` returned for is on the disk. A sample's key is the hash
 of all that can change it, so a sample that comes twice (a teacher was asked again after a crash) is stored once, the
-first one staying. Each row carries a digest of its content, checked when it is read.
+first one staying. Beside the samples stand their verdicts, so that grading is not done again either. Each row carries a
+digest of its content, checked when it is read.
 
 One process writes at a time: an advisory lock on `<ledger>.lock` falls with the process that holds it, however it dies.
 """
@@ -14,33 +15,23 @@ import hashlib
 import json
 import os
 import sqlite3
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from distill.errors import DataError, EnvironmentFault
 from distill.failpoints import failpoint
+from distill.ledger_schema import prepare
 from distill.manifest import environment_faults
-from distill.records import Trace
+from distill.records import Trace, Verdict
 
-APPLICATION_ID = 0x507453  # marks the file as a ledger of ours
-SCHEMA_VERSION = 1
-SCHEMA = """
-CREATE TABLE traces (
-    key TEXT PRIMARY KEY,
-    problem_id TEXT NOT NULL,
-    sample_index INTEGER NOT NULL,
-    text TEXT NOT NULL,
-    finish_reason TEXT NOT NULL,
-    num_prompt_tokens INTEGER NOT NULL,
-    num_tokens INTEGER NOT NULL,
-    teacher TEXT NOT NULL,
-    digest TEXT NOT NULL
-) STRICT;
-"""
-COLUMNS = tuple(Trace.model_fields)
+# What a row says, in the order of its digest; logprobs stand last, compressed, after the digest.
+COLUMNS = ("key", "problem_id", "sample_index", "text", "finish_reason", "num_prompt_tokens", "num_tokens", "teacher")
+Row = tuple[Any, ...]
 KEYS_A_QUERY = 500
 ENVIRONMENT = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_NOMEM", "SQLITE_PERM")
 
@@ -63,7 +54,7 @@ class Ledger:
             with _translated(path):
                 connection = sqlite3.connect(path, isolation_level=None)
                 try:
-                    _prepare(connection, path)
+                    prepare(connection, path)
                 except BaseException:
                     connection.close()
                     raise
@@ -96,45 +87,126 @@ class Ledger:
 
     def add(self, traces: Iterable[Trace]) -> int:
         """Store all of `traces` or none, durably, and return how many are new: a key that is there stays as it is."""
-        rows = [_row(trace) for trace in traces]
-        if not rows:
-            return 0
-        marks = ", ".join("?" * len(rows[0]))
-        with _translated(self.path), self._transaction():
-            before = self._connection.total_changes
-            self._connection.executemany(f"INSERT OR IGNORE INTO traces VALUES ({marks})", rows)
-            new = self._connection.total_changes - before
-            failpoint("ledger.inserted")
-        failpoint("ledger.committed")
-        return new
+        return self.add_rows([_row(trace) for trace in traces])
+
+    def add_rows(self, rows: Sequence[Row], *, least: bool = False) -> int:
+        """`add` for rows as `scan` yields them. `least`: of two samples of a key the lesser digest stays."""
+        what = "INTO traces VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        columns = (*COLUMNS, "digest", "logprobs")
+        replace = ", ".join(f"{name} = excluded.{name}" for name in columns)
+        if least:
+            what += f" ON CONFLICT (key) DO UPDATE SET {replace} WHERE excluded.digest < traces.digest"
+        return self._write(f"INSERT {'' if least else 'OR IGNORE '}{what}", rows)
+
+    def present(self, keys: Iterable[str]) -> set[str]:
+        """Those of `keys` that have a sample."""
+        return {row[0] for chunk in _chunks(keys) for row in self._select("key", "traces", chunk)}
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """The keys that have no sample yet, in their order, each once."""
         wanted = list(dict.fromkeys(keys))
-        present: set[str] = set()
-        for chunk in _chunks(wanted):
-            present.update(row[0] for row in self._select("key", chunk))
+        present = self.present(wanted)
         return [key for key in wanted if key not in present]
 
     def traces(self, keys: Iterable[str]) -> Iterator[Trace]:
         """The samples of `keys`, in that order. Raises DataError for a key without a sample or an altered row."""
-        for chunk in _chunks(list(keys)):
-            found = {row[0]: row for row in self._select("*", chunk)}
+        for values in self.rows(keys):
+            yield Trace.model_construct(**dict(zip(Trace.model_fields, values, strict=True)))
+
+    def rows(self, keys: Iterable[str]) -> Iterator[Row]:
+        """As `traces`, but the values alone, in the order of Trace's fields. Holds `KEYS_A_QUERY` of them."""
+        for chunk in _chunks(keys):
+            found = {row[0]: row for row in self._select("*", "traces", chunk)}
             for key in chunk:
                 if key not in found:
                     raise DataError("has no such sample", where=self.path, field=key)
-                yield self._trace(found[key])
+                yield self._checked(found[key])
 
-    def _trace(self, row: tuple[Any, ...]) -> Trace:
-        *values, digest = row
-        if _digest(values) != digest:
-            raise DataError("the row is not what was stored; the file is damaged", where=self.path, field=str(row[0]))
-        return Trace.model_validate(dict(zip(COLUMNS, values, strict=True)))
+    def digests(self, keys: Iterable[str]) -> Iterator[str]:
+        """What `keys` have, in that order, in a few bytes each: equal digests are equal samples."""
+        for chunk in _chunks(keys):
+            found: dict[str, str] = dict(self._select("key, digest", "traces", chunk))
+            yield from (found.get(key, "") for key in chunk)
 
-    def _select(self, what: str, keys: Sequence[str]) -> list[tuple[Any, ...]]:
+    def scan(self) -> Iterator[Row]:
+        """Every sample as it is stored, in the order of arrival. Raises DataError for an altered row."""
+        with _translated(self.path):
+            for row in self._connection.execute("SELECT * FROM traces ORDER BY rowid"):
+                self._checked(row)
+                yield row
+
+    def add_verdicts(self, verdicts: Iterable[tuple[str, str, Verdict]]) -> int:
+        """Store `(key, grading, verdict)`s durably, the first of each pair staying; return how many are new.
+
+        `grading` is the hash of all that can change the verdict (see `distill.grading`). A fault of ours is no verdict
+        that should outlast its cause: `infra_error` is left out.
+        """
+        rows = []
+        for key, grading, verdict in verdicts:
+            if verdict.state != "infra_error":
+                values = [key, grading, verdict.state, verdict.extracted, verdict.detail]
+                rows.append((*values, _digest(values)))
+        return self.add_verdict_rows(rows)
+
+    def add_verdict_rows(self, rows: Sequence[Row], *, least: bool = False) -> int:
+        """`add_verdicts` for rows as `scan_verdicts` yields them. `least`: as in `add_rows`, time-outs last."""
+        what = "INTO verdicts VALUES (?, ?, ?, ?, ?, ?)"
+        if least:
+            what += """ ON CONFLICT (key, grading) DO UPDATE SET state = excluded.state, extracted = excluded.extracted,
+                detail = excluded.detail, digest = excluded.digest
+                WHERE (excluded.state = 'timeout', excluded.digest) < (verdicts.state = 'timeout', verdicts.digest)"""
+        return self._write(f"INSERT {'' if least else 'OR IGNORE '}{what}", rows, done="ledger.graded")
+
+    def verdicts(self, pairs: Iterable[tuple[str, str]]) -> dict[str, Verdict]:
+        """What is known of `(key, grading)` pairs, by key. Raises DataError for an altered row."""
+        wanted = dict(pairs)
+        found = {}
+        for chunk in _chunks(wanted):
+            for row in self._select("*", "verdicts", chunk):
+                if wanted[row[0]] == row[1]:
+                    self._check_verdict(row)
+                    found[row[0]] = Verdict(state=row[2], extracted=row[3], detail=row[4])
+        return found
+
+    def scan_verdicts(self) -> Iterator[Row]:
+        """Every verdict as it is stored, by key. Raises DataError for an altered row."""
+        with _translated(self.path):
+            for row in self._connection.execute("SELECT * FROM verdicts ORDER BY key, grading"):
+                self._check_verdict(row)
+                yield row
+
+    def _checked(self, row: Row) -> Row:
+        *values, digest, packed = row
+        try:
+            logprobs = None if packed is None else zlib.decompress(packed).decode()
+        except (zlib.error, UnicodeDecodeError) as exc:
+            raise self._altered(row) from exc
+        if _digest(values if logprobs is None else [*values, logprobs]) != digest:
+            raise self._altered(row)
+        return (*values, logprobs)
+
+    def _check_verdict(self, row: Row) -> None:
+        if _digest(row[:-1]) != row[-1]:
+            raise self._altered(row)
+
+    def _altered(self, row: Row) -> DataError:
+        return DataError("the row is not what was stored; the file is damaged", where=self.path, field=str(row[0]))
+
+    def _select(self, what: str, table: str, keys: Sequence[str]) -> list[Row]:
         marks = ", ".join("?" * len(keys))
         with _translated(self.path):
-            return self._connection.execute(f"SELECT {what} FROM traces WHERE key IN ({marks})", keys).fetchall()
+            return self._connection.execute(f"SELECT {what} FROM {table} WHERE key IN ({marks})", keys).fetchall()
+
+    def _write(self, statement: str, rows: Sequence[Row], *, done: str = "ledger.committed") -> int:
+        if not rows:
+            return 0
+        with _translated(self.path), self._transaction():
+            before = self._connection.total_changes
+            self._connection.executemany(statement, rows)
+            new = self._connection.total_changes - before
+            failpoint("ledger.inserted")
+        failpoint(done)
+        return new
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -164,28 +236,6 @@ def _locked(path: Path) -> int:
     return descriptor
 
 
-def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Set the durability, check that the file is sound and ours, create the table in a new file."""
-    connection.execute("PRAGMA synchronous = FULL")
-    (fault,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if fault != "ok":
-        raise DataError(f"the file is damaged ({fault})", where=path)
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    if application != APPLICATION_ID and (application or tables):
-        raise DataError("is a database, but not a ledger", where=path)
-    if tables and version != SCHEMA_VERSION:
-        raise DataError(f"has schema version {version}, this potstill reads {SCHEMA_VERSION}", where=path)
-    connection.execute("PRAGMA journal_mode = WAL")
-    if not tables:
-        # One transaction: a kill in the middle leaves an empty file, which the next run takes for a new one.
-        connection.executescript(
-            f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
-            f"{SCHEMA} COMMIT;"
-        )
-
-
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
     try:
@@ -199,15 +249,18 @@ def _translated(path: Path) -> Iterator[None]:
         raise DataError(f"not a sound ledger ({exc})", where=path) from exc
 
 
-def _row(trace: Trace) -> list[Any]:
+def _row(trace: Trace) -> Row:
     values = [getattr(trace, name) for name in COLUMNS]
-    return [*values, _digest(values)]
+    if trace.logprobs is None:
+        return (*values, _digest(values), None)
+    return (*values, _digest([*values, trace.logprobs]), zlib.compress(trace.logprobs.encode()))
 
 
 def _digest(values: Sequence[Any]) -> str:
     return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
 
 
-def _chunks(keys: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(keys), KEYS_A_QUERY):
-        yield keys[start : start + KEYS_A_QUERY]
+def _chunks(keys: Iterable[str]) -> Iterator[list[str]]:
+    remaining = iter(keys)
+    while chunk := list(islice(remaining, KEYS_A_QUERY)):
+        yield chunk

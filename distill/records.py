@@ -103,6 +103,7 @@ class Trace(Record):
     num_prompt_tokens: int
     num_tokens: int
     teacher: str
+    logprobs: str | None = Field(None, description="compact JSON, where the teacher was asked for them")
 
 
 class Verdict(Record):
