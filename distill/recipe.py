@@ -74,6 +74,7 @@ ProblemSource = Annotated[ReasoningGymSource | LocalSource | DatasetSource, Fiel
 
 # --- teacher and generation -------------------------------------------------------------------------------------------
 
+
 class NativeTeacher(Config):
     """This project's own model and latent cache, in this process."""
 

@@ -11,7 +11,7 @@ import json
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 VerdictState = Literal["correct", "wrong", "unverifiable", "truncated", "timeout", "infra_error"]
 FinishReason = Literal["stop", "length"]
@@ -49,12 +49,31 @@ class Problem(Record):
 
 
 class Sampling(Record):
-    """How a completion is drawn. `max_tokens` counts new tokens; `temperature` 0 is greedy."""
+    """How a completion is drawn, and what is kept of it. `max_tokens` counts new tokens; `temperature` 0 is greedy."""
 
     temperature: float = Field(0.6, ge=0, le=5)
     top_p: float = Field(0.95, gt=0, le=1)
     max_tokens: int = Field(32_768, ge=1)
     seed: int = Field(17, ge=0)
+    top_logprobs: int = Field(0, ge=0, le=20, description="likeliest tokens kept at every position; 0: none")
+    max_thinking_tokens: int | None = Field(
+        None, ge=1, description="after this many tokens without </think> it is forced and the answer begins"
+    )
+
+    @model_validator(mode="after")
+    def _an_answer_has_room(self) -> Sampling:
+        if self.max_thinking_tokens is not None and self.max_thinking_tokens >= self.max_tokens:
+            raise ValueError(f"max_thinking_tokens: must be below max_tokens ({self.max_tokens})")
+        return self
+
+    def content(self) -> dict[str, Any]:
+        """What goes into a sample's key: every field, but a feature that is off is left out.
+
+        So a ledger that was written before a feature existed still answers. "Off" is a fixed value, not the field's
+        default: a default that moves one day must not make two different samplings equal.
+        """
+        off = {"top_logprobs": 0, "max_thinking_tokens": None}
+        return {name: value for name, value in self.model_dump().items() if name not in off or value != off[name]}
 
 
 class TeacherIdentity(Record):
@@ -74,7 +93,7 @@ class TraceRequest(Record):
     def key(self, teacher: TeacherIdentity, sampling: Sampling) -> str:
         """The sample's key: changes with anything that can change the sample, and with nothing else."""
         return content_id(
-            [self.problem.id, teacher.model_dump(), sampling.model_dump(), self.sample_index],
+            [self.problem.id, teacher.model_dump(), sampling.content(), self.sample_index],
         )
 
     def seed(self, sampling: Sampling) -> int:
@@ -83,13 +102,17 @@ class TraceRequest(Record):
 
 
 class Completion(Record):
-    """What a teacher wrote for one request; `text` begins with the reasoning's opening tag where the model has one."""
+    """What a teacher wrote for one request; `text` begins with the reasoning's opening tag where the model has one.
+
+    `num_tokens` counts forced tokens too. `logprobs` is a packed `distill.logprobs.TokenLogprobs`, or None.
+    """
 
     request: TraceRequest
     text: str
     finish_reason: FinishReason
     num_prompt_tokens: int = Field(ge=0)
     num_tokens: int = Field(ge=0)
+    logprobs: str | None = None
 
 
 class Trace(Record):

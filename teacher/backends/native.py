@@ -1,7 +1,8 @@
 """The native backend: this project's engine in this process, on the GPU where there is one.
 
 The prompt is the folder's own chat template with generation prompt. Where that opens the reasoning (`<think>` and a
-line break), the completion's text gets it back in front, so that every trace begins alike whatever the backend.
+line break), the completion's text gets it back in front, so that every trace begins alike whatever the backend; and
+there `max_thinking_tokens` holds, all tokens before `</think>` counted.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distill.errors import CheckpointError, DataError
+from distill.logprobs import TokenLogprobs
 from distill.manifest import hash_file
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest, content_id
 from teacher.backends.workers import generate_in_workers
 from teacher.model.checkpoint import count_parameters, load_checkpoint, read_config, weight_files
 from teacher.serve.engine import Engine
-from teacher.serve.sequence import Sequence
+from teacher.serve.sequence import Sequence, ThinkingLimit
 
 THINK = "<think>\n"
+END_OF_THINKING = "</think>"
+# What stands between thinking and answer in R1's format; written in the model's place when its budget is used up.
+FORCED_END = f"\n{END_OF_THINKING}\n\n"
 # Part of every sample's key. Raise it when the same weights, request and seed would give another text.
 ENGINE_VERSION = "1"
 # Models up to this size generate in one process a core, each with a copy of the weights (FP32: 0.4 GB).
@@ -83,7 +88,8 @@ class NativeBackend:
                 message = f"has {len(prompt_ids)} tokens; the model takes {self.engine.max_positions - 1}"
                 raise DataError(message, where=request.problem.source, field=f"prompt {request.problem.prompt[:40]!r}")
             seed = request.seed(sampling)
-            sequences.append(Sequence(number, prompt_ids, max_tokens=sampling.max_tokens, seed=seed))
+            limit = self._thinking_limit(sampling) if prefixes[number] else None
+            sequences.append(Sequence(number, prompt_ids, sampling.max_tokens, seed, thinking=limit))
         for done in self._finished(sequences, sampling):
             written = done.generated_ids[:-1] if done.finish_reason == "stop" else done.generated_ids
             text = self.tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -93,10 +99,21 @@ class NativeBackend:
                 finish_reason=done.finish_reason,
                 num_prompt_tokens=len(done.prompt_ids),
                 num_tokens=len(done.generated_ids),
+                logprobs=_logprobs(done) if sampling.top_logprobs else None,
             )
 
+    def _thinking_limit(self, sampling: Sampling) -> ThinkingLimit | None:
+        if sampling.max_thinking_tokens is None:
+            return None
+        end = self.tokenizer.encode(END_OF_THINKING, add_special_tokens=False)
+        if len(end) != 1:
+            message = f"max_thinking_tokens needs {END_OF_THINKING} as one token; here it is {len(end)}"
+            raise CheckpointError(message, where=self.folder / "tokenizer.json")
+        forced = self.tokenizer.encode(FORCED_END, add_special_tokens=False)
+        return ThinkingLimit(sampling.max_thinking_tokens, end[0], tuple(forced))
+
     def _finished(self, sequences: list[Sequence[int]], sampling: Sampling) -> Iterator[Sequence[int]]:
-        draw = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        draw = sampling.model_dump(include={"temperature", "top_p", "top_logprobs"})
         # A worker for every full batch: fewer requests than that are not worth starting processes for.
         num_workers = min(self.max_workers, len(sequences) // self.engine.batch_size)
         if num_workers < 2:
@@ -111,6 +128,11 @@ class NativeBackend:
     def _render(self, question: str) -> str:
         message = [{"role": "user", "content": question}]
         return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+
+
+def _logprobs(sequence: Sequence[int]) -> str:
+    sampled = [(token, own) for token, (own, _) in zip(sequence.generated_ids, sequence.logprobs, strict=True)]
+    return TokenLogprobs("id", sampled, [top for _, top in sequence.logprobs]).packed()
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

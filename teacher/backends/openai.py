@@ -69,6 +69,9 @@ class OpenAICompatibleTeacher:
 
     def generate(self, requests: Sequence[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
         """Yield completions as they finish. Closing the iterator cancels what is in flight."""
+        if sampling.top_logprobs or sampling.max_thinking_tokens is not None:
+            message = "top_logprobs and max_thinking_tokens need the native backend"
+            raise RecipeError(message, where="recipe", field="generate.sampling")
         results: queue.Queue[Completion | BaseException | None] = queue.Queue()
         loop = asyncio.new_event_loop()
         work = _Work(self, requests, sampling, results)

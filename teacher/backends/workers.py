@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from distill.errors import EnvironmentFault
-from teacher.serve.sequence import Sequence
+from teacher.serve.sequence import Sequence, ThinkingLimit
 
 
 def generate_in_workers(
@@ -33,6 +33,7 @@ def generate_in_workers(
     eos_token_ids: frozenset[int],
     temperature: float,
     top_p: float,
+    top_logprobs: int = 0,
 ) -> Iterator[Sequence[int]]:
     """Yield the sequences, finished, in the order in which that happens. Raises EnvironmentFault if a worker dies.
 
@@ -40,11 +41,11 @@ def generate_in_workers(
     """
     by_key = {sequence.key: sequence for sequence in sequences}
     settings = {"folder": str(folder.resolve()), "batch_size": batch_size, "eos_token_ids": sorted(eos_token_ids)}
-    settings |= {"temperature": temperature, "top_p": top_p}
+    settings |= {"draw": {"temperature": temperature, "top_p": top_p, "top_logprobs": top_logprobs}}
     lines: queue.SimpleQueue[tuple[_Worker, str | None]] = queue.SimpleQueue()
     with contextlib.ExitStack() as stack:
         for number in range(num_workers):
-            share = [[s.key, list(s.prompt_ids), s.max_tokens, s.seed] for s in sequences[number::num_workers]]
+            share = [_packed(sequence) for sequence in sequences[number::num_workers]]
             stack.enter_context(_Worker(json.dumps(settings | {"sequences": share}), lines))
         running = num_workers
         while running:
@@ -53,9 +54,9 @@ def generate_in_workers(
                 worker.check()
                 running -= 1
                 continue
-            key, generated_ids, finish_reason = json.loads(line)
+            key, generated_ids, finish_reason, logprobs = json.loads(line)
             sequence = by_key.pop(key)
-            sequence.generated_ids, sequence.finish_reason = generated_ids, finish_reason
+            sequence.generated_ids, sequence.finish_reason, sequence.logprobs = generated_ids, finish_reason, logprobs
             yield sequence
     if by_key:
         raise EnvironmentFault(f"{len(by_key)} sequences did not come back", where="generation worker")
@@ -100,6 +101,18 @@ class _Worker:
         self._lines.put((self, None))
 
 
+def _packed(sequence: Sequence[int]) -> list[Any]:
+    limit = sequence.thinking
+    thinking = None if limit is None else [limit.max_tokens, limit.end_token, limit.forced_ids]
+    return [sequence.key, list(sequence.prompt_ids), sequence.max_tokens, sequence.seed, thinking]
+
+
+def _unpacked(row: list[Any]) -> Sequence[int]:
+    key, prompt_ids, max_tokens, seed, thinking = row
+    limit = None if thinking is None else ThinkingLimit(thinking[0], thinking[1], tuple(thinking[2]))
+    return Sequence(key, prompt_ids, max_tokens=max_tokens, seed=seed, thinking=limit)
+
+
 def _work(job: dict[str, Any], output: IO[str]) -> None:
     import torch
 
@@ -109,9 +122,9 @@ def _work(job: dict[str, Any], output: IO[str]) -> None:
     torch.set_num_threads(1)
     model = load_checkpoint(job["folder"])
     engine = Engine(model, batch_size=job["batch_size"], eos_token_ids=job["eos_token_ids"])
-    sequences = [Sequence(key, ids, max_tokens, seed) for key, ids, max_tokens, seed in job["sequences"]]
-    for done in engine.run(sequences, temperature=job["temperature"], top_p=job["top_p"]):
-        output.write(json.dumps([done.key, done.generated_ids, done.finish_reason]) + "\n")
+    sequences = [_unpacked(row) for row in job["sequences"]]
+    for done in engine.run(sequences, **job["draw"]):
+        output.write(json.dumps([done.key, done.generated_ids, done.finish_reason, done.logprobs]) + "\n")
         output.flush()
 
 

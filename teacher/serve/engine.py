@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from teacher.model.transformer import DeepseekV3
 from teacher.serve.runner import ModelRunner
-from teacher.serve.sampler import sample
+from teacher.serve.sampler import sample, score
 from teacher.serve.sequence import Key, Sequence
 from teacher.serve.weights import fuse_weights
 
@@ -15,6 +18,15 @@ from teacher.serve.weights import fuse_weights
 _MAX_PREFILL_TOKENS = 8_192
 # Admitting one by one would run a prefill every few steps: wait until this share of the slots is free.
 _ADMIT_SHARE = 1 / 16
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How the tokens of one run are drawn, and how many logprobs are kept of each."""
+
+    temperature: float
+    top_p: float
+    top_logprobs: int
 
 
 class Engine:
@@ -30,11 +42,16 @@ class Engine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.runner = ModelRunner(fuse_weights(model), batch_size)
 
-    def run(self, sequences: Iterable[Sequence[Key]], *, temperature: float, top_p: float) -> Iterator[Sequence[Key]]:
-        """Yield each sequence once it is finished. Prompts must be shorter than the model's last position."""
+    def run(
+        self, sequences: Iterable[Sequence[Key]], *, temperature: float, top_p: float, top_logprobs: int = 0
+    ) -> Iterator[Sequence[Key]]:
+        """Yield each sequence once it is finished. Prompts must be shorter than the model's last position.
+
+        With `top_logprobs` each sequence's `logprobs` say how likely its tokens and that many best ones were.
+        """
         waiting = deque(sequences)
         running: list[Sequence[Key]] = []
-        draw = {"temperature": temperature, "top_p": top_p}
+        draw = Draw(temperature, top_p, top_logprobs)
         while waiting or running:
             if waiting and self._should_admit(len(waiting), len(running)):
                 self._admit(waiting, running, draw)
@@ -46,7 +63,7 @@ class Engine:
         free = self.batch_size - num_running
         return free >= min(num_waiting, max(1, int(self.batch_size * _ADMIT_SHARE)))
 
-    def _admit(self, waiting: deque[Sequence[Key]], running: list[Sequence[Key]], draw: dict[str, float]) -> None:
+    def _admit(self, waiting: deque[Sequence[Key]], running: list[Sequence[Key]], draw: Draw) -> None:
         """Prefill as many waiting sequences as fit; equal prompts are computed once."""
         groups: dict[tuple[int, ...], list[Sequence[Key]]] = {}
         longest = admitted = 0
@@ -64,18 +81,21 @@ class Engine:
             rows += [row] * len(group)
             running += group
         logits = self.runner.prefill([list(prompt) for prompt in groups], slots)
-        newcomers = running[len(running) - admitted :]
-        self._take(newcomers, sample(logits[rows], [seq.draw() for seq in newcomers], **draw))
+        self._take(running[len(running) - admitted :], logits[rows], draw)
 
-    def _step(self, running: list[Sequence[Key]], draw: dict[str, float]) -> None:
+    def _step(self, running: list[Sequence[Key]], draw: Draw) -> None:
         logits = self.runner.decode([seq.generated_ids[-1] for seq in running], [seq.num_cached for seq in running])
-        self._take(running, sample(logits, [seq.draw() for seq in running], **draw))
+        self._take(running, logits, draw)
 
-    def _take(self, sequences: list[Sequence[Key]], tokens: list[int]) -> None:
-        for sequence, token in zip(sequences, tokens, strict=True):
-            sequence.append(token, self.eos_token_ids)
+    def _take(self, sequences: list[Sequence[Key]], logits_NV: Tensor, draw: Draw) -> None:
+        sampled = sample(logits_NV, [s.draw() for s in sequences], temperature=draw.temperature, top_p=draw.top_p)
+        tokens = [s.append(token, self.eos_token_ids) for s, token in zip(sequences, sampled, strict=True)]
+        for sequence in sequences:
             if sequence.finish_reason is None and sequence.num_cached >= self.max_positions:
                 sequence.finish_reason = "length"
+        if draw.top_logprobs:
+            for sequence, entry in zip(sequences, score(logits_NV, tokens, draw.top_logprobs), strict=True):
+                sequence.logprobs.append(entry)
 
     def _retire(self, running: list[Sequence[Key]]) -> Iterator[Sequence[Key]]:
         """Remove finished sequences; the last live one moves into each freed slot."""

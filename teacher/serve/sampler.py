@@ -33,6 +33,19 @@ def sample(logits_NV: Tensor, uniform_N: list[float], *, temperature: float, top
     return tokens.tolist()
 
 
+@torch.inference_mode()
+def score(logits_NV: Tensor, tokens: list[int], top: int) -> list[tuple[float, list[tuple[int, float]]]]:
+    """For every row the logprob of its token, and the `top` likeliest tokens with theirs, best first.
+
+    Of the raw logits: what the model says, not what temperature and nucleus make of it.
+    """
+    logprobs_NV = logits_NV.float().log_softmax(dim=-1)
+    taken_N1 = logprobs_NV.gather(1, torch.tensor(tokens, device=logits_NV.device)[:, None])
+    best = logprobs_NV.topk(min(top, logits_NV.shape[1]), dim=-1)
+    rows = zip(taken_N1[:, 0].tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
+    return [(taken, list(zip(ids, values, strict=True))) for taken, ids, values in rows]
+
+
 def _pick(probabilities_NJ: Tensor, tokens_NJ: Tensor, uniform_N: Tensor, top_p: float) -> Tensor:
     cumulative_NJ = probabilities_NJ.double().cumsum(dim=-1)
     in_nucleus = (cumulative_NJ - probabilities_NJ < top_p).sum(dim=-1, keepdim=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Hashable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
@@ -11,12 +12,21 @@ from typing import Generic, Literal, TypeVar
 Key = TypeVar("Key", bound=Hashable)
 
 
+@dataclass(frozen=True)
+class ThinkingLimit:
+    """Budget forcing (s1, arXiv 2501.19393 s.3.1): after `max_tokens` without `end_token`, `forced_ids` are written."""
+
+    max_tokens: int
+    end_token: int
+    forced_ids: tuple[int, ...]
+
+
 @dataclass(eq=False)
 class Sequence(Generic[Key]):
     """Prompt, what was generated so far, and the sequence's own source of randomness.
 
     `seed` alone decides the random numbers, so a request draws the same tokens whatever else is in the batch (up to
-    rounding in the logits). `key` is the caller's.
+    rounding in the logits). `key` is the caller's. `thinking` is the limit that still holds; None: none, or past it.
     """
 
     key: Key
@@ -25,6 +35,10 @@ class Sequence(Generic[Key]):
     seed: int
     generated_ids: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
+    thinking: ThinkingLimit | None = None
+    # One entry a generated token: its own logprob, and the likeliest tokens with theirs.
+    logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    _forced: deque[int] = field(default_factory=deque)
     _random: random.Random | None = None
 
     def draw(self) -> float:
@@ -33,13 +47,23 @@ class Sequence(Generic[Key]):
             self._random = random.Random(self.seed)
         return self._random.random()
 
-    def append(self, token: int, eos_token_ids: frozenset[int]) -> None:
-        """Take a sampled token. An end token is kept in `generated_ids` and ends the sequence."""
+    def append(self, sampled: int, eos_token_ids: frozenset[int]) -> int:
+        """Take a sampled token, or the next forced one in its place, and return it.
+
+        An end token is kept in `generated_ids` and ends the sequence.
+        """
+        token = self._forced.popleft() if self._forced else sampled
         self.generated_ids.append(token)
         if token in eos_token_ids:
             self.finish_reason = "stop"
         elif len(self.generated_ids) >= self.max_tokens:
             self.finish_reason = "length"
+        elif self.thinking is not None:
+            if len(self.generated_ids) >= self.thinking.max_tokens and token != self.thinking.end_token:
+                self._forced.extend(self.thinking.forced_ids)
+            if self._forced or token == self.thinking.end_token:
+                self.thinking = None
+        return token
 
     @property
     def num_cached(self) -> int:

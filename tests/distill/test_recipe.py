@@ -76,6 +76,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("generate.num_samples", "four", r"generate\.num_samples: .*valid integer.*, got 'four'"),
         ("generate.num_samples", 2.5, r"generate\.num_samples: .*got 2\.5"),
         ("generate.sampling.temperature", -1, r"temperature: .*got -1"),
+        (
+            "generate.sampling",
+            {"max_tokens": 9, "max_thinking_tokens": 9},
+            r": generate\.sampling: max_thinking_tokens: must be below max_tokens \(9\)$",
+        ),
         ("generate.sampling.top_p", float("nan"), r"top_p: .*got nan"),
         ("verify.timeout_s", float("inf"), r"verify\.timeout_s: .*finite number, got inf"),
         ("curate.max_repetition", 1.5, r"max_repetition: .*got 1\.5"),

@@ -71,6 +71,8 @@ KEY = REQUEST.key(IDENTITY, SAMPLING)
         ("sampling", {"top_p": 0.9}),
         ("sampling", {"max_tokens": 101}),
         ("sampling", {"seed": 18}),
+        ("sampling", {"top_logprobs": 5}),
+        ("sampling", {"max_thinking_tokens": 50}),
         *(("identity", {name: "other"}) for name in TeacherIdentity.model_fields),
     ],
 )
@@ -83,6 +85,14 @@ def test_the_key_changes_with_each_thing_that_can_change_the_sample(part: str, c
 )
 def test_the_key_changes_with_nothing_else(part: str, change: dict[str, Any]) -> None:
     assert key_with(part, change) == KEY
+
+
+def test_a_feature_that_is_off_leaves_the_keys_of_older_ledgers_as_they_are() -> None:
+    """The key of `REQUEST` as it was before `top_logprobs` and `max_thinking_tokens` existed."""
+    assert KEY == "6f03a66b1e2803f194d610a1ef56ebd3"
+    assert key_with("sampling", {"top_logprobs": 0, "max_thinking_tokens": None}) == KEY
+    on = [{"top_logprobs": 1}, {"top_logprobs": 2}, {"max_thinking_tokens": 1}, {"max_thinking_tokens": 2}]
+    assert len({key_with("sampling", change) for change in on} | {KEY}) == 5
 
 
 def key_with(part: str, change: dict[str, Any]) -> str:

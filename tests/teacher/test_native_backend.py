@@ -7,14 +7,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from v3_models import tiny_config, write_model_folder
 
 from distill.errors import CheckpointError, DataError, EnvironmentFault
+from distill.logprobs import TokenLogprobs
 from distill.protocols import Teacher
 from distill.recipe import NativeTeacher
 from distill.records import Problem, Sampling, TraceRequest
 from teacher.backends import open_teacher
+from teacher.model.checkpoint import load_checkpoint
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.95, max_tokens=24, seed=3)
 
@@ -115,6 +118,78 @@ def test_tokenizer_larger_than_the_embedding(folder, tmp_path):
     (copy / "config.json").write_text(json.dumps(tree | {"vocab_size": 50}))
     with pytest.raises(CheckpointError, match=r"more than config\.json's vocab_size 50"):
         open_it(copy)
+
+
+# --- logprobs and budget forcing --------------------------------------------------------------------------------------
+
+
+def prompt_ids_of(teacher, request):
+    prompt = f"<|im_start|>user\n{request.problem.prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    return teacher.tokenizer.encode(prompt, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_logprobs_are_those_of_a_whole_forward_pass(folder, workers):
+    teacher = open_it(folder)
+    teacher.max_workers = workers
+    model = load_checkpoint(folder).eval()
+    sampling = SAMPLING.model_copy(update={"top_logprobs": 4, "max_thinking_tokens": 9})
+    for done in teacher.generate(requests(count=4), sampling):
+        kept = TokenLogprobs.unpacked(done.logprobs)
+        assert (kept.unit, len(kept.sampled), len(kept.top)) == ("id", done.num_tokens, done.num_tokens)
+        prompt, written = prompt_ids_of(teacher, done.request), [token for token, _ in kept.sampled]
+        assert done.text == "<think>\n" + teacher.tokenizer.decode(written).removesuffix("<|im_end|>")
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + written]), with_mtp=False).logits_BTV[0, len(prompt) - 1 : -1]
+        logprobs = logits.log_softmax(-1)
+        own = logprobs.gather(1, torch.tensor(written)[:, None])[:, 0].tolist()
+        assert [value for _, value in kept.sampled] == pytest.approx(own, abs=1e-4)
+        best = logprobs.topk(4).values.tolist()
+        assert [[value for _, value in top] for top in kept.top] == [pytest.approx(row, abs=1e-4) for row in best]
+        assert all(
+            logprobs[t, token] == pytest.approx(value, abs=1e-4)
+            for t, top in enumerate(kept.top)
+            for token, value in top
+        )
+
+
+def test_no_logprobs_unless_asked_for(folder):
+    assert {done.logprobs for done in open_it(folder).generate(requests(), SAMPLING)} == {None}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_thinking_ends_at_its_budget_and_the_answer_is_sampled_on(folder, workers):
+    teacher = open_it(folder)
+    teacher.max_workers = workers
+    wanted = requests(count=8)
+    free = {c.request.key(teacher.identity, SAMPLING): c.text for c in teacher.generate(wanted, SAMPLING)}
+    limited = SAMPLING.model_copy(update={"max_thinking_tokens": 8})
+    forced = 0
+    for done in teacher.generate(wanted, limited):
+        unlimited = free[done.request.key(teacher.identity, SAMPLING)].removeprefix("<think>\n")
+        thought, tag, answer = done.text.removeprefix("<think>\n").partition("</think>")
+        assert done.num_tokens <= 24
+        if "</think>" in teacher.tokenizer.decode(teacher.tokenizer.encode(unlimited)[:8]) or not tag:
+            assert done.text.removeprefix("<think>\n") == unlimited  # ended by itself in time: nothing is touched
+            continue
+        forced += 1
+        assert len(teacher.tokenizer.encode(thought)) == 9  # eight of its own and the line break
+        assert unlimited.startswith(thought.removesuffix("\n"))
+        assert answer.startswith("\n\n")
+        assert done.finish_reason == "stop" or (done.num_tokens == 24 and len(answer) > 2)
+    assert forced > 8
+
+
+def test_a_budget_needs_the_closing_tag_as_one_token(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    tree = json.loads((copy / "tokenizer.json").read_text())
+    tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] != "</think>"]
+    (copy / "tokenizer.json").write_text(json.dumps(tree))
+    limited = SAMPLING.model_copy(update={"max_thinking_tokens": 8})
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json: max_thinking_tokens needs </think> as one token; here"
+    ):
+        list(open_it(copy).generate(requests(), limited))
 
 
 # --- worker processes -------------------------------------------------------------------------------------------------
