@@ -8,9 +8,7 @@ R/curate/funnel.json        what each filter let through;  dropped.parquet: what
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,16 +16,18 @@ from typing import Any
 
 from distill.curate import Dropped, GradedTrace, sift
 from distill.errors import DataError, EnvironmentFault
-from distill.manifest import hash_file, is_current, read_manifest, run_stage, write_atomically
+from distill.ledger import Ledger
+from distill.manifest import is_current, read_manifest, run_stage, write_atomically
 from distill.problems import load_problems, source_files
 from distill.progress import Progress, Task
-from distill.protocols import Verifier
 from distill.recipe import Recipe, VerifyConfig
 from distill.records import Example, Problem, StageManifest, Trace
 from distill.tables import read_records, write_records
 from distill.verify import open_verifier
+from distill.verify.kept import KeptVerdicts, grading_settings
 from pipelines.preemption import preemptible
 
+LEDGER = "ledger.sqlite"
 VERDICTS, EXAMPLES, DIRECT = "verdicts.parquet", "examples.parquet", "direct.parquet"
 FUNNEL, DROPPED = "funnel.json", "dropped.parquet"
 PART_SIZE = 2_000
@@ -47,7 +47,10 @@ def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path 
         if not path.is_file():
             raise DataError("no such file; run `potstill generate` first", where=path)
     grading = dict(inputs)
-    config: dict[str, Any] = {"verify": _grading_config(recipe.verify), "curate": recipe.curate.model_dump(mode="json")}
+    config: dict[str, Any] = {
+        "verify": grading_settings(recipe.verify),
+        "curate": recipe.curate.model_dump(mode="json"),
+    }
     held_out: Callable[[], list[str]] = list
     if recipe.curate.decontaminate:
         held_out = _held_out(recipe, base_dir, inputs)
@@ -66,12 +69,6 @@ def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path 
             return _curated(problems, traces, graded, recipe, prompts, out_dir)
 
     return run_stage("curate", inputs, config, out_dir, body, (VERDICTS, EXAMPLES, DIRECT, FUNNEL, DROPPED))
-
-
-def _grading_config(config: VerifyConfig) -> dict[str, Any]:
-    """What a verdict depends on: not on how many graded at once, but on the graders' versions."""
-    graders = {name: importlib.metadata.version(name) for name in ("math-verify", "reasoning-gym", "sympy")}
-    return {"timeout_s": config.timeout_s, "graders": graders}
 
 
 def _held_out(recipe: Recipe, base_dir: Path, inputs: dict[str, Path]) -> Callable[[], list[str]]:
@@ -113,41 +110,33 @@ def _graded(
     out_dir: Path,
     progress: Progress,
 ) -> list[GradedTrace]:
-    """Verdicts from the nested stage `verify`: made part by part, each part kept, so that a stop loses one at most."""
+    """Verdicts from the nested stage `verify`: kept in the ledger as they are made; a stop loses none."""
     folder = out_dir / "verify"
+    settings = grading_settings(config)
 
     def body() -> Mapping[str, Any]:
         by_id = {problem.id: problem for problem in problems}
-        parts = folder / "parts"
-        stamp = json.dumps([_grading_config(config), {name: hash_file(path) for name, path in inputs.items()}])
-        if not (parts / "stamp.json").is_file() or (parts / "stamp.json").read_text() != stamp:
-            shutil.rmtree(parts, ignore_errors=True)
-            write_atomically(parts / "stamp.json", stamp)
         graded: list[GradedTrace] = []
-        with open_verifier(config) as verifier, progress.task("verify", total=len(traces), unit="answers") as task:
+        with (
+            Ledger.open(inputs["traces"].parent / LEDGER) as ledger,
+            open_verifier(config) as verifier,
+            KeptVerdicts(ledger, verifier, settings) as kept,
+            progress.task("verify", total=len(traces), unit="answers") as task,
+        ):
             for start in range(0, len(traces), PART_SIZE):
-                part = traces[start : start + PART_SIZE]
-                path = parts / f"{start // PART_SIZE:06d}.parquet"
-                if path.is_file():
-                    found = read_records(path, GradedTrace)
-                    task.advance(len(found))
-                else:
-                    found = _grade(verifier, part, by_id, task)
-                    write_records(path, found, GradedTrace)
-                graded += found
+                graded += _grade(kept, traces[start : start + PART_SIZE], by_id, task)
         write_records(folder / VERDICTS, graded, GradedTrace)
-        shutil.rmtree(parts)
-        return _states(graded)
+        return {**_states(graded), "reused": kept.found}
 
-    run_stage("verify", inputs, _grading_config(config), folder, body, (VERDICTS,))
+    run_stage("verify", inputs, settings, folder, body, (VERDICTS,))
     write_atomically(out_dir / VERDICTS, (folder / VERDICTS).read_bytes())
     return read_records(out_dir / VERDICTS, GradedTrace)
 
 
-def _grade(verifier: Verifier, traces: list[Trace], problems: Mapping[str, Problem], task: Task) -> list[GradedTrace]:
-    answers = [(problems[trace.problem_id], trace.text, trace.finish_reason) for trace in traces]
+def _grade(kept: KeptVerdicts, traces: list[Trace], problems: Mapping[str, Problem], task: Task) -> list[GradedTrace]:
+    answers = [(problems[trace.problem_id], trace) for trace in traces]
     graded = []
-    for trace, verdict in zip(traces, verifier.verify(answers), strict=True):
+    for trace, verdict in zip(traces, kept.grade(answers), strict=True):
         graded.append(
             GradedTrace(
                 key=trace.key,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from distill.progress import silent
 from distill.recipe import Recipe
 from distill.records import Example, FinishReason, Problem, Trace, Verdict
 from distill.tables import read_records, write_records
+from distill.verify import kept as kept_module
 from distill.verify.verifier import RuleVerifier
 from pipelines.stages import curate as stage_module
 from pipelines.stages.curate import curate
@@ -84,7 +86,6 @@ def test_from_traces_to_examples(run_dir: Path) -> None:
         for e, d in zip(examples, direct, strict=True)
     )
     assert len(read_records(out / "dropped.parquet", Dropped)) == 120
-    assert not (out / "verify" / "parts").exists()
 
 
 def test_nothing_runs_twice_and_other_filters_need_no_new_grading(
@@ -105,35 +106,68 @@ def test_nothing_runs_twice_and_other_filters_need_no_new_grading(
     assert run(run_dir, recipe(curate={"decontaminate": False})).fingerprint != first.fingerprint
 
 
-def test_an_interrupted_grading_goes_on_from_its_parts(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_grading_asks_for_no_answer_twice(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage_module, "PART_SIZE", 30)
+    graded: list[str] = []
+    stop_at = [37, 50, 10**9]
+    grade = RuleVerifier.verify
+
+    def stopping(self: RuleVerifier, answers: Sequence[tuple[Problem, str, FinishReason]]) -> Iterator[Verdict]:
+        for (problem, text, _), verdict in zip(answers, grade(self, answers), strict=True):
+            if len(graded) == stop_at[0]:
+                stop_at.pop(0)
+                raise KeyboardInterrupt
+            graded.append(problem.id + text)
+            yield verdict
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RuleVerifier, "verify", stopping)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                run(run_dir)
+            assert read_manifest(run_dir / "curate") is None
+        run(run_dir)
+    assert len(graded) == 160
+    verified = read_manifest(run_dir / "curate" / "verify")
+    assert verified is not None
+    assert verified.counts["reused"] == 50
+    resumed = {path.name: path.read_bytes() for path in (run_dir / "curate").glob("*.parquet")}
+    straight = run_dir / "straight"
+    shutil.copytree(run_dir / "generate", straight / "generate", ignore=shutil.ignore_patterns("ledger*"))
+    run(straight)
+    assert resumed == {path.name: path.read_bytes() for path in (straight / "curate").glob("*.parquet")}
+
+
+def test_a_verdict_is_found_again_unless_something_can_change_it(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[int] = []
     grade = RuleVerifier.verify
 
     def counted(self: RuleVerifier, answers: Sequence[tuple[Problem, str, FinishReason]]) -> Iterator[Verdict]:
-        if len(asked) == 3:
-            asked.clear()
-            raise KeyboardInterrupt
         asked.append(len(answers))
         return grade(self, answers)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(RuleVerifier, "verify", counted)
-        with pytest.raises(KeyboardInterrupt):
-            run(run_dir)
-        assert read_manifest(run_dir / "curate") is None
-        assert not asked
-        asked.extend([0, 0])  # a second stop, one part further on
-        with pytest.raises(KeyboardInterrupt):
-            run(run_dir)
-        run(run_dir)
-    assert asked == [30, 10]
-    resumed = {path.name: path.read_bytes() for path in (run_dir / "curate").glob("*.parquet")}
-    straight = run_dir / "straight"
-    (straight).mkdir()
-    (straight / "generate").symlink_to(run_dir / "generate")
-    run(straight)
-    assert resumed == {path.name: path.read_bytes() for path in (straight / "curate").glob("*.parquet")}
+    def graded_again() -> int:
+        shutil.rmtree(run_dir / "curate", ignore_errors=True)
+        asked.clear()
+        run(run_dir, current)
+        return sum(asked)
+
+    monkeypatch.setattr(RuleVerifier, "verify", counted)
+    current = recipe()
+    assert [graded_again(), graded_again()] == [160, 0]
+    current = recipe(verify={"num_workers": 2, "timeout_s": 10})
+    assert graded_again() == 0
+    current = recipe(verify={"num_workers": 1, "timeout_s": 11})
+    assert graded_again() == 160
+    monkeypatch.setattr(kept_module, "GRADING_VERSION", 2)
+    assert graded_again() == 160
+    path = run_dir / "generate" / "problems.parquet"
+    problems = read_records(path, Problem)
+    problems[0] = problems[0].model_copy(update={"metadata": {**problems[0].metadata, "more": 1}})
+    write_records(path, problems, Problem)
+    assert graded_again() == 4
 
 
 def test_questions_of_the_evaluation_are_dropped_with_their_text(run_dir: Path) -> None:

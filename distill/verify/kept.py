@@ -1,0 +1,80 @@
+"""Verdicts that are kept: what the ledger knows is not graded again, what it does not is put there as it is made.
+
+Grading can be slow (programs that run for seconds, a judge that is a model itself), so a stop must not lose it. A
+verdict is found again by the sample's key and a hash of all that can change it: the text, what the grader asks of the
+problem, the graders' versions and settings.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from distill.ledger import Ledger
+from distill.protocols import Verifier
+from distill.recipe import VerifyConfig
+from distill.records import Problem, Trace, Verdict, content_id
+
+# Part of every verdict's key. Raise it when the same answer would get another verdict from our own code.
+GRADING_VERSION = 1
+GRADERS = ("math-verify", "reasoning-gym", "sympy")
+FLUSH_VERDICTS = 256
+FLUSH_S = 1.0
+
+
+def grading_settings(config: VerifyConfig) -> dict[str, Any]:
+    """What every verdict depends on: the graders' versions and settings, not how many grade at once."""
+    versions = {name: importlib.metadata.version(name) for name in GRADERS}
+    return {
+        **config.model_dump(mode="json", exclude={"num_workers"}),
+        "grader_versions": {"potstill": str(GRADING_VERSION), **versions},
+    }
+
+
+class KeptVerdicts:
+    """Grades with `verifier` and keeps every verdict in `ledger`; owns neither. The block's end stores what is left."""
+
+    def __init__(self, ledger: Ledger, verifier: Verifier, settings: Mapping[str, Any]) -> None:
+        self.found = 0  # verdicts that were there
+        self._ledger = ledger
+        self._verifier = verifier
+        self._settings = settings
+        self._waiting: list[tuple[str, str, Verdict]] = []
+        self._flushed = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._flush()
+
+    def grade(self, answers: Sequence[tuple[Problem, Trace]]) -> Iterator[Verdict]:
+        """Yield one verdict an answer, in order."""
+        pairs = [(trace.key, grading_id(self._settings, problem, trace)) for problem, trace in answers]
+        known = self._ledger.verdicts(pairs)
+        self.found += len(known)
+        fresh = [answer for answer, pair in zip(answers, pairs, strict=True) if pair[0] not in known]
+        made = self._verifier.verify([(problem, trace.text, trace.finish_reason) for problem, trace in fresh])
+        for key, grading in pairs:
+            if key in known:
+                yield known[key]
+                continue
+            verdict = next(made)
+            self._waiting.append((key, grading, verdict))
+            if len(self._waiting) >= FLUSH_VERDICTS or time.monotonic() - self._flushed > FLUSH_S:
+                self._flush()
+            yield verdict
+
+    def _flush(self) -> None:
+        self._ledger.add_verdicts(self._waiting)
+        self._waiting, self._flushed = [], time.monotonic()
+
+
+def grading_id(settings: Mapping[str, Any], problem: Problem, trace: Trace) -> str:
+    """The second half of a verdict's key: hash of all that can change it, given the sample's key."""
+    return content_id([settings, problem.grader, problem.answer, problem.metadata, trace.text, trace.finish_reason])
