@@ -21,7 +21,7 @@ OPTIONS = $(foreach s,$(SET),--set '$(s)') --out '$(OUT)'
 TESTS ?= tests
 
 .PHONY: help setup setup-vllm lock demo generate distill eval compare push serve doctor zoo
-.PHONY: bench pico-teacher pico-bases check format test clean
+.PHONY: bench bench-graders torture pico-teacher pico-bases check format test clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ pico-bases: $(STAMP) ## Pre-train the bundled bases again (minutes on a GPU)
 bench: $(STAMP) ## Measure what the speed claims rest on; results go to benchmarks/results
 	@$(BIN)/python benchmarks/generation.py
 
+bench-graders: $(STAMP) ## Grade the gold solutions of the benchmarks in POTSTILL_BENCH_DATA
+	@$(BIN)/python benchmarks/graders.py
+
 check: $(STAMP) ## Format, lint, types and import layers
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -87,6 +90,9 @@ format: $(STAMP) ## Format the code and mend what the linter can
 
 test: $(STAMP) $(if $(NO_VLLM),,$(STAMP_VLLM)) ## Run the tests, vLLM's among them unless NO_VLLM=1
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(TESTS)
+
+torture: $(STAMP) ## Run the long batteries: kills, hostile answers and programs, thousands of hangs
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture --timeout 7200 $(TESTS)
 
 clean: ## Delete .venv and the caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache potstill.egg-info

@@ -13,10 +13,7 @@ else random weights of its shapes. Results go to benchmarks/results/<device>/gen
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +23,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from distill.manifest import write_atomically
+from benchmarks.device import device_name, write_result
 from distill.problems import load_problems
 from distill.recipe import ReasoningGymSource
 from teacher.backends.workers import generate_in_workers
@@ -84,8 +81,7 @@ def main() -> None:
         "model": folder.resolve().name,
         "rows": rows,
     }
-    path = ROOT / "benchmarks" / "results" / device_name() / "generation.json"
-    write_atomically(path, json.dumps(result, indent=2) + "\n")
+    path = write_result("generation", result)
     print_table(result)
     print(f"\n{path.relative_to(ROOT)}")
 
@@ -216,14 +212,6 @@ def floor_seconds(
         traffic = 4 * (counts.total - embedding + live * entry)
         total += max(flop / peak, traffic / bandwidth)
     return total
-
-
-def device_name() -> str:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (match := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
-        name = match.group(1)
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def print_table(result: dict) -> None:

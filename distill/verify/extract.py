@@ -1,11 +1,14 @@
-"""What a completion answers: the content of the last balanced `\\boxed{}` after the reasoning. Linear in the text."""
+"""What a completion answers: the content of the last balanced `\\boxed{}` after the reasoning. Linear in the text.
+
+`\\fbox{}` and `\\framebox{}`, LaTeX's own boxes, count as well.
+"""
 
 from __future__ import annotations
 
 import re
 
 OPEN, CLOSE = "<think>", "</think>"
-TOKEN = re.compile(r"\\boxed[ \t]*\{|\\.|[{}]", re.DOTALL)
+TOKEN = re.compile(r"\\(?:boxed|fbox|framebox)[ \t]*\{|\\.|[{}]", re.DOTALL)
 
 
 def extract_answer(text: str) -> str | None:

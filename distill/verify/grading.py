@@ -15,6 +15,8 @@ from distill.verify.guards import Fence, guard_scorers
 
 Result = tuple[VerdictState, str]
 WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{(.*)\}", re.DOTALL)
+BOLD = re.compile(r"\\(?:boldsymbol|bm|pmb)\s*\{")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 class Graders:
@@ -86,6 +88,7 @@ class MathVerify:
 def _grade_math(math: MathVerify, reference: str, answer: str) -> Result:
     if _same(reference, answer):
         return "correct", ""
+    answer = _plainly_set(answer)
     try:
         gold = math.parsed(reference)
     except (RecursionError, ValueError, TypeError, AttributeError, ArithmeticError) as exc:
@@ -138,6 +141,30 @@ def _unwrapped(answer: str) -> str:
     text = answer.strip().strip("$").strip()
     match = WRAPPED.fullmatch(text)
     return match[1].strip() if match else text
+
+
+def _plainly_set(answer: str) -> str:
+    r"""The answer without what only changes its looks and math-verify stumbles over: `\boldsymbol{5}`, `5.`
+
+    >>> _plainly_set("\\boldsymbol{\\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    """
+    answer = answer.strip().removeprefix("\\displaystyle").strip()
+    if answer.endswith(".") and not answer.endswith(("..", "\\.")):
+        answer = answer[:-1].rstrip()
+    while (bold := BOLD.match(answer)) and _closes_last(answer, bold.end()):
+        answer = answer[bold.end() : -1].strip()
+    return answer
+
+
+def _closes_last(text: str, start: int) -> bool:
+    """Whether the group that is open at `start` is closed by the text's last character, and no earlier."""
+    depth = 1
+    for match in BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return match.end() == len(text)
+    return False
 
 
 def _same(reference: str, answer: str) -> bool:
