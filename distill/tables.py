@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,21 +27,55 @@ M = TypeVar("M", bound=BaseModel)
 
 def write_records(path: Path, records: Iterable[M], model: type[M]) -> int:
     """Write `records` to a Parquet file atomically and return how many there were. Holds one row group in memory."""
+    with record_writer(path, model) as writer:
+        for record in records:
+            writer.write(record)
+    return writer.count
+
+
+@contextmanager
+def record_writer(path: Path, model: type[M]) -> Iterator[RecordWriter[M]]:
+    """What to `write` records to one by one; the file appears at the end of the block, whole or not at all."""
     schema = pa.schema([pa.field(name, *_arrow_type(info.annotation)) for name, info in model.model_fields.items()])
-    as_json = [name for name, info in model.model_fields.items() if _plain(info.annotation) is None]
-    remaining, count = iter(records), 0
-    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        while group := list(islice(remaining, ROW_GROUP)):
-            rows = [_row(record, as_json) for record in group]
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-            count += len(rows)
-    return count
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as parquet:
+        writer = RecordWriter[M](parquet, schema, _json_fields(model))
+        yield writer
+        writer.flush()
+
+
+class RecordWriter(Generic[M]):
+    """Holds one row group in memory."""
+
+    def __init__(self, parquet: Any, schema: Any, as_json: Sequence[str]) -> None:
+        self._parquet, self._schema, self._as_json = parquet, schema, as_json
+        self._rows: list[dict[str, Any]] = []
+        self.count = 0
+
+    def write(self, record: M) -> None:
+        self._rows.append(_row(record, self._as_json))
+        self.count += 1
+        if len(self._rows) == ROW_GROUP:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._rows:
+            self._parquet.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+            self._rows = []
 
 
 def read_records(path: Path, model: type[M]) -> list[M]:
     """All records of a file that `write_records` wrote. Raises DataError naming the file, the row and the field."""
-    as_json = [name for name, info in model.model_fields.items() if _plain(info.annotation) is None]
-    return [_record(row, model, as_json, path, number) for number, row in enumerate(_rows(path, model), start=1)]
+    return list(iterate_records(path, model))
+
+
+def iterate_records(path: Path, model: type[M]) -> Iterator[M]:
+    """As `read_records`, one by one; holds one batch of rows in memory."""
+    as_json = _json_fields(model)
+    return (_record(row, model, as_json, path, number) for number, row in enumerate(_rows(path, model), start=1))
+
+
+def _json_fields(model: type[BaseModel]) -> list[str]:
+    return [name for name, info in model.model_fields.items() if _plain(info.annotation) is None]
 
 
 def _rows(path: Path, model: type[BaseModel]) -> Iterator[dict[str, Any]]:
