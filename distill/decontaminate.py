@@ -1,10 +1,16 @@
-"""Is a training question one of the evaluation's? Three tests, the strictest that fits the question.
+"""Is a training question one of the evaluation's? Four tests, from the strictest on; the first that says so is named.
 
 - *Exact*: the same words and symbols, whatever the case, the spacing, the Unicode form. Always.
 - *Contained*: a held-out question of 8 to 12 words occurs whole, word for word, in the training question.
-- *Overlap*: a held-out question of 13 words or more shares a run of 13 words (the usual n-gram rule; GPT-3, appendix C,
-  arXiv 2005.14165) that is not boilerplate. Boilerplate is a run that two held-out questions share, or that more than
-  20 training questions (and 0.1% of them) contain: "where m and n are relatively prime positive integers".
+- *13-gram overlap*: a held-out question of 13 words or more shares a run of 13 words (the usual n-gram rule; GPT-3,
+  appendix C, arXiv 2005.14165) that is not boilerplate.
+- *8-gram containment*: of the held-out question's runs of 8 words, boilerplate left out, the training question holds at
+  least a given share (after Llama 3, section 5.1.4, arXiv 2407.21783): what was reworded in places, or given other
+  numbers, has no run of 13 left. Needs 13 words, and 3 runs that are no boilerplate.
+
+Boilerplate is a run that two different held-out questions share, or that more than 20 training questions (and 0.1% of
+them) contain: "where m and n are relatively prime positive integers". Two held-out questions that are copies of one
+another, as suites that overlap have them, make nothing boilerplate.
 
 Procedural questions (reasoning-gym) get the exact test alone: all questions of a family share their template and parts
 of their numbers without sharing the answer, and their split is made by construction, from the question's own hash.
@@ -12,85 +18,137 @@ of their numbers without sharing the answer, and their split is made by construc
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from distill.records import Problem
+from distill.words import Words, runs, symbols_of, words_of
 
-NUM_WORDS = 13
-MIN_WORDS = 8
+LONG, SHORT = 13, 8  # words a run
+MIN_RUNS = 3  # of 8 words, that are no boilerplate: fewer are no evidence
+COPY_SHARE = 0.8  # of the shorter question's runs of 8 words
 BOILERPLATE_QUESTIONS = 20
 BOILERPLATE_SHARE = 0.001
-WORD = re.compile(r"\w+")
-SYMBOL_OR_WORD = re.compile(r"\w+|[^\w\s]")
 
-Words = tuple[str, ...]
+
+class HeldOutQuestion(NamedTuple):
+    suite: str
+    prompt: str
+    words: Words
+    grams: frozenset[Words]  # runs of 8 words
+
+    def __str__(self) -> str:
+        line = " ".join(self.prompt.split())
+        return f"{line if len(line) <= 80 else f'{line[:77]}...'!r} of {self.suite}"
 
 
 class HeldOutQuestions:
-    """The evaluation's questions, indexed. `training` is looked through once, for its boilerplate."""
+    """The questions of every suite, indexed. `training` is looked through once, for its boilerplate.
 
-    def __init__(self, prompts: Iterable[str], training: Iterable[Problem]) -> None:
-        prompts = list(prompts)
-        self._exact = {_symbols(prompt): prompt for prompt in prompts}
-        self._runs: dict[Words, str] = {}
-        shared: set[Words] = set()
-        for prompt in self._exact.values():
-            words = _words(prompt)
-            runs = (
-                set(_runs(words, NUM_WORDS)) if len(words) >= NUM_WORDS else {words} if len(words) >= MIN_WORDS else ()
-            )
-            for run in runs:
-                if run in self._runs:
-                    shared.add(run)
-                self._runs[run] = prompt
+    `min_containment` is the share of 8-word runs from which a question counts as contained; None leaves that test out.
+    """
+
+    def __init__(
+        self, held_out: Mapping[str, Iterable[str]], training: Iterable[Problem], *, min_containment: float | None
+    ) -> None:
+        self._min_containment = min_containment
+        self._exact: dict[Words, HeldOutQuestion] = {}
+        for suite, prompts in held_out.items():
+            for prompt in prompts:
+                words = words_of(prompt)
+                question = HeldOutQuestion(suite, prompt, words, frozenset(runs(words, SHORT)))
+                self._exact.setdefault(symbols_of(prompt), question)
+        questions = list(self._exact.values())
+        self._runs = _owned((question, _telling_runs(question)) for question in questions)
+        self._grams: dict[Words, HeldOutQuestion] = {}
+        if min_containment is not None:
+            self._grams = _owned((question, question.grams) for question in questions if len(question.words) >= LONG)
         self._lengths = sorted({len(run) for run in self._runs})
-        for run in shared | self._boilerplate(training):
-            del self._runs[run]
+        boilerplate = self._boilerplate(training)
+        for index in (self._runs, self._grams):
+            for run in boilerplate & index.keys():
+                del index[run]
+        self._num_grams = Counter(map(id, self._grams.values()))
 
     def match(self, problem: Problem) -> str | None:
-        """What the question has in common with a held-out one, or None."""
-        if (same := self._exact.get(_symbols(problem.prompt))) is not None:
-            return f"is the held-out question {_short(same)}"
+        """What the question has in common with a held-out one, in words and with the text, or None."""
+        if (same := self._exact.get(symbols_of(problem.prompt))) is not None:
+            return f"is the held-out question {same}"
         if problem.grader == "reasoning_gym":
             return None
-        for run in self._candidates(problem):
+        words = words_of(problem.prompt)
+        for run in self._candidates(words):
             if run in self._runs:
-                return f"shares {' '.join(run)!r} with the held-out question {_short(self._runs[run])}"
+                return f"shares {' '.join(run)!r} with the held-out question {self._runs[run]}"
+        return self._containment(words)
+
+    def _containment(self, words: Words) -> str | None:
+        found: dict[int, set[Words]] = defaultdict(set)
+        for gram in runs(words, SHORT):
+            if (owner := self._grams.get(gram)) is not None:
+                found[id(owner)].add(gram)
+        for identity, grams in found.items():
+            share, of = len(grams) / self._num_grams[identity], self._num_grams[identity]
+            assert self._min_containment is not None
+            if of >= MIN_RUNS and share >= self._min_containment:
+                owner = self._grams[next(iter(grams))]
+                text = " ".join(_longest(owner.words, grams))
+                return f"holds {share:.0%} of the runs of 8 words, with {text!r}, of the held-out question {owner}"
         return None
 
     def _boilerplate(self, training: Iterable[Problem]) -> set[Words]:
+        """Runs of the index that many training questions have; runs of fewer than 13 words that stand for a whole
+        question never are."""
         seen: Counter[Words] = Counter()
-        questions = {problem.prompt: problem for problem in training if problem.grader != "reasoning_gym"}
-        for problem in questions.values():
-            seen.update({run for run in self._candidates(problem) if run in self._runs and len(run) == NUM_WORDS})
+        questions = {problem.prompt for problem in training if problem.grader != "reasoning_gym"}
+        for prompt in questions:
+            words = words_of(prompt)
+            seen.update({run for run in self._candidates(words) if len(run) == LONG and run in self._runs})
+            seen.update({gram for gram in runs(words, SHORT) if gram in self._grams})
         limit = max(BOILERPLATE_QUESTIONS, BOILERPLATE_SHARE * len(questions))
-        return {run for run, count in seen.items() if count > limit}
+        return {run for run, count in seen.items() if count > limit and not self._is_whole(run)}
 
-    def _candidates(self, problem: Problem) -> Iterator[Words]:
-        words = _words(problem.prompt)
+    def _is_whole(self, run: Words) -> bool:
+        return run in self._runs and len(run) < LONG
+
+    def _candidates(self, words: Words) -> Iterator[Words]:
         for length in self._lengths:
-            yield from _runs(words, length)
+            yield from runs(words, length)
 
 
-def _words(text: str) -> Words:
-    return tuple(WORD.findall(_folded(text)))
+def _telling_runs(question: HeldOutQuestion) -> frozenset[Words]:
+    """Runs any of which gives the question away: 13 words, or all of a question of 8 to 12."""
+    if len(question.words) >= LONG:
+        return frozenset(runs(question.words, LONG))
+    return frozenset([question.words] if len(question.words) >= SHORT else [])
 
 
-def _symbols(text: str) -> Words:
-    return tuple(SYMBOL_OR_WORD.findall(_folded(text)))
+def _owned(runs_of: Iterable[tuple[HeldOutQuestion, frozenset[Words]]]) -> dict[Words, HeldOutQuestion]:
+    """Each run with the first question that has it; runs of two questions that are no copies are left out."""
+    owners: dict[Words, HeldOutQuestion] = {}
+    shared: set[Words] = set()
+    for question, of_question in runs_of:
+        for run in of_question:
+            owner = owners.setdefault(run, question)
+            if owner is not question and not _copies(owner, question):
+                shared.add(run)
+    return {run: owner for run, owner in owners.items() if run not in shared}
 
 
-def _folded(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold()
+def _copies(one: HeldOutQuestion, other: HeldOutQuestion) -> bool:
+    fewer = min(len(one.grams), len(other.grams))
+    return fewer > 0 and len(one.grams & other.grams) >= COPY_SHARE * fewer
 
 
-def _runs(words: Words, length: int) -> Iterator[Words]:
-    return (words[start : start + length] for start in range(len(words) - length + 1))
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return repr(line if len(line) <= 80 else f"{line[:77]}...")
+def _longest(words: Words, grams: set[Words]) -> Words:
+    """The longest stretch of `words` that consists of `grams`."""
+    best = range(0)
+    start = None
+    for place in range(len(words) - SHORT + 2):
+        if words[place : place + SHORT] in grams:
+            start = place if start is None else start
+        elif start is not None:
+            best = max(best, range(start, place - 1 + SHORT), key=len)
+            start = None
+    return words[best.start : best.stop]

@@ -4,25 +4,28 @@ R/curate/verify/            the grading, a stage of its own: other filters need 
 R/curate/verdicts.parquet   one verdict a trace, in the order of the traces
 R/curate/examples.parquet   what students learn from;  direct.parquet: the same questions with bare answers
 R/curate/funnel.json        what each filter let through;  dropped.parquet: what it did not, and why
+
+Traces are read part by part, as often as it takes; of all of them at once, only what the filters remember is in memory.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distill.curate import Dropped, GradedTrace, sift
+from distill.curate import Dropped, GradedTrace, outcomes, sift
 from distill.errors import DataError, EnvironmentFault
 from distill.ledger import Ledger
 from distill.manifest import is_current, read_manifest, run_stage, write_atomically
 from distill.problems import load_problems, source_files
 from distill.progress import Progress, Task
 from distill.recipe import Recipe, VerifyConfig
-from distill.records import Example, Problem, StageManifest, Trace
-from distill.tables import read_records, write_records
+from distill.records import Example, Problem, Record, StageManifest, Trace, Verdict
+from distill.tables import iterate_records, read_records, record_writer
 from distill.verify import open_verifier
 from distill.verify.kept import KeptVerdicts, grading_settings
 from pipelines.preemption import preemptible
@@ -32,6 +35,12 @@ VERDICTS, EXAMPLES, DIRECT = "verdicts.parquet", "examples.parquet", "direct.par
 FUNNEL, DROPPED = "funnel.json", "dropped.parquet"
 PART_SIZE = 2_000
 MIN_PART_TO_JUDGE = 20
+
+
+class ProblemOfTrace(Record):
+    """The one column of the traces that can be checked without reading them all."""
+
+    problem_id: str
 
 
 def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path | None = None) -> StageManifest:
@@ -51,7 +60,7 @@ def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path 
         "verify": grading_settings(recipe.verify),
         "curate": recipe.curate.model_dump(mode="json"),
     }
-    held_out: Callable[[], list[str]] = list
+    held_out: Callable[[], dict[str, list[str]]] = dict
     if recipe.curate.decontaminate:
         held_out = _held_out(recipe, base_dir, inputs)
         config["eval"] = recipe.eval.model_dump(mode="json", include={"suites", "held_out"})
@@ -60,19 +69,19 @@ def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path 
         assert done is not None
         return done
     prompts = held_out()
-    problems, traces = read_records(inputs["problems"], Problem), read_records(inputs["traces"], Trace)
-    _check(problems, traces, inputs["traces"])
+    problems = {problem.id: problem for problem in read_records(inputs["problems"], Problem)}
+    num_traces = _check(problems, inputs["traces"])
 
     def body() -> Mapping[str, Any]:
         with preemptible():
-            graded = _graded(problems, traces, grading, recipe.verify, out_dir, progress)
-            return _curated(problems, traces, graded, recipe, prompts, out_dir)
+            _grade_all(problems, num_traces, grading, recipe.verify, out_dir, progress)
+            return _curated(problems, num_traces, inputs["traces"], recipe, prompts, out_dir, progress)
 
     return run_stage("curate", inputs, config, out_dir, body, (VERDICTS, EXAMPLES, DIRECT, FUNNEL, DROPPED))
 
 
-def _held_out(recipe: Recipe, base_dir: Path, inputs: dict[str, Path]) -> Callable[[], list[str]]:
-    """Enter the files behind the evaluation's questions into `inputs`, and return what reads the questions."""
+def _held_out(recipe: Recipe, base_dir: Path, inputs: dict[str, Path]) -> Callable[[], dict[str, list[str]]]:
+    """Enter the files behind the evaluation's questions into `inputs`, and return what reads them, suite by suite."""
     from eval.suites import BENCHMARKS, bench_folder, read_benchmark
 
     benchmarks = [name for name in recipe.eval.suites if name in BENCHMARKS]
@@ -85,52 +94,56 @@ def _held_out(recipe: Recipe, base_dir: Path, inputs: dict[str, Path]) -> Callab
     own = [recipe.eval.held_out] if recipe.eval.held_out is not None else []
     inputs.update({f"held_out:{name}": path for name, path in source_files(own, base_dir=base_dir).items()})
 
-    def read() -> list[str]:
-        questions = load_problems(own, base_dir=base_dir)
-        questions += [problem for name in benchmarks for problem in read_benchmark(name, folder)]
-        return [problem.prompt for problem in questions]
+    def read() -> dict[str, list[str]]:
+        questions = {name: read_benchmark(name, folder) for name in benchmarks}
+        if own:
+            questions["pico"] = load_problems(own, base_dir=base_dir)
+        return {suite: [problem.prompt for problem in of_suite] for suite, of_suite in questions.items()}
 
     return read
 
 
-def _check(problems: list[Problem], traces: list[Trace], where: Path) -> None:
-    known = {problem.id for problem in problems}
-    for number, trace in enumerate(traces, start=1):
-        if trace.problem_id not in known:
+def _check(problems: Mapping[str, Problem], traces: Path) -> int:
+    """The number of traces; raises DataError for a file that is none and for a trace whose problem is not there."""
+    number = 0
+    for number, trace in enumerate(iterate_records(traces, ProblemOfTrace), start=1):
+        if trace.problem_id not in problems:
             raise DataError(
-                "belongs to no problem of problems.parquet", where=f"{where}: row {number}", field="problem_id"
+                "belongs to no problem of problems.parquet", where=f"{traces}: row {number}", field="problem_id"
             )
+    return number
 
 
-def _graded(
-    problems: list[Problem],
-    traces: list[Trace],
+def _grade_all(
+    problems: Mapping[str, Problem],
+    num_traces: int,
     inputs: Mapping[str, Path],
     config: VerifyConfig,
     out_dir: Path,
     progress: Progress,
-) -> list[GradedTrace]:
+) -> None:
     """Verdicts from the nested stage `verify`: kept in the ledger as they are made; a stop loses none."""
     folder = out_dir / "verify"
     settings = grading_settings(config)
 
     def body() -> Mapping[str, Any]:
-        by_id = {problem.id: problem for problem in problems}
-        graded: list[GradedTrace] = []
+        traces = iterate_records(inputs["traces"], Trace)
+        states: Counter[str] = Counter()
         with (
             Ledger.open(inputs["traces"].parent / LEDGER) as ledger,
             open_verifier(config) as verifier,
             KeptVerdicts(ledger, verifier, settings) as kept,
-            progress.task("verify", total=len(traces), unit="answers") as task,
+            progress.task("verify", total=num_traces, unit="answers") as task,
+            record_writer(folder / VERDICTS, GradedTrace) as writer,
         ):
-            for start in range(0, len(traces), PART_SIZE):
-                graded += _grade(kept, traces[start : start + PART_SIZE], by_id, task)
-        write_records(folder / VERDICTS, graded, GradedTrace)
-        return {**_states(graded), "reused": kept.found}
+            while part := list(islice(traces, PART_SIZE)):
+                for one in _grade(kept, part, problems, task):
+                    states[one.state] += 1
+                    writer.write(one)
+        return {**dict(states.most_common()), "reused": kept.found}
 
     run_stage("verify", inputs, settings, folder, body, (VERDICTS,))
     write_atomically(out_dir / VERDICTS, (folder / VERDICTS).read_bytes())
-    return read_records(out_dir / VERDICTS, GradedTrace)
 
 
 def _grade(kept: KeptVerdicts, traces: list[Trace], problems: Mapping[str, Problem], task: Task) -> list[GradedTrace]:
@@ -157,24 +170,39 @@ def _grade(kept: KeptVerdicts, traces: list[Trace], problems: Mapping[str, Probl
 
 
 def _curated(
-    problems: list[Problem],
-    traces: list[Trace],
-    graded: list[GradedTrace],
+    problems: Mapping[str, Problem],
+    num_traces: int,
+    traces: Path,
     recipe: Recipe,
-    held_out_prompts: list[str],
+    held_out: Mapping[str, list[str]],
     out_dir: Path,
+    progress: Progress,
 ) -> Mapping[str, Any]:
-    verdicts = [one.verdict for one in graded]
-    curated = sift(problems, traces, verdicts, recipe.curate, held_out_prompts)
-    if not curated.examples:
-        last = next((step for step in curated.funnel if not step["out"]), {"filter": "generate"})
-        raise DataError(f"no trace is left after the filter {last['filter']!r}: {_states(graded)}", where=out_dir)
-    write_records(out_dir / EXAMPLES, curated.examples, Example)
-    write_records(out_dir / DIRECT, curated.direct_examples, Example)
-    write_records(out_dir / DROPPED, curated.dropped, Dropped)
-    write_atomically(out_dir / FUNNEL, json.dumps(curated.funnel, indent=2) + "\n")
-    return {"traces": len(traces), "examples": len(curated.examples), "questions": len(curated.direct_examples)}
+    def graded() -> Iterator[tuple[Trace, Verdict]]:
+        verdicts = iterate_records(out_dir / VERDICTS, GradedTrace)
+        with progress.task("curate", total=num_traces, unit="traces") as task:
+            for trace, one in zip(iterate_records(traces, Trace), verdicts, strict=True):
+                yield trace, one.verdict
+                task.advance(1)
+
+    sifted = sift(problems, graded, recipe.curate, held_out)
+    if not sifted.num_kept:
+        last = next((step for step in sifted.funnel if not step["out"]), {"filter": "generate"})
+        raise DataError(f"no trace is left after the filter {last['filter']!r}: {_states(out_dir)}", where=out_dir)
+    with (
+        record_writer(out_dir / EXAMPLES, Example) as examples,
+        record_writer(out_dir / DIRECT, Example) as direct,
+        record_writer(out_dir / DROPPED, Dropped) as dropped,
+    ):
+        for one in outcomes(problems, graded(), sifted.dropped):
+            if isinstance(one, Dropped):
+                dropped.write(one)
+            else:
+                (direct if one.trace_key is None else examples).write(one)
+    write_atomically(out_dir / FUNNEL, json.dumps(sifted.funnel, indent=2) + "\n")
+    counts = {"traces": num_traces, "examples": examples.count, "questions": direct.count}
+    return {**counts, "funnel": sifted.funnel}
 
 
-def _states(graded: list[GradedTrace]) -> dict[str, int]:
-    return dict(Counter(one.state for one in graded).most_common())
+def _states(out_dir: Path) -> dict[str, int]:
+    return dict(Counter(one.state for one in iterate_records(out_dir / VERDICTS, GradedTrace)).most_common())

@@ -68,7 +68,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("problems.0.cuont", 2, r"problems\.0\.reasoning_gym\.cuont: unknown key; did you mean 'count'\?"),
         ("problems.1.promptfield", "q", r"problems\.1\.local\.promptfield: unknown key; did you mean 'prompt_field'\?"),
         ("eval.held_out.sede", 2, r"eval\.held_out\.sede: unknown key; did you mean 'seed'\?"),
-        ("curate.zzz", 2, r"curate\.zzz: unknown key; allowed: complete_reasoning, correct_only"),
+        ("curate.zzz", 2, r"curate\.zzz: unknown key; allowed: best_of_n, complete_reasoning, correct_only"),
         ("name", None, r"name: required, but not given"),
         ("distill.students", None, r"distill\.students: required, but not given"),
         ("name", "Bad Name", r"name: String should match pattern .*, got 'Bad Name'"),

@@ -72,11 +72,11 @@ def run(run_dir: Path, what: Recipe | None = None) -> Any:
 def test_from_traces_to_examples(run_dir: Path) -> None:
     manifest = run(run_dir)
     out = run_dir / "curate"
-    assert manifest.counts == {"traces": 160, "examples": 40, "questions": 40}
+    funnel = json.loads((out / "funnel.json").read_text())
+    assert manifest.counts == {"traces": 160, "examples": 40, "questions": 40, "funnel": funnel}
     graded = read_records(out / "verdicts.parquet", GradedTrace)
     assert [one.state for one in graded] == ["correct", "correct", "wrong", "truncated"] * 40
     assert [one.key for one in graded] == [t.key for t in read_records(run_dir / "generate" / "traces.parquet", Trace)]
-    funnel = json.loads((out / "funnel.json").read_text())
     assert funnel[0] == {"filter": "verdict", "in": 160, "out": 80}
     assert {"filter": "deduplicate", "in": 80, "out": 40} in funnel
     examples, direct = (read_records(out / f"{name}.parquet", Example) for name in ("examples", "direct"))
