@@ -22,6 +22,11 @@ FAILPOINTS = (
     "ledger.committed",  # it is committed, whoever added it has not heard of it
     "ledger.graded",  # verdicts are committed, likewise
     "ledger.migrated",  # a new or older file has this version's tables, not yet committed
+    "export.pending",  # the pending list stands, no shard does
+    "export.shard",  # a shard is written and listed
+    "export.complete",  # all are, none is published
+    "export.set_aside",  # the folder that was published has made room
+    "export.renamed",  # the new one has its name, the pending list is still there
     "checkpoint.complete",  # a training checkpoint is whole and marked so
 )
 _passed: Counter[str] = Counter()

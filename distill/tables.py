@@ -36,7 +36,7 @@ def write_records(path: Path, records: Iterable[M], model: type[M]) -> int:
 @contextmanager
 def record_writer(path: Path, model: type[M]) -> Iterator[RecordWriter[M]]:
     """What to `write` records to one by one; the file appears at the end of the block, whole or not at all."""
-    schema = pa.schema([pa.field(name, *_arrow_type(info.annotation)) for name, info in model.model_fields.items()])
+    schema = schema_of(model)
     with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as parquet:
         writer = RecordWriter[M](parquet, schema, _json_fields(model))
         yield writer
@@ -64,7 +64,10 @@ class RecordWriter(Generic[M]):
 
 
 def read_records(path: Path, model: type[M]) -> list[M]:
-    """All records of a file that `write_records` wrote. Raises DataError naming the file, the row and the field."""
+    """All records of a file that `write_records` wrote, or of a folder of such shards (`part-00000.parquet`, ...).
+
+    Raises DataError naming the file, the row and the field.
+    """
     return list(iterate_records(path, model))
 
 
@@ -78,7 +81,24 @@ def _json_fields(model: type[BaseModel]) -> list[str]:
     return [name for name, info in model.model_fields.items() if _plain(info.annotation) is None]
 
 
+def schema_of(model: type[BaseModel]) -> Any:
+    return pa.schema([pa.field(name, *_arrow_type(info.annotation)) for name, info in model.model_fields.items()])
+
+
+def shard_name(number: int) -> str:
+    return f"part-{number:05d}.parquet"
+
+
 def _rows(path: Path, model: type[BaseModel]) -> Iterator[dict[str, Any]]:
+    """The rows of a file, or of a folder's shards, one after the other."""
+    if not path.is_dir():
+        yield from _file_rows(path, model)
+        return
+    for number in range(max(1, len(list(path.glob("part-*.parquet"))))):
+        yield from _file_rows(path / shard_name(number), model)
+
+
+def _file_rows(path: Path, model: type[BaseModel]) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(path) as file:
             present = set(file.schema_arrow.names)

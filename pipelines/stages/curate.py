@@ -51,9 +51,9 @@ def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path 
     """
     base_dir = base_dir or Path.cwd()
     out_dir = run_dir / "curate"
-    inputs = {name: run_dir / "generate" / f"{name}.parquet" for name in ("problems", "traces")}
+    inputs = {"problems": run_dir / "generate" / "problems.parquet", "traces": run_dir / "generate" / "traces"}
     for path in inputs.values():
-        if not path.is_file():
+        if not path.exists():
             raise DataError("no such file; run `potstill generate` first", where=path)
     grading = dict(inputs)
     config: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
     R/generate/ledger.sqlite      each sample as soon as it is there; survives whatever happens
     R/generate/problems.parquet   the questions, in the order of the recipe
-    R/generate/traces.parquet     the samples of these questions, by question and sample index
+    R/generate/traces/            the samples of these questions, by question and sample index, in Parquet shards
 
 Only samples that the ledger does not have are asked for, so an interrupted run goes on where it stopped, and a recipe
 that asks for sixteen samples where it asked for four asks for twelve.
@@ -11,11 +11,12 @@ that asks for sixteen samples where it asked for four asks for twelve.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 from distill.errors import CheckpointError, EnvironmentFault
+from distill.export import export_traces
 from distill.ledger import Ledger
 from distill.manifest import is_current, read_manifest, run_stage
 from distill.problems import load_problems, source_files
@@ -26,7 +27,7 @@ from distill.records import Completion, Problem, Sampling, StageManifest, Teache
 from distill.tables import write_records
 from pipelines.preemption import preemptible
 
-LEDGER, PROBLEMS, TRACES = "ledger.sqlite", "problems.parquet", "traces.parquet"
+LEDGER, PROBLEMS, TRACES = "ledger.sqlite", "problems.parquet", "traces"
 FLUSH_SAMPLES = 64
 FLUSH_S = 5.0
 # What changes how fast and how patiently a teacher is asked, and nothing of what it writes.
@@ -114,9 +115,9 @@ def _body(
                 _ask(teacher, [requests[key] for key in missing], sampling, ledger, task)
             if left := ledger.missing(requests):
                 raise EnvironmentFault(f"the teacher left {len(left)} samples out", where=recipe.teacher.model)
-        counts = {"problems": len(problems), "samples": 0, "reused": done, "tokens": 0, "truncated": 0}
-        write_records(out_dir / TRACES, _tallied(ledger.traces(requests), counts), Trace)
-    return counts
+        with progress.task("export", total=len(requests), unit="samples") as task:
+            exported = export_traces(ledger, lambda: iter(requests), out_dir / TRACES, task)
+    return {"problems": len(problems), "reused": done, **exported}
 
 
 def _ask(teacher: Teacher, requests: list[TraceRequest], sampling: Sampling, ledger: Ledger, task: Task) -> None:
@@ -153,11 +154,3 @@ def _trace(completion: Completion, identity: TeacherIdentity, sampling: Sampling
         num_tokens=completion.num_tokens,
         teacher=identity.name,
     )
-
-
-def _tallied(traces: Iterator[Trace], counts: dict[str, int]) -> Iterator[Trace]:
-    for trace in traces:
-        counts["samples"] += 1
-        counts["tokens"] += trace.num_tokens
-        counts["truncated"] += trace.finish_reason == "length"
-        yield trace

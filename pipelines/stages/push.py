@@ -175,5 +175,5 @@ def _hashes(run_dir: Path, folder: Path) -> dict[str, str]:
         hashes |= {name: digest for name, digest in student.outputs.items() if name.endswith(".safetensors")}
     if generated:
         hashes |= {"teacher": generated.inputs["teacher"]} if "teacher" in generated.inputs else {}
-        hashes |= {name: digest for name, digest in generated.outputs.items() if name == "traces.parquet"}
+        hashes |= {name: digest for name, digest in generated.outputs.items() if name == "traces"}
     return hashes

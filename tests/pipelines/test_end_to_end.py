@@ -40,7 +40,7 @@ def results(out: Path) -> dict[str, object]:
         **{
             str(path.relative_to(run)): path.read_bytes()
             for pattern in (
-                "generate/traces.parquet",
+                "generate/traces/part-00000.parquet",
                 "curate/*.parquet",
                 "distill/*/model.safetensors",
                 "eval/*/scores.json",
@@ -53,7 +53,12 @@ def results(out: Path) -> dict[str, object]:
 def test_the_chain_writes_the_agreed_layout(finished: tuple[Path, str]) -> None:
     out, stdout = finished
     run = out / "tiny-world"
-    for name in ("generate/traces.parquet", "curate/examples.parquet", "curate/direct.parquet", "curate/funnel.json"):
+    for name in (
+        "generate/traces/part-00000.parquet",
+        "curate/examples.parquet",
+        "curate/direct.parquet",
+        "curate/funnel.json",
+    ):
         assert (run / name).is_file()
     for model in ("tiny-distilled", "tiny-direct"):
         assert (run / "distill" / model / "model.safetensors").is_file()

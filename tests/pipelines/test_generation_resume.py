@@ -34,7 +34,7 @@ def uninterrupted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 def traces(out: Path) -> list[Trace]:
-    return read_records(out / "tiny-world/generate/traces.parquet", Trace)
+    return read_records(out / "tiny-world/generate/traces", Trace)
 
 
 def num_samples(ledger: Path) -> int:

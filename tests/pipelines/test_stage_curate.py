@@ -61,7 +61,7 @@ def run_dir(tmp_path: Path) -> Path:
                 )
             )
     write_records(tmp_path / "generate" / "problems.parquet", problems, Problem)
-    write_records(tmp_path / "generate" / "traces.parquet", traces, Trace)
+    write_records(tmp_path / "generate" / "traces" / "part-00000.parquet", traces, Trace)
     return tmp_path
 
 
@@ -76,7 +76,7 @@ def test_from_traces_to_examples(run_dir: Path) -> None:
     assert manifest.counts == {"traces": 160, "examples": 40, "questions": 40, "funnel": funnel}
     graded = read_records(out / "verdicts.parquet", GradedTrace)
     assert [one.state for one in graded] == ["correct", "correct", "wrong", "truncated"] * 40
-    assert [one.key for one in graded] == [t.key for t in read_records(run_dir / "generate" / "traces.parquet", Trace)]
+    assert [one.key for one in graded] == [t.key for t in read_records(run_dir / "generate" / "traces", Trace)]
     assert funnel[0] == {"filter": "verdict", "in": 160, "out": 80}
     assert {"filter": "deduplicate", "in": 80, "out": 40} in funnel
     examples, direct = (read_records(out / f"{name}.parquet", Example) for name in ("examples", "direct"))
@@ -187,16 +187,16 @@ def test_what_is_missing_or_broken_is_named(run_dir: Path, monkeypatch: pytest.M
     monkeypatch.delenv("POTSTILL_BENCH_DATA", raising=False)
     with pytest.raises(RecipeError, match=r"eval\.bench_data"):
         run(run_dir, recipe(eval={"suites": ["aime24"]}))
-    traces = read_records(run_dir / "generate" / "traces.parquet", Trace)
+    traces = read_records(run_dir / "generate" / "traces", Trace)
     stray = [*traces[:2], traces[2].model_copy(update={"problem_id": "nobody"})]
-    write_records(run_dir / "generate" / "traces.parquet", stray, Trace)
-    with pytest.raises(DataError, match=r"traces\.parquet: row 3: problem_id: belongs to no problem"):
+    write_records(run_dir / "generate" / "traces" / "part-00000.parquet", stray, Trace)
+    with pytest.raises(DataError, match=r"traces: row 3: problem_id: belongs to no problem"):
         run(run_dir)
-    (run_dir / "generate" / "traces.parquet").write_bytes(b"PAR1 torn")
-    with pytest.raises(DataError, match=r"traces\.parquet: not a readable Parquet file"):
+    (run_dir / "generate" / "traces" / "part-00000.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(DataError, match=r"part-00000\.parquet: not a readable Parquet file"):
         run(run_dir)
-    (run_dir / "generate" / "traces.parquet").unlink()
-    with pytest.raises(DataError, match=r"traces\.parquet: no such file; run `potstill generate` first"):
+    shutil.rmtree(run_dir / "generate" / "traces")
+    with pytest.raises(DataError, match=r"traces: no such file; run `potstill generate` first"):
         run(run_dir)
     assert not (run_dir / "curate").exists()
 

@@ -80,7 +80,7 @@ def test_traces_follow_the_order_of_problems_and_indices(tmp_path: Path) -> None
     teacher = SumTeacher()
     manifest = run(tmp_path / "g", teacher)
     problems = read_records(tmp_path / "g" / "problems.parquet", Problem)
-    traces = read_records(tmp_path / "g" / "traces.parquet", Trace)
+    traces = read_records(tmp_path / "g" / "traces", Trace)
     assert len(problems) == 100
     assert [(t.problem_id, t.sample_index) for t in traces] == [(p.id, i) for p in problems for i in range(2)]
     assert len({t.text for t in traces}) == len({t.key for t in traces}) == 200
@@ -148,7 +148,7 @@ def test_any_interruptions_leave_the_same_bytes_and_ask_nothing_twice(
         done = read_manifest(folder / "stopped")
         assert (done is not None) == (len(asked) == 120)
     assert len(asked) == len(set(asked)) == 120
-    for name in ("traces.parquet", "problems.parquet"):
+    for name in ("traces/part-00000.parquet", "problems.parquet"):
         assert (folder / "stopped" / name).read_bytes() == (folder / "straight" / name).read_bytes()
 
 
@@ -212,7 +212,7 @@ def test_signals_leave_a_run_that_goes_on(tmp_path: Path) -> None:
     manifest = run(tmp_path / "g", teacher, local_recipe(tmp_path))
     assert manifest.counts["reused"] == 200 - len(teacher.asked) == expected
     run(tmp_path / "straight", SumTeacher(), local_recipe(tmp_path))
-    for name in ("traces.parquet", "problems.parquet"):
+    for name in ("traces/part-00000.parquet", "problems.parquet"):
         assert (tmp_path / "g" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 
 

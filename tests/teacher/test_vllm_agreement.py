@@ -153,7 +153,7 @@ def test_generate_reads_from_vllm(served, tmp_path):
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / "from-vllm" / "generate"
     problems = {p.id: p for p in read_records(run / "problems.parquet", Problem)}
-    traces = list(read_records(run / "traces.parquet", Trace))
+    traces = list(read_records(run / "traces", Trace))
     assert len(problems) == 16
     assert len(traces) == 32
     assert all(trace.text.startswith("<think>\n") and trace.num_tokens > 0 for trace in traces)
