@@ -24,6 +24,7 @@ from eval.statistics import Difference, paired_difference
 
 LIKE_SIZE = 1.15  # students whose parameter counts differ by less are not a size comparison
 METRIC = "pass@1"
+DROPPED_FIELDS = ("key", "detail", "question", "completion")  # of an example of what a filter dropped
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ def summary(comparison: Comparison) -> dict[str, Any]:
         for card in model.cards:
             if "/" not in card.suite and card.metric == METRIC:
                 models.append(card.model_dump(mode="json"))
-    return {"stages": list(comparison.stages), "models": models, "funnel": list(comparison.funnel)}
+    funnel = [{name: step[name] for name in ("filter", "in", "out")} for step in comparison.funnel]
+    return {"stages": list(comparison.stages), "models": models, "funnel": funnel}
 
 
 def stage_manifests(run_dir: Path) -> dict[str, StageManifest]:
@@ -234,11 +236,16 @@ def _size_steps(models: Sequence[Model], suite: str) -> list[SizeStep]:
     return steps
 
 
+def _step(step: Mapping[str, Any]) -> dict[str, Any]:
+    examples = [{name: str(example[name]) for name in DROPPED_FIELDS} for example in step.get("examples", ())]
+    return {"filter": str(step["filter"]), "in": int(step["in"]), "out": int(step["out"]), "examples": examples}
+
+
 def _read_funnel(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
         steps = json.loads(path.read_text("utf-8"))
-        return [{"filter": str(step["filter"]), "in": int(step["in"]), "out": int(step["out"])} for step in steps]
+        return [_step(step) for step in steps]
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise DataError(f"not a list of filters with counts ({exc!r})", where=path) from exc

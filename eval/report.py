@@ -99,7 +99,7 @@ def _context(
         "heat_groups": heat_groups,
         "heat_rows": heat_rows,
         "traces": side_by_side(comparison),
-        "funnel": comparison.funnel,
+        "funnel": [_funnel_step(step, comparison.funnel[0]["in"]) for step in comparison.funnel],
         "stages": stages,
         "seconds": sum(stage["seconds"] for stage in stages),
         "lineage": [_lineage(model, comparison.suite) for model in comparison.models],
@@ -171,6 +171,21 @@ def _shown(row: Mapping[str, Any]) -> dict[str, str]:
             f"{text[:MAX_TRACE_CHARACTERS]}\n… {len(text) - MAX_TRACE_CHARACTERS:,} more characters in samples.parquet"
         )
     return {"text": text, "verdict": str(row["verdict"]).replace("_", " ")}
+
+
+def _funnel_step(step: Mapping[str, Any], num_traces: int) -> dict[str, Any]:
+    """One filter: counts, shares in percent, and examples of what it dropped, made harmless to show."""
+    examples = [{name: visible(text) for name, text in example.items()} for example in step["examples"]]
+    dropped = step["in"] - step["out"]
+    return {
+        **step,
+        "dropped": dropped,
+        "share": f"{100 * dropped / step['in']:.1f}" if dropped else "0",
+        "kept_width": f"{100 * step['out'] / num_traces:.2f}" if num_traces else "0",
+        "in_width": f"{100 * step['in'] / num_traces:.2f}" if num_traces else "0",
+        "kept_share": f"{100 * step['out'] / num_traces:.1f}" if num_traces else "0",
+        "examples": examples,
+    }
 
 
 def visible(text: str) -> str:

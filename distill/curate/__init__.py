@@ -6,5 +6,6 @@
 from distill.curate.candidates import Dropped, GradedTrace
 from distill.curate.filters import repetition
 from distill.curate.funnel import Curated, Sifted, curate, outcomes, sift
+from distill.curate.shown import DroppedExamples
 
-__all__ = ["Curated", "Dropped", "GradedTrace", "Sifted", "curate", "outcomes", "repetition", "sift"]
+__all__ = ["Curated", "Dropped", "DroppedExamples", "GradedTrace", "Sifted", "curate", "outcomes", "repetition", "sift"]

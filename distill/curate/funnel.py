@@ -57,7 +57,7 @@ def curate(
     graded = list(zip(traces, verdicts, strict=True))
     sifted = sift(by_id, lambda: graded, config, held_out)
     curated = Curated([], [], sifted.funnel, [])
-    for one in outcomes(by_id, graded, sifted.dropped):
+    for _, one in outcomes(by_id, graded, sifted.dropped):
         if isinstance(one, Dropped):
             curated.dropped.append(one)
         else:
@@ -107,24 +107,25 @@ def sift(problems: Mapping[str, Problem], graded: Graded, config: CurateConfig, 
 
 def outcomes(
     problems: Mapping[str, Problem], graded: Iterable[tuple[Trace, Verdict]], dropped: Mapping[int, tuple[str, str]]
-) -> Iterator[Example | Dropped]:
+) -> Iterator[tuple[Candidate, Example | Dropped]]:
     """What became of each trace, in their order: an Example or a Dropped.
 
     The first example of a question is followed by its twin with the bare answer (`trace_key` None): the reference,
     or, where a question has none of its own, the answer that was graded.
     """
     answered: set[str] = set()
-    for position, (problem, trace, verdict) in enumerate(_candidates(problems, graded)):
+    for position, candidate in enumerate(_candidates(problems, graded)):
+        problem, trace, verdict = candidate
         if position in dropped:
             name, reason = dropped[position]
-            yield Dropped(key=trace.key, problem_id=trace.problem_id, filter=name, detail=reason)
+            yield candidate, Dropped(key=trace.key, problem_id=trace.problem_id, filter=name, detail=reason)
             continue
         fields = {"question": problem.prompt, "problem_id": trace.problem_id, "source": problem.source}
-        yield Example(completion=trace.text, trace_key=trace.key, **fields)
+        yield candidate, Example(completion=trace.text, trace_key=trace.key, **fields)
         answer = problem.answer if problem.answer is not None else verdict.extracted
         if answer is not None and problem.id not in answered:
             answered.add(problem.id)
-            yield Example(completion=f"\\boxed{{{answer}}}", trace_key=None, **fields)
+            yield candidate, Example(completion=f"\\boxed{{{answer}}}", trace_key=None, **fields)
 
 
 def _set_filters(

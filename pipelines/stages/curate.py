@@ -3,7 +3,8 @@
 R/curate/verify/            the grading, a stage of its own: other filters need no new grading
 R/curate/verdicts.parquet   one verdict a trace, in the order of the traces
 R/curate/examples.parquet   what students learn from;  direct.parquet: the same questions with bare answers
-R/curate/funnel.json        what each filter let through;  dropped.parquet: what it did not, and why
+R/curate/funnel.json        what each filter let through, with examples of what it did not
+R/curate/dropped.parquet    every trace that is no example: key, filter, detail
 
 Traces are read part by part, as often as it takes; of all of them at once, only what the filters remember is in memory.
 """
@@ -17,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distill.curate import Dropped, GradedTrace, outcomes, sift
+from distill.curate import Dropped, DroppedExamples, GradedTrace, outcomes, sift
 from distill.errors import DataError, EnvironmentFault
 from distill.ledger import Ledger
 from distill.manifest import is_current, read_manifest, run_stage, write_atomically
@@ -189,17 +190,19 @@ def _curated(
     if not sifted.num_kept:
         last = next((step for step in sifted.funnel if not step["out"]), {"filter": "generate"})
         raise DataError(f"no trace is left after the filter {last['filter']!r}: {_states(out_dir)}", where=out_dir)
+    shown = DroppedExamples()
     with (
         record_writer(out_dir / EXAMPLES, Example) as examples,
         record_writer(out_dir / DIRECT, Example) as direct,
         record_writer(out_dir / DROPPED, Dropped) as dropped,
     ):
-        for one in outcomes(problems, graded(), sifted.dropped):
+        for candidate, one in outcomes(problems, graded(), sifted.dropped):
             if isinstance(one, Dropped):
                 dropped.write(one)
+                shown.add(candidate, one)
             else:
                 (direct if one.trace_key is None else examples).write(one)
-    write_atomically(out_dir / FUNNEL, json.dumps(sifted.funnel, indent=2) + "\n")
+    write_atomically(out_dir / FUNNEL, json.dumps(shown.beside(sifted.funnel), indent=2) + "\n")
     counts = {"traces": num_traces, "examples": examples.count, "questions": direct.count}
     return {**counts, "funnel": sifted.funnel}
 

@@ -105,6 +105,14 @@ def _write_stages(run_dir: Path) -> None:
         manifest["counts"] = {"held_out": 240, "training_questions": 7_410, "shared_with_training": 0}
         (folder / MANIFEST).write_text(json.dumps(manifest))
     funnel = [("correct_only", 8192, 7804), ("complete_reasoning", 7804, 7804), ("max_repetition", 7804, 7790)]
-    funnel += [("decontaminate", 7790, 7790), ("deduplicate", 7790, 7410)]
-    steps = [{"filter": name, "in": before, "out": after} for name, before, after in funnel]
+    funnel += [("decontaminate", 7790, 7700), ("deduplicate", 7700, 7410)]
+    leak = "shares 'how many <b>bold</b> apples' with the held-out question '</h3><script>0</script>' of gsm8k"
+    example = {
+        "key": "0123456789abcdef",
+        "detail": leak,
+        "question": "</pre><img src=x> \u202e?",
+        "completion": HOSTILE,
+    }
+    steps = [{"filter": name, "in": before, "out": after, "examples": []} for name, before, after in funnel]
+    steps[3] |= {"examples": [example, {**example, "key": "fedc"}]}
     (run_dir / "curate" / "funnel.json").write_text(json.dumps(steps))

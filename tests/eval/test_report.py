@@ -86,6 +86,19 @@ def test_everything_scored_is_in_the_page(report):
     assert [stage["name"] for stage in summary["stages"]] == ["generate", "curate", "distill", "eval", "compare"]
 
 
+def test_the_funnel_says_what_each_filter_dropped(report):
+    page = Page((report / "index.html").read_text())
+    words = " ".join("".join(page.words).split())
+    assert "7,410 of 8,192 traces became training examples" in words
+    assert [f"{100 * dropped / given:.1f}%" in words for dropped, given in ((388, 8192), (90, 7790))] == [True, True]
+    assert words.count("shares 'how many <b>bold</b> apples' with the held-out question") == 2
+    assert "\\u202e?" in words
+    widths = [a["style"] for tag, a in page.tags if tag == "b" and "style" in a][:5]
+    assert widths == [f"width: {100 * kept / 8192:.2f}%" for kept in (7804, 7804, 7790, 7700, 7410)]
+    summary = json.loads((report / "summary.json").read_text())
+    assert summary["funnel"][3] == {"filter": "decontaminate", "in": 7790, "out": 7700}
+
+
 def test_pictures_are_pictures(report):
     for name in ("accuracy_by_parameters", "accuracy_by_family", "filter_funnel"):
         data = (report / f"{name}.png").read_bytes()

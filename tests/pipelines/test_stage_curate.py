@@ -73,7 +73,11 @@ def test_from_traces_to_examples(run_dir: Path) -> None:
     manifest = run(run_dir)
     out = run_dir / "curate"
     funnel = json.loads((out / "funnel.json").read_text())
+    shown = {step["filter"]: step.pop("examples") for step in funnel}
     assert manifest.counts == {"traces": 160, "examples": 40, "questions": 40, "funnel": funnel}
+    assert [len(examples) for examples in shown.values()] == [3, 0, 0, 0, 0, 3]
+    assert shown["verdict"][0]["detail"].startswith("wrong")
+    assert shown["verdict"][0]["completion"].startswith("<think>\nno\n</think>")
     graded = read_records(out / "verdicts.parquet", GradedTrace)
     assert [one.state for one in graded] == ["correct", "correct", "wrong", "truncated"] * 40
     assert [one.key for one in graded] == [t.key for t in read_records(run_dir / "generate" / "traces", Trace)]
