@@ -189,7 +189,8 @@ class CurateConfig(Config):
 
 class VerifyConfig(Config):
     num_workers: int = Field(2, ge=1)
-    timeout_s: float = Field(10.0, gt=0, description="per answer; the worker is killed after it")
+    timeout_s: float = Field(10.0, gt=0, description="per answer; its grader is killed after it")
+    memory_mib: int = Field(1_024, ge=128, description="that grading one answer may take beside the graders' own")
 
 
 # --- students ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from distill.recipe import VerifyConfig
 from distill.records import Problem, Trace, Verdict, content_id
 
 # Part of every verdict's key. Raise it when the same answer would get another verdict from our own code.
-GRADING_VERSION = 1
+GRADING_VERSION = 2
 GRADERS = ("math-verify", "reasoning-gym", "sympy")
 FLUSH_VERDICTS = 256
 FLUSH_S = 1.0

@@ -1,205 +1,189 @@
 """Worker processes that grade, and that may hang or die: one hanging answer costs its own verdict and nothing else.
 
-A worker (`distill.verify.worker`) takes a chunk of answers and reports each as it is done, so the parent knows which
-answer a silent worker is at. That one gets the verdict `timeout` when its time is up and the worker is killed; the rest
-of the chunk goes to a fresh worker. An answer at which a worker dies is tried once more, then it is an `infra_error`.
+A worker is a keeper and the grader that it forks for a chunk of answers (`distill.verify.worker`). The grader reports
+each answer as it is done, so it is known which one a silent grader is at. That one gets the verdict `timeout` when its
+time is up and the grader is killed; the rest of the chunk goes to the next. An answer at which a grader dies is tried
+once more, then it is an `infra_error`; so is one whose grader reports what is no verdict. A keeper that dies, or does
+not get rid of its grader, is killed with all it has and replaced: there are always as many as were asked for.
 General process pools hand a chunk one deadline, or every answer the price of a round trip: hence this one.
 
-Workers are new interpreters, not forks (the parent may hold torch and its threads). They talk JSON over pipes: a parent
-that unpickles what a worker says would trust the text that the worker has evaluated. They stand in a session of their
-own, so Ctrl-C reaches the parent alone; a worker whose parent is gone ends by itself.
+Keepers are new interpreters, not forks (the parent may hold torch and its threads). All talk JSON over pipes: a parent
+that unpickles what a grader says would trust the text that the grader has evaluated. Each stands in a session of its
+own, so Ctrl-C reaches the parent alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import selectors
-import subprocess
-import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import IO, Any
+from typing import Any, get_args
 
 from distill.errors import EnvironmentFault
 from distill.records import VerdictState
+from distill.verify.keeper import Keeper, Task
 
-Task = dict[str, Any]
 Result = tuple[VerdictState, str]
 
 MAX_CHUNK = 64
-START_S = 120.0  # for imports and for data sets that take their time to be made; never counted to an answer
 MAX_FAILED_STARTS = 3
-ROOT = Path(__file__).parents[2]
-
-
-class Worker:
-    """One child process and the chunk it works on."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in kill
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "distill.verify.worker", repr(timeout_s)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=_environment(),
-            start_new_session=True,
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._in, self.out = self._process.stdin, self._process.stdout
-        self._rest = b""
-        self.proved = False  # has it ever been ready?
-        self.ready = False
-        self.chunk: deque[int] = deque()
-        self.deadline = float("inf")
-
-    def give(self, chunk: Sequence[int], tasks: Sequence[Task]) -> None:
-        self.chunk = deque(chunk)
-        self.ready = False
-        self.deadline = time.monotonic() + START_S
-        with contextlib.suppress(BrokenPipeError):  # it has died: reading from it says so
-            self._in.write(json.dumps([tasks[index] for index in chunk]).encode() + b"\n")
-            self._in.flush()
-
-    def read(self) -> list[dict[str, Any]] | None:
-        """The messages that have come; None where the worker is gone or talks nonsense."""
-        data = os.read(self.out.fileno(), 1 << 16)
-        if not data:
-            return None
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        try:
-            messages = [json.loads(line) for line in lines]
-        except ValueError:
-            return None
-        return messages if all(isinstance(message, dict) for message in messages) else None
-
-    def heard(self) -> None:
-        """It has reported: the answer it is at now has its whole time before it."""
-        self.deadline = time.monotonic() + self._timeout_s if self.chunk else float("inf")
-
-    def kill(self, *, grace_s: float = 0.0) -> str:
-        """End it, unless it ends by itself within `grace_s`; say how it ended and what it last complained of."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(grace_s)
-        self._process.kill()
-        code = self._process.wait()
-        for stream in (self._in, self.out):
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
-        self._stderr.seek(0)
-        said = self._stderr.read()[-2_000:].decode(errors="replace").split("\n")
-        self._stderr.close()
-        last = next((line for line in reversed(said) if line.strip()), "")
-        return f"signal {-code}" if code < 0 else f"exit {code}: {last[:200]}"
+MAX_DEATHS = 2  # of graders at one answer
+MAX_REFUSED = 8  # forks in a row that the system refuses
+REST_S = 0.25  # after a refused fork, twice as long each time
+STATES = frozenset(get_args(VerdictState))
 
 
 class WorkerPool:
-    """`run` any number of times, one run at a time; workers live on between runs."""
+    """`run` any number of times, one run at a time; workers live on between runs.
 
-    def __init__(self, *, num_workers: int, timeout_s: float) -> None:
+    `timeout_s` is the time of one answer, `memory_bytes` what its grader may take beside what it starts with.
+    """
+
+    def __init__(self, *, num_workers: int, timeout_s: float, memory_bytes: int) -> None:
         self._num_workers = num_workers
         self._timeout_s = timeout_s
-        self._workers: list[Worker] = []
+        self._memory_bytes = memory_bytes
+        self._workers: list[Keeper] = []
         self._selector = selectors.DefaultSelector()
-        self._failed_starts = 0
+        self._failed_starts = self._refused = 0
+        self._waiting: deque[list[int]] = deque()
+        self._results: dict[int, Result] = {}
+        self._deaths: dict[int, int] = {}
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the keepers."""
+        return [worker.pid for worker in self._workers]
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Result]:
-        """Yield one result a task, in order. Abandoning the iterator leaves the pool usable."""
+        """Yield one result a task, in order. Abandoning the iterator leaves the pool usable.
+
+        Raises EnvironmentFault where no worker can be started, or the system goes on refusing processes.
+        """
         size = max(1, min(MAX_CHUNK, len(tasks) // (4 * self._num_workers)))
-        waiting = deque(list(range(start, min(start + size, len(tasks)))) for start in range(0, len(tasks), size))
-        results: dict[int, Result] = {}
-        deaths: dict[int, int] = {}
+        chunks = (list(range(start, min(start + size, len(tasks)))) for start in range(0, len(tasks), size))
+        self._waiting, self._results, self._deaths = deque(chunks), {}, {}
         try:
             for index in range(len(tasks)):
-                while index not in results:
-                    self._hand_out(waiting, tasks)
-                    self._listen(waiting, results, deaths)
-                yield results.pop(index)
+                while index not in self._results:
+                    self._hand_out(tasks)
+                    self._listen()
+                yield self._results.pop(index)
         finally:
-            for worker in [worker for worker in self._workers if worker.chunk]:
-                self._drop(worker)  # its reports would be taken for the next run's
+            self._waiting.clear()
+            for worker in self._workers:
+                if worker.chunk:
+                    worker.abandon()
 
     def close(self) -> None:
         for worker in list(self._workers):
             self._drop(worker)
         self._selector.close()
 
-    def _hand_out(self, waiting: deque[list[int]], tasks: Sequence[Task]) -> None:
-        busy = sum(bool(worker.chunk) for worker in self._workers)
-        while len(self._workers) < min(self._num_workers, busy + len(waiting)):
-            worker = Worker(self._timeout_s)
+    def _hand_out(self, tasks: Sequence[Task]) -> None:
+        busy = sum(worker.busy for worker in self._workers)
+        while len(self._workers) < min(self._num_workers, busy + len(self._waiting)):
+            worker = Keeper(self._timeout_s, self._memory_bytes)
             self._workers.append(worker)
             self._selector.register(worker.out, selectors.EVENT_READ, worker)
-        for worker in self._workers:
-            if not worker.chunk and waiting:
-                worker.give(waiting.popleft(), tasks)
-
-    def _listen(self, waiting: deque[list[int]], results: dict[int, Result], deaths: dict[int, int]) -> None:
-        """Wait for the next report, death or deadline, and deal with all that has come."""
-        first = min(worker.deadline for worker in self._workers)
-        for key, _ in self._selector.select(max(0.0, first - time.monotonic()) + 0.001):
-            worker: Worker = key.data
-            messages = worker.read()
-            if messages is None:
-                self._bury(worker, waiting, results, deaths)
-                continue
-            for message in messages:
-                self._take(worker, message, results)
         now = time.monotonic()
-        for worker in [worker for worker in self._workers if worker.chunk and worker.deadline < now]:
-            if not worker.ready:
-                self._bury(worker, waiting, results, deaths)
-                continue
-            results[worker.chunk.popleft()] = ("timeout", f"not graded within {self._timeout_s:g} s")
-            self._drop(worker, waiting)
+        for worker in self._workers:
+            if not worker.busy and self._waiting and worker.resting_until <= now:
+                worker.give(self._waiting.popleft(), tasks)
 
-    def _take(self, worker: Worker, message: dict[str, Any], results: dict[int, Result]) -> None:
+    def _listen(self) -> None:
+        """Wait for the next report, death or deadline, and deal with all that has come."""
+        for worker in self._workers:
+            self._watch_unsent(worker)
+        wakes = [worker.deadline if worker.busy else worker.resting_until for worker in self._workers]
+        first = min((wake for wake in wakes if wake), default=time.monotonic() + 1)
+        for key, _ in self._selector.select(max(0.0, first - time.monotonic()) + 0.001):
+            worker = key.data
+            if worker not in self._workers:
+                continue
+            if key.fileobj is worker.into:
+                worker.send()
+                continue
+            messages = worker.read()
+            if messages is None or not all(self._take(worker, message) for message in messages):
+                self._bury(worker)
+        now = time.monotonic()
+        for worker in [worker for worker in self._workers if worker.busy and worker.deadline < now]:
+            if worker.chunk and worker.ready:
+                self._results[worker.chunk.popleft()] = ("timeout", f"not graded within {self._timeout_s:g} s")
+                self._put_back(worker.abandon())
+            else:
+                self._bury(worker)
+
+    def _watch_unsent(self, worker: Keeper) -> None:
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(worker.into)
+        if worker.has_more_to_send:
+            self._selector.register(worker.into, selectors.EVENT_WRITE, worker)
+
+    def _take(self, worker: Keeper, message: dict[str, Any]) -> bool:
+        """Whether it is a message that can come now. What a grader says that was given up is not listened to."""
+        if "ended" in message:
+            return worker.busy and self._ended(worker, str(message["ended"]))
+        if not worker.chunk:
+            return True
         if "ready" in message:
             worker.ready = worker.proved = True
-            self._failed_starts = 0
-        elif worker.chunk:
-            results[worker.chunk.popleft()] = (message["state"], message["detail"])
+            self._failed_starts = self._refused = 0
+        elif message.get("state") in STATES and isinstance(message.get("detail"), str) and worker.ready:
+            self._results[worker.chunk.popleft()] = (message["state"], message["detail"])
+        else:
+            return False
         worker.heard()
+        return True
 
-    def _bury(
-        self, worker: Worker, waiting: deque[list[int]], results: dict[int, Result], deaths: dict[int, int]
-    ) -> None:
-        """A worker has died, or never got ready: its current answer gets a second try, then the verdict infra_error."""
-        first = worker.chunk[0] if worker.chunk else None
-        how = self._drop(worker, waiting, grace_s=1.0)
+    def _ended(self, worker: Keeper, how: str) -> bool:
+        """A grader is gone: done, killed by us, dead at an answer, or never there."""
+        had_begun, left = worker.ready, worker.at_rest()
+        if not left:
+            return True
+        if had_begun:
+            complaint = worker.complaint()
+            self._blame(left, f"{how}: {complaint}" if complaint else how)
+            return True
+        self._refused += 1
+        if self._refused >= MAX_REFUSED:
+            raise EnvironmentFault(f"graders cannot be started ({how})", where="distill.verify")
+        worker.resting_until = time.monotonic() + REST_S * 2 ** min(self._refused, 5)
+        self._put_back(left)
+        return True
+
+    def _bury(self, worker: Keeper) -> None:
+        """A keeper has died, hangs, or talks nonsense: it is killed with all it has."""
+        had_begun, left = worker.ready, list(worker.chunk)
+        how = self._drop(worker, grace_s=1.0 if worker.busy else 0.0)
         if not worker.proved:  # no answer's fault
             self._failed_starts += 1
+            self._put_back(left)
             if self._failed_starts >= MAX_FAILED_STARTS:
                 raise EnvironmentFault(f"grading workers do not start ({how})", where="distill.verify")
-            return
-        if first is None:
-            return
-        rest = waiting.popleft()[1:]
-        if rest:
-            waiting.appendleft(rest)
-        deaths[first] = deaths.get(first, 0) + 1
-        if deaths[first] > 1:
-            results[first] = ("infra_error", f"the worker died twice ({how})")
+        elif left:
+            self._blame(left, how) if had_begun else self._put_back(left)
+
+    def _blame(self, left: list[int], how: str) -> None:
+        """The first of `left` is what a grader died at: it gets another try by itself, or is given up."""
+        first, *rest = left
+        self._put_back(rest)
+        self._deaths[first] = self._deaths.get(first, 0) + 1
+        if self._deaths[first] >= MAX_DEATHS:
+            self._results[first] = ("infra_error", f"the grader died {MAX_DEATHS} times ({how})")
         else:
-            waiting.appendleft([first])
+            self._put_back([first])
 
-    def _drop(self, worker: Worker, waiting: deque[list[int]] | None = None, *, grace_s: float = 0.0) -> str:
-        self._selector.unregister(worker.out)
+    def _put_back(self, left: list[int]) -> None:
+        if left:
+            self._waiting.appendleft(left)
+
+    def _drop(self, worker: Keeper, *, grace_s: float = 0.0) -> str:
+        for stream in (worker.out, worker.into):
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(stream)
         self._workers.remove(worker)
-        if waiting is not None and worker.chunk:
-            waiting.appendleft(list(worker.chunk))
-        worker.chunk.clear()
         return worker.kill(grace_s=grace_s)
-
-
-def _environment() -> dict[str, str]:
-    """This process's environment, with this package importable and one thread a worker."""
-    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

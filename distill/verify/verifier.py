@@ -8,7 +8,8 @@ from distill.recipe import VerifyConfig
 from distill.records import FinishReason, Problem, Verdict
 from distill.verify.choice import grade_choice
 from distill.verify.extract import extract_answer
-from distill.verify.pool import Task, WorkerPool
+from distill.verify.keeper import Task
+from distill.verify.pool import WorkerPool
 
 MAX_ANSWER_CHARS = 20_000  # the longest reference of any family is a tenth of it
 
@@ -17,7 +18,9 @@ class RuleVerifier:
     """Grades by rule. An answer that was cut off is `truncated`, one that is not there is `wrong`."""
 
     def __init__(self, config: VerifyConfig) -> None:
-        self._pool = WorkerPool(num_workers=config.num_workers, timeout_s=config.timeout_s)
+        self._pool = WorkerPool(
+            num_workers=config.num_workers, timeout_s=config.timeout_s, memory_bytes=config.memory_mib << 20
+        )
 
     def verify(self, answers: Sequence[tuple[Problem, str, FinishReason]]) -> Iterator[Verdict]:
         """Yield one verdict an answer, in order. Raises EnvironmentFault where no worker can be started at all."""

@@ -335,25 +335,21 @@ def test_one_hanging_answer_costs_its_own_verdict_alone() -> None:
     assert states[7] in ("timeout", "wrong")
 
 
-def workers_of(pool: WorkerPool) -> list[int]:
-    return [worker._process.pid for worker in pool._workers]
-
-
 @pytest.mark.timeout(120)
 def test_a_killed_worker_is_replaced_and_nothing_is_lost() -> None:
     tasks = [
         {"grader": "math", "reference": "4", "answer": "2+2" if n % 2 else "5", "metadata": {}} for n in range(2_000)
     ]
-    pool = WorkerPool(num_workers=2, timeout_s=10)
+    pool = WorkerPool(num_workers=2, timeout_s=10, memory_bytes=1 << 30)
     results, kills = [], 0
     for result in pool.run(tasks):
         results.append(result[0])
         if len(results) in (100, 700, 1_300):
-            os.kill(workers_of(pool)[0], signal.SIGKILL)
+            os.kill(pool.pids[0], signal.SIGKILL)
             kills += 1
     assert kills == 3
     assert results == ["wrong", "correct"] * 1_000
-    started = workers_of(pool)
+    started = pool.pids
     pool.close()
     for pid in started:
         with pytest.raises(ProcessLookupError):
@@ -364,7 +360,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost() -> None:
 def test_an_answer_at_which_workers_die_twice_is_our_failure() -> None:
     tasks = [{"grader": "math", "reference": "4", "answer": "2+2", "metadata": {}} for _ in range(8)]
     tasks[3] = {"grader": "math", "reference": "4", "metadata": {}}  # has no answer: its worker dies of a KeyError
-    pool = WorkerPool(num_workers=1, timeout_s=10)
+    pool = WorkerPool(num_workers=1, timeout_s=10, memory_bytes=1 << 30)
     results = list(pool.run(tasks))
     pool.close()
     assert [state for state, _ in results] == ["correct"] * 3 + ["infra_error"] + ["correct"] * 4
@@ -377,7 +373,7 @@ def test_a_broken_installation_is_never_a_wrong_answer(
 ) -> None:
     (tmp_path / f"{module}.py").write_text("raise ImportError('broken here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    pool = WorkerPool(num_workers=1, timeout_s=10)
+    pool = WorkerPool(num_workers=1, timeout_s=10, memory_bytes=1 << 30)
     task = {"grader": "math", "reference": "4", "answer": "4.0", "metadata": {}}
     if starts:
         assert list(pool.run([task])) == [("infra_error", "ImportError: broken here")]
@@ -390,12 +386,12 @@ def test_a_broken_installation_is_never_a_wrong_answer(
 ORPHAN = """
     import sys
     from distill.verify.pool import WorkerPool
-    pool = WorkerPool(num_workers=1, timeout_s=0.5)
+    pool = WorkerPool(num_workers=1, timeout_s=0.5, memory_bytes=1 << 30)
     task = {"grader": "math", "reference": "4", "answer": "4.0", "metadata": {}}
     hang = {**task, "answer": "(10^8)!"}
     results = pool.run([task, hang])
     next(results)
-    print(pool._workers[0]._process.pid, flush=True)
+    print(pool.pids[0], flush=True)
     sys.stdin.read()
 """
 
