@@ -3,7 +3,8 @@
 Natural logarithms of the model's own probabilities: of the raw logits, before temperature and nucleus. One entry a
 generated token, the end token and forced tokens included. A token is its id where the backend knows ids (`unit: id`:
 the native engine, vLLM with `return_tokens_as_token_ids`), else its text (`unit: text`), which may stand for several
-ids. Packed as compact JSON, which is what `Completion.logprobs` and the ledger hold.
+ids. A token that was forced through an endpoint has no numbers (None, and no likeliest tokens). Packed as compact
+JSON, which is what `Completion.logprobs` and the ledger hold.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-Scored = tuple[int | str, float]
+Scored = tuple[int | str, float | None]
 
 # JSON has no minus infinity; a token that cannot come has this logarithm (vLLM writes the same).
 IMPOSSIBLE = -9999.0
@@ -52,4 +53,4 @@ class TokenLogprobs:
 
 def _rounded(pair: Scored) -> Scored:
     token, logprob = pair
-    return token, max(IMPOSSIBLE, round(logprob, DIGITS))
+    return token, None if logprob is None else max(IMPOSSIBLE, round(logprob, DIGITS))

@@ -33,6 +33,13 @@ class Teacher(Protocol):
 
 
 @runtime_checkable
+class Reporting(Protocol):
+    """A teacher that can say at any moment, from any thread, how its work stands (requests in flight, cost so far)."""
+
+    def facts(self) -> dict[str, str | float]: ...
+
+
+@runtime_checkable
 class Verifier(Protocol):
     """Grades answers. Used by training filters, rewards and evaluation alike."""
 

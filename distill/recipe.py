@@ -83,6 +83,24 @@ class NativeTeacher(Config):
     batch_size: int = Field(64, ge=1)
 
 
+# Fields of a request that have a place of their own in the recipe, or none at all.
+SET_BY_POTSTILL = {
+    *(
+        "model",
+        "messages",
+        "prompt",
+        "n",
+        "seed",
+        "stop",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "max_completion_tokens",
+    ),
+    *("stream", "stream_options", "logprobs", "top_logprobs", "thinking_token_budget", "return_token_ids"),
+}
+
+
 class ServedTeacher(Config):
     """How a model behind an OpenAI-compatible endpoint is asked, whoever started the endpoint."""
 
@@ -90,10 +108,36 @@ class ServedTeacher(Config):
     revision: str = "unknown"
     api_key_env: str = "OPENAI_API_KEY"
     system_prompt: str | None = None
-    max_concurrency: int = Field(64, ge=1)
-    timeout_s: float = Field(3_600, gt=0)
+    max_concurrency: int = Field(256, ge=1, description="requests in flight at the most; how many it is adapts")
+    timeout_s: float = Field(14_400, gt=0, description="a whole answer; 32,768 tokens can take hours")
+    idle_timeout_s: float = Field(
+        600, gt=0, description="nothing comes of a streamed answer, the wait for a place included"
+    )
+    stream: bool = Field(
+        True, description="false: for an endpoint that does not stream, or streams without token counts"
+    )
     max_retries: int = Field(8, ge=0)
+    extra_body: dict[str, Any] = Field(default_factory=dict, description="fields added to every request, as they are")
+    budget_forcing: Literal["completions", "chat", "server"] = Field(
+        "completions", description="how the end of thinking is forced (sampling.max_thinking_tokens); docs/teacher.md"
+    )
+    price_per_million_prompt_tokens: float | None = Field(None, ge=0, description="for the costs shown and noted")
+    price_per_million_completion_tokens: float | None = Field(None, ge=0)
     think_prefilled: bool = Field(True, description="the served template already opens <think>: put it back in front")
+
+    @field_validator("extra_body")
+    @classmethod
+    def _potstill_sets_the_rest(cls, body: dict[str, Any]) -> dict[str, Any]:
+        if taken := SET_BY_POTSTILL & body.keys():
+            raise ValueError(f"{min(taken)!r} is set by potstill itself")
+        return body
+
+    def cost(self, num_prompt_tokens: int, num_completion_tokens: int) -> float | None:
+        """In the currency of the prices; None where there is none."""
+        prompt, completion = self.price_per_million_prompt_tokens, self.price_per_million_completion_tokens
+        if prompt is None and completion is None:
+            return None
+        return ((prompt or 0.0) * num_prompt_tokens + (completion or 0.0) * num_completion_tokens) / 1e6
 
 
 class OpenAITeacher(ServedTeacher):

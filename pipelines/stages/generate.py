@@ -22,16 +22,19 @@ from distill.manifest import is_current, read_manifest, run_stage
 from distill.problems import load_problems, source_files
 from distill.progress import Progress, Task
 from distill.protocols import Teacher
-from distill.recipe import NativeTeacher, Recipe, TeacherConfig
+from distill.recipe import NativeTeacher, Recipe, ServedTeacher, TeacherConfig
 from distill.records import Completion, Problem, Sampling, StageManifest, TeacherIdentity, Trace, TraceRequest
 from distill.tables import write_records
 from pipelines.preemption import preemptible
+from pipelines.stages.live import live
 
 LEDGER, PROBLEMS, TRACES = "ledger.sqlite", "problems.parquet", "traces"
 FLUSH_SAMPLES = 64
 FLUSH_S = 5.0
 # What changes how fast and how patiently a teacher is asked, and nothing of what it writes.
-SPEED = {"batch_size", "max_concurrency", "timeout_s", "max_retries", "api_key_env"}
+SPEED = {"batch_size", "max_concurrency", "timeout_s", "idle_timeout_s", "stream", "max_retries", "api_key_env"}
+# What is noted of the samples besides, and changes none of them.
+PRICES = {"price_per_million_prompt_tokens", "price_per_million_completion_tokens"}
 
 OpenTeacher = Callable[[TeacherConfig], Teacher]
 
@@ -76,7 +79,7 @@ def generate(
 def _what_matters(recipe: Recipe) -> dict[str, Any]:
     return {
         "problems": [source.model_dump(mode="json") for source in recipe.problems],
-        "teacher": recipe.teacher.model_dump(mode="json", exclude=SPEED),
+        "teacher": recipe.teacher.model_dump(mode="json", exclude=SPEED | PRICES),
         "generate": recipe.generate.model_dump(mode="json"),
     }
 
@@ -111,13 +114,27 @@ def _body(
         missing = ledger.missing(requests)
         done = len(requests) - len(missing)
         if missing:
-            with progress.task("generate", total=len(requests), done=done, unit="samples") as task:
+            bar = progress.task("generate", total=len(requests), done=done, unit="samples")
+            with bar as plain, live(plain, teacher) as task:
                 _ask(teacher, [requests[key] for key in missing], sampling, ledger, task)
             if left := ledger.missing(requests):
                 raise EnvironmentFault(f"the teacher left {len(left)} samples out", where=recipe.teacher.model)
         with progress.task("export", total=len(requests), unit="samples") as task:
             exported = export_traces(ledger, lambda: iter(requests), out_dir / TRACES, task)
-    return {"problems": len(problems), "reused": done, **exported}
+    cost = _cost(recipe.teacher, out_dir / TRACES)
+    return {"problems": len(problems), "reused": done, **exported, **cost}
+
+
+def _cost(teacher: TeacherConfig, traces: Path) -> dict[str, float]:
+    """What the samples cost at the recipe's prices, each paid once, however often the run was resumed."""
+    if not isinstance(teacher, ServedTeacher):
+        return {}
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    counts = pq.read_table(traces, columns=["num_prompt_tokens", "num_tokens"])
+    cost = teacher.cost(*(pc.sum(counts[name]).as_py() or 0 for name in counts.column_names))
+    return {} if cost is None else {"cost": round(cost, 9)}
 
 
 def _ask(teacher: Teacher, requests: list[TraceRequest], sampling: Sampling, ledger: Ledger, task: Task) -> None:

@@ -100,6 +100,16 @@ def test_the_second_run_does_nothing_and_opens_no_teacher(tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "g").iterdir()} == stamps
 
 
+def test_the_cost_is_that_of_the_samples_however_often_it_was_resumed(tmp_path: Path) -> None:
+    prices = {"price_per_million_prompt_tokens": 1e5, "price_per_million_completion_tokens": 1e6}
+    assert "cost" not in run(tmp_path / "free", SumTeacher(), recipe(2, 20)).counts
+    with pytest.raises(EnvironmentFault):
+        run(tmp_path / "g", SumTeacher(on_sample=stop_with(EnvironmentFault, 15)), recipe(2, 20, **prices))
+    counts = run(tmp_path / "g", SumTeacher(), recipe(2, 20, **prices)).counts
+    assert counts["cost"] == pytest.approx(40 * (5 * 0.1 + 7 * 1.0))
+    assert run(tmp_path / "g", SumTeacher(), recipe(2, 20)).counts == counts, "prices ask for nothing again"
+
+
 def test_topping_up_asks_for_the_new_samples_alone(tmp_path: Path) -> None:
     run(tmp_path / "g", SumTeacher(), recipe(4, 20))
     more = SumTeacher()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import threading
 import time
@@ -39,6 +40,9 @@ class ChatEndpoint:
         self.key = key
         self.version: str | None = "0.31.0"
         self.style = "prefilled"
+        self.streams = self.counts = True
+        self.breaks_off = False
+        self.stall: Callable[[int], bool] = lambda number: False
         self.hold: Callable[[int], bool] = lambda number: False
         self.fault: Callable[[int, dict[str, Any]], Response | None] = lambda number, payload: None
         self.payloads: list[dict[str, Any]] = []
@@ -65,7 +69,33 @@ class ChatEndpoint:
             self.running -= 1
         if fault is not None:
             return fault
-        return self._answer(payload)
+        answer = self._answer(payload)
+        if answer.status_code == 200 and payload.get("stream") and self.streams:
+            return StreamingResponse(
+                self._streamed(json.loads(bytes(answer.body)), payload), media_type="text/event-stream"
+            )
+        return answer
+
+    async def _streamed(self, answer: dict[str, Any], payload: dict[str, Any]) -> AsyncIterator[str]:
+        """The answer in pieces of a few characters; `stall(number of pieces)` holds the stream for good."""
+        (choice,) = answer["choices"]
+        head = {"id": "x", "object": "chat.completion.chunk", "model": self.model}
+        pieces: list[dict[str, Any]] = [{"role": "assistant"}]
+        for name in ("reasoning_content", "reasoning", "content"):
+            text = choice["message"].get(name, "")
+            pieces += [{name: text[start : start + 7]} for start in range(0, len(text), 7)]
+        yield ": keep-alive\n\n"
+        for number, delta in enumerate(pieces):
+            while self.stall(number):
+                await asyncio.sleep(0.002)
+            yield f"data: {json.dumps(head | {'choices': [{'index': 0, 'delta': delta, 'finish_reason': None}]})}\n\n"
+        if self.breaks_off:
+            return
+        last = {"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}
+        yield f"data: {json.dumps(head | {'choices': [last]})}\r\n\r\n"
+        if payload.get("stream_options", {}).get("include_usage") and self.counts:
+            yield f"data: {json.dumps(head | {'choices': [], 'usage': answer['usage']})}\n\n"
+        yield "data: [DONE]\n\n"
 
     def _refused(self, request: Request) -> Response | None:
         got = request.headers.get("authorization", "nothing")

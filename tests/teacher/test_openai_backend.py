@@ -14,7 +14,8 @@ from distill.errors import EnvironmentFault, RecipeError
 from distill.protocols import Teacher
 from distill.recipe import OpenAITeacher
 from distill.records import Completion, Problem, Sampling, TraceRequest
-from teacher.backends.openai import OpenAICompatibleTeacher, whole_text
+from teacher.backends.openai import OpenAICompatibleTeacher
+from teacher.backends.openai.answers import whole_text
 
 SAMPLING = Sampling(temperature=0.6, top_p=0.95, max_tokens=64, seed=3)
 

@@ -1,0 +1,253 @@
+"""Asking an endpoint: one request until it is answered, many at a time, as many as the endpoint bears.
+
+What passes by itself (429, 5xx, time-outs, dropped and stalled connections, garbled answers) is asked again after a
+pause with full jitter (uniform between nothing and a bound that doubles), and not before the endpoint's `Retry-After`.
+What concerns one request (a refused prompt, retries used up) is `Refused` and ends that request. What concerns all of
+them (a refused key, an unknown model) is a PotstillError and ends the run.
+
+aiohttp, not httpx: with 512 requests in flight httpx 0.28 spends 6.2 ms of processor time on each, aiohttp 3.14 spends
+0.27 ms (its parser is C, and its pool does not walk all connections for every request).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import random
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+
+from distill.errors import EnvironmentFault, PotstillError, RecipeError
+from distill.recipe import OpenAITeacher
+from teacher.backends.openai.answers import Answer, Garbled, NoCounts, said_in
+from teacher.backends.openai.concurrency import AdaptiveConcurrency
+from teacher.backends.openai.secrets import ApiKey
+from teacher.backends.openai.streaming import DONE, EventDecoder
+
+OVERLOADED = {429, 500, 502, 503, 504, 520, 522, 524, 529}
+RETRIED = OVERLOADED | {408, 409, 425}
+MAX_BACKOFF_S = 60.0
+CONNECT_TIMEOUT_S = 30.0
+MAX_ERROR_BYTES = 65_536
+
+
+class Refused(Exception):
+    """This one request will not be answered; the fault says why, and the others go on."""
+
+    def __init__(self, fault: PotstillError) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+class Passing(Exception):
+    """Trouble that may pass. `retry_after_s` is what the endpoint asks for."""
+
+    def __init__(self, what: str, *, overload: bool, retry_after_s: float = 0.0) -> None:
+        super().__init__(what)
+        self.overload = overload
+        self.retry_after_s = retry_after_s
+
+
+@dataclass
+class Spent:
+    """What the endpoint has been asked and has written so far; completion tokens count as they stream in."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Gate:
+    """Lets requests pass as `AdaptiveConcurrency` allows; those that are asked again go first. For one event loop."""
+
+    def __init__(self, control: AdaptiveConcurrency) -> None:
+        self.control = control
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._alarm: asyncio.TimerHandle | None = None
+
+    async def enter(self, *, again: bool) -> None:
+        ticket = self._loop.create_future()
+        (self._waiting.appendleft if again else self._waiting.append)(ticket)
+        self.wake()
+        try:
+            await ticket
+        except asyncio.CancelledError:
+            if ticket.cancelled():
+                self._waiting.remove(ticket)
+            else:
+                self.leave()
+            raise
+
+    def leave(self) -> None:
+        self.control.ended()
+        self.wake()
+
+    def wake(self) -> None:
+        now = self._loop.time()
+        while self._waiting and self.control.may_start(now):
+            self.control.started(now)
+            self._waiting.popleft().set_result(None)
+        if self._waiting and self._alarm is None and now < self.control.paused_until:
+            self._alarm = self._loop.call_at(self.control.paused_until, self._wake_up)
+
+    def _wake_up(self) -> None:
+        self._alarm = None
+        self.wake()
+
+
+class Client:
+    """Use as `async with Client(...) as client:` on the loop that asks."""
+
+    def __init__(
+        self,
+        config: OpenAITeacher,
+        key: ApiKey,
+        control: AdaptiveConcurrency,
+        spent: Spent,
+        *,
+        backoff_s: float,
+        gone: Callable[[], bool],
+    ) -> None:
+        self.config = config
+        self.base_url = config.base_url.rstrip("/")
+        self.key = key
+        self.spent = spent
+        self._backoff_s = backoff_s
+        self._gone = gone
+        self._gate = Gate(control)
+        self._control = control
+        self._clock = asyncio.get_running_loop().time
+
+    async def __aenter__(self) -> Self:
+        idle = self.config.idle_timeout_s if self.config.stream else None
+        self._session = aiohttp.ClientSession(
+            headers={**self.key.headers(), "Content-Type": "application/json"},
+            connector=aiohttp.TCPConnector(limit=0, socket_factory=_kept_alive),
+            timeout=aiohttp.ClientTimeout(total=self.config.timeout_s, sock_connect=CONNECT_TIMEOUT_S, sock_read=idle),
+            read_bufsize=2**20,
+            trust_env=True,
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    async def ask(self, url: str, payload: dict[str, Any]) -> Answer:
+        """One answer, asked for until it comes. Raises Refused or a PotstillError that concerns every request."""
+        body = json.dumps(payload).encode()
+        attempt = 0
+        while True:
+            await self._gate.enter(again=attempt > 0)
+            started = self._clock()
+            try:
+                return await self._attempt(url, body)
+            except Passing as exc:
+                trouble = exc
+                if exc.overload:
+                    self._control.overloaded(self._clock(), started, retry_after_s=exc.retry_after_s)
+            finally:
+                self._gate.leave()
+            if self._gone():
+                raise EnvironmentFault("the server has ended", where=self.base_url)
+            if attempt >= self.config.max_retries:
+                said = self.key.redacted(str(trouble))
+                message = f"no completion after {attempt + 1} attempts ({said}); run the same command again"
+                raise Refused(EnvironmentFault(message, where=self.base_url))
+            bound = min(MAX_BACKOFF_S, self._backoff_s * 2.0**attempt)
+            await asyncio.sleep(trouble.retry_after_s + random.uniform(0, bound))
+            attempt += 1
+
+    async def _attempt(self, url: str, body: bytes) -> Answer:
+        answer = Answer()
+        counted = 0
+        try:
+            async with self._session.post(url, data=body, allow_redirects=False) as response:
+                if response.status != 200:
+                    raise self._trouble(response, await response.content.read(MAX_ERROR_BYTES))
+                if response.content_type == "text/event-stream":
+                    decoder, done = EventDecoder(), False
+                    async for piece in response.content.iter_any():
+                        brought = 0
+                        for event in decoder.feed(piece):
+                            done = done or event == DONE
+                            brought += 0 if done else answer.take(event)
+                        if brought:
+                            counted += brought
+                            self._produced(brought)
+                else:
+                    answer.take((await response.read()).decode())
+            answer.finish()
+        except NoCounts:
+            remedy = "set teacher.stream to false" if self.config.stream else "it cannot be used"
+            raise RecipeError(f"sends no token counts; {remedy}", where=self.base_url, field="teacher") from None
+        except (Garbled, UnicodeDecodeError) as exc:
+            raise Passing(f"{type(exc).__name__}: {exc}", overload=False) from None
+        except TimeoutError as exc:  # aiohttp's own are both
+            raise Passing(f"time-out ({type(exc).__name__})", overload=True) from None
+        except (aiohttp.ClientError, OSError) as exc:
+            # `from None`: what aiohttp says of a request may quote its headers, and a traceback would show it.
+            raise Passing(f"{type(exc).__name__}: {exc}", overload=False) from None
+        self.spent.requests += 1
+        self.spent.prompt_tokens += answer.num_prompt_tokens
+        self._produced(answer.num_tokens - counted)
+        return answer
+
+    def _produced(self, tokens: int) -> None:
+        self.spent.completion_tokens += tokens
+        self._control.produced(self._clock(), tokens)
+        self._gate.wake()
+
+    def _trouble(self, response: aiohttp.ClientResponse, body: bytes) -> Exception:
+        status = response.status
+        if status in RETRIED:
+            wait_s = min(retry_after_s(response.headers.get("Retry-After", "")), self.config.timeout_s)
+            return Passing(f"HTTP {status}", overload=status in OVERLOADED, retry_after_s=wait_s)
+        fault = status_fault(self.config, self.key, status, body.decode("utf-8", "replace"))
+        return Refused(fault) if 400 <= status < 500 and status not in (401, 403, 404) else fault
+
+
+def status_fault(config: OpenAITeacher, key: ApiKey, status: int, body: str) -> PotstillError:
+    """What an answer that no repetition will change means."""
+    where, said = config.base_url.rstrip("/"), key.redacted(said_in(body))
+    if status in (401, 403):
+        which = f"the key in ${key.variable}" if key else f"no key (${key.variable})"
+        return EnvironmentFault(f"refused {which} (HTTP {status}: {said})", where=where)
+    if status == 404:
+        return RecipeError(f"{config.model!r} is not served (HTTP 404: {said})", where=where, field="teacher.model")
+    if 400 <= status < 500:
+        return RecipeError(f"refused the request (HTTP {status}: {said})", where=where, field="teacher")
+    return EnvironmentFault(f"answered HTTP {status}: {said}", where=where)
+
+
+def retry_after_s(header: str) -> float:
+    """Seconds of a `Retry-After` header, a number or a date (RFC 9110 s.10.2.3); 0 where it says nothing."""
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _kept_alive(address: Any) -> socket.socket:
+    """A socket whose kernel asks after the other side: a host that vanished shows after two minutes of silence."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
+        if hasattr(socket, option):
+            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return made
