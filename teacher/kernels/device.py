@@ -1,0 +1,31 @@
+"""Whether a tensor's device runs the Triton kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+FP8_CAPABILITY = (8, 9)  # Ada and Hopper: the first with E4M3
+
+
+def runs_kernels(tensor: Tensor) -> bool:
+    """True on a GPU with FP8, or for any tensor where Triton interprets; False without Triton."""
+    if not _has_triton():
+        return False
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    return tensor.is_cuda and _has_fp8(tensor.device.index)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _has_fp8(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= FP8_CAPABILITY

@@ -1,0 +1,159 @@
+"""Quantisation to E4M3 as DeepSeek-V3 does it (arXiv 2412.19437 s.3.3.2): activations in tiles of 1x128 along K.
+
+`x ~= quantised.float() * scale_inv[tile]`, `scale_inv = max|tile| / 448`. Three sources of activations, one rounding:
+a tensor as it is, RMSNorm of it (with the residual added on the way), SwiGLU of a gate and up projection. The norm and
+the activation work in FP32 and are never rounded to BF16 between.
+
+Scales lie column by column, [M, K/128] with strides (1, M'), M' = M rounded up to four: the layout that
+`torch._scaled_mm` and our block GEMM read. `ue8m0` rounds every scale up to a power of two (what Blackwell's tensor
+cores take); it costs up to one bit of the mantissa's range.
+
+Weights in blocks of 128x128: `quantise_weight`, the twin of which is `teacher.model.fp8.quantise_blocks`.
+
+Shape legend: M rows (tokens), K columns, I inner width of an MLP, G = K / 128, P and Q blocks of rows and columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from teacher.kernels.device import runs_kernels
+from teacher.kernels.exponential import sigmoid
+from teacher.model.fp8 import BLOCK, E4M3_MAX, quantise_blocks
+
+# Below it a tile's largest magnitude counts as this: a tile of zeros must not divide by zero.
+LEAST_MAGNITUDE = 1e-4
+ROW_ALIGNMENT = 4
+
+
+class Quantised(NamedTuple):
+    """E4M3 [M, K] and FP32 factors [M, G]."""
+
+    values_MK: Tensor
+    scale_inv_MG: Tensor
+
+
+class Normed(NamedTuple):
+    """`residual_MK` is what was normed, in x's dtype; `normed_MK` the norm in x's dtype, or None if not asked for."""
+
+    quantised: Quantised
+    residual_MK: Tensor
+    normed_MK: Tensor | None
+
+
+def quantise(x_MK: Tensor, *, ue8m0: bool = False) -> Quantised:
+    """Quantise activations. Raises ValueError unless 128 divides K."""
+    num_groups(x_MK.shape[1])
+    if runs_kernels(x_MK):
+        from teacher.kernels.quantise_triton import quantise_kernel
+
+        return quantise_kernel(x_MK, ue8m0=ue8m0)
+    return quantise_twin(x_MK, ue8m0=ue8m0)
+
+
+def rms_norm_quantise(
+    x_MK: Tensor,
+    weight_K: Tensor,
+    eps: float,
+    *,
+    add_MK: Tensor | None = None,
+    keep_normed: bool = False,
+    ue8m0: bool = False,
+) -> Normed:
+    """Quantise `rms_norm(x + add) * weight`; the sum is rounded to x's dtype first, as the residual stream keeps it.
+
+    Raises ValueError unless 128 divides K.
+    """
+    num_groups(x_MK.shape[1])
+    options = {"add_MK": add_MK, "keep_normed": keep_normed, "ue8m0": ue8m0}
+    if runs_kernels(x_MK):
+        from teacher.kernels.quantise_triton import rms_norm_quantise_kernel
+
+        return rms_norm_quantise_kernel(x_MK, weight_K, eps, **options)
+    return rms_norm_quantise_twin(x_MK, weight_K, eps, **options)
+
+
+def swiglu_quantise(gate_up_M2I: Tensor, *, ue8m0: bool = False) -> Quantised:
+    """Quantise `silu(gate) * up`, gate the first half of the columns. Raises ValueError unless 128 divides I."""
+    num_groups(gate_up_M2I.shape[1], parts=2)
+    if runs_kernels(gate_up_M2I):
+        from teacher.kernels.quantise_triton import swiglu_quantise_kernel
+
+        return swiglu_quantise_kernel(gate_up_M2I, ue8m0=ue8m0)
+    return swiglu_quantise_twin(gate_up_M2I, ue8m0=ue8m0)
+
+
+def quantise_weight(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """(E4M3 [R, C], scale_inv FP32 [P, Q]) in blocks of 128x128, ragged at the edges."""
+    if runs_kernels(weight_RC):
+        from teacher.kernels.quantise_triton import quantise_weight_kernel
+
+        return quantise_weight_kernel(weight_RC)
+    return quantise_blocks(weight_RC)
+
+
+# --- twins ------------------------------------------------------------------------------------------------------------
+
+
+def quantise_twin(x_MK: Tensor, *, ue8m0: bool = False) -> Quantised:
+    num_rows, num_columns = x_MK.shape
+    tiles = x_MK.float().unflatten(1, (num_columns // BLOCK, BLOCK))
+    largest_MG = tiles.abs().amax(dim=-1).clamp_min(LEAST_MAGNITUDE)
+    scale_inv_MG, scale_MG = _scales(largest_MG, ue8m0)
+    values = (tiles * scale_MG.unsqueeze(-1)).flatten(1).to(torch.float8_e4m3fn)
+    columnwise = empty_scales(num_rows, num_columns // BLOCK, x_MK.device)
+    return Quantised(values, columnwise.copy_(scale_inv_MG))
+
+
+def rms_norm_quantise_twin(
+    x_MK: Tensor,
+    weight_K: Tensor,
+    eps: float,
+    *,
+    add_MK: Tensor | None = None,
+    keep_normed: bool = False,
+    ue8m0: bool = False,
+) -> Normed:
+    residual_MK = x_MK if add_MK is None else (x_MK.float() + add_MK.float()).to(x_MK.dtype)
+    x = residual_MK.float()
+    # Squares of BF16 numbers summed in FP64: whatever the order of the sum, its FP32 rounding is the same.
+    mean_square = ((x * x).double().sum(dim=-1, keepdim=True) / x.shape[1]).float()
+    # The root in FP64 rounds to the right FP32; torch's own FP32 root on a CPU is at times a bit off.
+    root = (mean_square + eps).double().sqrt().float()
+    normed = x * (1.0 / root) * weight_K.float()
+    return Normed(quantise_twin(normed, ue8m0=ue8m0), residual_MK, normed.to(x_MK.dtype) if keep_normed else None)
+
+
+def swiglu_quantise_twin(gate_up_M2I: Tensor, *, ue8m0: bool = False) -> Quantised:
+    gate, up = gate_up_M2I.float().chunk(2, dim=-1)
+    return quantise_twin(gate * sigmoid(gate) * up, ue8m0=ue8m0)
+
+
+def _scales(largest: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
+    """(what multiplies the quantised values, what multiplies the original ones)."""
+    if not ue8m0:
+        # torch computes a number over a tensor as number * (1 / tensor), which rounds twice.
+        return largest / E4M3_MAX, torch.full_like(largest, E4M3_MAX) / largest
+    # Up to a power of two: one more in the exponent unless the mantissa is zero.
+    bits = (largest / E4M3_MAX).view(torch.int32)
+    scale_inv = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return scale_inv, 1.0 / scale_inv
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def num_groups(num_columns: int, *, parts: int = 1) -> int:
+    """Tiles a row. Raises ValueError where 128 does not divide the columns."""
+    if num_columns % (parts * BLOCK):
+        raise ValueError(f"the number of columns must be a multiple of {parts * BLOCK}, got {num_columns}")
+    return num_columns // (parts * BLOCK)
+
+
+def empty_scales(num_rows: int, groups: int, device: torch.device) -> Tensor:
+    """Uninitialised factors [M, G], column by column."""
+    aligned = -(-num_rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return torch.empty(groups, aligned, dtype=torch.float32, device=device).t()[:num_rows]

@@ -1,0 +1,171 @@
+"""The Triton side of `teacher.kernels.quantise`. All are bound by memory: one pass, everything between in registers.
+
+Shape legend: M rows, K columns, I inner width, G = K / 128 tiles a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from teacher.kernels import quantise as twin
+from teacher.kernels.arithmetic_triton import sigmoid, to_dtype, to_e4m3
+from teacher.kernels.quantise import Normed, Quantised, empty_scales
+from teacher.model.fp8 import BLOCK, E4M3_MAX, scale_shape
+
+TILE = tl.constexpr(BLOCK)
+MAX = tl.constexpr(E4M3_MAX)
+LEAST = tl.constexpr(twin.LEAST_MAGNITUDE)
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+EXACT = {"enable_fp_fusion": False}  # a fused multiply-add would round once where the twin rounds twice
+
+ROWS_A_PROGRAM = 8  # times four tiles: 4,096 numbers for four warps
+
+
+@triton.jit
+def _scales(largest, UE8M0: tl.constexpr):
+    scale_inv = tl.math.div_rn(largest, MAX)
+    if UE8M0:
+        bits = scale_inv.to(tl.int32, bitcast=True)
+        scale_inv = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+        scale = tl.math.div_rn(1.0, scale_inv)
+    else:
+        scale = tl.math.div_rn(MAX, largest)
+    return scale_inv, scale
+
+
+@triton.jit
+def _quantise(
+    x_ptr, values_ptr, scale_ptr, num_rows, num_groups, x_stride, scale_stride,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, SWIGLU: tl.constexpr, UE8M0: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    columns = groups[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    inside = (rows[:, None] < num_rows) & (groups[None, :] < num_groups)
+    places = rows[:, None, None] * x_stride + columns[None, :, :]
+    x = tl.load(x_ptr + places, mask=inside[:, :, None], other=0.0).to(tl.float32)
+    if SWIGLU:
+        up = tl.load(x_ptr + places + num_groups * TILE, mask=inside[:, :, None], other=0.0).to(tl.float32)
+        x = x * sigmoid(x) * up
+    largest = tl.maximum(tl.max(tl.abs(x), axis=2), LEAST)
+    scale_inv, scale = _scales(largest, UE8M0)
+    values = to_e4m3(x * scale[:, :, None])
+    width = num_groups * TILE
+    tl.store(values_ptr + rows[:, None, None] * width + columns[None, :, :], values, mask=inside[:, :, None])
+    tl.store(scale_ptr + groups[None, :] * scale_stride + rows[:, None], scale_inv, mask=inside)
+
+
+@triton.jit
+def _rms_norm_quantise(
+    x_ptr, add_ptr, weight_ptr, residual_ptr, normed_ptr, values_ptr, scale_ptr,
+    x_stride, add_stride, scale_stride, eps,
+    GROUPS: tl.constexpr, PADDED: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr, UE8M0: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    groups = tl.arange(0, PADDED)
+    columns = groups[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    inside = columns < GROUPS * TILE
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    width = GROUPS * TILE
+    if ADD:
+        x += tl.load(add_ptr + row * add_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        residual = to_dtype(x, residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + row * width + columns, residual, mask=inside)
+        x = residual.to(tl.float32)
+    total = tl.sum(tl.sum((x * x).to(tl.float64), axis=1), axis=0)
+    mean_square = (total / width).to(tl.float32)
+    inverse = tl.math.div_rn(1.0, tl.math.sqrt_rn(mean_square + eps))
+    normed = x * inverse * tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if KEEP:
+        tl.store(normed_ptr + row * width + columns, to_dtype(normed, normed_ptr.dtype.element_ty), mask=inside)
+    largest = tl.maximum(tl.max(tl.abs(normed), axis=1), LEAST)
+    scale_inv, scale = _scales(largest, UE8M0)
+    tl.store(values_ptr + row * width + columns, to_e4m3(normed * scale[:, None]), mask=inside)
+    tl.store(scale_ptr + groups * scale_stride + row, scale_inv, mask=groups < GROUPS)
+
+
+@triton.jit
+def _quantise_weight(
+    weight_ptr, values_ptr, scale_ptr, num_rows, num_columns, weight_stride, num_q,
+):  # fmt: skip
+    p, q = tl.program_id(0), tl.program_id(1)
+    rows = p.to(tl.int64) * TILE + tl.arange(0, TILE)
+    columns = q * TILE + tl.arange(0, TILE)
+    inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
+    weight = tl.load(weight_ptr + rows[:, None] * weight_stride + columns[None, :], mask=inside, other=0.0)
+    weight = weight.to(tl.float32)
+    largest = tl.max(tl.max(tl.abs(weight), axis=1), axis=0)
+    scale_inv = tl.maximum(tl.where(largest > 0, tl.math.div_rn(largest, MAX), 1.0), TINY)
+    scaled = tl.math.div_rn(weight, tl.full((TILE, TILE), 0.0, tl.float32) + scale_inv)
+    values = to_e4m3(tl.minimum(tl.maximum(scaled, -MAX), MAX))
+    tl.store(values_ptr + rows[:, None] * num_columns + columns[None, :], values, mask=inside)
+    tl.store(scale_ptr + p * num_q + q, scale_inv)
+
+
+def quantise_kernel(x_MK: Tensor, *, ue8m0: bool = False) -> Quantised:
+    return _launch(x_MK, x_MK.shape[1] // BLOCK, swiglu=False, ue8m0=ue8m0)
+
+
+def swiglu_quantise_kernel(gate_up_M2I: Tensor, *, ue8m0: bool = False) -> Quantised:
+    return _launch(gate_up_M2I, gate_up_M2I.shape[1] // (2 * BLOCK), swiglu=True, ue8m0=ue8m0)
+
+
+def _launch(x: Tensor, groups: int, *, swiglu: bool, ue8m0: bool) -> Quantised:
+    x = _rows_contiguous(x)
+    num_rows = x.shape[0]
+    values = torch.empty(num_rows, groups * BLOCK, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = empty_scales(num_rows, groups, x.device)
+    rows_a_program, groups_a_program = (1, 4) if num_rows < ROWS_A_PROGRAM else (ROWS_A_PROGRAM, 4)
+    grid = (triton.cdiv(num_rows, rows_a_program), triton.cdiv(groups, groups_a_program))
+    if num_rows:
+        _quantise[grid](
+            x, values, scales, num_rows, groups, x.stride(0), scales.stride(1),
+            ROWS=rows_a_program, GROUPS=groups_a_program, SWIGLU=swiglu, UE8M0=ue8m0, **EXACT,
+        )  # fmt: skip
+    return Quantised(values, scales)
+
+
+def rms_norm_quantise_kernel(
+    x_MK: Tensor,
+    weight_K: Tensor,
+    eps: float,
+    *,
+    add_MK: Tensor | None = None,
+    keep_normed: bool = False,
+    ue8m0: bool = False,
+) -> Normed:
+    x = _rows_contiguous(x_MK)
+    added = x if add_MK is None else _rows_contiguous(add_MK)
+    num_rows, num_columns = x.shape
+    groups = num_columns // BLOCK
+    values = torch.empty(num_rows, num_columns, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = empty_scales(num_rows, groups, x.device)
+    residual = x_MK if add_MK is None else torch.empty(num_rows, num_columns, dtype=x.dtype, device=x.device)
+    normed = torch.empty(num_rows, num_columns, dtype=x.dtype, device=x.device) if keep_normed else None
+    if num_rows:
+        _rms_norm_quantise[(num_rows,)](
+            x, added, weight_K.contiguous(), residual, x if normed is None else normed, values, scales,
+            x.stride(0), added.stride(0), scales.stride(1), eps,
+            GROUPS=groups, PADDED=triton.next_power_of_2(groups), ADD=add_MK is not None, KEEP=keep_normed,
+            UE8M0=ue8m0, num_warps=8 if num_columns > 2_048 else 4, **EXACT,
+        )  # fmt: skip
+    return Normed(Quantised(values, scales), residual, normed)
+
+
+def quantise_weight_kernel(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
+    weight = _rows_contiguous(weight_RC)
+    num_rows, num_columns = weight.shape
+    num_p, num_q = scale_shape((num_rows, num_columns))
+    values = torch.empty(num_rows, num_columns, dtype=torch.float8_e4m3fn, device=weight.device)
+    scales = torch.empty(num_p, num_q, dtype=torch.float32, device=weight.device)
+    _quantise_weight[(num_p, num_q)](
+        weight, values, scales, num_rows, num_columns, weight.stride(0), num_q, num_warps=8, **EXACT
+    )
+    return values, scales
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

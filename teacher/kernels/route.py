@@ -1,0 +1,77 @@
+"""The router after its matrix product, in one kernel (DeepSeek-V3 s.2.1.2; the model's form is `teacher.model.router`).
+
+Sigmoid, bias for the choice alone, groups ranked by the sum of their best two, top-k within the kept groups, gates
+normalised and scaled, and the load of every expert. Equal choices go to the lower index, as torch's top-k on a GPU
+takes them.
+
+Shape legend: N tokens, E routed experts, G groups, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from teacher.kernels.device import runs_kernels
+from teacher.kernels.exponential import sigmoid
+
+LEAST_SUM = 1e-20
+
+
+class Choice(NamedTuple):
+    """int32 [N, K] best first, FP32 [N, K], int32 [E]."""
+
+    indices_NK: Tensor
+    weights_NK: Tensor
+    load_E: Tensor
+
+
+class Routes(NamedTuple):
+    """How tokens choose; names as in the model's config."""
+
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+
+
+def route(logits_NE: Tensor, bias_E: Tensor, routes: Routes) -> Choice:
+    """Choose experts from FP32 logits. Raises ValueError for groups that do not divide the experts."""
+    num_experts = logits_NE.shape[1]
+    if num_experts % routes.n_group or num_experts // routes.n_group < 2:
+        raise ValueError(f"{num_experts} experts do not fall into {routes.n_group} groups of two or more")
+    if runs_kernels(logits_NE):
+        from teacher.kernels.route_triton import route_kernel
+
+        return route_kernel(logits_NE, bias_E, routes)
+    return route_twin(logits_NE, bias_E, routes)
+
+
+def route_twin(logits_NE: Tensor, bias_E: Tensor, routes: Routes) -> Choice:
+    num_tokens, num_experts = logits_NE.shape
+    scores_NE = sigmoid(logits_NE.float())
+    choice_NE = scores_NE + bias_E
+    if routes.n_group > 1:
+        choice_NGe = choice_NE.unflatten(1, (routes.n_group, -1))
+        best_NG2 = choice_NGe.topk(2, dim=-1).values
+        kept_NT = _best(best_NG2[..., 0] + best_NG2[..., 1], routes.topk_group)
+        dropped_NG = torch.ones(num_tokens, routes.n_group, dtype=torch.bool, device=logits_NE.device)
+        dropped_NG = dropped_NG.scatter(1, kept_NT, False)
+        choice_NE = choice_NGe.masked_fill(dropped_NG.unsqueeze(-1), float("-inf")).flatten(1)
+    indices_NK = _best(choice_NE, routes.num_experts_per_tok)
+    weights_NK = scores_NE.gather(1, indices_NK)
+    if routes.norm_topk_prob:
+        total_N = torch.zeros(num_tokens, device=logits_NE.device)
+        for gate_N in weights_NK.unbind(1):  # in the order of the choice: a sum of FP32 numbers depends on it
+            total_N = total_N + gate_N
+        weights_NK = weights_NK / (total_N + LEAST_SUM).unsqueeze(1)
+    load_E = torch.bincount(indices_NK.flatten(), minlength=num_experts).to(torch.int32)
+    return Choice(indices_NK.to(torch.int32), weights_NK * routes.routed_scaling_factor, load_E)
+
+
+def _best(values: Tensor, count: int) -> Tensor:
+    """Indices of the largest, best first, the lower index first among equals."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
