@@ -1,0 +1,116 @@
+"""The routed experts of a layer in FP8 (DeepSeek-V3 eq. 12), for inference: no host synchronisation, static shapes.
+
+    1. `align`: each (token, choice) gets a row in its expert's run of rows; runs begin at a multiple of the tile.
+    2. gate and up projection of a run, SwiGLU, quantisation: one kernel, the FP32 sums never leave the registers.
+    3. down projection times the gate's weight, a row for each (token, choice).
+    4. the sum over a token's choices, in the order of the choice.
+
+Every step is deterministic: rows are placed by rank, not by who comes first, and nothing is added atomically.
+
+Shape legend: N tokens, D hidden, E routed experts, K experts per token, I expert intermediate, R rows with padding,
+T tiles of rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from teacher.kernels.device import runs_kernels
+from teacher.kernels.gemm import block_gemm_twin
+from teacher.kernels.quantise import Quantised, num_groups, swiglu_quantise_twin
+from teacher.kernels.route import Choice
+from teacher.model.fp8 import BLOCK
+
+
+class ExpertWeights(NamedTuple):
+    """E4M3 gate over up [E, 2I, D] and down [E, D, I], each with FP32 factors of its 128x128 blocks."""
+
+    gate_up_E2ID: Tensor
+    gate_up_scale_inv: Tensor  # [E, 2I / 128, D / 128]
+    down_EDI: Tensor
+    down_scale_inv: Tensor  # [E, D / 128, I / 128]
+
+
+class Alignment(NamedTuple):
+    """int32: which (token, choice) each row holds, N * K where it is padding; the expert of each tile, -1 for none."""
+
+    pairs_R: Tensor
+    experts_T: Tensor
+
+
+class ExpertsPlan(NamedTuple):
+    """How the two products are cut: `rows` a tile, a power of two from 16; `weights_first` for few tokens an expert."""
+
+    rows: int
+    weights_first: bool
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+def routed_experts_fp8(
+    x: Quantised, choice: Choice, weights: ExpertWeights, *, plan: ExpertsPlan | None = None
+) -> Tensor:
+    """Weighted sum over each token's experts, BF16 [N, D]. Raises ValueError for shapes that do not fit."""
+    num_experts, double_inner, hidden = weights.gate_up_E2ID.shape
+    inner = num_groups(double_inner, parts=2) * BLOCK
+    num_groups(hidden)
+    if weights.down_EDI.shape != (num_experts, hidden, inner) or x.values_MK.shape[1] != hidden:
+        shapes = tuple(x.values_MK.shape), tuple(weights.gate_up_E2ID.shape), tuple(weights.down_EDI.shape)
+        raise ValueError(f"tokens, gate_up and down do not belong together: {shapes}")
+    if runs_kernels(x.values_MK):
+        from teacher.kernels.experts_triton import routed_experts_kernel
+
+        chosen = plan or default_plan(choice.indices_NK.numel(), num_experts)
+        return routed_experts_kernel(x, choice, weights, plan=chosen)
+    return routed_experts_twin(x, choice, weights)
+
+
+def default_plan(num_pairs: int, num_experts: int) -> ExpertsPlan:
+    """A plan for numbers that nobody has measured, by the mean load of an expert."""
+    mean = num_pairs / num_experts
+    if mean <= 32:
+        return ExpertsPlan(rows=16 if mean <= 8 else 32, weights_first=True)
+    return ExpertsPlan(rows=64 if mean <= 128 else 128, weights_first=False, num_warps=8)
+
+
+def num_rows(num_pairs: int, num_experts: int, rows_a_tile: int) -> int:
+    """Rows that suffice for every way to distribute the pairs: each expert that has any pads less than one tile."""
+    used = min(num_pairs, num_experts)
+    return -(-(num_pairs + used * (rows_a_tile - 1)) // rows_a_tile) * rows_a_tile
+
+
+def align_twin(indices_NK: Tensor, num_experts: int, rows_a_tile: int) -> Alignment:
+    flat = indices_NK.flatten().long()
+    length = num_rows(flat.numel(), num_experts, rows_a_tile)
+    pairs = torch.full((length,), flat.numel(), dtype=torch.int32, device=flat.device)
+    experts = torch.full((length // rows_a_tile,), -1, dtype=torch.int32, device=flat.device)
+    start = 0
+    for expert in range(num_experts):
+        of_expert = (flat == expert).nonzero().flatten()
+        tiles = -(-of_expert.numel() // rows_a_tile)
+        pairs[start : start + of_expert.numel()] = of_expert.to(torch.int32)
+        experts[start // rows_a_tile : start // rows_a_tile + tiles] = expert
+        start += tiles * rows_a_tile
+    return Alignment(pairs, experts)
+
+
+def routed_experts_twin(x: Quantised, choice: Choice, weights: ExpertWeights) -> Tensor:
+    num_tokens, top_k = choice.indices_NK.shape
+    hidden = weights.down_EDI.shape[1]
+    out_PD = torch.zeros(num_tokens * top_k, hidden, dtype=torch.bfloat16, device=x.values_MK.device)
+    flat, gates_P = choice.indices_NK.flatten(), choice.weights_NK.flatten()
+    for expert in flat.unique().tolist():
+        pairs = (flat == expert).nonzero().flatten()
+        rows = Quantised(x.values_MK[pairs // top_k], x.scale_inv_MG[pairs // top_k])
+        gate_up = weights.gate_up_E2ID[expert], weights.gate_up_scale_inv[expert]
+        inner = swiglu_quantise_twin(block_gemm_twin(rows, *gate_up, dtype=torch.float32))
+        down = weights.down_EDI[expert], weights.down_scale_inv[expert]
+        out = block_gemm_twin(inner, *down, dtype=torch.float32)
+        out_PD[pairs] = (out * gates_P[pairs, None]).to(torch.bfloat16)
+    total_ND = torch.zeros(num_tokens, hidden, device=out_PD.device)
+    for of_choice_ND in out_PD.unflatten(0, (num_tokens, top_k)).unbind(1):
+        total_ND = total_ND + of_choice_ND.float()
+    return total_ND.to(torch.bfloat16)

@@ -1,0 +1,213 @@
+"""The Triton side of `teacher.kernels.experts`.
+
+Shape legend: N tokens, D hidden, E routed experts, K experts per token, P = N * K pairs, I expert intermediate, R rows
+with padding, T tiles of rows, B = 128.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from teacher.kernels import quantise as quantise_twin
+from teacher.kernels.arithmetic_triton import sigmoid, to_dtype, to_e4m3
+from teacher.kernels.experts import Alignment, ExpertsPlan, ExpertWeights, num_rows
+from teacher.kernels.quantise import Quantised, empty_scales
+from teacher.kernels.route import Choice
+from teacher.model.fp8 import BLOCK, E4M3_MAX
+
+B = tl.constexpr(BLOCK)
+MAX = tl.constexpr(E4M3_MAX)
+LEAST = tl.constexpr(quantise_twin.LEAST_MAGNITUDE)
+PAIRS_A_STEP = 1_024
+COLUMNS_A_PROGRAM = 1_024
+
+
+@triton.jit
+def _align(
+    indices_ptr, load_ptr, pairs_ptr, experts_ptr, num_pairs, num_tiles,
+    E: tl.constexpr, E_PADDED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """A program an expert, and one for what is left of the tiles. Rank within an expert is the order of the pairs."""
+    me = tl.program_id(0)
+    experts = tl.arange(0, E_PADDED)
+    tiles_E = (tl.load(load_ptr + experts, mask=experts < E, other=0) + ROWS - 1) // ROWS
+    first_tile = tl.sum(tl.where(experts < me, tiles_E, 0), axis=0)
+    steps = tl.arange(0, STEP)
+    if me == E:
+        for begin in range(first_tile, num_tiles, STEP):
+            tl.store(experts_ptr + begin + steps, tl.full((STEP,), -1, tl.int32), mask=begin + steps < num_tiles)
+        for begin in range(first_tile * ROWS, num_tiles * ROWS, STEP):
+            rest = begin + steps
+            tl.store(pairs_ptr + rest, tl.zeros((STEP,), tl.int32) + num_pairs, mask=rest < num_tiles * ROWS)
+    else:
+        mine = tl.sum(tl.where(experts == me, tiles_E, 0), axis=0)
+        for begin in range(0, mine, STEP):
+            tl.store(
+                experts_ptr + first_tile + begin + steps, tl.zeros((STEP,), tl.int32) + me, mask=begin + steps < mine
+            )
+        row = first_tile * ROWS
+        for begin in range(0, num_pairs, STEP):
+            pairs = begin + steps
+            chosen = tl.load(indices_ptr + pairs, mask=pairs < num_pairs, other=-1) == me
+            rank = tl.cumsum(chosen.to(tl.int32), axis=0)
+            tl.store(pairs_ptr + row + rank - 1, pairs, mask=chosen)
+            row += tl.sum(chosen.to(tl.int32), axis=0)
+        padding = row + tl.arange(0, ROWS)
+        tl.store(
+            pairs_ptr + padding, tl.zeros((ROWS,), tl.int32) + num_pairs, mask=padding < (first_tile + mine) * ROWS
+        )
+
+
+@triton.jit
+def _gate_up(
+    x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, pairs_ptr, experts_ptr, out_ptr, out_scale_ptr,
+    num_pairs, x_scale_stride, out_scale_stride, top_k,
+    HIDDEN_GROUPS: tl.constexpr, INNER_GROUPS: tl.constexpr, ROWS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows, 128 columns of gate and the same of up: SwiGLU and its quantisation in registers."""
+    tile, column_group = tl.program_id(1), tl.program_id(0)
+    expert = tl.load(experts_ptr + tile).to(tl.int64)
+    if expert >= 0:
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        pairs = tl.load(pairs_ptr + rows)
+        inside = pairs < num_pairs
+        tokens = (pairs // top_k).to(tl.int64)
+        inner = tl.arange(0, B)
+        width: tl.constexpr = HIDDEN_GROUPS * B
+        gate_ptr = weight_ptr + (expert * 2 * INNER_GROUPS + column_group) * B * width
+        up_ptr = gate_ptr + INNER_GROUPS * B * width
+        gate_scale_ptr = weight_scale_ptr + (expert * 2 * INNER_GROUPS + column_group) * HIDDEN_GROUPS
+        up_scale_ptr = gate_scale_ptr + INNER_GROUPS * HIDDEN_GROUPS
+        if WEIGHTS_FIRST:
+            gate, up = tl.zeros((B, ROWS), tl.float32), tl.zeros((B, ROWS), tl.float32)
+        else:
+            gate, up = tl.zeros((ROWS, B), tl.float32), tl.zeros((ROWS, B), tl.float32)
+        for group in range(HIDDEN_GROUPS):
+            k = group * B + inner
+            x_scale = tl.load(x_scale_ptr + group * x_scale_stride + tokens, mask=inside, other=0.0)
+            gate_scale = x_scale * tl.load(gate_scale_ptr + group)
+            up_scale = x_scale * tl.load(up_scale_ptr + group)
+            if WEIGHTS_FIRST:
+                x = tl.load(x_ptr + tokens[None, :] * width + k[:, None], mask=inside[None, :], other=0.0)
+                places = inner[:, None] * width + k[None, :]
+                gate += tl.dot(tl.load(gate_ptr + places), x) * gate_scale[None, :]
+                up += tl.dot(tl.load(up_ptr + places), x) * up_scale[None, :]
+            else:
+                x = tl.load(x_ptr + tokens[:, None] * width + k[None, :], mask=inside[:, None], other=0.0)
+                places = inner[None, :] * width + k[:, None]
+                gate += tl.dot(x, tl.load(gate_ptr + places)) * gate_scale[:, None]
+                up += tl.dot(x, tl.load(up_ptr + places)) * up_scale[:, None]
+        columns = column_group * B + inner
+        activated = gate * sigmoid(gate) * up
+        axis: tl.constexpr = 0 if WEIGHTS_FIRST else 1
+        largest = tl.maximum(tl.max(tl.abs(activated), axis=axis), LEAST)
+        scale = tl.math.div_rn(MAX, largest)
+        out_rows = rows.to(tl.int64)
+        if WEIGHTS_FIRST:
+            values = to_e4m3(activated * scale[None, :])
+            tl.store(out_ptr + out_rows[None, :] * (INNER_GROUPS * B) + columns[:, None], values)
+        else:
+            values = to_e4m3(activated * scale[:, None])
+            tl.store(out_ptr + out_rows[:, None] * (INNER_GROUPS * B) + columns[None, :], values)
+        tl.store(out_scale_ptr + column_group * out_scale_stride + rows, tl.math.div_rn(largest, MAX))
+
+
+@triton.jit
+def _down(
+    x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, pairs_ptr, experts_ptr, gates_ptr, out_ptr,
+    num_pairs, x_scale_stride,
+    HIDDEN_GROUPS: tl.constexpr, INNER_GROUPS: tl.constexpr, ROWS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows and 128 columns of the down projection, times the gates, to the rows' own pairs."""
+    tile, column_group = tl.program_id(1), tl.program_id(0)
+    expert = tl.load(experts_ptr + tile).to(tl.int64)
+    if expert >= 0:
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        pairs = tl.load(pairs_ptr + rows)
+        inside = pairs < num_pairs
+        gates = tl.load(gates_ptr + pairs, mask=inside, other=0.0)
+        inner = tl.arange(0, B)
+        width: tl.constexpr = INNER_GROUPS * B
+        weight_ptr += (expert * HIDDEN_GROUPS + column_group) * B * width
+        weight_scale_ptr += (expert * HIDDEN_GROUPS + column_group) * INNER_GROUPS
+        x_rows = rows.to(tl.int64)
+        if WEIGHTS_FIRST:
+            sums = tl.zeros((B, ROWS), tl.float32)
+        else:
+            sums = tl.zeros((ROWS, B), tl.float32)
+        for group in range(INNER_GROUPS):
+            k = group * B + inner
+            scale = tl.load(x_scale_ptr + group * x_scale_stride + rows, mask=inside, other=0.0)
+            scale *= tl.load(weight_scale_ptr + group)
+            if WEIGHTS_FIRST:
+                x = tl.load(x_ptr + x_rows[None, :] * width + k[:, None], mask=inside[None, :], other=0.0)
+                sums += tl.dot(tl.load(weight_ptr + inner[:, None] * width + k[None, :]), x) * scale[None, :]
+            else:
+                x = tl.load(x_ptr + x_rows[:, None] * width + k[None, :], mask=inside[:, None], other=0.0)
+                sums += tl.dot(x, tl.load(weight_ptr + inner[None, :] * width + k[:, None])) * scale[:, None]
+        columns = column_group * B + inner
+        targets = pairs.to(tl.int64) * (HIDDEN_GROUPS * B)
+        if WEIGHTS_FIRST:
+            out = to_dtype(sums * gates[None, :], out_ptr.dtype.element_ty)
+            tl.store(out_ptr + targets[None, :] + columns[:, None], out, mask=inside[None, :])
+        else:
+            out = to_dtype(sums * gates[:, None], out_ptr.dtype.element_ty)
+            tl.store(out_ptr + targets[:, None] + columns[None, :], out, mask=inside[:, None])
+
+
+@triton.jit
+def _sum_choices(pairs_ptr, out_ptr, hidden, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < hidden
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for choice in tl.static_range(TOP_K):
+        total += tl.load(pairs_ptr + (token * TOP_K + choice) * hidden + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * hidden + columns, to_dtype(total, out_ptr.dtype.element_ty), mask=inside)
+
+
+def align_kernel(indices_NK: Tensor, load_E: Tensor, rows_a_tile: int) -> Alignment:
+    """As `teacher.kernels.experts.align_twin`; `load_E` is the router's count of each expert's pairs."""
+    num_pairs, num_experts = indices_NK.numel(), load_E.numel()
+    length = num_rows(num_pairs, num_experts, rows_a_tile)
+    pairs = torch.empty(length, dtype=torch.int32, device=indices_NK.device)
+    experts = torch.empty(length // rows_a_tile, dtype=torch.int32, device=indices_NK.device)
+    _align[(num_experts + 1,)](
+        indices_NK, load_E, pairs, experts, num_pairs, length // rows_a_tile,
+        E=num_experts, E_PADDED=triton.next_power_of_2(num_experts), ROWS=rows_a_tile, STEP=PAIRS_A_STEP,
+    )  # fmt: skip
+    return Alignment(pairs, experts)
+
+
+def routed_experts_kernel(x: Quantised, choice: Choice, weights: ExpertWeights, *, plan: ExpertsPlan) -> Tensor:
+    num_tokens, top_k = choice.indices_NK.shape
+    _, hidden, inner = weights.down_EDI.shape
+    device = x.values_MK.device
+    out = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=device)
+    if not num_tokens:
+        return out
+    alignment = align_kernel(choice.indices_NK, choice.load_E, plan.rows)
+    length, tiles = alignment.pairs_R.numel(), alignment.experts_T.numel()
+    num_pairs = num_tokens * top_k
+    groups = {"HIDDEN_GROUPS": hidden // BLOCK, "INNER_GROUPS": inner // BLOCK}
+    form = {"ROWS": plan.rows, "WEIGHTS_FIRST": plan.weights_first}
+    launch = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    values = torch.empty(length, inner, dtype=torch.float8_e4m3fn, device=device)
+    scales = empty_scales(length, inner // BLOCK, device)
+    _gate_up[(inner // BLOCK, tiles)](
+        x.values_MK, x.scale_inv_MG, weights.gate_up_E2ID, weights.gate_up_scale_inv, *alignment, values, scales,
+        num_pairs, x.scale_inv_MG.stride(1), scales.stride(1), top_k,
+        enable_fp_fusion=False, **groups, **form, **launch,
+    )  # fmt: skip
+    of_pairs = torch.empty(num_pairs, hidden, dtype=torch.bfloat16, device=device)
+    _down[(hidden // BLOCK, tiles)](
+        values, scales, weights.down_EDI, weights.down_scale_inv, *alignment, choice.weights_NK, of_pairs,
+        num_pairs, scales.stride(1), **groups, **form, **launch,
+    )  # fmt: skip
+    _sum_choices[(num_tokens, triton.cdiv(hidden, COLUMNS_A_PROGRAM))](
+        of_pairs, out, hidden, TOP_K=top_k, COLUMNS=COLUMNS_A_PROGRAM
+    )
+    return out

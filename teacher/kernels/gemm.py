@@ -1,0 +1,82 @@
+"""Block-scaled FP8 matrix product: activations in 1x128 tiles, weights in 128x128 blocks, FP32 promotion each 128 of K.
+
+    out[m, n] = sum over g of (x_g[m] . w_g[n]) * scale_x[m, g] * scale_w[n / 128, g]      (DeepSeek-V3 s.3.3.2)
+
+Within a group of 128 the tensor cores add up; between groups, FP32 adds scaled sums, so that their short accumulators
+never see more than 128 products. `GemmPlan` says how a shape is cut; which plan is fastest is measured, not guessed.
+
+Shape legend: M rows (tokens), N columns (outputs), K inner, G = K / 128, P = ceil(N / 128).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from teacher.kernels.device import runs_kernels
+from teacher.kernels.quantise import Quantised, num_groups
+from teacher.model.fp8 import BLOCK, scale_shape
+
+
+class GemmPlan(NamedTuple):
+    """How one product is cut. `weights_first` puts the weights' rows on the tensor core's long side: for few tokens."""
+
+    rows: int  # tokens a tile, a power of two from 16
+    columns: int  # outputs a tile: 32, 64 or 128
+    splits: int = 1  # parts of K that are summed afterwards, in their order
+    weights_first: bool = False
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+def block_gemm(
+    x: Quantised,
+    weight_NK: Tensor,
+    scale_inv_PG: Tensor,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    plan: GemmPlan | None = None,
+) -> Tensor:
+    """[M, N] in `dtype`. Raises ValueError for shapes that do not belong together.
+
+    `plan` is the caller's choice for the kernel; by default one that fits the number of rows.
+    """
+    num_rows, num_inner = x.values_MK.shape
+    groups = num_groups(num_inner)
+    expected = (weight_NK.shape[0], num_inner), scale_shape((weight_NK.shape[0], num_inner)), (num_rows, groups)
+    got = tuple(weight_NK.shape), tuple(scale_inv_PG.shape), tuple(x.scale_inv_MG.shape)
+    if got != expected:
+        raise ValueError(f"weight, its scales and the activations' scales must be {expected}, got {got}")
+    if runs_kernels(x.values_MK):
+        from teacher.kernels.gemm_triton import block_gemm_kernel
+
+        chosen = plan or default_plan(num_rows, weight_NK.shape[0], groups)
+        return block_gemm_kernel(x, weight_NK, scale_inv_PG, dtype=dtype, plan=chosen)
+    return block_gemm_twin(x, weight_NK, scale_inv_PG, dtype=dtype)
+
+
+def block_gemm_twin(
+    x: Quantised, weight_NK: Tensor, scale_inv_PG: Tensor, *, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    values_MGB = x.values_MK.float().unflatten(1, (-1, BLOCK))
+    weight_NGB = weight_NK.float().unflatten(1, (-1, BLOCK))
+    scale_NG = scale_inv_PG.repeat_interleave(BLOCK, dim=0)[: weight_NK.shape[0]]
+    out_MN = values_MGB.new_zeros(x.values_MK.shape[0], weight_NK.shape[0])
+    for group in range(values_MGB.shape[1]):
+        products_MN = values_MGB[:, group] @ weight_NGB[:, group].T
+        out_MN += products_MN * (x.scale_inv_MG[:, group, None] * scale_NG[None, :, group])
+    return out_MN.to(dtype)
+
+
+def default_plan(num_rows: int, num_columns: int, groups: int) -> GemmPlan:
+    """A plan for shapes that nobody has measured: enough tiles for a large GPU's multiprocessors."""
+    if num_rows > 64:
+        return GemmPlan(rows=128, columns=128, num_warps=8)
+    rows = max(16, 1 << (num_rows - 1).bit_length())
+    tiles = -(-num_columns // 128)
+    splits = 1
+    while tiles * splits < 128 and splits * 8 <= groups:
+        splits *= 2
+    return GemmPlan(rows=rows, columns=128, splits=splits, weights_first=True)

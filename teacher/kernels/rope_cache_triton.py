@@ -1,0 +1,105 @@
+"""The Triton side of `teacher.kernels.rope_cache`: a program takes one token.
+
+Shape legend: N tokens, H heads, C latent, R rope.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from teacher.kernels.arithmetic_triton import to_dtype
+
+EXACT = {"enable_fp_fusion": False}
+HEADS_A_PROGRAM = 32
+
+
+@triton.jit
+def _write_latent(
+    projected_ptr, weight_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr, cache_ptr, projected_stride, eps,
+    C: tl.constexpr, C_PADDED: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    if slot >= 0:
+        projected_ptr += token * projected_stride
+        cache_ptr += slot * (C + 2 * HALF)
+        columns = tl.arange(0, C_PADDED)
+        inside = columns < C
+        x = tl.load(projected_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        mean_square = (tl.sum((x * x).to(tl.float64), axis=0) / C).to(tl.float32)
+        inverse = tl.math.div_rn(1.0, tl.math.sqrt_rn(mean_square + eps))
+        normed = x * inverse * tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(cache_ptr + columns, to_dtype(normed, cache_ptr.dtype.element_ty), mask=inside)
+        pairs = tl.arange(0, HALF)
+        position = tl.load(positions_ptr + token).to(tl.int64)
+        cos = tl.load(cos_ptr + position * HALF + pairs)
+        sin = tl.load(sin_ptr + position * HALF + pairs)
+        first = tl.load(projected_ptr + C + pairs * STEP).to(cache_ptr.dtype.element_ty).to(tl.float32)
+        second = tl.load(projected_ptr + C + pairs * STEP + APART).to(cache_ptr.dtype.element_ty).to(tl.float32)
+        turned = first * cos - second * sin
+        tl.store(cache_ptr + C + pairs, to_dtype(turned, cache_ptr.dtype.element_ty))
+        turned = second * cos + first * sin
+        tl.store(cache_ptr + C + HALF + pairs, to_dtype(turned, cache_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _rotate_queries(
+    query_ptr, cos_ptr, sin_ptr, positions_ptr, token_stride, head_stride, num_heads,
+    C: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    pairs = tl.arange(0, HALF)
+    inside = (heads < num_heads)[:, None]
+    rope_ptr = query_ptr + token * token_stride + heads[:, None] * head_stride + C
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    cos = tl.load(cos_ptr + position * HALF + pairs)[None, :]
+    sin = tl.load(sin_ptr + position * HALF + pairs)[None, :]
+    first = tl.load(rope_ptr + pairs[None, :] * STEP, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(rope_ptr + pairs[None, :] * STEP + APART, mask=inside, other=0.0).to(tl.float32)
+    # All of a head's numbers must have been read before the first is overwritten by another thread.
+    tl.debug_barrier()
+    turned = first * cos - second * sin
+    tl.store(rope_ptr + pairs[None, :], to_dtype(turned, query_ptr.dtype.element_ty), mask=inside)
+    turned = second * cos + first * sin
+    tl.store(rope_ptr + HALF + pairs[None, :], to_dtype(turned, query_ptr.dtype.element_ty), mask=inside)
+
+
+def write_latent_kernel(
+    projected_NE: Tensor,
+    norm_weight_C: Tensor,
+    eps: float,
+    rotation: tuple[Tensor, Tensor],
+    positions_N: Tensor,
+    slots_N: Tensor,
+    cache_LPE: Tensor,
+    *,
+    interleave: bool,
+) -> None:
+    latent, half = norm_weight_C.numel(), rotation[0].shape[-1]
+    if not projected_NE.shape[0]:
+        return
+    _write_latent[(projected_NE.shape[0],)](
+        projected_NE, norm_weight_C, *rotation, positions_N, slots_N, cache_LPE, projected_NE.stride(0), eps,
+        C=latent, C_PADDED=triton.next_power_of_2(latent), HALF=half, **_pairing(half, interleave), **EXACT,
+    )  # fmt: skip
+
+
+def rotate_queries_kernel(
+    query_NHE: Tensor, rotation: tuple[Tensor, Tensor], positions_N: Tensor, *, latent: int, interleave: bool
+) -> None:
+    num_tokens, num_heads, _ = query_NHE.shape
+    half = rotation[0].shape[-1]
+    if not num_tokens:
+        return
+    _rotate_queries[(num_tokens, triton.cdiv(num_heads, HEADS_A_PROGRAM))](
+        query_NHE, *rotation, positions_N, query_NHE.stride(0), query_NHE.stride(1), num_heads,
+        C=latent, HALF=half, HEADS=HEADS_A_PROGRAM, **_pairing(half, interleave), **EXACT,
+    )  # fmt: skip
+
+
+def _pairing(half: int, interleave: bool) -> dict[str, int]:
+    """Where pair i stands: (2i, 2i + 1), or (i, i + R/2)."""
+    return {"STEP": 2, "APART": 1} if interleave else {"STEP": 1, "APART": half}
