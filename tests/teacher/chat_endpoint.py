@@ -49,6 +49,9 @@ class ChatEndpoint:
         self.running = self.most_running = 0
         self.url = ""
 
+    def more_routes(self) -> list[Route]:
+        return []
+
     async def models(self, request: Request) -> Response:
         return self._refused(request) or JSONResponse({"object": "list", "data": [{"id": self.model}]})
 
@@ -124,6 +127,7 @@ def serving(endpoint: ChatEndpoint) -> Iterator[ChatEndpoint]:
             Route("/v1/models", endpoint.models),
             Route("/version", endpoint.server_version),
             Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
+            *endpoint.more_routes(),
         ]
     )
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical")
