@@ -9,6 +9,7 @@ merge (but for one whose `backend` or `kind` differs), everything else replaces.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -73,6 +74,13 @@ ProblemSource = Annotated[ReasoningGymSource | LocalSource | DatasetSource, Fiel
 
 
 # --- teacher and generation -------------------------------------------------------------------------------------------
+
+FlagValue = bool | int | float | str | list[Any] | dict[str, Any] | None
+RESERVED_FLAGS = {
+    *("api-key", "api-server-count", "data-parallel-address", "data-parallel-rpc-port", "data-parallel-size-local"),
+    *("data-parallel-start-rank", "disable-fastapi-docs", "headless", "host", "middleware", "model", "port"),
+    *("revision", "served-model-name", "tokenizer-revision", "uds"),
+}
 
 
 class NativeTeacher(Config):
@@ -147,7 +155,51 @@ class OpenAITeacher(ServedTeacher):
     base_url: str = "http://127.0.0.1:8000/v1"
 
 
-TeacherConfig = Annotated[NativeTeacher | OpenAITeacher, Field(discriminator="backend")]
+class VllmServing(Config):
+    """How a vLLM server of ours is started and watched.
+
+    `flags` are those of `vllm serve` without their dashes: true and false stand for `--x` and `--no-x`, a mapping for
+    JSON, null takes back what a parent recipe set. What says where the server listens, what it is called and who may
+    ask it is not among them: that is potstill's to set.
+    """
+
+    flags: dict[str, FlagValue] = {}
+    environment: dict[str, str] = Field({}, description="variables for the server, beyond those of this process")
+    startup_timeout_s: float | None = Field(None, gt=0, description="none: from the size of the weights")
+    max_restarts: int = Field(3, ge=0, description="how often a server that died is started again")
+
+    @field_validator("flags")
+    @classmethod
+    def _ours_are_not_given(cls, flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
+        for name in flags:
+            if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+                raise ValueError(f"{name!r} is not a flag's name (written without dashes in front: max-model-len)")
+            if name in RESERVED_FLAGS:
+                raise ValueError(f"{name!r} is set by potstill")
+        return flags
+
+
+class VllmTeacher(ServedTeacher, VllmServing):
+    """A vLLM server that potstill starts, watches and ends; over several nodes with data parallelism."""
+
+    backend: Literal["vllm"] = "vllm"
+    model: str = Field(description="checkpoint folder, or a repository of the Hub")
+    revision: str = Field("main", description="of a Hub repository")
+    num_nodes: int = Field(1, ge=1, description="nodes that share the ranks of data-parallel-size")
+    head_address: str | None = Field(None, description="address of node 0, as the other nodes reach it")
+    rpc_port: int = Field(13_345, ge=1, le=65_535, description="port of node 0 at which the other nodes report")
+
+    @model_validator(mode="after")
+    def _ranks_fill_the_nodes(self) -> VllmTeacher:
+        size = self.flags.get("data-parallel-size", 1)
+        if self.num_nodes > 1 and (isinstance(size, bool) or not isinstance(size, int) or size % self.num_nodes):
+            raise ValueError(f"flags.data-parallel-size must be a multiple of num_nodes {self.num_nodes}, got {size!r}")
+        if self.num_nodes > 1 and self.head_address is None:
+            raise ValueError("head_address: several nodes need the address of the first")
+        return self
+
+
+TeacherConfig = Annotated[NativeTeacher | OpenAITeacher | VllmTeacher, Field(discriminator="backend")]
 
 
 class GenerateConfig(Config):

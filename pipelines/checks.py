@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distill.errors import CheckpointError
 from distill.manifest import hash_file
-from distill.recipe import LocalSource, NativeTeacher, Recipe
+from distill.recipe import LocalSource, NativeTeacher, OpenAITeacher, Recipe, VllmTeacher
 
 # Weights up to this size are read whole beforehand; larger ones show faults in their values only when they are loaded.
 MAX_CHECKED_BYTES = 2 * 2**30
@@ -85,8 +85,12 @@ def _problems(recipe: Recipe) -> str:
 
 
 def _teacher(recipe: Recipe) -> str:
-    if not isinstance(recipe.teacher, NativeTeacher):
+    if isinstance(recipe.teacher, OpenAITeacher):
         return f"{recipe.teacher.model} at {recipe.teacher.base_url}"
+    if isinstance(recipe.teacher, VllmTeacher):
+        from teacher.backends.vllm import check_vllm
+
+        return check_vllm(recipe.teacher, base_dir=Path.cwd())
     folder = Path(recipe.teacher.model)
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", where=folder)

@@ -19,7 +19,7 @@ from distill.manifest import is_current, read_manifest, run_stage
 from distill.problems import load_problems, normalised, source_files
 from distill.progress import Progress, silent
 from distill.protocols import Teacher
-from distill.recipe import EvalConfig, NativeTeacher, OpenAITeacher, Recipe, VerifyConfig
+from distill.recipe import EvalConfig, NativeTeacher, Recipe, ServedTeacher, TeacherConfig, VerifyConfig
 from distill.records import Example, Problem, Role, Sampling, StageManifest
 from distill.tables import read_records, write_records
 from eval.harness import SAMPLES, SCORES, Subject, score_model
@@ -37,7 +37,7 @@ class Job:
 
     name: str
     role: Role
-    model: Path | NativeTeacher | OpenAITeacher
+    model: Path | TeacherConfig
     suites: tuple[str, ...]
     num_samples: int | None
     sampling: Sampling | None
@@ -76,7 +76,7 @@ class Job:
             "seed": self.seed,
             "limit": self.limit,
             "verify_timeout_s": self.verify.timeout_s,
-            "served": self.model.model_dump(mode="json") if isinstance(self.model, OpenAITeacher) else None,
+            "served": self.model.model_dump(mode="json") if isinstance(self.model, ServedTeacher) else None,
         }
 
 
@@ -170,8 +170,8 @@ def _open(job: Job) -> tuple[Teacher, Subject]:
         return student, Subject(job.name, job.role, student.architecture, count, count)
     from teacher.backends import open_teacher
 
-    model = open_teacher(job.model, base_dir=job.base_dir)
-    if isinstance(job.model, OpenAITeacher):
+    model = open_teacher(job.model, base_dir=job.base_dir, log_dir=job.out_dir)
+    if isinstance(job.model, ServedTeacher):
         return model, Subject(job.name, job.role, "served", 0, 0)  # an endpoint does not say how large its model is
     from teacher.model.config import read_config
     from teacher.model.counts import count_parameters
@@ -188,7 +188,7 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[Job]:
     config = recipe.eval
     given = config.model_fields_set
     of_pico = config.suites == ("pico",)  # no protocol of its own: the recipe's settings hold, defaults included
-    models: list[tuple[str, Role, Path | NativeTeacher | OpenAITeacher]] = []
+    models: list[tuple[str, Role, Path | TeacherConfig]] = []
     if "teacher" in config.roles:
         models.append(("teacher", "teacher", recipe.teacher))
     students = [find_student(name, recipe.distill.overrides) for name in recipe.distill.students]

@@ -22,7 +22,7 @@ from distill.manifest import is_current, read_manifest, run_stage
 from distill.problems import load_problems, source_files
 from distill.progress import Progress, Task
 from distill.protocols import Teacher
-from distill.recipe import NativeTeacher, Recipe, ServedTeacher, TeacherConfig
+from distill.recipe import NativeTeacher, Recipe, ServedTeacher, TeacherConfig, VllmTeacher
 from distill.records import Completion, Problem, Sampling, StageManifest, TeacherIdentity, Trace, TraceRequest
 from distill.tables import write_records
 from pipelines.preemption import preemptible
@@ -33,6 +33,7 @@ FLUSH_SAMPLES = 64
 FLUSH_S = 5.0
 # What changes how fast and how patiently a teacher is asked, and nothing of what it writes.
 SPEED = {"batch_size", "max_concurrency", "timeout_s", "idle_timeout_s", "stream", "max_retries", "api_key_env"}
+SPEED |= {"startup_timeout_s", "max_restarts", "num_nodes", "head_address", "rpc_port"}
 # What is noted of the samples besides, and changes none of them.
 PRICES = {"price_per_million_prompt_tokens", "price_per_million_completion_tokens"}
 
@@ -56,13 +57,15 @@ def generate(
     inputs = source_files(recipe.problems, base_dir=base_dir)
     if isinstance(recipe.teacher, NativeTeacher):
         inputs["teacher"] = _checkpoint_folder(base_dir / recipe.teacher.model)
+    elif isinstance(recipe.teacher, VllmTeacher) and (base_dir / recipe.teacher.model).is_dir():
+        inputs["teacher"] = base_dir / recipe.teacher.model
     config = _what_matters(recipe)
     if is_current("generate", inputs, config, out_dir):
         done = read_manifest(out_dir)
         assert done is not None
         return done
     problems = load_problems(recipe.problems, base_dir=base_dir)
-    teacher = (open_teacher or _backend(base_dir))(recipe.teacher)
+    teacher = (open_teacher or _backend(base_dir, out_dir, progress))(recipe.teacher)
     try:
         return run_stage(
             "generate",
@@ -90,11 +93,11 @@ def _checkpoint_folder(path: Path) -> Path:
     return path
 
 
-def _backend(base_dir: Path) -> OpenTeacher:
+def _backend(base_dir: Path, log_dir: Path, progress: Progress) -> OpenTeacher:
     from teacher.backends import open_teacher  # may bring torch in
 
     def opened(config: TeacherConfig) -> Teacher:
-        teacher: Teacher = open_teacher(config, base_dir=base_dir)
+        teacher: Teacher = open_teacher(config, base_dir=base_dir, log_dir=log_dir, progress=progress)
         return teacher
 
     return opened

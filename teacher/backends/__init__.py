@@ -5,21 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.recipe import NativeTeacher, OpenAITeacher
+from distill.recipe import NativeTeacher, TeacherConfig, VllmTeacher
 
 if TYPE_CHECKING:
+    from distill.progress import Progress
     from distill.protocols import Teacher
 
 
-def open_teacher(config: NativeTeacher | OpenAITeacher, *, base_dir: Path | None = None) -> Teacher:
+def open_teacher(
+    config: TeacherConfig,
+    *,
+    base_dir: Path | None = None,
+    log_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Teacher:
     """The teacher that a recipe names. `base_dir` (default: the current directory) is where relative paths start.
 
-    Only the chosen backend's module is imported: an endpoint needs no torch.
+    `log_dir` is where a server that is started keeps its log. Only the chosen backend's module is imported: an
+    endpoint needs no torch.
     """
+    base_dir = base_dir or Path.cwd()
     if isinstance(config, NativeTeacher):
         from teacher.backends.native import open_native
 
-        return open_native((base_dir or Path.cwd()) / config.model, batch_size=config.batch_size)
+        return open_native(base_dir / config.model, batch_size=config.batch_size)
+    if isinstance(config, VllmTeacher):
+        from teacher.backends.vllm import open_vllm
+
+        return open_vllm(config, base_dir=base_dir, log_dir=log_dir, progress=progress)
     from teacher.backends.openai import OpenAICompatibleTeacher
 
     return OpenAICompatibleTeacher(config)

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distill.errors import CheckpointError, DataError
 from distill.logprobs import TokenLogprobs
-from distill.manifest import hash_file
-from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest, content_id
+from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
+from teacher.backends.folder import folder_identity
 from teacher.backends.workers import generate_in_workers
-from teacher.model.checkpoint import count_parameters, load_checkpoint, read_config, weight_files
+from teacher.model.checkpoint import count_parameters, load_checkpoint, read_config
 from teacher.serve.engine import Engine
 from teacher.serve.sequence import Sequence, ThinkingLimit
 
@@ -33,7 +33,6 @@ FORCED_END = f"\n{END_OF_THINKING}\n\n"
 ENGINE_VERSION = "1"
 # Models up to this size generate in one process a core, each with a copy of the weights (FP32: 0.4 GB).
 _WORKER_PARAMETERS = 100_000_000
-_TEMPLATE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
 def open_native(folder: Path, *, batch_size: int) -> NativeBackend:
@@ -66,15 +65,7 @@ class NativeBackend:
 
     @cached_property
     def identity(self) -> TeacherIdentity:
-        weights = [self.folder / "config.json", *weight_files(self.folder)]
-        template = [path for name in _TEMPLATE_FILES if (path := self.folder / name).exists()]
-        return TeacherIdentity(
-            name=self.folder.resolve().name,
-            weights=content_id([[path.name, hash_file(path)] for path in weights]),
-            template=content_id([[path.name, hash_file(path)] for path in template]),
-            backend="native",
-            backend_version=ENGINE_VERSION,
-        )
+        return folder_identity(self.folder, backend="native", backend_version=ENGINE_VERSION)
 
     def generate(self, requests: Many[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
         """Yield a completion a request, each as soon as it is finished. Raises DataError for a prompt too long."""

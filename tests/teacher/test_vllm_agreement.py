@@ -1,9 +1,15 @@
-"""Greedy tokens of native, transformers and vLLM on the same weights, and vLLM as the chain's teacher.
+"""The vLLM backend with the real vLLM: greedy tokens of native, transformers and vLLM, and vLLM as the chain's teacher.
 
 Native and transformers compute in FP32; vLLM in BF16, whose rounding moves logits. Where two of them part, the two
 tokens must have been a tie: their logits, in FP32 after the common prefix, differ by less than the tolerance.
 """
 
+import contextlib
+import importlib.util
+import json
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import httpx
@@ -11,53 +17,57 @@ import pytest
 import torch
 import transformers
 import yaml
-from v3_models import tiny_config, write_model_folder
-from vllm_server import NAME, needs_vllm, vllm_server
 
 from distill.problems import load_problems
-from distill.recipe import ReasoningGymSource
-from distill.records import Problem, Trace
+from distill.recipe import ReasoningGymSource, VllmTeacher
+from distill.records import Problem, Sampling, Trace, TraceRequest
 from distill.tables import read_records
 from distill.verify import extract_answer
-from teacher.model.checkpoint import convert_checkpoint, load_checkpoint
+from teacher.backends import open_teacher
+from teacher.model.checkpoint import load_checkpoint
 from teacher.serve.engine import Engine
 from teacher.serve.sequence import Sequence
-from tests.pipelines.tiny_world import potstill
+from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, potstill
 
 ROOT = Path(__file__).resolve().parents[2]
-PICO = ROOT / "teacher" / "pico"
+CANARY = "sk-canary-0815"
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 # FP32 against FP32: only the order of summation differs.
 FP32_TIE = 1e-3
 # BF16 keeps 8 bits: an activation is off by up to 0.4%, and a router near a tie may choose another expert.
 BF16_TIE = 0.5
 MAX_TOKENS = 48
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600), needs_vllm]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900), needs_vllm]
+SERVER = {"model": "teacher/pico", "flags": {"max-model-len": 512, "max-num-seqs": 16}, "max_concurrency": 16}
 
 
-@pytest.fixture(scope="module", params=["random", "pico"])
-def served(request, tmp_path_factory):
-    """(BF16 folder, its prompts as token ids, base URL of vLLM serving it)."""
-    root = tmp_path_factory.mktemp(request.param)
-    if request.param == "pico":
-        if not (PICO / "config.json").exists():
-            pytest.skip("teacher/pico is not in this tree")
-        source, count = PICO, 50
-    else:
-        source, count = root / "fp8", 12
-        shapes = {"hidden_size": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_attention_heads": 4}
-        shapes |= {"qk_nope_head_dim": 32, "v_head_dim": 32, "q_lora_rank": 64, "max_position_embeddings": 512}
-        # vLLM's rope table ends at factor * original, whatever max_position_embeddings says.
-        shapes |= {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 128}}
-        write_model_folder(source, tiny_config(**shapes), fp8=True, std=0.08)
-    folder = root / "bf16"
-    convert_checkpoint(source, folder)
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The bundled teacher behind the vLLM backend; its server is up."""
+    root = tmp_path_factory.mktemp("vllm")
+    config = VllmTeacher.model_validate(SERVER)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.closing(open_teacher(config, base_dir=ROOT, log_dir=root)) as teacher,
+    ):
+        patch.setenv("POTSTILL_CACHE", str(root / "cache"))
+        assert httpx.get(f"{teacher.url}/health").status_code == 200
+        yield teacher
+
+
+@pytest.fixture(scope="module")
+def folder(teacher):
+    """The BF16 copy that the server reads."""
+    (copy,) = (Path(teacher._log).parent / "cache" / "bf16").glob("*/pico")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def prompts(folder):
+    """Fifty held-out questions as the template's token ids."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    prompts = [
-        tokenizer.encode(_rendered(tokenizer, problem.prompt), add_special_tokens=False) for problem in questions(count)
-    ]
-    with vllm_server(folder, root / "vllm.log") as url:
-        yield folder, prompts, url
+    return [tokenizer.encode(_rendered(tokenizer, p.prompt), add_special_tokens=False) for p in questions(50)]
 
 
 def questions(count: int) -> list[Problem]:
@@ -88,10 +98,19 @@ def transformers_tokens(folder, prompts):
     return rows
 
 
-def vllm_tokens(url, prompts):
-    body = {"model": NAME, "temperature": 0, "max_tokens": MAX_TOKENS, "return_token_ids": True, "prompt": prompts}
-    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=300).raise_for_status().json()
-    return [choice["token_ids"] for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+def vllm_tokens(teacher, folder):
+    """The greedy tokens of the backend's completions: their text, encoded again."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    requests = [TraceRequest(problem=problem, sample_index=0) for problem in questions(50)]
+    done = {c.request.problem.id: c for c in teacher.generate(requests, Sampling(temperature=0, max_tokens=MAX_TOKENS))}
+    rows = []
+    for request in requests:
+        completion = done[request.problem.id]
+        ids = tokenizer.encode(completion.text.removeprefix("<think>\n"), add_special_tokens=False)
+        stopped = completion.finish_reason == "stop"
+        rows.append([*ids, tokenizer.eos_token_id] if stopped else ids)
+        assert len(rows[-1]) == completion.num_tokens
+    return rows
 
 
 def margins(folder, prompts, first, second):
@@ -109,21 +128,20 @@ def margins(folder, prompts, first, second):
     return parted
 
 
-def test_greedy_tokens_agree(served):
-    folder, prompts, url = served
+def test_greedy_tokens_agree(teacher, folder, prompts):
     native = native_tokens(folder, prompts)
     assert all(margin < FP32_TIE for margin in margins(folder, prompts, native, transformers_tokens(folder, prompts)))
-    parted = margins(folder, prompts, native, vllm_tokens(url, prompts))
+    parted = margins(folder, prompts, native, vllm_tokens(teacher, folder))
     assert all(margin < BF16_TIE for margin in parted), parted
 
 
-def test_vllm_logprobs_agree_with_ours(served):
+def test_vllm_logprobs_agree_with_ours(teacher, folder, prompts):
     """An oracle for the whole forward pass that does not hang on single tokens."""
-    folder, prompts, url = served
     model = load_checkpoint(folder)
-    body = {"model": NAME, "temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "prompt": prompts[:4]}
-    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=300).raise_for_status().json()
-    for prompt, choice in zip(prompts, answer["choices"], strict=False):
+    body = {"model": "pico", "temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "prompt": prompts[:4]}
+    headers = {"Authorization": f"Bearer {teacher.key}"}
+    answer = httpx.post(f"{teacher.url}/v1/completions", json=body, headers=headers, timeout=300)
+    for prompt, choice in zip(prompts, answer.raise_for_status().json()["choices"], strict=False):
         with torch.no_grad():
             ours = model(torch.tensor([prompt]), with_mtp=False).logits_BTV[0].log_softmax(-1)
         theirs = [
@@ -134,29 +152,71 @@ def test_vllm_logprobs_agree_with_ours(served):
         assert (torch.tensor(theirs) - wanted).abs().median() < 0.05
 
 
-def test_generate_reads_from_vllm(served, tmp_path):
-    """`potstill generate` with the served model as its teacher; of pico's traces nearly all must be right."""
-    folder, _, url = served
+def test_only_what_generation_needs_is_answered(teacher):
+    """vLLM's key covers /v1 alone; its other routes are not there at all."""
+    headers = {"Authorization": f"Bearer {teacher.key}"}
+    for path in ("/metrics", "/docs", "/openapi.json", "/load", "/tokenize", "/invocations", "/v1/responses"):
+        assert httpx.get(f"{teacher.url}{path}", headers=headers).status_code == 404
+    assert httpx.get(f"{teacher.url}/v1/models").status_code == 401
+    assert httpx.get(f"{teacher.url}/v1/models", headers=headers).json()["data"][0]["id"] == "pico"
+    teacher.close()  # the next test starts a server of its own
+
+
+def test_generate_keeps_its_samples_and_leaves_no_server_when_it_is_killed(tmp_path):
+    """`potstill generate` on a recipe with `backend: vllm`, SIGKILLed with its server up; the same command ends it."""
+    pico = {"kind": "reasoning_gym", "families": "distill/problems/pico.yaml", "count": 16, "split": "held_out"}
     recipe = {
-        "name": "from-vllm",
-        "problems": [
-            {"kind": "reasoning_gym", "families": "distill/problems/pico.yaml", "count": 16, "split": "held_out"}
-        ],
-        "teacher": {"backend": "openai", "base_url": f"{url}/v1", "model": NAME, "max_concurrency": 8},
+        "name": "by-vllm",
+        "problems": [pico],
+        "teacher": {"backend": "vllm", **SERVER},
         "generate": {"num_samples": 2, "sampling": {"max_tokens": 160, "seed": 1}},
         "distill": {"students": ["qwen2-0.2m"]},
         "eval": {"suites": ["gsm8k"]},
     }
-    path = tmp_path / "recipe.yaml"
+    path, runs = tmp_path / "recipe.yaml", tmp_path / "runs"
     path.write_text(yaml.safe_dump(recipe))
-    result = potstill("generate", path, "--out", tmp_path / "runs")
+    environment = {"POTSTILL_CACHE": str(tmp_path / "cache"), "OPENAI_API_KEY": CANARY}
+    command = [*COMMAND, "generate", str(path), "--out", str(runs)]
+    killed = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**ENVIRONMENT, **environment, "POTSTILL_FAILPOINT": "stage.ended"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    seen: dict[int, bytes] = {}
+    while killed.poll() is None:
+        seen |= command_lines_with(str(tmp_path).encode())
+        time.sleep(0.2)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout.read()
+    assert any(b"vllm" in command for command in seen.values())
+    assert not any(CANARY.encode() in command for command in seen.values())
+    deadline = time.monotonic() + 60
+    while left := command_lines_with(str(tmp_path).encode()):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    run = runs / "by-vllm" / "generate"
+    assert not (run / "manifest.json").exists()
+    result = potstill("generate", path, "--out", runs, **environment)
     assert result.returncode == 0, result.stderr
-    run = tmp_path / "runs" / "from-vllm" / "generate"
+    assert json.loads((run / "manifest.json").read_text())["counts"]["reused"] == 32, "no server was needed again"
     problems = {p.id: p for p in read_records(run / "problems.parquet", Problem)}
     traces = list(read_records(run / "traces", Trace))
-    assert len(problems) == 16
-    assert len(traces) == 32
+    assert (len(problems), len(traces)) == (16, 32)
     assert all(trace.text.startswith("<think>\n") and trace.num_tokens > 0 for trace in traces)
-    if "pico" in str(folder):
-        right = sum(extract_answer(t.text) == problems[t.problem_id].answer for t in traces)
-        assert right >= 28
+    assert sum(extract_answer(t.text) == problems[t.problem_id].answer for t in traces) >= 28
+    written = [path for path in run.rglob("*") if path.is_file()]
+    assert {"vllm.log", "ledger.sqlite", "manifest.json"} <= {path.name for path in written}
+    assert not [path for path in written if CANARY.encode() in path.read_bytes()]
+    assert CANARY not in killed.stdout.read() + result.stdout + result.stderr
+
+
+def command_lines_with(text):
+    """Command lines of the living processes in which `text` occurs, and of those that call themselves vLLM's."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and text in (line := (entry / "cmdline").read_bytes()):
+                found[int(entry.name)] = line
+    return found
