@@ -202,9 +202,43 @@ class VllmTeacher(ServedTeacher, VllmServing):
 TeacherConfig = Annotated[NativeTeacher | OpenAITeacher | VllmTeacher, Field(discriminator="backend")]
 
 
+class AdaptiveSampling(Config):
+    """Rounds of `num_samples` samples a prompt, graded in between: how long a prompt goes on getting rounds."""
+
+    max_samples: int = Field(16, ge=1, description="samples a prompt at the most")
+    min_correct: int = Field(1, ge=1, description="a prompt with so many correct samples is done")
+    give_up_after: int = Field(8, ge=1, description="a prompt without a correct one among so many samples is done")
+    pass_rate: tuple[float, float] = Field(
+        (0.0, 1.0), description="else it goes on while the share of correct samples lies between these"
+    )
+
+    @model_validator(mode="after")
+    def _bounds_are_shares(self) -> AdaptiveSampling:
+        low, high = self.pass_rate
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"pass_rate: must be two shares between 0 and 1, the lesser first, got [{low}, {high}]")
+        return self
+
+
 class GenerateConfig(Config):
-    num_samples: int = Field(1, ge=1, description="samples a prompt")
+    num_samples: int = Field(1, ge=1, description="samples a prompt; with `adaptive`, in each round")
+    adaptive: AdaptiveSampling | None = Field(None, description="more samples where they are worth it; none: a fixed n")
     sampling: Sampling = Sampling()
+    grade: bool = Field(True, description="grade while generating: the yield is shown, curation finds the verdicts")
+    part: str | None = Field(
+        None,
+        pattern=r"^[1-9]\d{0,5}/[1-9]\d{0,5}$",
+        description="`2/4`: the second of four parts of the prompts, for one of four machines with a ledger of its own",
+    )
+
+    @model_validator(mode="after")
+    def _rounds_fit_and_the_part_exists(self) -> GenerateConfig:
+        if self.adaptive is not None and self.adaptive.max_samples < self.num_samples:
+            message = f"must be at least num_samples {self.num_samples}, got {self.adaptive.max_samples}"
+            raise ValueError(f"adaptive.max_samples: {message}")
+        if self.part is not None and int(self.part.split("/")[0]) > int(self.part.split("/")[1]):
+            raise ValueError(f"part: must be one of 1/n to n/n, got {self.part}")
+        return self
 
 
 # --- curation ---------------------------------------------------------------------------------------------------------

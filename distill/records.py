@@ -21,8 +21,15 @@ Role = Literal["teacher", "base", "direct", "distilled"]
 
 def content_id(content: Any, *, digits: int = 32) -> str:
     """Hash of a JSON value: SHA-256 over its canonical form (sorted keys, no spaces), first `digits` hex digits."""
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:digits]
+    return _digits(_canonical(content), digits)
+
+
+def _canonical(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _digits(text: str, digits: int) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 class Record(BaseModel):
@@ -86,15 +93,23 @@ class TeacherIdentity(Record):
     backend_version: str
 
 
+class SampleKeys:
+    """Keys of many samples of one teacher and sampling: `content_id([problem, teacher, sampling, sample_index])`."""
+
+    def __init__(self, teacher: TeacherIdentity, sampling: Sampling) -> None:
+        self._middle = _canonical([teacher.model_dump(), sampling.content()])[1:-1]
+
+    def of(self, problem_id: str, sample_index: int) -> str:
+        return _digits(f'["{problem_id}",{self._middle},{sample_index}]', 32)
+
+
 class TraceRequest(Record):
     problem: Problem
     sample_index: int = Field(ge=0)
 
     def key(self, teacher: TeacherIdentity, sampling: Sampling) -> str:
         """The sample's key: changes with anything that can change the sample, and with nothing else."""
-        return content_id(
-            [self.problem.id, teacher.model_dump(), sampling.content(), self.sample_index],
-        )
+        return SampleKeys(teacher, sampling).of(self.problem.id, self.sample_index)
 
     def seed(self, sampling: Sampling) -> int:
         """Seed of this one sample: distinct for every problem and index, equal on every machine."""

@@ -6,7 +6,7 @@ boundary between training and evaluation: a procedural question's own text decid
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from distill.problems import hub, local, reasoning_gym
@@ -14,7 +14,7 @@ from distill.problems.split import normalised, split_of
 from distill.recipe import LocalSource, ProblemSource, ReasoningGymSource
 from distill.records import Problem
 
-__all__ = ["load_problems", "normalised", "source_files", "split_of"]
+__all__ = ["iterate_problems", "load_problems", "normalised", "source_files", "split_of"]
 
 
 def load_problems(sources: Iterable[ProblemSource], *, base_dir: Path) -> list[Problem]:
@@ -24,10 +24,15 @@ def load_problems(sources: Iterable[ProblemSource], *, base_dir: Path) -> list[P
     DataError (a file that is not what it should be), EnvironmentFault (the Hub cannot be reached).
     """
     problems: dict[str, Problem] = {}
-    for source in sources:
-        for problem in _read(source, base_dir):
-            problems.setdefault(problem.id, problem)
+    for problem in iterate_problems(sources, base_dir=base_dir):
+        problems.setdefault(problem.id, problem)
     return list(problems.values())
+
+
+def iterate_problems(sources: Iterable[ProblemSource], *, base_dir: Path) -> Iterator[Problem]:
+    """As `load_problems`, one by one, and those that occur twice, twice."""
+    for source in sources:
+        yield from _read(source, base_dir)
 
 
 def source_files(sources: Iterable[ProblemSource], *, base_dir: Path) -> dict[str, Path]:

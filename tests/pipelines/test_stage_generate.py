@@ -25,7 +25,8 @@ from distill.progress import silent
 from distill.recipe import Recipe
 from distill.records import Completion, Problem, Sampling, TeacherIdentity, Trace, TraceRequest
 from distill.tables import read_records
-from pipelines.stages.generate import FLUSH_SAMPLES, generate
+from pipelines.rounds import FLUSH_SAMPLES
+from pipelines.stages.generate import generate
 
 IDENTITY = TeacherIdentity(name="sums", weights="w", template="t", backend="test", backend_version="1")
 
@@ -59,7 +60,7 @@ def recipe(num_samples: int = 2, count: int = 100, **teacher: Any) -> Recipe:
         "name": "t",
         "problems": [{"kind": "reasoning_gym", "families": {"gcd": {}, "products": {}}, "count": count}],
         "teacher": {"backend": "openai", "model": "sums", **teacher},
-        "generate": {"num_samples": num_samples},
+        "generate": {"num_samples": num_samples, "grade": False},
         "distill": {"students": ["x"]},
         "eval": {"held_out": {"families": {"gcd": {}}, "count": 9, "split": "held_out"}},
     }
@@ -84,7 +85,10 @@ def test_traces_follow_the_order_of_problems_and_indices(tmp_path: Path) -> None
     assert len(problems) == 100
     assert [(t.problem_id, t.sample_index) for t in traces] == [(p.id, i) for p in problems for i in range(2)]
     assert len({t.text for t in traces}) == len({t.key for t in traces}) == 200
-    assert manifest.counts == {"problems": 100, "samples": 200, "reused": 0, "tokens": 1400, "truncated": 0}
+    assert manifest.counts == {
+        **{"problems": 100, "samples": 200, "reused": 0, "tokens": 1400, "truncated": 0},
+        "samples_per_problem": {"2": 100},
+    }
     assert teacher.closed == 1
 
 

@@ -1,0 +1,161 @@
+"""Asking a teacher for what a run wants and the ledger lacks, round by round, with grading in between where it decides.
+
+With a fixed number of samples there is one round. With adaptive sampling a problem gets rounds until
+`distill.adaptive.wants_more` says no; that looks at whole rounds, so whatever was interrupted in the middle of one, the
+next run completes the round and decides the same.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator
+
+from distill.adaptive import JUDGED, wants_more
+from distill.errors import EnvironmentFault
+from distill.ledger import KEYS_A_QUERY, Ledger
+from distill.problems.packed import PackedProblems
+from distill.progress import Progress, Task
+from distill.protocols import Teacher
+from distill.recipe import AdaptiveSampling, Recipe
+from distill.records import Completion, Trace
+from distill.verify import open_verifier
+from distill.verify.background import BackgroundGrader
+from distill.verify.kept import KeptVerdicts, grading_settings
+from distill.wanted import Place, Requests, WantedSamples, chunks
+from pipelines.stages.live import live
+
+FLUSH_SAMPLES = 64
+FLUSH_S = 5.0
+
+
+class Rounds:
+    """One run's samples; `ask` makes the ledger hold all that are `wanted`."""
+
+    def __init__(
+        self, problems: PackedProblems, teacher: Teacher, recipe: Recipe, ledger: Ledger, progress: Progress
+    ) -> None:
+        self.wanted = WantedSamples(problems, teacher.identity, recipe.generate.sampling)
+        self.reused = 0
+        self._correct, self._judged = (array("I", bytes(4 * len(problems))) for _ in range(2))
+        self._teacher = teacher
+        self._recipe = recipe
+        self._ledger = ledger
+        self._progress = progress
+
+    def ask(self) -> None:
+        """Raises EnvironmentFault for a teacher that leaves samples out; what had arrived is in the ledger."""
+        policy = self._recipe.generate.adaptive
+        active: Iterable[int] = range(len(self.wanted.problems))
+        number = 0
+        while active:
+            number += 1
+            places = self._next_round(active)
+            self._complete(places, "generate" if policy is None else f"generate, round {number}")
+            if policy is None:
+                return
+            self._grade(places, number)
+            active = array("I", (problem for problem in active if self._wants_more(problem, policy)))
+
+    def counts(self) -> dict[str, object]:
+        """What was asked for and what came of it; `samples_per_problem`: of how many problems so many."""
+        histogram = {str(n): count for n, count in sorted(Counter(self.wanted.num_samples).items())}
+        counts: dict[str, object] = {"problems": len(self.wanted.problems), "reused": self.reused}
+        if self._recipe.generate.adaptive is not None:
+            counts["correct"] = sum(self._correct)
+        return {**counts, "samples_per_problem": histogram}
+
+    def _next_round(self, active: Iterable[int]) -> Requests:
+        config = self._recipe.generate
+        limit = config.num_samples if config.adaptive is None else config.adaptive.max_samples
+        round_ = Requests(self.wanted.problems)
+        for problem in active:
+            begin = self.wanted.num_samples[problem]
+            end = min(begin + config.num_samples, limit)
+            for index in range(begin, end):
+                round_.append((problem, index))
+            self.wanted.num_samples[problem] = end
+        return round_
+
+    def _wants_more(self, problem: int, policy: AdaptiveSampling) -> bool:
+        asked = self.wanted.num_samples[problem]
+        return wants_more(policy, correct=self._correct[problem], judged=self._judged[problem], asked=asked)
+
+    def _complete(self, round_: Requests, name: str) -> None:
+        missing = Requests(self.wanted.problems, self._missing(round_.places()))
+        done = len(round_) - len(missing)
+        self.reused += done
+        if not missing:
+            return
+        with (
+            self._progress.task(name, total=len(round_), done=done, unit="samples") as plain,
+            live(plain, self._teacher) as task,
+            BackgroundGrader(self._recipe.verify) as grader,
+        ):
+            self._collect(missing, task, grader)
+        if left := sum(1 for _ in self._missing(missing.places())):
+            raise EnvironmentFault(f"the teacher left {left} samples out", where=self._recipe.teacher.model)
+
+    def _missing(self, places: Iterator[Place]) -> Iterator[Place]:
+        for chunk in chunks(places, KEYS_A_QUERY):
+            keys = [self.wanted.key(place) for place in chunk]
+            present = self._ledger.present(keys)
+            yield from (place for place, key in zip(chunk, keys, strict=True) if key not in present)
+
+    def _collect(self, requests: Requests, task: Task, grader: BackgroundGrader) -> None:
+        """Ask for all `requests`; whatever ends the loop, what had arrived is in the ledger afterwards."""
+        waiting: list[Trace] = []
+        started = flushed = time.monotonic()
+        tokens = 0
+        stream = self._teacher.generate(requests, self._recipe.generate.sampling)
+        try:
+            for completion in stream:
+                trace = self._trace(completion)
+                waiting.append(trace)
+                if self._recipe.generate.grade:
+                    grader.offer(completion.request.problem, trace)
+                tokens += completion.num_tokens
+                now = time.monotonic()
+                if len(waiting) >= FLUSH_SAMPLES or now - flushed > FLUSH_S:
+                    self._ledger.add(waiting)
+                    waiting, flushed = [], now
+                    self._ledger.add_verdicts(grader.collect())
+                facts = {"accepted": f"{grader.num_correct / grader.num_graded:.0%}"} if grader.num_graded else {}
+                task.advance(1, tokens=tokens, tokens_per_s=round(tokens / max(now - started, 1e-9)), **facts)
+        finally:
+            self._ledger.add(waiting)
+            self._ledger.add_verdicts(grader.collect())
+            if isinstance(stream, Generator):
+                stream.close()  # ends the requests in flight now, not when the collector comes by
+
+    def _trace(self, completion: Completion) -> Trace:
+        request = completion.request
+        return Trace(
+            key=self.wanted.key_of(request.problem.id, request.sample_index),
+            problem_id=request.problem.id,
+            sample_index=request.sample_index,
+            text=completion.text,
+            finish_reason=completion.finish_reason,
+            num_prompt_tokens=completion.num_prompt_tokens,
+            num_tokens=completion.num_tokens,
+            teacher=self._teacher.identity.name,
+            logprobs=completion.logprobs,
+        )
+
+    def _grade(self, round_: Requests, number: int) -> None:
+        """Count the verdicts of a complete round; those that are not known yet are made now."""
+        config = self._recipe.verify
+        with (
+            open_verifier(config) as verifier,
+            KeptVerdicts(self._ledger, verifier, grading_settings(config)) as kept,
+            self._progress.task(f"verify, round {number}", total=len(round_), unit="answers") as task,
+        ):
+            for chunk in chunks(round_.places(), KEYS_A_QUERY):
+                traces = self._ledger.traces([self.wanted.key(place) for place in chunk])
+                problems = (self.wanted.problems[problem] for problem, _ in chunk)
+                verdicts = kept.grade(list(zip(problems, traces, strict=True)))
+                for (problem, _), verdict in zip(chunk, verdicts, strict=True):
+                    self._correct[problem] += verdict.correct
+                    self._judged[problem] += verdict.state in JUDGED
+                    task.advance(1)
