@@ -22,6 +22,7 @@ FAILPOINTS = (
     "ledger.committed",  # it is committed, whoever added it has not heard of it
     "ledger.graded",  # verdicts are committed, likewise
     "ledger.migrated",  # a new or older file has this version's tables, not yet committed
+    "merge.batch",  # a batch of another ledger's samples is in this one
     "export.pending",  # the pending list stands, no shard does
     "export.shard",  # a shard is written and listed
     "export.complete",  # all are, none is published

@@ -81,8 +81,14 @@ class Ledger:
                 self._lock = -1
 
     def __len__(self) -> int:
+        return self._count("traces")
+
+    def num_verdicts(self) -> int:
+        return self._count("verdicts")
+
+    def _count(self, table: str) -> int:
         with _translated(self.path):
-            (count,) = self._connection.execute("SELECT count(*) FROM traces").fetchone()
+            (count,) = self._connection.execute(f"SELECT count(*) FROM {table}").fetchone()
             return int(count)
 
     def add(self, traces: Iterable[Trace]) -> int:

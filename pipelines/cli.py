@@ -2,7 +2,7 @@
 
     potstill run|generate|distill|eval|compare RECIPE [--set a.b=value] [--out runs]
     potstill push RECIPE [--dry-run]     potstill serve RECIPE     potstill doctor [RECIPE]     potstill zoo list|show
-    potstill pico teacher|bases
+    potstill pico teacher|bases          potstill ledger merge OUT IN...
 
 Results go to standard output, progress and errors to standard error. A fault is one line and an exit code of
 `distill.errors`; Ctrl-C exits with 130 and SIGTERM with 75, both after what is done so far has been kept.
@@ -43,6 +43,8 @@ zoo = typer.Typer(help="The students that potstill knows.", no_args_is_help=True
 app.add_typer(zoo, name="zoo")
 pico = typer.Typer(help="Make the bundled pico models again (needs a GPU to be quick).", no_args_is_help=True)
 app.add_typer(pico, name="pico")
+ledger = typer.Typer(help="Ledgers of samples.", no_args_is_help=True)
+app.add_typer(ledger, name="ledger")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (pipelines/recipes/*.yaml)")]
 Overrides = Annotated[
@@ -144,6 +146,18 @@ def zoo_show(name: Annotated[str, typer.Argument(help="a name of `potstill zoo l
 
     settings = find_student(name).model_dump(mode="json")
     typer.echo(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip())
+
+
+@ledger.command("merge")
+def ledger_merge(
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="the ledger to merge into; made where it is not there")],
+    sources: Annotated[list[Path], typer.Argument(metavar="IN...", help="ledgers of other machines; they stay")],
+) -> None:
+    """Merge ledgers by key: the result is the same in whatever order, and however often, it is done."""
+    from distill.ledger_merge import merge_ledgers
+
+    counts = merge_ledgers(target, sources, _progress())
+    typer.echo(f"{target}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
 @pico.command("teacher")
