@@ -35,8 +35,8 @@ class Finding:
 
 
 def examine_machine() -> list[Finding]:
-    """Python, packages, processor, memory, disk, GPU, optional programs, and whether a Hub token is there."""
-    checks = (_python, _torch, _packages, _cores, _memory, _disk, _gpu, _vllm, _chromium, _hub_token)
+    """Python, packages, processor, memory, disk, GPU, optional programs, the sandbox, whether a Hub token is there."""
+    checks = (_python, _torch, _packages, _cores, _memory, _disk, _gpu, _vllm, _sandbox, _chromium, _hub_token)
     return [check() for check in checks]
 
 
@@ -151,6 +151,18 @@ def _vllm() -> Finding:
     if version is None:
         return Finding("vllm", "ok", "not installed; optional (`make setup-vllm`)")
     return Finding("vllm", "ok", version)
+
+
+def _sandbox() -> Finding:
+    """Runs the probe: which level is in force is found by trying to get out of it."""
+    from distill.sandbox import open_sandbox
+
+    try:
+        sandbox = open_sandbox()
+    except EnvironmentFault as exc:
+        return Finding("sandbox", "warning", f"{exc}; programs cannot be graded")
+    why = "".join(f"; not {level}: {reason}" for level, reason in sandbox.passed_over.items())
+    return Finding("sandbox", "ok" if not why else "warning", f"{sandbox.level} (proved by a probe){why}")
 
 
 def _chromium() -> Finding:
