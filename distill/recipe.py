@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -51,8 +51,17 @@ class LocalSource(Config):
     prompt_field: str = "prompt"
     answer_field: str = "answer"
     choices_field: str | None = None
-    grader: Literal["math", "choice"] = "math"
+    grader: Literal["math", "choice", "code"] = "math"
+    tests_field: str | None = Field(None, description="for programs: test code, assertions, or inputs with outputs")
+    setup_field: str | None = Field(None, description="for programs: code that the tests need to have run")
+    entry_point_field: str | None = Field(None, description="for programs: the function that check(candidate) is given")
     limit: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _programs_have_tests(self) -> Self:
+        if (self.grader == "code") != (self.tests_field is not None):
+            raise ValueError("tests_field: goes with grader 'code', and with no other")
+        return self
 
 
 class DatasetSource(Config):
@@ -66,8 +75,17 @@ class DatasetSource(Config):
     prompt_field: str = "problem"
     answer_field: str = "answer"
     choices_field: str | None = None
-    grader: Literal["math", "choice"] = "math"
+    grader: Literal["math", "choice", "code"] = "math"
+    tests_field: str | None = Field(None, description="for programs: test code, assertions, or inputs with outputs")
+    setup_field: str | None = Field(None, description="for programs: code that the tests need to have run")
+    entry_point_field: str | None = Field(None, description="for programs: the function that check(candidate) is given")
     limit: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _programs_have_tests(self) -> Self:
+        if (self.grader == "code") != (self.tests_field is not None):
+            raise ValueError("tests_field: goes with grader 'code', and with no other")
+        return self
 
 
 ProblemSource = Annotated[ReasoningGymSource | LocalSource | DatasetSource, Field(discriminator="kind")]
@@ -317,10 +335,20 @@ class CurateConfig(Config):
         return language
 
 
+class CodeLimits(Config):
+    """What a program that is graded may use; see `distill.sandbox`."""
+
+    timeout_s: float = Field(10.0, gt=0, description="per test with standard input, per program with function tests")
+    memory_mib: int = Field(1_024, ge=64)
+    output_mib: int = Field(4, ge=1)
+    num_threads: int = Field(16, ge=1)
+
+
 class VerifyConfig(Config):
     num_workers: int = Field(2, ge=1)
     timeout_s: float = Field(10.0, gt=0, description="per answer; its grader is killed after it")
     memory_mib: int = Field(1_024, ge=128, description="that grading one answer may take beside the graders' own")
+    code: CodeLimits = CodeLimits()
 
 
 # --- students ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 VerdictState = Literal["correct", "wrong", "unverifiable", "truncated", "timeout", "infra_error"]
 FinishReason = Literal["stop", "length"]
-Grader = Literal["reasoning_gym", "math", "choice"]
+Grader = Literal["reasoning_gym", "math", "choice", "code"]
 Role = Literal["teacher", "base", "direct", "distilled"]
 
 
@@ -40,7 +40,7 @@ class Problem(Record):
     """One question with what is needed to grade an answer.
 
     `source` names the family or data set, `metadata` is what its grader asks for (for reasoning-gym the entry's own
-    metadata, `choices` for multiple choice).
+    metadata, `choices` for multiple choice, the tests for code).
     """
 
     prompt: str = Field(min_length=1)

@@ -54,7 +54,8 @@ def _not_correct(candidate: Candidate) -> str | None:
 def _not_complete(candidate: Candidate) -> str | None:
     if candidate.trace.finish_reason != "stop":
         return "cut off at the token limit"
-    return None if reasoning_is_complete(candidate.trace.text) else "no closed reasoning with an answer after it"
+    complete = reasoning_is_complete(candidate.trace.text, candidate.problem.grader)
+    return None if complete else "no closed reasoning with an answer after it"
 
 
 def _longer_than(max_tokens: int) -> Filter:

@@ -22,6 +22,7 @@ from distill.curate.selection import PassRates, Reasons, beyond, duplicates, not
 from distill.errors import DataError
 from distill.recipe import CurateConfig, NearDuplicates
 from distill.records import Example, Problem, Trace, Verdict
+from distill.verify.extract import bare_answer
 
 Graded = Callable[[], Iterable[tuple[Trace, Verdict]]]  # the traces from the first one on, at every call
 HeldOut = Mapping[str, Iterable[str]]  # suite -> questions
@@ -125,7 +126,7 @@ def outcomes(
         answer = problem.answer if problem.answer is not None else verdict.extracted
         if answer is not None and problem.id not in answered:
             answered.add(problem.id)
-            yield candidate, Example(completion=f"\\boxed{{{answer}}}", trace_key=None, **fields)
+            yield candidate, Example(completion=bare_answer(answer, candidate.problem.grader), trace_key=None, **fields)
 
 
 def _set_filters(

@@ -1,9 +1,11 @@
-"""Questions from a file on this machine: JSON Lines (`.jsonl`, `.json`) or Parquet."""
+"""Questions from a file on this machine: JSON Lines (`.jsonl`, `.json`, `.jsonl.gz`) or Parquet."""
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ def read(source: LocalSource, base_dir: Path) -> Iterator[Problem]:
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     number = 0
     for number, (where, row) in enumerate(rows, start=1):
-        yield problem_of(row, source, name=path.stem, where=where)
+        yield problem_of(row, source, name=path.name.removesuffix(".gz").rpartition(".")[0], where=where)
         if number == source.limit:
             return
     if number == 0:
@@ -34,10 +36,10 @@ def read(source: LocalSource, base_dir: Path) -> Iterator[Problem]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if path.suffix not in (".jsonl", ".json"):
-        raise DataError(f"must end in .jsonl, .json or .parquet, got {path.suffix!r}", where=path)
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    if not path.name.endswith((".jsonl", ".json", ".jsonl.gz")):
+        raise DataError(f"must end in .jsonl, .json, .jsonl.gz or .parquet, got {path.suffix!r}", where=path)
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(_lines(file, path), start=1):
             if not line.strip():
                 continue
             where = f"{path}:{number}"
@@ -48,6 +50,13 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(row, dict):
                 raise DataError(f"must be a JSON object, got {type(row).__name__}", where=where)
             yield where, row
+
+
+def _lines(file: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        yield from file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as exc:
+        raise DataError(f"not a whole gzip file ({exc})", where=path) from exc
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

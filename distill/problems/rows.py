@@ -1,9 +1,10 @@
 """One row of a table of questions to one `Problem`: shared by local files and data sets of the Hub.
 
 A row's answer may be a string or a number; a worked answer in GSM8K's form (`... #### 42`) counts from its last
-`####`. Multiple choice: `choices` is a list of texts, or ARC's `{"text": [...], "label": [...]}`; the answer is a
-letter, a label, one of the texts, or the position counted from 0. The choices are written under the question, one a
-line (`A. ...`), because the model has to see them; the reference becomes the letter.
+`####`. Programs are graded by their tests: see `distill.problems.code`. Multiple choice: `choices` is a list of texts,
+or ARC's `{"text": [...], "label": [...]}`; the answer is a letter, a label, one of the texts, or the position counted
+from 0. The choices are written under the question, one a line (`A. ...`), because the model has to see them; the
+reference becomes the letter.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from distill.errors import DataError, nearest
+from distill.problems.code import code_problem
 from distill.recipe import DatasetSource, LocalSource
 from distill.records import Problem
 
@@ -27,6 +29,8 @@ def problem_of(row: Mapping[str, Any], source: LocalSource | DatasetSource, *, n
         raise DataError(f"must be a text or a number, got {answer!r}", where=where, field=source.answer_field)
     if source.choices_field is not None:
         return _choice(prompt, answer, row, source, name=name, where=where)
+    if source.grader == "code":
+        return code_problem(prompt, None if answer is None else str(answer), row, source, name=name, where=where)
     text = None if answer is None else str(answer).rpartition("####")[2].strip()
     return Problem(prompt=prompt, answer=text or None, grader=source.grader, source=name)
 

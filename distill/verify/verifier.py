@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from distill.recipe import VerifyConfig
 from distill.records import FinishReason, Problem, Verdict
 from distill.verify.choice import grade_choice
-from distill.verify.extract import extract_answer
+from distill.verify.code.grader import CodeGrader
+from distill.verify.extract import answer_of
 from distill.verify.keeper import Task
 from distill.verify.pool import WorkerPool
 
@@ -21,27 +23,36 @@ class RuleVerifier:
         self._pool = WorkerPool(
             num_workers=config.num_workers, timeout_s=config.timeout_s, memory_bytes=config.memory_mib << 20
         )
+        self._code = CodeGrader(config.code, num_workers=config.num_workers)
 
     def verify(self, answers: Sequence[tuple[Problem, str, FinishReason]]) -> Iterator[Verdict]:
-        """Yield one verdict an answer, in order. Raises EnvironmentFault where no worker can be started at all."""
+        """Yield one verdict an answer, in order.
+
+        Raises EnvironmentFault where no worker can be started at all, or where there are programs and no sandbox.
+        """
         verdicts: list[Verdict | None] = []
         tasks: list[Task] = []
+        programs: list[tuple[dict[str, Any], str]] = []
         extracted: list[str | None] = []
         for problem, text, finish_reason in answers:
-            answer = extract_answer(text)
+            answer = answer_of(text, problem.grader)
             extracted.append(answer)
             verdict = _at_a_glance(problem, answer, finish_reason)
             verdicts.append(verdict)
             if verdict is None and answer is not None:
-                tasks.append(_task(problem, answer))
-        graded = self._pool.run(tasks)
-        for verdict, answer in zip(verdicts, extracted, strict=True):
+                if problem.grader == "code":
+                    programs.append((problem.metadata, answer))
+                else:
+                    tasks.append(_task(problem, answer))
+        graded, run = self._pool.run(tasks), self._code.run(programs)
+        for verdict, answer, (problem, _, _) in zip(verdicts, extracted, answers, strict=True):
             if verdict is None:
-                state, detail = next(graded)
+                state, detail = next(run if problem.grader == "code" else graded)
                 verdict = Verdict(state=state, extracted=answer, detail=detail)
             yield verdict
 
     def close(self) -> None:
+        self._code.close()
         self._pool.close()
 
 
@@ -49,7 +60,10 @@ def _at_a_glance(problem: Problem, answer: str | None, finish_reason: FinishReas
     if answer is None:
         if finish_reason == "length":
             return Verdict(state="truncated", detail="cut off before the answer")
-        return Verdict(state="wrong", detail="no boxed answer after the reasoning")
+        what = "program in a ```python block" if problem.grader == "code" else "boxed answer"
+        return Verdict(state="wrong", detail=f"no {what} after the reasoning")
+    if problem.grader == "code":
+        return None
     if len(answer) > MAX_ANSWER_CHARS:
         return Verdict(state="wrong", extracted=answer[:80], detail=f"{len(answer)} characters are no answer")
     if problem.grader == "choice":

@@ -1,0 +1,1 @@
+"""Code answers: programs graded by unit tests that they never see. See `grader`."""
