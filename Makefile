@@ -20,7 +20,7 @@ POTSTILL := $(BIN)/potstill
 OPTIONS = $(foreach s,$(SET),--set '$(s)') --out '$(OUT)'
 TESTS ?= tests
 
-.PHONY: help setup setup-vllm lock demo generate distill eval compare push serve doctor zoo
+.PHONY: help setup setup-vllm lock demo generate distill eval compare push push-traces serve doctor zoo
 .PHONY: bench bench-graders torture pico-teacher pico-bases check format test clean
 
 help: ## Show this list
@@ -56,6 +56,9 @@ compare: $(STAMP) ## Write the report of RECIPE
 
 push: $(STAMP) ## Push a student of RECIPE to the Hub (DRY_RUN=1 only shows what would go)
 	@$(POTSTILL) push $(RECIPE) $(OPTIONS) $(if $(DRY_RUN),--dry-run)
+
+push-traces: $(STAMP) ## Push the traces of RECIPE to the Hub as a data set (DRY_RUN=1 only lays it out)
+	@$(POTSTILL) push-traces $(RECIPE) $(OPTIONS) $(if $(DRY_RUN),--dry-run)
 
 serve: $(STAMP) ## Serve the teacher of RECIPE over an OpenAI-compatible HTTP API
 	@$(POTSTILL) serve $(RECIPE) $(foreach s,$(SET),--set '$(s)')

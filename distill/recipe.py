@@ -415,6 +415,18 @@ class PushConfig(Config):
     private: bool = True
 
 
+class PushTracesConfig(Config):
+    """The traces as a data set of the Hub."""
+
+    repo: str = Field("potstill-{recipe}-traces", description="repository name; {recipe} is filled in")
+    private: bool = True
+    include_rejected: bool = Field(False, description="every sample as a second configuration, with what dropped it")
+    licence: str | None = Field(None, description="of the data set; none: those of its sources")
+    licences: dict[str, str] = Field(default_factory=dict, description="of the sources, where they are not procedural")
+    language: str = "en"
+    shard_mb: int = Field(500, ge=1, description="uncompressed size of a Parquet file, about")
+
+
 class Recipe(Config):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     problems: tuple[ProblemSource, ...] = Field(min_length=1)
@@ -425,6 +437,7 @@ class Recipe(Config):
     distill: DistillConfig
     eval: EvalConfig = EvalConfig()
     push: PushConfig = PushConfig()
+    push_traces: PushTracesConfig = PushTracesConfig()
 
     @model_validator(mode="after")
     def _held_out_is_held_out(self) -> Recipe:

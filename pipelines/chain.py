@@ -1,6 +1,6 @@
 """Which stages a command runs, in which order, and what must hold before the first of them writes anything.
 
-    generate -> curate -> distill -> eval -> compare          push stands beside it
+    generate -> curate -> distill -> eval -> compare          push and push-traces stand beside it
 
 A stage that is up to date does nothing (see `distill.manifest`), so that running a command again costs a look at the
 hashes. A command checks first everything that can be checked without work: the recipe's files, the models' weights, and
@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "eval": ("eval",),
     "compare": ("compare",),
     "push": ("push",),
+    "push-traces": ("push-traces",),
     "run": ("generate", "curate", "distill", "eval", "compare"),
 }
 # What a stage reads: stages that must be complete before it.
@@ -40,6 +41,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "eval": ("distill",),
     "compare": ("eval",),
     "push": ("distill", "eval"),
+    "push-traces": ("generate", "curate"),
 }
 FOLDERS = {"compare": "report"}
 
@@ -168,6 +170,11 @@ def _bodies(recipe: Recipe, run_dir: Path, *, dry_run: bool) -> dict[str, Callab
 
         return stage(recipe, run_dir, progress=progress, dry_run=dry_run)
 
+    def push_traces(progress: Progress) -> StageManifest:
+        from pipelines.stages.push_traces import push_traces as stage
+
+        return stage(recipe, run_dir, progress=progress, dry_run=dry_run)
+
     return {
         "generate": generate,
         "curate": curate,
@@ -175,6 +182,7 @@ def _bodies(recipe: Recipe, run_dir: Path, *, dry_run: bool) -> dict[str, Callab
         "eval": evaluate,
         "compare": compare,
         "push": push,
+        "push-traces": push_traces,
     }
 
 

@@ -1,8 +1,8 @@
 """The command line, and the only module that prints.
 
     potstill run|generate|distill|eval|compare RECIPE [--set a.b=value] [--out runs]
-    potstill push RECIPE [--dry-run]     potstill serve RECIPE     potstill doctor [RECIPE]     potstill zoo list|show
-    potstill pico teacher|bases          potstill ledger merge OUT IN...
+    potstill push|push-traces RECIPE [--dry-run]     potstill serve RECIPE     potstill doctor [RECIPE]
+    potstill zoo list|show     potstill pico teacher|bases     potstill ledger merge OUT IN...
 
 Results go to standard output, progress and errors to standard error. A fault is one line and an exit code of
 `distill.errors`; Ctrl-C exits with 130 and SIGTERM with 75, both after what is done so far has been kept.
@@ -92,6 +92,17 @@ def push(
 ) -> None:
     """Push a student to the Hugging Face Hub."""
     _run_stages("push", recipe, set_, out, dry_run=dry_run)
+
+
+@app.command("push-traces")
+def push_traces(
+    recipe: RecipePath,
+    set_: Overrides = [],
+    out: Runs = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="lay the data set out, push nothing")] = False,
+) -> None:
+    """Push the traces to the Hugging Face Hub, as a data set."""
+    _run_stages("push-traces", recipe, set_, out, dry_run=dry_run)
 
 
 @app.command()
@@ -203,7 +214,7 @@ def _run_stages(command: str, path: Path, overrides: list[str], out: Path, *, dr
         for stage in stages:
             outcome = stage.run(progress)
             typer.echo(f"  {'dry run: nothing is pushed' if dry_run else outcome.line()}")
-            if command == "push":
+            if command in ("push", "push-traces"):
                 _print_push(outcome.manifest.counts)
     if "compare" in chain.COMMANDS[command]:
         _print_report(run_dir / "report")
@@ -231,7 +242,7 @@ def _progress() -> Progress:
 
 
 def _print_push(counts: dict[str, Any]) -> None:
-    """Where the model goes and of which files it consists."""
+    """Where the model or the data set goes and of which files it consists."""
     from rich.table import Table
 
     typer.echo(f"{counts['repo']} ({'private' if counts['private'] else 'public'}) {counts.get('url', '')}".rstrip())

@@ -126,7 +126,8 @@ def _body(
         rounds.ask()
         with progress.task("export", total=len(rounds.wanted), unit="samples") as task:
             exported = export_traces(ledger, rounds.wanted.keys, out_dir / TRACES, task)
-    return {**rounds.counts(), **exported, **_cost(recipe.teacher, out_dir / TRACES)}
+    cost = _cost(recipe.teacher, out_dir / TRACES)
+    return {**rounds.counts(), **exported, **cost, "identity": teacher.identity.model_dump()}
 
 
 def _cost(teacher: TeacherConfig, traces: Path) -> dict[str, float]:

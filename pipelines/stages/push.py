@@ -47,12 +47,13 @@ def push(recipe: Recipe, run_dir: Path, *, progress: Progress, dry_run: bool = F
     out_dir = run_dir / "push"
 
     def body() -> Mapping[str, Any]:
-        from students.publish.hub import lay_out, push_folder, tree
+        from distill.publish.hub import push_folder
+        from students.publish.hub import lay_out, tree
 
         lay_out(folder, card, out_dir / "model")
         with progress.task(f"push {repo}", 1, unit="commits") as task:
             message = f"Distilled from {_teacher(recipe)} with the recipe {recipe.name}"
-            done = push_folder(out_dir / "model", repo, private=recipe.push.private, message=message)
+            done = push_folder(out_dir / "model", repo, repo_type="model", private=recipe.push.private, message=message)
             task.advance(1)
         files = tree(folder, card)
         return {

@@ -88,6 +88,7 @@ def test_traces_follow_the_order_of_problems_and_indices(tmp_path: Path) -> None
     assert manifest.counts == {
         **{"problems": 100, "samples": 200, "reused": 0, "tokens": 1400, "truncated": 0},
         "samples_per_problem": {"2": 100},
+        "identity": IDENTITY.model_dump(),
     }
     assert teacher.closed == 1
 

@@ -1,6 +1,7 @@
 """A Hub on this machine: the endpoints that a push asks, over HTTP, storing what arrives.
 
-`with loopback_hub(root) as hub:` serves on a free port in a thread. Files lie under `root/<owner>/<name>` as committed.
+`with loopback_hub(root) as hub:` serves on a free port in a thread. Files lie under `root/<owner>/<name>` as committed,
+those of data sets under `root/datasets/<owner>/<name>`.
 Large files go through the LFS protocol (batch, PUT, verify), small ones inside the commit, as on the real Hub.
 """
 
@@ -40,17 +41,19 @@ class LoopbackHub:
     requests: list[str] = field(default_factory=list)
 
     def app(self) -> Starlette:
-        repo = "{owner}/{name}"
+        repo, api = "{owner}/{name}", "/api/{kind:str}/{owner}/{name}"
         routes = [
             Route("/api/repos/create", self.create, methods=["POST"]),
             Route("/api/validate-yaml", self.validate, methods=["POST"]),
-            Route(f"/api/models/{repo}", self.info),
-            Route(f"/api/models/{repo}/revision/main", self.info),
-            Route(f"/api/models/{repo}/preupload/main", self.preupload, methods=["POST"]),
+            Route(api, self.info),
+            Route(f"{api}/revision/main", self.info),
+            Route(f"{api}/tree/main", self.tree),
+            Route(f"{api}/preupload/main", self.preupload, methods=["POST"]),
             Route(f"/{repo}.git/info/lfs/objects/batch", self.batch, methods=["POST"]),
+            Route(f"/datasets/{repo}.git/info/lfs/objects/batch", self.batch, methods=["POST"]),
             Route("/lfs/verify", self.verify, methods=["POST"]),
             Route("/lfs/{oid}", self.put, methods=["PUT"]),
-            Route(f"/api/models/{repo}/commit/main", self.commit, methods=["POST"]),
+            Route(f"{api}/commit/main", self.commit, methods=["POST"]),
             Route("/{rest:path}", self.unknown, methods=["GET", "HEAD", "POST"]),
         ]
         return Starlette(routes=routes)
@@ -66,12 +69,13 @@ class LoopbackHub:
         if refused := self._refused(request):
             return refused
         body = await request.json()
-        repo = f"{body.get('organization') or OWNER}/{body['name']}"
+        kind = "datasets/" if body.get("type") == "dataset" else ""
+        repo = f"{kind}{body.get('organization') or OWNER}/{body['name']}"
         url = f"{self.url}/{repo}"
         if repo in self.repos:
             return JSONResponse({"error": "exists", "url": url}, status_code=409)
         self.repos[repo] = body
-        return JSONResponse({"url": url, "name": repo})
+        return JSONResponse({"url": url, "name": repo.removeprefix("datasets/")})
 
     async def validate(self, request: Request) -> Response:
         self.requests.append("POST /api/validate-yaml")
@@ -83,14 +87,25 @@ class LoopbackHub:
     async def info(self, request: Request) -> Response:
         if refused := self._refused(request):
             return refused
-        repo = "{owner}/{name}".format(**request.path_params)
+        repo = _repo(request)
         known = {
-            "id": repo,
+            "id": repo.removeprefix("datasets/"),
             "sha": "0" * 40,
             "siblings": [],
             "private": self.repos[repo].get("visibility") == "private",
         }
         return JSONResponse(known)
+
+    async def tree(self, request: Request) -> Response:
+        if refused := self._refused(request):
+            return refused
+        folder = self.root / _repo(request)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        entries = [
+            {"type": "file", "path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "oid": "0" * 40}
+            for path in files
+        ]
+        return JSONResponse(entries)
 
     async def preupload(self, request: Request) -> Response:
         if refused := self._refused(request):
@@ -126,7 +141,7 @@ class LoopbackHub:
     async def commit(self, request: Request) -> Response:
         if refused := self._refused(request):
             return refused
-        repo = "{owner}/{name}".format(**request.path_params)
+        repo = _repo(request)
         body = await request.body()
         self.held += self.hold_commits
         while self.hold_commits:
@@ -146,6 +161,9 @@ class LoopbackHub:
             self.commits.append(value)
             return
         path = folder / value["path"]
+        if key == "deletedFile":
+            path.unlink()
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(base64.b64decode(value["content"]) if key == "file" else self._blob(value["oid"]).read_bytes())
 
@@ -155,8 +173,14 @@ class LoopbackHub:
         return folder / oid
 
 
+def _repo(request: Request) -> str:
+    """`owner/name` of a model, `datasets/owner/name` of a data set, as their addresses are."""
+    kind = "" if request.path_params["kind"] == "models" else "datasets/"
+    return "{kind}{owner}/{name}".format(**{**request.path_params, "kind": kind})
+
+
 def _mode(path: str) -> str:
-    return "lfs" if path.endswith(".safetensors") else "regular"
+    return "lfs" if path.endswith((".safetensors", ".parquet")) else "regular"
 
 
 @contextmanager

@@ -1,0 +1,153 @@
+"""The data set's card: what the rows hold, who wrote them, how they were drawn, filtered and checked.
+
+Written from what the run left behind (manifests, funnel, counts of the rows), never by hand. The front matter's
+`configs` and `dataset_info` are those of `datasets`, so that the Hub's viewer and `load_dataset` need nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distill.publish.traces import ALL, DEFAULT, FOLDERS, MESSAGES, Laid, columns, schema
+
+SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M"))
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the traces come from. `identity` is the TeacherIdentity, `sampling` how each of `num_samples` was drawn."""
+
+    recipe: str
+    identity: Mapping[str, str]
+    sampling: Mapping[str, Any]
+    num_samples: int
+    system_prompt: str | None
+    funnel: Sequence[Mapping[str, Any]]
+    suites: Sequence[str]
+    hashes: Mapping[str, str]
+    versions: Mapping[str, str]
+
+
+def dataset_card(repo: str, laid: Laid, provenance: Provenance, *, licence: str | None, language: str) -> str:
+    """README.md of the data set."""
+    title = repo.rpartition("/")[2]
+    return "\n".join(
+        [
+            f"---\n{_front(title, laid, licence=licence, language=language)}---\n",
+            f"# {title}\n",
+            _summary(laid, provenance),
+            "## Use\n",
+            _use(repo, laid),
+            "## Columns\n",
+            _columns(laid),
+            "## Sources\n",
+            _sources(laid),
+            "## How it was filtered\n",
+            _funnel(provenance),
+            "## Teacher and sampling\n",
+            _teacher(provenance),
+            "## Lineage\n",
+            _lineage(provenance),
+        ]
+    )
+
+
+def _front(title: str, laid: Laid, *, licence: str | None, language: str) -> str:
+    import yaml
+    from datasets import DatasetInfo, Features
+    from datasets.info import DatasetInfosDict
+    from datasets.splits import SplitDict, SplitInfo
+    from huggingface_hub import DatasetCardData
+
+    infos = {}
+    for config, num_rows in laid.num_rows.items():
+        split = SplitInfo("train", num_bytes=laid.num_bytes[config], num_examples=num_rows)
+        features = Features.from_arrow_schema(schema(config))
+        infos[config] = DatasetInfo(features=features, splits=SplitDict({"train": split}))
+    licences = [licence] if licence else sorted({count.licence for count in laid.sources.values() if count.num_kept})
+    data = DatasetCardData(
+        language=language,
+        license=licences[0] if len(licences) == 1 else licences,
+        pretty_name=title,
+        size_categories=next((name for limit, name in SIZES if laid.num_rows[DEFAULT] < limit), "n>10M"),
+        task_categories=["text-generation"],
+        tags=["potstill", "reasoning", "distillation", "synthetic"],
+        configs=[
+            {
+                "config_name": config,
+                "data_files": [{"split": "train", "path": f"{FOLDERS[config]}/train-*"}],
+                **({"default": True} if config == DEFAULT else {}),
+            }
+            for config in laid.num_rows
+        ],
+    )
+    DatasetInfosDict(infos).to_dataset_card_data(data)
+    text: str = yaml.safe_dump(dict(data.to_dict()), sort_keys=False, allow_unicode=True)  # type: ignore[no-untyped-call]
+    return text
+
+
+def _summary(laid: Laid, provenance: Provenance) -> str:
+    traces = sum(count.num_traces for count in laid.sources.values())
+    return (
+        f"{laid.num_rows[DEFAULT]:,} reasoning traces that the teacher `{provenance.identity['name']}` wrote, of "
+        f"{traces:,} it was asked for, verified and filtered by potstill's recipe `{provenance.recipe}`. Synthetic "
+        "text: a trace whose answer is right may still reason wrongly.\n"
+    )
+
+
+def _use(repo: str, laid: Laid) -> str:
+    repo = repo if "/" in repo else f"OWNER/{repo}"
+    lines = ["```python", "from datasets import load_dataset", "", f'traces = load_dataset("{repo}", split="train")']
+    if ALL in laid.num_rows:
+        lines.append(f'rejected_too = load_dataset("{repo}", "{ALL}", split="train")  # with verdicts and reasons')
+    return "\n".join([*lines, "```", "", "The column `messages` trains in TRL's `SFTTrainer` as it is.\n"])
+
+
+def _columns(laid: Laid) -> str:
+    config = ALL if ALL in laid.num_rows else DEFAULT
+    rows = [
+        f"| `{name}` | {'list of {role, content}' if kind == MESSAGES else kind} | {about} |"
+        for name, (kind, about) in columns(config).items()
+    ]
+    return "\n".join(["| column | type | what it is |", "|---|---|---|", *rows]) + "\n"
+
+
+def _sources(laid: Laid) -> str:
+    rows = [
+        f"| {name} | {count.licence} | {count.num_traces:,} | {count.num_kept:,} |"
+        for name, count in laid.sources.items()
+    ]
+    return "\n".join(["| source | licence | traces | kept |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def _funnel(provenance: Provenance) -> str:
+    rows = [
+        f"| {step['filter'].replace('_', ' ')} | {step['in']:,} | {step['in'] - step['out']:,} | {step['out']:,} |"
+        for step in provenance.funnel
+    ]
+    table = "\n".join(["| filter | given | dropped | kept |", "|---|---|---|---|", *rows])
+    decontaminated = any(step["filter"] == "decontaminate" for step in provenance.funnel)
+    against = f"Decontaminated against: {', '.join(provenance.suites)}." if decontaminated else "Not decontaminated."
+    return f"{table}\n\n{against}\n"
+
+
+def _teacher(provenance: Provenance) -> str:
+    rows = {
+        **{name.replace("_", " "): f"`{value}`" for name, value in provenance.identity.items()},
+        "system prompt": "none" if provenance.system_prompt is None else f"`{provenance.system_prompt}`",
+        "samples a question": str(provenance.num_samples),
+        **{name.replace("_", " "): str(value) for name, value in provenance.sampling.items() if value is not None},
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows.items())]) + "\n"
+
+
+def _lineage(provenance: Provenance) -> str:
+    rows = [f"| {what} | `{digest}` |" for what, digest in provenance.hashes.items()]
+    made = ", ".join(f"{name} {version}" for name, version in provenance.versions.items())
+    return "\n".join(["| what | SHA-256 |", "|---|---|", *rows, "", f"Made with {made}.\n"])
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

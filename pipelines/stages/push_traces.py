@@ -1,0 +1,154 @@
+"""Push traces: what the teacher wrote, as a data set of the Hugging Face Hub.
+
+R/push-traces/layout/dataset/   the data set as it is uploaded: Parquet shards and README.md; loads from here as well
+R/push-traces/manifest.json     repository, commit, and the name and size of every file
+
+The layout is a stage of its own: a push that the network breaks off does not write it again, and a dry run ends there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from distill.curate import Dropped, GradedTrace
+from distill.errors import DataError, RecipeError, nearest
+from distill.manifest import read_manifest, run_stage, write_atomically
+from distill.progress import Progress
+from distill.publish.hub import check_name, push_folder
+from distill.publish.trace_card import Provenance, dataset_card
+from distill.publish.traces import FOLDERS, Laid, lay_out, paired
+from distill.recipe import Recipe
+from distill.records import Problem, StageManifest, Trace, Verdict
+from distill.tables import iterate_records, read_records
+
+DATASET = "dataset"
+README = "README.md"
+
+
+def push_traces(recipe: Recipe, run_dir: Path, *, progress: Progress, dry_run: bool = False) -> StageManifest:
+    """Lay the data set out and push it. A dry run pushes nothing: its manifest only says what would go.
+
+    Raises RecipeError for a repository name or a source that there is not, DataError where curation has not run,
+    EnvironmentFault for a full disk, a Hub that refuses or is not reached.
+    """
+    settings = recipe.push_traces
+    repo = settings.repo.replace("{recipe}", recipe.name)
+    check_name(repo, field="push_traces.repo")
+    out_dir = run_dir / "push-traces"
+    laid = _layout(recipe, repo, run_dir, out_dir / "layout", progress)
+    folder = out_dir / "layout" / DATASET
+    files = tree(folder)
+    config = {"push_traces": settings.model_dump(mode="json"), "repo": repo}
+    counts = {
+        **{name: laid.counts[name] for name in ("traces", "examples")},
+        "repo": repo,
+        "private": settings.private,
+        "files": len(files),
+        "bytes": sum(files.values()),
+        "tree": files,
+    }
+    if dry_run:
+        return laid.model_copy(update={"stage": "push_traces", "config": config, "counts": counts, "outputs": {}})
+
+    def body() -> Mapping[str, Any]:
+        with progress.task(f"push {repo}", 1, unit="commits") as task:
+            done = push_folder(
+                folder,
+                repo,
+                repo_type="dataset",
+                private=settings.private,
+                message=f"Traces of {laid.counts['identity']['name']} by the recipe {recipe.name}",
+                replace=[f"{name}/*.parquet" for name in FOLDERS.values()],
+            )
+            task.advance(1)
+        return {**counts, "repo": done.repo_id, "url": done.url, "commit": done.commit}
+
+    return run_stage("push_traces", {DATASET: folder}, config, out_dir, body, ())
+
+
+def tree(folder: Path) -> dict[str, int]:
+    """Path and size in bytes of every file below `folder`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _layout(recipe: Recipe, repo: str, run_dir: Path, out_dir: Path, progress: Progress) -> StageManifest:
+    inputs = {
+        "problems": run_dir / "generate" / "problems.parquet",
+        "traces": run_dir / "generate" / "traces",
+        **{name: run_dir / "curate" / f"{name}.parquet" for name in ("verdicts", "dropped")},
+        "funnel": run_dir / "curate" / "funnel.json",
+    }
+    generated, curated = read_manifest(run_dir / "generate"), read_manifest(run_dir / "curate")
+    if generated is None or curated is None:
+        raise DataError("not there yet; run `potstill distill` with this recipe first", where=run_dir / "curate")
+    provenance = _provenance(recipe, generated, curated)
+    settings = recipe.push_traces.model_dump(mode="json", exclude={"private"})
+    # The card tells where the traces come from: it is written anew when that changes, not only when they do.
+    config = {"push_traces": settings, "repo": repo, "provenance": {**vars(provenance)}}
+
+    def body() -> Mapping[str, Any]:
+        problems = {problem.id: problem for problem in read_records(inputs["problems"], Problem)}
+        _check_licences(recipe.push_traces.licences, {problem.source for problem in problems.values()})
+        shutil.rmtree(out_dir / DATASET, ignore_errors=True)
+        laid = _lay_out(recipe, problems, inputs, curated.counts["traces"], out_dir / DATASET, progress)
+        card = dataset_card(
+            repo, laid, provenance, licence=recipe.push_traces.licence, language=recipe.push_traces.language
+        )
+        write_atomically(out_dir / DATASET / README, card)
+        num_traces = sum(count.num_traces for count in laid.sources.values())
+        return {"traces": num_traces, "examples": laid.num_rows["default"], "identity": dict(provenance.identity)}
+
+    return run_stage("push_traces_layout", inputs, config, out_dir, body, (DATASET,))
+
+
+def _lay_out(
+    recipe: Recipe,
+    problems: Mapping[str, Problem],
+    inputs: Mapping[str, Path],
+    num_traces: int,
+    folder: Path,
+    progress: Progress,
+) -> Laid:
+    def samples() -> Iterator[tuple[Problem, Trace, Verdict]]:
+        verdicts = iterate_records(inputs["verdicts"], GradedTrace)
+        with progress.task("lay out", total=num_traces, unit="traces") as task:
+            for trace, graded in zip(iterate_records(inputs["traces"], Trace), verdicts, strict=True):
+                yield problems[trace.problem_id], trace, graded.verdict
+                task.advance(1)
+
+    return lay_out(
+        paired(samples(), iterate_records(inputs["dropped"], Dropped)),
+        folder,
+        licences=recipe.push_traces.licences,
+        include_rejected=recipe.push_traces.include_rejected,
+        shard_bytes=recipe.push_traces.shard_mb * 1_000_000,
+    )
+
+
+def _check_licences(licences: Mapping[str, str], sources: Collection[str]) -> None:
+    for name in sorted(licences.keys() - set(sources)):
+        message = f"{name!r} is no source of the problems; {nearest(name, sources)}"
+        raise RecipeError(message, where="recipe", field="push_traces.licences")
+
+
+def _provenance(recipe: Recipe, generated: StageManifest, curated: StageManifest) -> Provenance:
+    versions = {**generated.versions, **curated.versions}
+    return Provenance(
+        recipe=recipe.name,
+        identity=generated.counts.get("identity", {"name": recipe.teacher.model}),
+        sampling=recipe.generate.sampling.content(),
+        num_samples=recipe.generate.num_samples,
+        system_prompt=getattr(recipe.teacher, "system_prompt", None),
+        funnel=curated.counts["funnel"],
+        suites=[*recipe.eval.suites] if recipe.curate.decontaminate else [],
+        hashes={
+            **{name: digest for name, digest in generated.inputs.items() if name == "teacher"},
+            **{name: digest for name, digest in generated.outputs.items() if name != "ledger.sqlite"},
+            **{name: digest for name, digest in curated.outputs.items() if name.endswith(".parquet")},
+        },
+        versions={name: version for name, version in versions.items() if version[:1].isdigit()},
+    )
