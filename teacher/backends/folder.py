@@ -16,14 +16,16 @@ from distill.records import TeacherIdentity, content_id
 from teacher.model.config import read_config_json
 from teacher.model.shards import weight_files
 
+_CONFIG_FILES = ("config.json", "generation_config.json")  # the latter says where an answer ends
 _TEMPLATE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 # What MLA's kernel in vLLM's CPU build takes.
 CPU_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 
 
 def folder_identity(folder: Path, *, backend: str, backend_version: str) -> TeacherIdentity:
-    """Hashes of weights (config.json among them) and of template with tokenizer. Reads every byte."""
-    weights = [folder / "config.json", *weight_files(folder)]
+    """Hashes of weights (with config.json and end tokens) and of template with tokenizer. Reads every byte."""
+    settings = [path for name in _CONFIG_FILES if (path := folder / name).exists()]
+    weights = [*settings, *weight_files(folder)]
     template = [path for name in _TEMPLATE_FILES if (path := folder / name).exists()]
     return TeacherIdentity(
         name=folder.resolve().name,

@@ -65,7 +65,8 @@ class NativeBackend:
 
     @cached_property
     def identity(self) -> TeacherIdentity:
-        return folder_identity(self.folder, backend="native", backend_version=ENGINE_VERSION)
+        version = ENGINE_VERSION if self.engine.dtype == torch.float32 else f"{ENGINE_VERSION}-{self.engine.dtype}"
+        return folder_identity(self.folder, backend="native", backend_version=version)
 
     def generate(self, requests: Many[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
         """Yield a completion a request, each as soon as it is finished. Raises DataError for a prompt too long."""

@@ -40,6 +40,7 @@ class Engine:
         self.batch_size = batch_size
         self.max_positions = model.config.max_position_embeddings
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.dtype = next(model.parameters()).dtype
         self.runner = ModelRunner(fuse_weights(model), batch_size)
 
     def run(
