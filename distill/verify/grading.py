@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from distill.records import VerdictState
+from distill.verify.evasion import evasion
 from distill.verify.guards import Fence, guard_scorers
 
 Result = tuple[VerdictState, str]
 WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{(.*)\}", re.DOTALL)
 BOLD = re.compile(r"\\(?:boldsymbol|bm|pmb)\s*\{")
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # digits and signs as Chinese text sets them
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
@@ -42,7 +44,7 @@ class Graders:
             return "infra_error", f"{type(exc).__name__}: {exc}"[:200]
         with self._fence.raised(), contextlib.redirect_stdout(io.StringIO()):
             if task["grader"] == "math":
-                return _grade_math(needed, task["reference"], task["answer"])
+                return _grade_math(needed, task["reference"], task["answer"], task.get("question", ""))
             return _grade_reasoning_gym(needed, task)
 
     def _math_verify(self) -> Any:
@@ -82,10 +84,21 @@ class MathVerify:
         return [item for item in found if not isinstance(item, str)]
 
     def equal(self, reference: list[Any], answer: list[Any]) -> bool:
-        return bool(self._verify(reference, answer, timeout_seconds=None))
+        return bool(self._verify(reference, answer, timeout_seconds=None)) and _same_equations(reference, answer)
 
 
-def _grade_math(math: MathVerify, reference: str, answer: str) -> Result:
+def _same_equations(reference: list[Any], answer: list[Any]) -> bool:
+    """Whether an equation is a multiple of the other; math-verify takes all that have no real solutions for one."""
+    from sympy import Eq, Symbol, simplify
+
+    one, other = reference[0], answer[0]
+    if not (isinstance(one, Eq) and isinstance(other, Eq)) or isinstance(one.lhs, Symbol):
+        return True
+    ratio = simplify((one.lhs - one.rhs) / (other.lhs - other.rhs))
+    return bool(ratio.is_number and ratio.is_finite and not ratio.is_zero)
+
+
+def _grade_math(math: MathVerify, reference: str, answer: str, question: str = "") -> Result:
     if _same(reference, answer):
         return "correct", ""
     answer = _plainly_set(answer)
@@ -99,7 +112,10 @@ def _grade_math(math: MathVerify, reference: str, answer: str) -> Result:
         given = math.parsed(answer)
         if not given:
             return "wrong", "the answer is not mathematics"
-        return ("correct", "") if math.equal(gold, given) else ("wrong", "")
+        if not math.equal(gold, given):
+            return "wrong", ""
+        why_not = evasion(question, reference, answer)
+        return ("correct", "") if why_not is None else ("wrong", why_not)
     except MemoryError:
         raise
     except Exception as exc:  # noqa: BLE001  sympy raises anything at all on hostile text
@@ -149,7 +165,7 @@ def _plainly_set(answer: str) -> str:
     >>> _plainly_set("\\boldsymbol{\\frac{1}{2}}.")
     '\\frac{1}{2}'
     """
-    answer = answer.strip().removeprefix("\\displaystyle").strip()
+    answer = answer.translate(FULL_WIDTH).strip().removeprefix("\\displaystyle").strip()
     if answer.endswith(".") and not answer.endswith(("..", "\\.")):
         answer = answer[:-1].rstrip()
     while (bold := BOLD.match(answer)) and _closes_last(answer, bold.end()):

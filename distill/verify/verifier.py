@@ -79,5 +79,6 @@ def _task(problem: Problem, answer: str) -> Task:
         "grader": problem.grader,
         "reference": problem.answer,
         "answer": answer,
+        "question": problem.prompt if problem.grader == "math" else "",
         "metadata": problem.metadata if problem.grader == "reasoning_gym" else {},
     }

@@ -224,69 +224,7 @@ def test_five_thousand_answers_take_seconds(verifier: Verifier) -> None:
     assert time.monotonic() - started < 60  # two on an idle machine
 
 
-# --- hostile answers --------------------------------------------------------------------------------------------------
-
-HOSTILE = [
-    "9^{9^{9^{9}}}",
-    "9^{9^{9^{9^{9^9}}}}",
-    "(10^8)!",
-    "10^{10^{10}}!",
-    "\\sum_{n=1}^{10^9} \\frac{1}{n^2}",
-    "9" * 15_000,
-    "9" * 200_000,
-    "{" * 5_000 + "1" + "}" * 5_000,
-    "(" * 3_000 + "1" + ")" * 3_000,
-    "\\sqrt{" * 500 + "2" + "}" * 500,
-    "\\frac{1}{" * 300 + "x" + "}" * 300,
-    "\\int_0^1 " * 200 + "x",
-    "x^{x^{x^{x^{x}}}} + \\sin(\\cos(\\tan(x^{100})))",
-]
-
-
-@pytest.mark.timeout(200)
-def test_no_hostile_mathematics_is_correct_or_outlives_twice_its_time() -> None:
-    with open_verifier(VerifyConfig(num_workers=1, timeout_s=3.0)) as verifier:
-        for answer in HOSTILE:
-            # What is timed is the hostile answer alone: the one before it has waited for the worker's start.
-            stream = verifier.verify([(maths("3"), boxed(text), "stop") for text in ("3.0", answer)])
-            assert next(stream).state == "correct"
-            started = time.monotonic()
-            verdict = next(stream)
-            assert time.monotonic() - started < 6.0, answer[:40]
-            assert verdict.state in ("wrong", "timeout"), (answer[:40], verdict)
-
-
-def injections(path: Path) -> list[str]:
-    code = f"__import__('os').system('touch {path}')"
-    return [
-        code,
-        f"[{code}]",
-        f"[[{code}, 1], [2, 3]]",
-        f"sin(1) + {code}",
-        f"(lambda: open('{path}', 'w'))()",
-        f"[x for x in [open('{path}', 'w')]]",
-        f"exec(\"open('{path}', 'w')\")",
-        f"().__class__.__base__.__subclasses__()[0]({code})",
-        f"1 if {code} else 2",
-        f"\\text{{{code}}}",
-    ]
-
-
-@pytest.mark.timeout(200)
-def test_no_injection_runs_or_is_correct(verifier: Verifier, tmp_path: Path) -> None:
-    families = [
-        *(name.rpartition(".")[2] for name in EVALUATING if "integration" not in name),
-        "simple_integration",
-        "intermediate_integration",
-        "polynomial_multiplication",
-        "puzzle24",
-        "countdown",
-        "gcd",
-    ]
-    problems = [maths("2"), *gym(len(families), {name: {} for name in families})]
-    asked = [(p, boxed(text), "stop") for p in problems for text in injections(tmp_path / "owned")]
-    assert not {v.state for v in verifier.verify(asked)} & {"correct", "timeout", "infra_error"}  # type: ignore[arg-type]
-    assert not (tmp_path / "owned").exists()
+# --- guards -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_scorer_that_evaluates_is_guarded() -> None:
