@@ -23,13 +23,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from distill.failpoints import failpoint
 from distill.ledger import Ledger, Row
 from distill.manifest import atomic_file, hash_file, sync_folder, write_atomically
 from distill.progress import Task
-from distill.records import Trace
+from distill.records import Trace, content_id
 from distill.tables import ROW_GROUP, schema_of, shard_name
 
 GROUP_BYTES = 64 << 20  # text of a row group: 4,096 answers of 32k tokens would be half a gigabyte
@@ -192,15 +192,18 @@ def _clean(staging: Path, kept: list[Shard]) -> None:
 
 
 def _read(listing: Path, wanted: str) -> Pending | None:
-    with suppress(OSError, ValidationError):
-        pending = Pending.model_validate_json(listing.read_bytes())
-        if pending.wanted == wanted:
+    """The list, unless it is of other samples or not as it was written."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        tree = json.loads(listing.read_bytes())
+        pending = Pending.model_validate(tree["pending"])
+        if tree["hash"] == content_id(pending.model_dump()) and pending.wanted == wanted:
             return pending
     return None
 
 
 def _write(listing: Path, pending: Pending) -> None:
-    write_atomically(listing, json.dumps(pending.model_dump(), indent=1) + "\n")
+    tree = pending.model_dump()
+    write_atomically(listing, json.dumps({"hash": content_id(tree), "pending": tree}, indent=1) + "\n")
 
 
 def _with_digests(keys: Iterable[str], digests: Iterable[str]) -> Iterator[str]:
