@@ -21,6 +21,8 @@ from distill.errors import DataError
 from distill.manifest import atomic_file
 
 ROW_GROUP = 4_096
+GROUP_CHARACTERS = 64 << 20  # of a row group: 4,096 answers of 32k tokens would be half a gigabyte
+READ_ROWS = 512
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -49,18 +51,20 @@ class RecordWriter(Generic[M]):
     def __init__(self, parquet: Any, schema: Any, as_json: Sequence[str]) -> None:
         self._parquet, self._schema, self._as_json = parquet, schema, as_json
         self._rows: list[dict[str, Any]] = []
-        self.count = 0
+        self._characters = self.count = 0
 
     def write(self, record: M) -> None:
-        self._rows.append(_row(record, self._as_json))
+        row = _row(record, self._as_json)
+        self._rows.append(row)
+        self._characters += sum(len(value) for value in row.values() if isinstance(value, str))
         self.count += 1
-        if len(self._rows) == ROW_GROUP:
+        if len(self._rows) == ROW_GROUP or self._characters >= GROUP_CHARACTERS:
             self.flush()
 
     def flush(self) -> None:
         if self._rows:
             self._parquet.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-            self._rows = []
+            self._rows, self._characters = [], 0
 
 
 def read_records(path: Path, model: type[M]) -> list[M]:
@@ -105,7 +109,7 @@ def _file_rows(path: Path, model: type[BaseModel]) -> Iterator[dict[str, Any]]:
             for name, info in model.model_fields.items():
                 if name not in present and info.is_required():
                     raise DataError("no such column", where=path, field=name)
-            for batch in file.iter_batches(ROW_GROUP, columns=[name for name in model.model_fields if name in present]):
+            for batch in file.iter_batches(READ_ROWS, columns=[name for name in model.model_fields if name in present]):
                 yield from batch.to_pylist()
     except FileNotFoundError as exc:
         raise DataError("no such file", where=path) from exc

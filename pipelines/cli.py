@@ -245,6 +245,8 @@ def _print_push(counts: dict[str, Any]) -> None:
     """Where the model or the data set goes and of which files it consists."""
     from rich.table import Table
 
+    if "folder" in counts:
+        typer.echo(f"laid out in {counts['folder']}")
     typer.echo(f"{counts['repo']} ({'private' if counts['private'] else 'public'}) {counts.get('url', '')}".rstrip())
     table = Table("file", "bytes", box=None, header_style="bold")
     for name, size in counts["tree"].items():

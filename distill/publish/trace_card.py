@@ -22,7 +22,7 @@ class Provenance:
     recipe: str
     identity: Mapping[str, str]
     sampling: Mapping[str, Any]
-    num_samples: int
+    num_samples: str
     system_prompt: str | None
     funnel: Sequence[Mapping[str, Any]]
     suites: Sequence[str]
@@ -137,7 +137,7 @@ def _teacher(provenance: Provenance) -> str:
     rows = {
         **{name.replace("_", " "): f"`{value}`" for name, value in provenance.identity.items()},
         "system prompt": "none" if provenance.system_prompt is None else f"`{provenance.system_prompt}`",
-        "samples a question": str(provenance.num_samples),
+        "samples a question": provenance.num_samples,
         **{name.replace("_", " "): str(value) for name, value in provenance.sampling.items() if value is not None},
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows.items())]) + "\n"

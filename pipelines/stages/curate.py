@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.curate import Dropped, DroppedExamples, GradedTrace, outcomes, sift
+from distill.curate.mix import check_sources
 from distill.errors import DataError, EnvironmentFault
 from distill.ledger import Ledger
 from distill.manifest import is_current, read_manifest, run_stage, write_atomically
@@ -71,6 +72,8 @@ def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path 
         return done
     prompts = held_out()
     problems = {problem.id: problem for problem in read_records(inputs["problems"], Problem)}
+    if recipe.curate.mix is not None:
+        check_sources(recipe.curate.mix, {problem.source for problem in problems.values()})
     num_traces = _check(problems, inputs["traces"])
 
     def body() -> Mapping[str, Any]:

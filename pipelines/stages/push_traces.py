@@ -51,7 +51,14 @@ def push_traces(recipe: Recipe, run_dir: Path, *, progress: Progress, dry_run: b
         "tree": files,
     }
     if dry_run:
-        return laid.model_copy(update={"stage": "push_traces", "config": config, "counts": counts, "outputs": {}})
+        return laid.model_copy(
+            update={
+                "stage": "push_traces",
+                "config": config,
+                "counts": {**counts, "folder": str(folder)},
+                "outputs": {},
+            }
+        )
 
     def body() -> Mapping[str, Any]:
         with progress.task(f"push {repo}", 1, unit="commits") as task:
@@ -135,13 +142,19 @@ def _check_licences(licences: Mapping[str, str], sources: Collection[str]) -> No
         raise RecipeError(message, where="recipe", field="push_traces.licences")
 
 
+def _num_samples(recipe: Recipe, generated: StageManifest) -> str:
+    """`4`, or `4 to 16` where problems were given as many as they were worth."""
+    numbers = sorted(map(int, generated.counts.get("samples_per_problem", {}))) or [recipe.generate.num_samples]
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
 def _provenance(recipe: Recipe, generated: StageManifest, curated: StageManifest) -> Provenance:
     versions = {**generated.versions, **curated.versions}
     return Provenance(
         recipe=recipe.name,
         identity=generated.counts.get("identity", {"name": recipe.teacher.model}),
         sampling=recipe.generate.sampling.content(),
-        num_samples=recipe.generate.num_samples,
+        num_samples=_num_samples(recipe, generated),
         system_prompt=getattr(recipe.teacher, "system_prompt", None),
         funnel=curated.counts["funnel"],
         suites=[*recipe.eval.suites] if recipe.curate.decontaminate else [],

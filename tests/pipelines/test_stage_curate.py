@@ -205,6 +205,12 @@ def test_what_is_missing_or_broken_is_named(run_dir: Path, monkeypatch: pytest.M
     assert not (run_dir / "curate").exists()
 
 
+def test_shares_of_sources_that_there_are_not_are_named_before_anything_is_graded(run_dir: Path) -> None:
+    with pytest.raises(RecipeError, match=r"curate\.mix\.shares: 'gsm8k' is no source of the problems"):
+        run(run_dir, recipe(curate={"mix": {"shares": {"gsm8k": 1}}}))
+    assert not (run_dir / "curate").exists()
+
+
 def test_a_run_without_a_single_example_says_which_filter_took_the_last(run_dir: Path) -> None:
     with pytest.raises(DataError, match=r"no trace is left after the filter 'length': \{'correct': 80"):
         run(run_dir, recipe(curate={"max_tokens": 1}))

@@ -94,6 +94,7 @@ def test_what_is_laid_out_loads_and_holds_every_sample(world: Path, tmp_path: Pa
         "all/train-00000-of-00001.parquet",
     }
     assert not (run / "push-traces" / "manifest.json").exists(), "nothing was pushed"
+    assert shown.counts["folder"] == str(folder)
     kept = load_dataset(str(folder), split="train", cache_dir=str(tmp_path))
     every = load_dataset(str(folder), "all", split="train", cache_dir=str(tmp_path))
     examples = {e.trace_key: e for e in read_records(run / "curate" / "examples.parquet", Example)}
