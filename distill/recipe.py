@@ -51,7 +51,7 @@ class LocalSource(Config):
     prompt_field: str = "prompt"
     answer_field: str = "answer"
     choices_field: str | None = None
-    grader: Literal["math", "choice", "code"] = "math"
+    grader: Literal["math", "choice", "code", "judge"] = "math"
     tests_field: str | None = Field(None, description="for programs: test code, assertions, or inputs with outputs")
     setup_field: str | None = Field(None, description="for programs: code that the tests need to have run")
     entry_point_field: str | None = Field(None, description="for programs: the function that check(candidate) is given")
@@ -75,7 +75,7 @@ class DatasetSource(Config):
     prompt_field: str = "problem"
     answer_field: str = "answer"
     choices_field: str | None = None
-    grader: Literal["math", "choice", "code"] = "math"
+    grader: Literal["math", "choice", "code", "judge"] = "math"
     tests_field: str | None = Field(None, description="for programs: test code, assertions, or inputs with outputs")
     setup_field: str | None = Field(None, description="for programs: code that the tests need to have run")
     entry_point_field: str | None = Field(None, description="for programs: the function that check(candidate) is given")
@@ -344,11 +344,21 @@ class CodeLimits(Config):
     num_threads: int = Field(16, ge=1)
 
 
+class JudgeConfig(Config):
+    """A model that decides, at temperature 0, whether a final answer says the same as the reference."""
+
+    teacher: TeacherConfig = Field(description="any backend; its identity is part of the verdict's key")
+    num_votes: int = Field(1, ge=1, le=15, description="reference and answer change places from one to the next")
+    max_tokens: int = Field(8_192, ge=16, description="of one vote, reasoning included")
+    on_unverifiable: bool = Field(False, description="also judge what the rules cannot decide, not `judge` alone")
+
+
 class VerifyConfig(Config):
     num_workers: int = Field(2, ge=1)
     timeout_s: float = Field(10.0, gt=0, description="per answer; its grader is killed after it")
     memory_mib: int = Field(1_024, ge=128, description="that grading one answer may take beside the graders' own")
     code: CodeLimits = CodeLimits()
+    judge: JudgeConfig | None = Field(None, description="none: problems whose grader is `judge` stay unverifiable")
 
 
 # --- students ---------------------------------------------------------------------------------------------------------

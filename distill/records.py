@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 VerdictState = Literal["correct", "wrong", "unverifiable", "truncated", "timeout", "infra_error"]
 FinishReason = Literal["stop", "length"]
-Grader = Literal["reasoning_gym", "math", "choice", "code"]
+Grader = Literal["reasoning_gym", "math", "choice", "code", "judge"]
 Role = Literal["teacher", "base", "direct", "distilled"]
 
 

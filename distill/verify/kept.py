@@ -14,24 +14,37 @@ from types import TracebackType
 from typing import Any, Self
 
 from distill.ledger import Ledger
-from distill.protocols import Verifier
+from distill.protocols import Teacher, Verifier
 from distill.recipe import VerifyConfig
 from distill.records import Problem, Trace, Verdict, content_id
+from distill.verify.judge import judge_settings
 
 # Part of every verdict's key. Raise it when the same answer would get another verdict from our own code.
 GRADING_VERSION = 2
 GRADERS = ("math-verify", "reasoning-gym", "sympy")
+# How fast, how patiently and at what price a judge is asked changes nothing of what it says.
+SPEED = {"batch_size", "max_concurrency", "timeout_s", "idle_timeout_s", "stream", "max_retries", "api_key_env"}
+SPEED |= {"startup_timeout_s", "max_restarts", "num_nodes", "head_address", "rpc_port"}
+SPEED |= {"price_per_million_prompt_tokens", "price_per_million_completion_tokens"}
 FLUSH_VERDICTS = 256
 FLUSH_S = 1.0
 
 
-def grading_settings(config: VerifyConfig) -> dict[str, Any]:
-    """What every verdict depends on: the graders' versions and settings, not how many grade at once."""
+def grading_settings(config: VerifyConfig, judge: Teacher | None = None) -> dict[str, Any]:
+    """What every verdict depends on: the graders' versions and settings, not how many grade at once.
+
+    With `judge`, the model that `config.judge` names, its identity too.
+    """
     versions = {name: importlib.metadata.version(name) for name in GRADERS}
-    return {
-        **config.model_dump(mode="json", exclude={"num_workers"}),
+    settings: dict[str, Any] = {
+        **config.model_dump(mode="json", exclude={"num_workers", "judge"}),
         "grader_versions": {"potstill": str(GRADING_VERSION), **versions},
     }
+    if config.judge is not None:
+        settings["judge"] = judge_settings(config.judge, judge)
+        if judge is None:
+            settings["judge"]["teacher"] = config.judge.teacher.model_dump(mode="json", exclude=SPEED)
+    return settings
 
 
 class KeptVerdicts:
@@ -65,7 +78,8 @@ class KeptVerdicts:
                 yield known[key]
                 continue
             verdict = next(made)
-            self._waiting.append((key, grading, verdict))
+            if verdict.state != "infra_error":  # ours: the next run tries again
+                self._waiting.append((key, grading, verdict))
             if len(self._waiting) >= FLUSH_VERDICTS or time.monotonic() - self._flushed > FLUSH_S:
                 self._flush()
             yield verdict

@@ -13,6 +13,7 @@ from distill.verify.extract import answer_of
 from distill.verify.keeper import Task
 from distill.verify.pool import WorkerPool
 
+FOR_A_JUDGE = "only a judge can tell (verify.judge)"
 MAX_ANSWER_CHARS = 20_000  # the longest reference of any family is a tenth of it
 
 
@@ -60,6 +61,8 @@ def _at_a_glance(problem: Problem, answer: str | None, finish_reason: FinishReas
     if answer is None:
         if finish_reason == "length":
             return Verdict(state="truncated", detail="cut off before the answer")
+        if problem.grader == "judge":
+            return Verdict(state="unverifiable", detail=FOR_A_JUDGE)
         what = "program in a ```python block" if problem.grader == "code" else "boxed answer"
         return Verdict(state="wrong", detail=f"no {what} after the reasoning")
     if problem.grader == "code":
@@ -69,6 +72,8 @@ def _at_a_glance(problem: Problem, answer: str | None, finish_reason: FinishReas
     if problem.grader == "choice":
         state, detail = grade_choice(problem, answer)
         return Verdict(state=state, extracted=answer, detail=detail)
+    if problem.grader == "judge":
+        return Verdict(state="unverifiable", extracted=answer, detail=FOR_A_JUDGE)
     if problem.grader == "math" and not problem.answer:
         return Verdict(state="unverifiable", extracted=answer, detail="no reference answer")
     return None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from distill.ledger import Ledger
 from distill.manifest import is_current, read_manifest, run_stage, write_atomically
 from distill.problems import load_problems, source_files
 from distill.progress import Progress, Task
+from distill.protocols import Teacher
 from distill.recipe import Recipe, VerifyConfig
 from distill.records import Example, Problem, Record, StageManifest, Trace, Verdict
 from distill.tables import iterate_records, read_records, record_writer
@@ -78,7 +80,7 @@ def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path 
 
     def body() -> Mapping[str, Any]:
         with preemptible():
-            _grade_all(problems, num_traces, grading, recipe.verify, out_dir, progress)
+            _grade_all(problems, num_traces, grading, recipe.verify, out_dir, progress, base_dir)
             return _curated(problems, num_traces, inputs["traces"], recipe, prompts, out_dir, progress)
 
     return run_stage("curate", inputs, config, out_dir, body, (VERDICTS, EXAMPLES, DIRECT, FUNNEL, DROPPED))
@@ -125,6 +127,7 @@ def _grade_all(
     config: VerifyConfig,
     out_dir: Path,
     progress: Progress,
+    base_dir: Path,
 ) -> None:
     """Verdicts from the nested stage `verify`: kept in the ledger as they are made; a stop loses none."""
     folder = out_dir / "verify"
@@ -135,8 +138,9 @@ def _grade_all(
         states: Counter[str] = Counter()
         with (
             Ledger.open(inputs["traces"].parent / LEDGER) as ledger,
-            open_verifier(config) as verifier,
-            KeptVerdicts(ledger, verifier, settings) as kept,
+            _judge(config, base_dir, folder, progress) as judge,
+            open_verifier(config, judge=judge) as verifier,
+            KeptVerdicts(ledger, verifier, grading_settings(config, judge)) as kept,
             progress.task("verify", total=num_traces, unit="answers") as task,
             record_writer(folder / VERDICTS, GradedTrace) as writer,
         ):
@@ -148,6 +152,20 @@ def _grade_all(
 
     run_stage("verify", inputs, settings, folder, body, (VERDICTS,))
     write_atomically(out_dir / VERDICTS, (folder / VERDICTS).read_bytes())
+
+
+@contextmanager
+def _judge(config: VerifyConfig, base_dir: Path, log_dir: Path, progress: Progress) -> Iterator[Teacher | None]:
+    if config.judge is None:
+        yield None
+        return
+    from teacher.backends import open_teacher  # may bring torch in
+
+    judge: Teacher = open_teacher(config.judge.teacher, base_dir=base_dir, log_dir=log_dir, progress=progress)
+    try:
+        yield judge
+    finally:
+        judge.close()
 
 
 def _grade(kept: KeptVerdicts, traces: list[Trace], problems: Mapping[str, Problem], task: Task) -> list[GradedTrace]:
