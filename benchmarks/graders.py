@@ -7,6 +7,7 @@ extracted from its text and graded against the reference. Second, the same answe
 FORMS is the same value in other LaTeX, and must be accepted too. A text that ends in no box (GSM8K marks its answer
 with `####`, AIME25 has no solutions) gets one, from its own answer. Every rejection is listed with what was said of it.
 A grader that accepts everything would pass as well, so each question is also given the next question's answer.
+Of the two sets of programs (`code_sets.py`), the canonical solutions are graded, and spoiled ones.
 The files come from --data or POTSTILL_BENCH_DATA; results go to benchmarks/results/<device>/graders.json.
 """
 
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.code_sets import code_rows
 from benchmarks.device import device_name, write_result
 from distill.protocols import Verifier
 from distill.recipe import VerifyConfig
@@ -77,6 +79,7 @@ def main() -> None:
     folder = bench_folder(arguments.data)
     with open_verifier(VerifyConfig(num_workers=arguments.workers, timeout_s=30)) as verifier:
         rows = [row for suite in SUITES for row in measure(verifier, suite, read_gold(suite, folder))]
+        rows += code_rows(verifier, folder)
     versions = {name: importlib.metadata.version(name) for name in ("math-verify", "sympy")}
     path = write_result("graders", {"device": device_name(), "versions": versions, "rows": rows})
     for row in rows:

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.code_sets import CODE_SETS, spoiled
 from distill.errors import DataError, EnvironmentFault, RecipeError
 from distill.problems import load_problems
 from distill.protocols import Verifier
@@ -302,23 +303,6 @@ def test_forged_values_are_refused(forged: Any) -> None:
 
 # --- sources ----------------------------------------------------------------------------------------------------------
 
-HUMANEVAL = LocalSource(
-    path="HumanEval.jsonl.gz",
-    grader="code",
-    prompt_field="prompt",
-    answer_field="canonical_solution",
-    tests_field="test",
-    entry_point_field="entry_point",
-)
-MBPP = LocalSource(
-    path="mbpp.jsonl",
-    grader="code",
-    prompt_field="text",
-    answer_field="code",
-    tests_field="test_list",
-    setup_field="test_setup_code",
-)
-
 
 def test_the_question_shows_signatures_and_no_expected_value(tmp_path: Path) -> None:
     row = {
@@ -329,7 +313,7 @@ def test_the_question_shows_signatures_and_no_expected_value(tmp_path: Path) -> 
     }
     with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
         file.write(json.dumps(row) + "\n")
-    (problem,) = load_problems([MBPP.model_copy(update={"path": "x.jsonl.gz"})], base_dir=tmp_path)
+    (problem,) = load_problems([CODE_SETS["mbpp"].model_copy(update={"path": "x.jsonl.gz"})], base_dir=tmp_path)
     assert "def count(n, deep=False):" in problem.prompt
     assert "class Node:\n    def __init__(self, v):" in problem.prompt
     assert "other" not in problem.prompt
@@ -379,17 +363,11 @@ def test_tests_and_the_code_grader_go_together() -> None:
 
 
 @pytest.mark.skipif(BENCH_DATA is None, reason="POTSTILL_BENCH_DATA is not set")
-@pytest.mark.parametrize(("source", "step"), [(HUMANEVAL, 4), (MBPP, 24)], ids=["humaneval", "mbpp"])
-def test_canonical_solutions_are_correct_and_empty_ones_are_not(
-    verifier: Verifier, source: LocalSource, step: int
-) -> None:
+@pytest.mark.parametrize(("name", "step"), [("humaneval", 5), ("mbpp", 30)])
+def test_canonical_solutions_are_correct_and_spoiled_ones_are_not(verifier: Verifier, name: str, step: int) -> None:
     """A sample of what `benchmarks/graders.py` runs whole."""
-    problems = load_problems([source], base_dir=Path(str(BENCH_DATA)))[::step]
+    problems = load_problems([CODE_SETS[name]], base_dir=Path(str(BENCH_DATA)))[::step]
     solved = [(problem, answer(problem.answer or ""), "stop") for problem in problems]
     assert Counter(verdict.state for verdict in verifier.verify(solved)) == {"correct": len(problems)}  # type: ignore[arg-type]
-    name = "def {}(*a, **k): return None"
-    empty = []
-    for problem in problems[:8]:
-        names = problem.metadata.get("remote") or [problem.metadata["entry_point"]]
-        empty.append((problem, answer("\n".join(map(name.format, names))), "stop"))
-    assert Counter(verdict.state for verdict in verifier.verify(empty)) == {"wrong": len(empty)}  # type: ignore[arg-type]
+    broken = [(problem, answer(spoiled(problem)), "stop") for problem in problems[:8]]
+    assert Counter(verdict.state for verdict in verifier.verify(broken)) == {"wrong": len(broken)}  # type: ignore[arg-type]

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import builtins
 import json
-import linecache
 import os
-import random
 import sys
-import traceback
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any, BinaryIO
 
 from distill.verify.code.wire import decode, encode
@@ -112,9 +109,11 @@ def reference(value: Any) -> Any:
 
 def examine(channel: Channel, request: dict[str, Any]) -> tuple[str, str]:
     """State and detail."""
-    random.seed(0)
     tests = request["tests"]
-    linecache.cache["tests"] = (len(tests), None, tests.splitlines(keepends=True), "tests")
+    if "random" in tests or "random" in request["setup"]:
+        import random  # not for every program: it is a third of an interpreter's start
+
+        random.seed(0)
     module = ModuleType("tests")
     sys.modules["tests"] = module
     names = module.__dict__
@@ -127,20 +126,30 @@ def examine(channel: Channel, request: dict[str, Any]) -> tuple[str, str]:
     except Unverifiable as exc:
         return "unverifiable", str(exc)
     except (NameError, ImportError, SyntaxError) as exc:  # the program's own come back as what it says of them
-        if channel.num_replies == 0 or traceback.extract_tb(exc.__traceback__)[-1].filename in ("tests", "setup"):
+        if channel.num_replies == 0 or places(exc.__traceback__)[-1][0] in ("tests", "setup"):
             return "unverifiable", f"the tests do not run ({type(exc).__name__}: {exc})"
-        return "wrong", failure(exc)
+        return "wrong", failure(exc, tests)
     except Exception as exc:  # noqa: BLE001  tests raise anything at all over a result that they did not expect
         if channel.num_replies == 0:
             return "unverifiable", f"the tests do not run ({type(exc).__name__}: {exc})"
-        return "wrong", failure(exc)
+        return "wrong", failure(exc, tests)
     if channel.num_replies == 0:
         return "unverifiable", "the tests ask nothing of the program"
     return "correct", ""
 
 
-def failure(exc: Exception) -> str:
-    line = next((f.line for f in reversed(traceback.extract_tb(exc.__traceback__)) if f.filename == "tests"), "")
+def places(trace: TracebackType | None) -> list[tuple[str, int]]:
+    """File and line of every frame, the innermost last. The traceback module takes longer to import than most tests."""
+    found = []
+    while trace is not None:
+        found.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
+        trace = trace.tb_next
+    return found
+
+
+def failure(exc: Exception, tests: str) -> str:
+    number = next((number for name, number in reversed(places(exc.__traceback__)) if name == "tests"), None)
+    line = "" if number is None else tests.splitlines()[number - 1].strip()
     what = "fails" if isinstance(exc, AssertionError) else f"{type(exc).__name__}: {exc}"[:200]
     return f"{what}: {line}"
 
