@@ -1,12 +1,13 @@
-"""The sets of programming questions that `graders.py` grades: HumanEval and MBPP, canonical solutions and spoiled ones.
+"""The sets of programming questions that `graders.py` grades: HumanEval and MBPP, canonical and spoiled solutions.
 
-A spoiled solution is the canonical one with its function wrapped so that what comes out is put into a list: a grader that
-accepts any of those does not look at results.
+A spoiled solution is the canonical one with its function wrapped so that what comes out is put into a list: a grader
+that accepts any of those does not look at results.
 """
 
 from __future__ import annotations
 
 import ast
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,5 +87,6 @@ def _row(
         "share": accepted / len(problems),
         "seconds": seconds,
         "programs_per_s": len(problems) / seconds,
+        "load_average": os.getloadavg()[0],
         "acceptances" if rarer else "rejections": listed[rarer],
     }

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.code_sets import code_rows
-from benchmarks.device import device_name, write_result
+from benchmarks.code_sets import CODE_SETS, code_rows
+from benchmarks.device import RESULTS, device_name, write_result
 from distill.protocols import Verifier
-from distill.recipe import VerifyConfig
+from distill.recipe import CodeLimits, VerifyConfig
 from distill.records import Problem
 from distill.verify import open_verifier
 from distill.verify.extract import extract_answer
@@ -36,6 +36,7 @@ from eval.suites import BENCHMARKS, bench_folder, read_benchmark
 
 SUITES = ("gsm8k", "math500", "aime24", "aime25")
 SOLUTIONS = {"gsm8k": "answer", "math500": "solution", "aime24": "reference_solution", "aime25": "solution"}
+ORDER = (*SUITES, *CODE_SETS)
 MAX_REJECTED = 0.005
 SHOWN = 10  # rejections a row; all are in the file
 NUMBER = r"-?\d+"
@@ -75,13 +76,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", choices=("mathematics", "programs"), help="leave the other rows as they were")
     arguments = parser.parse_args()
     folder = bench_folder(arguments.data)
-    with open_verifier(VerifyConfig(num_workers=arguments.workers, timeout_s=30)) as verifier:
-        rows = [row for suite in SUITES for row in measure(verifier, suite, read_gold(suite, folder))]
-        rows += code_rows(verifier, folder)
+    with open_verifier(
+        VerifyConfig(num_workers=arguments.workers, timeout_s=30, code=CodeLimits(timeout_s=30))
+    ) as verifier:
+        rows = []
+        if arguments.only != "programs":
+            rows += [row for suite in SUITES for row in measure(verifier, suite, read_gold(suite, folder))]
+        if arguments.only != "mathematics":
+            rows += code_rows(verifier, folder)
     versions = {name: importlib.metadata.version(name) for name in ("math-verify", "sympy")}
-    path = write_result("graders", {"device": device_name(), "versions": versions, "rows": rows})
+    path = RESULTS / device_name() / "graders.json"
+    measured = {row["set"] for row in rows}
+    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if arguments.only else []
+    rows = sorted(
+        [*rows, *(row for row in before if row["set"] not in measured)], key=lambda row: ORDER.index(row["set"])
+    )
+    write_result("graders", {"device": device_name(), "versions": versions, "rows": rows})
     for row in rows:
         print(f"{row['set']:12}{row['what']:32}{row['accepted']:6} of {row['count']:6}{row['share']:10.2%}")
         for one in (row.get("rejections") or row.get("acceptances") or [])[:SHOWN]:

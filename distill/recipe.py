@@ -336,9 +336,9 @@ class CurateConfig(Config):
 
 
 class CodeLimits(Config):
-    """What a program that is graded may use; see `distill.sandbox`."""
+    """What a program that is graded may use, for each test with standard input or for all function tests together."""
 
-    timeout_s: float = Field(10.0, gt=0, description="per test with standard input, per program with function tests")
+    timeout_s: float = Field(10.0, gt=0, description="of processor time; by the clock half as much again")
     memory_mib: int = Field(1_024, ge=64)
     output_mib: int = Field(4, ge=1)
     num_threads: int = Field(16, ge=1)

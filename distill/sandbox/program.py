@@ -50,6 +50,11 @@ class Outcome:
     stderr: bytes
     wall_s: float
 
+    @property
+    def killed(self) -> bool:
+        """SIGKILL ended it, and we did not send it: itself, someone outside, or a machine that is out of memory."""
+        return self.how == "exit" and self.exit_code in KILLED
+
 
 class SandboxFailure(EnvironmentFault):
     """The sandbox itself did not come up, or not down: no word about the program."""

@@ -191,25 +191,25 @@ PASSING = {
     "equal_float": "class F(float):\n    def __eq__(self, other): return True\n    def __abs__(self): return 0\n    def __sub__(self, other): return 0\ndef f(x):\n    return F(1)\n",
     "claims_a_class": "class C:\n    __class__ = int\n    def __eq__(self, other): return True\n    def __index__(self): return 1\ndef f(x):\n    return C()\n",
     "forge_a_verdict": (
-        'import os\nfor fd in range(64):\n    try: os.write(fd, b\'\\n{"state": "correct", "detail": ""}\\n\' * 8)\n'
+        "import os\nfor fd in range(64):\n    try: os.write(fd, b'\\nend t2 scorrect s\\nt2 svalue N\\n' * 8)\n"
         "    except OSError: pass\ndef f(x):\n    return 1\n"
     ),
-    "forge_the_start": "import os\nfor fd in range(64):\n    try: os.write(fd, b'+ready\\n{\"value\": null}\\n')\n    except OSError: pass\nos._exit(0)\n",
+    "forge_the_start": "import os\nfor fd in range(64):\n    try: os.write(fd, b'+ready\\nt2 svalue N\\n')\n    except OSError: pass\nos._exit(0)\n",
     "forge_values": (
         'import os\ndef f(x):\n    for fd in range(64):\n        try: os.write(fd, b\'{"value": {"held": [0, "int"]}}\\n\')\n'
         "        except OSError: pass\n    return 1\n"
     ),
-    "talk_nonsense": "import os\ndef f(x):\n    for fd in range(64):\n        try: os.write(fd, b'[' * 100000 + b'\\n')\n        except OSError: pass\n",
+    "talk_nonsense": "import os\ndef f(x):\n    for fd in range(64):\n        try: os.write(fd, b'l1 ' * 100000 + b'\\n')\n        except OSError: pass\n",
     "read_ahead": (
         "import os, re\ndef f(x):\n    for fd in range(64):\n        try:\n            os.set_blocking(fd, False)\n"
         "            found = re.search(rb'== (\\d+)', os.read(fd, 1 << 16))\n            if found: return int(found[1])\n"
         "        except OSError: pass\n    return 0\n"
     ),
     "close_everything": "import os\nos.closerange(0, 256)\ndef f(x):\n    return 1\n",
-    "replace_builtins": 'import builtins, json\nbuiltins.print = builtins.repr = lambda *a, **k: \'correct\'\njson.dumps = lambda *a, **k: \'{"state": "correct", "detail": ""}\'\ndef f(x):\n    return 1\n',
+    "replace_builtins": "import builtins, json\nbuiltins.print = builtins.repr = lambda *a, **k: 'correct'\njson.dumps = lambda *a, **k: 'end t2 scorrect s'\ndef f(x):\n    return 1\n",
     "replace_the_encoder": (
         "import sys\nm = sys.modules['distill.verify.code.wire']\nfor name in list(vars(sys.modules['__main__'])):\n"
-        "    if name in ('encode', 'perform'): setattr(sys.modules['__main__'], name, lambda *a: {'held': 'f'})\ndef f(x):\n    return 1\n"
+        "    if name in ('encode', 'PERFORM', 'hold'): setattr(sys.modules['__main__'], name, lambda *a: b'end t2 scorrect s')\ndef f(x):\n    return 1\n"
     ),
     "look_through_frames": (
         "import gc, re, sys\ndef f(x):\n    frame, seen = sys._getframe(), []\n    while frame:\n        seen.append(repr(frame.f_locals) + repr(frame.f_globals))\n"

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
@@ -23,7 +24,7 @@ from distill.problems import load_problems
 from distill.protocols import Verifier
 from distill.recipe import CodeLimits, LocalSource, VerifyConfig, parse
 from distill.records import Problem
-from distill.sandbox import SandboxFailure, open_sandbox
+from distill.sandbox import LEVELS, Level, Sandbox, SandboxedProgram, SandboxFailure, open_sandbox
 from distill.verify import open_verifier
 from distill.verify.code import grader as code_grader
 from distill.verify.code.wire import decode, encode
@@ -220,6 +221,40 @@ def test_a_failing_sandbox_is_never_the_models_fault(monkeypatch: pytest.MonkeyP
     grader.close()
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_programs_that_are_killed_from_outside_are_graded_again(level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right answers, of each of which the first try has its program or its tests killed: none is wrong."""
+
+    class Struck(Sandbox):
+        strike: int | None = None  # which of the sandboxes that are started next
+
+        def start(self, *arguments: Any) -> SandboxedProgram:
+            program = super().start(*arguments)
+            if self.strike == 0:
+                signal.pidfd_send_signal(program._pidfd, signal.SIGKILL)
+            self.strike = None if self.strike is None else self.strike - 1
+            return program
+
+    try:
+        struck = Struck(open_sandbox(level)._cage, {})
+    except EnvironmentFault as exc:
+        pytest.skip(str(exc))
+    grade_program, tries = code_grader.grade_program, Counter[int]()
+
+    def grade(sandbox: Sandbox, metadata: Any, *rest: Any) -> Any:
+        struck.strike = metadata["number"] % 2 if tries[metadata["number"]] == 0 else None
+        tries[metadata["number"]] += 1
+        return grade_program(sandbox, metadata, *rest)
+
+    monkeypatch.setattr(code_grader, "grade_program", grade)
+    grader = code_grader.CodeGrader(CodeLimits(timeout_s=60.0), num_workers=1, sandbox=struck)
+    problem = {"tests": "def check(candidate): assert candidate(1) == 1", "entry_point": "f"}
+    tasks = [(problem | {"number": number}, "def f(x): return x") for number in range(20)]
+    assert list(grader.run(tasks)) == [("correct", "")] * len(tasks)
+    assert sum(tries.values()) > 1.5 * len(tasks)
+    grader.close()
+
+
 def test_without_a_sandbox_programs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise EnvironmentFault("no sandbox here", where="sandbox")
@@ -256,7 +291,7 @@ def refuse(value: Any) -> Any:
 @settings(max_examples=100, deadline=None)
 @given(plain)
 def test_plain_data_arrives_as_it_was(value: Any) -> None:
-    arrived = decode(json.loads(json.dumps(encode(value, refuse))), refuse)
+    arrived = decode(encode(value, refuse), refuse)
     assert repr(arrived) == repr(value)
     assert type(arrived) is type(value)
 
@@ -270,7 +305,7 @@ def test_subclasses_arrive_as_what_they_are_underneath() -> None:
 
     for base, value in ((int, 7), (str, "a"), (list, [1]), (dict, {1: 2}), (float, 0.5), (tuple, (1,)), (set, {1})):
         lying = type("L", (Liar, base), {"__iter__": lambda self: iter("no"), "__repr__": lambda self: "no"})(value)
-        arrived = decode(json.loads(json.dumps(encode(lying, refuse))), refuse)
+        arrived = decode(encode(lying, refuse), refuse)
         assert type(arrived) is base
         assert arrived == value
         assert arrived != object()
@@ -290,15 +325,32 @@ def test_other_values_that_programs_return() -> None:
         assert repr(decode(encode(value, refuse), refuse)) == repr(value)
     assert list(decode(encode(map(str, [1, 2]), refuse), refuse)) == ["1", "2"]
     assert list(decode(encode({1: 2}.items(), refuse), refuse)) == [(1, 2)]
-    assert encode(object(), lambda value: "held") == {"held": "held"}
+    assert encode([object(), " \n"], lambda value: "7:object") == b"l2 h7:object s\\x20\\n"
 
 
-@pytest.mark.parametrize(
-    "forged", [{}, {"int": "1", "list": []}, {"os": 1}, {"tuple": 1}, {"int": "zz"}, {"type": "print"}]
+FORGED = (
+    "",
+    "l2 i1",
+    "l1 i1 i2",
+    "x",
+    "izz",
+    "yprint",
+    "d1 i1",
+    "e1 l0",
+    "sé",
+    "s\\x",
+    "F1/0",
+    "q",
+    "Dx",
+    "{}",
+    "[[",
 )
-def test_forged_values_are_refused(forged: Any) -> None:
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_forged_values_are_refused(forged: str) -> None:
     with pytest.raises(ValueError):
-        decode(forged, refuse)
+        decode(forged.encode(), refuse)
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------

@@ -1,15 +1,15 @@
 """The program's side, inside its sandbox: defines the program, then computes what it is asked for and says the result.
 
 Nothing here is trusted. It never sees a test or an expected value, so a reply can be nothing but a claim, which the
-tests weigh in a process of their own. Lines of JSON on the standard streams that the process was born with; the program
-itself gets empty input, and its output is thrown away.
+tests weigh in a process of their own. One line a request, one a reply (`wire`), on the standard streams that the
+process was born with; the program itself gets empty input, and its output is thrown away.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -30,35 +30,36 @@ def main() -> None:
     sink.flush()
     for line in source:
         try:
-            reply = {"value": encode(perform(json.loads(line), program, held), lambda value: hold(value, held))}
-            text = json.dumps(reply)
+            what, *request = decode(line.rstrip(b"\n"), lambda where: find(where, program, held))
+            reply = encode(("value", PERFORM[what](program, *request)), lambda value: hold(value, held))
         except BaseException as exc:  # noqa: BLE001  the program may raise anything, SystemExit among it
-            text = json.dumps({"raised": [type(exc).__name__, f"{exc}"[:200]]})
-        sink.write(text.encode() + b"\n")
+            reply = encode(("raised", type(exc).__name__, f"{exc}"[:200]), repr)
+        sink.write(reply + b"\n")
         sink.flush()
 
 
-def perform(request: dict[str, Any], program: ModuleType, held: list[Any]) -> Any:
-    if "define" in request:
-        for source in request["define"]:
-            exec(compile(source, "program", "exec"), program.__dict__)
-        return None
-    name, *rest = request["do"]
-    target, *arguments = (decode(form, lambda where: find(where, program, held)) for form in rest)
-    if name == "call":
-        return target(*arguments[0], **arguments[1])
-    if name == "get":
-        return getattr(target, arguments[0])
-    return setattr(target, *arguments)
+def define(program: ModuleType, *sources: str) -> None:
+    for source in sources:
+        exec(compile(source, "program", "exec"), program.__dict__)
 
 
-def hold(value: Any, held: list[Any]) -> list[Any]:
+PERFORM: dict[str, Callable[..., Any]] = {
+    "define": define,
+    "call": lambda program, target, args, kwargs: target(*args, **kwargs),
+    "get": lambda program, target, name: getattr(target, name),
+    "set": lambda program, target, name, value: setattr(target, name, value),
+}
+
+
+def hold(value: Any, held: list[Any]) -> str:
     held.append(value)
-    return [len(held) - 1, type(value).__name__]
+    return f"{len(held) - 1}:{type(value).__name__}"
 
 
-def find(where: Any, program: ModuleType, held: list[Any]) -> Any:
-    return getattr(program, where) if isinstance(where, str) else held[where[0]]
+def find(where: str, program: ModuleType, held: list[Any]) -> Any:
+    """What a reference stands for: a name of the program's, or something that it gave out before."""
+    index, held_before, _ = where.partition(":")
+    return held[int(index)] if held_before else getattr(program, where)
 
 
 if __name__ == "__main__":

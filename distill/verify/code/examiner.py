@@ -2,13 +2,13 @@
 
 What a test calls is a `Remote`: the arguments go out as plain data, the result comes back as plain data, and the
 comparison happens here, where the program has never been. Tests may loop, draw random numbers (from a fixed seed) and
-allow tolerances; only what cannot be sent makes them unverifiable. Lines of JSON on the standard streams.
+allow tolerances; only what cannot be sent makes them unverifiable. Lines on the standard streams: `ask` with a request
+for the program, whose reply comes in, and `end` with the verdict.
 """
 
 from __future__ import annotations
 
 import builtins
-import json
 import os
 import sys
 from types import ModuleType, TracebackType
@@ -40,28 +40,29 @@ class Channel:
         line = self._source.readline()
         if not line:
             os._exit(1)
-        return json.loads(line)
+        return decode(line.rstrip(b"\n"), lambda where: Remote(self, where))
 
-    def say(self, message: dict[str, Any]) -> None:
-        self._sink.write(json.dumps(message).encode() + b"\n")
+    def say(self, line: bytes) -> None:
+        self._sink.write(line + b"\n")
         self._sink.flush()
 
     def ask(self, what: str, *values: Any) -> Any:
         """The program's own result, or its own exception."""
         try:
-            request = [encode(value, reference) for value in values]
+            request = encode((what, *values), reference)
         except RecursionError as exc:
             raise Unverifiable("an argument is too deep to be sent") from exc
-        self.say({"do": [what, *request]})
-        self.num_replies += 1  # from here on, what goes wrong is the program's doing, its reply not even JSON
-        reply = self.read()
-        if "raised" in reply:
-            name, message = map(str, reply["raised"])
+        self.say(b"ask " + request)
+        self.num_replies += 1  # from here on, what goes wrong is the program's doing, its reply no value at all
+        outcome, *result = self.read()
+        if outcome == "raised":
+            name, message = map(str, result)
             kind = getattr(builtins, name, None)
             if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, NEVER_RAISED):
                 raise kind(message)
             raise ProgramError(f"{name}: {message}")
-        return decode(reply["value"], lambda where: Remote(self, where))
+        (value,) = result
+        return value
 
 
 class ProgramError(Exception):
@@ -71,7 +72,7 @@ class ProgramError(Exception):
 class Remote:
     """A function or an object that lives in the program. It equals nothing, and the program is never asked whether."""
 
-    def __init__(self, channel: Channel, where: Any) -> None:
+    def __init__(self, channel: Channel, where: str) -> None:
         object.__setattr__(self, "_channel", channel)
         object.__setattr__(self, "_where", where)
 
@@ -97,13 +98,12 @@ class Remote:
         raise AssertionError(f"the result is {self!r}, no plain data")
 
     def __repr__(self) -> str:
-        where = self._where
-        return where if isinstance(where, str) else f"<{where[1]}>"
+        return str(self._where.rpartition(":")[2])
 
 
-def reference(value: Any) -> Any:
+def reference(value: Any) -> str:
     if isinstance(value, Remote):
-        return value._where
+        return str(value._where)
     raise Unverifiable(f"an argument of type {type(value).__name__} cannot be sent to the program")
 
 
@@ -157,7 +157,7 @@ def failure(exc: Exception, tests: str) -> str:
 def main() -> None:
     channel = Channel()
     state, detail = examine(channel, channel.read())
-    channel.say({"state": state, "detail": detail[:500]})
+    channel.say(b"end " + encode((state, detail[:500]), repr))
     os._exit(0)
 
 

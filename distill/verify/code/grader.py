@@ -11,7 +11,6 @@ out, and what it writes can only be a result. So it passes by computing what is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -23,7 +22,12 @@ from distill.verify.code import callee, examiner, wire
 
 Result = tuple[VerdictState, str]
 MAX_PROGRAM_CHARS = 200_000
+WAITING = 1.5  # by the clock, for every second of processor time: other programs run as well
 PACKAGES = ("distill", "distill.verify", "distill.verify.code")
+
+
+class Killed(Exception):
+    """SIGKILL ended a program, and not from here: it may have done it to itself, or the machine is out of memory."""
 
 
 class CodeGrader:
@@ -31,7 +35,7 @@ class CodeGrader:
 
     def __init__(self, limits: CodeLimits, *, num_workers: int, sandbox: Sandbox | None = None) -> None:
         self._limits = Limits(
-            wall_s=limits.timeout_s,
+            wall_s=WAITING * limits.timeout_s,
             cpu_s=limits.timeout_s,
             memory_bytes=limits.memory_mib << 20,
             output_bytes=limits.output_mib << 20,
@@ -75,19 +79,22 @@ class CodeGrader:
     def _grade(self, sandbox: Sandbox, metadata: Mapping[str, Any], program: str) -> Result:
         if len(program) > MAX_PROGRAM_CHARS:
             return "wrong", f"{len(program)} characters are no program"
-        for attempt in (1, 2):
-            try:
-                return grade_program(sandbox, metadata, program, self._limits, self._patience)
-            except SandboxFailure as exc:
-                if attempt == 2:
-                    return "infra_error", str(exc)
-        raise AssertionError("unreachable")
+        try:
+            return grade_program(sandbox, metadata, program, self._limits, self._patience)
+        except (SandboxFailure, Killed):
+            pass  # once more: what happens to us once, a program that does it to itself does every time
+        try:
+            return grade_program(sandbox, metadata, program, self._limits, self._patience)
+        except SandboxFailure as exc:
+            return "infra_error", str(exc)
+        except Killed:
+            return "wrong", "killed"
 
 
 def grade_program(
     sandbox: Sandbox, metadata: Mapping[str, Any], program: str, limits: Limits, patience: Limits
 ) -> Result:
-    """State and detail for one program. Raises SandboxFailure; for what the program does, never."""
+    """State and detail for one program. Raises SandboxFailure where it is our fault, Killed where it may be."""
     if metadata.get("cases"):
         return _grade_cases(sandbox, metadata["cases"], program, limits)
     if not metadata.get("tests"):
@@ -95,7 +102,7 @@ def grade_program(
     tests = {key: metadata.get(key) or default for key, default in TEST_FIELDS.items()}
     with_program = _start(sandbox, callee, limits)
     try:
-        defined = with_program.exchange(_line({"define": [tests.pop("prelude"), program]}))
+        defined = with_program.exchange(wire.encode(("define", tests.pop("prelude"), program), repr))
         if defined is None:
             return _ended(with_program)
         if fault := _raised(defined):
@@ -114,22 +121,25 @@ TEST_FIELDS: dict[str, Any] = {"tests": "", "setup": "", "prelude": "", "entry_p
 
 def _examine(program: SandboxedProgram, tests: SandboxedProgram, request: dict[str, Any]) -> Result:
     asked = False
-    said = tests.exchange(_line(request))
+    said = tests.exchange(wire.encode(request, repr))
     while said is not None:
-        message = json.loads(said)
-        if "state" in message:
-            return message["state"], message["detail"]
-        reply = program.exchange(said)
+        what, _, content = said.partition(b" ")
+        if what == b"end":
+            state, detail = wire.decode(content, str)
+            return state, detail
+        reply = program.exchange(content)
         if reply is None:
             return _ended(program)
         asked = True
         said = tests.exchange(reply)
-    if tests.timed_out:
-        return ("timeout", "what the program gives takes too long to compare") if asked else NO_END
-    return ("wrong", "the program's result cannot be taken in") if asked else NO_END
-
-
-NO_END: Result = ("unverifiable", "the tests end without a verdict")
+    outcome = tests.finish()
+    if outcome.killed:
+        raise SandboxFailure("the tests were killed from outside", where="sandbox")
+    if not asked:
+        return "unverifiable", "the tests end without a verdict"
+    if outcome.how in ("wall_time", "cpu_time"):
+        return "timeout", "what the program gives takes too long to compare"
+    return "wrong", "the program's result cannot be taken in"
 
 
 def _grade_cases(sandbox: Sandbox, cases: Sequence[Mapping[str, Any]], program: str, limits: Limits) -> Result:
@@ -161,6 +171,8 @@ def _ended(program: SandboxedProgram) -> Result:
 
 
 def _verdict_on_end(outcome: Outcome) -> Result:
+    if outcome.killed:
+        raise Killed
     if outcome.how in ("wall_time", "cpu_time"):
         return "timeout", "out of time"
     if outcome.how == "output":
@@ -172,11 +184,7 @@ def _verdict_on_end(outcome: Outcome) -> Result:
 def _raised(reply: bytes) -> str | None:
     """What the program raised while it was defined, or None."""
     try:
-        message = json.loads(reply)
-        return None if "raised" not in message else ": ".join(map(str, message["raised"]))[:300]
+        outcome, *said = wire.decode(reply, str)
     except (ValueError, TypeError, RecursionError):
         return "talks nonsense"
-
-
-def _line(message: dict[str, Any]) -> bytes:
-    return json.dumps(message).encode()
+    return ": ".join(map(str, said))[:300] if outcome == "raised" else None

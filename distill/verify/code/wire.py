@@ -1,112 +1,145 @@
-"""Values as JSON, between a program in its sandbox and the tests in theirs: plain data with its exact types.
+"""Values as one line of text, between a program in its sandbox and the tests in theirs: plain data, exact types.
 
 What arrives is made of the built-in types themselves, whatever the sender's classes say of equality, hash or truth:
 that is the whole point. A value that is not plain data stays where it is and travels as a reference. The module is sent
-into sandboxes and imports the standard library alone.
+into sandboxes and imports next to nothing: `json` alone takes an interpreter as long as its own start.
 
-    None, booleans, strings, floats, small integers, lists    themselves
-    everything else                                           {tag: content}, one key
+Tokens are separated by spaces and begin with a letter for their kind; a container's says how many tokens of its own
+follow it: `[1, "a b"]` is `l2 i1 sa\\x20b`.
 """
 
 from __future__ import annotations
 
 import builtins
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 MAX_ITEMS = 1_000_000  # of an iterator, which may have no end
-SMALL = 1 << 62
 
 
-def encode(value: Any, hold: Callable[[Any], Any]) -> Any:
-    """JSON for `value`; `hold` gives the reference for what is not plain data, or raises."""
+def encode(value: Any, hold: Callable[[Any], str]) -> bytes:
+    """One line, without its end. `hold` names what is not plain data, or raises."""
+    tokens: list[str] = []
+    _write(value, tokens.append, hold)
+    return " ".join(tokens).encode("ascii")
+
+
+def decode(line: bytes, held: Callable[[str], Any]) -> Any:
+    """The value again; `held` gives what a name stands for. Raises ValueError for what `encode` never wrote."""
+    tokens = iter(line.decode("ascii").split(" "))
+    try:
+        value = _read(tokens, held)
+    except (TypeError, KeyError, ArithmeticError) as exc:  # what cannot be hashed, no such type, a fraction over zero
+        raise ValueError("not a value") from exc
+    if next(tokens, None) is not None:
+        raise ValueError("more than a value")
+    return value
+
+
+def _write(value: Any, add: Callable[[str], None], hold: Callable[[Any], str]) -> None:
+    kind: Any = type(value)
     if value is None or value is True or value is False:
-        return value
-    kind: type = type(value)
+        add(str(value)[0])
     # Methods of the base class, not of the value: a subclass is taken for what it is underneath.
-    if issubclass(kind, int):
-        number = int.__pos__(value)
-        return number if -SMALL < number < SMALL else {"int": hex(number)}
-    if issubclass(kind, float):
-        return float.__pos__(value)
-    if issubclass(kind, str):
-        return str.__str__(value)
-    for base, tag in CONTAINERS:
-        if issubclass(kind, base):
-            items = [encode(item, hold) for item in base.__iter__(value)]
-            return items if tag is None else {tag: items}
-    if issubclass(kind, dict):
-        return {"dict": [[encode(key, hold), encode(item, hold)] for key, item in dict.items(value)]}
-    if issubclass(kind, (bytes, bytearray)):
-        return {"bytearray" if issubclass(kind, bytearray) else "bytes": bytes(value).hex()}
-    if issubclass(kind, complex):
-        return {"complex": [value.real, value.imag]}
-    if kind is range:
-        return {"range": [encode(number, hold) for number in (value.start, value.stop, value.step)]}
-    if kind.__module__ in ("decimal", "_decimal", "fractions") and kind.__name__ in ("Decimal", "Fraction"):
-        return {kind.__name__: str(value)}
-    if hasattr(kind, "__next__"):
-        return {"iterator": [encode(item, hold) for item, _ in zip(value, range(MAX_ITEMS), strict=False)]}
-    if kind is type and vars(builtins).get(name := str(getattr(value, "__name__", ""))) is value:
-        return {"type": name}
-    if kind in VIEWS:
-        return {VIEWS[kind]: [encode(item, hold) for item in value]}
-    return {"held": hold(value)}
+    elif issubclass(kind, int):
+        add(f"i{int.__pos__(value):x}")
+    elif issubclass(kind, float):
+        add("f" + float.hex(value))
+    elif issubclass(kind, str):
+        add("s" + _escaped(str.__str__(value)))
+    elif tag := next((tag for tag, (base, _) in CONTAINERS.items() if issubclass(kind, base)), None):
+        _write_items(tag, list(CONTAINERS[tag][0].__iter__(value)), add, hold)
+    elif issubclass(kind, dict):
+        _write_items("d", [part for item in dict.items(value) for part in item], add, hold)
+    elif issubclass(kind, (bytes, bytearray)):
+        add(("B" if issubclass(kind, bytearray) else "b") + bytes(value).hex())
+    elif issubclass(kind, complex):
+        add(f"c{float.hex(value.real)},{float.hex(value.imag)}")
+    elif kind is range:
+        add(f"r{value.start:x},{value.stop:x},{value.step:x}")
+    elif kind.__module__ in ("decimal", "_decimal", "fractions") and kind.__name__ in ("Decimal", "Fraction"):
+        add(kind.__name__[0] + str(value))
+    elif hasattr(kind, "__next__"):
+        _write_items("n", [item for item, _ in zip(value, range(MAX_ITEMS), strict=False)], add, hold)
+    elif kind is type and value in TYPES.values():
+        add("y" + next(name for name, known in TYPES.items() if known is value))
+    elif kind in VIEWS:
+        _write_items(VIEWS[kind], list(value), add, hold)
+    else:
+        add("h" + _escaped(hold(value)))
 
 
-def decode(form: Any, held: Callable[[Any], Any]) -> Any:
-    """The value again; `held` gives what a reference stands for. Raises ValueError for what `encode` never wrote."""
-    if isinstance(form, list):
-        return [decode(item, held) for item in form]
-    if not isinstance(form, dict):
-        return form
-    if len(form) != 1:
-        raise ValueError("not a value")
-    ((tag, content),) = form.items()
+def _write_items(tag: str, items: list[Any], add: Callable[[str], None], hold: Callable[[Any], str]) -> None:
+    add(f"{tag}{len(items)}")
+    for item in items:
+        _write(item, add, hold)
+
+
+def _read(tokens: Iterator[str], held: Callable[[str], Any]) -> Any:
+    token = next(tokens, "")
+    tag, content = token[:1], token[1:]
     if tag in MAKERS:
-        if not isinstance(content, list):
-            raise ValueError("not a value")
-        return MAKERS[tag](decode(item, held) for item in content)
-    if tag == "dict":
-        return {decode(key, held): decode(item, held) for key, item in content}
-    if tag == "int":
-        return int(content, 16)
-    if tag in ("bytes", "bytearray"):
-        return bytes.fromhex(content) if tag == "bytes" else bytearray.fromhex(content)
-    if tag == "complex":
-        return complex(*map(float, content))
-    if tag == "range":
-        return range(*(decode(number, held) for number in content))
-    if tag == "Decimal":
-        from decimal import Decimal
-
-        return Decimal(content)
-    if tag == "Fraction":
-        from fractions import Fraction
-
-        return Fraction(content)
-    if tag == "type" and isinstance(found := getattr(builtins, content, None), type):
-        return found
-    if tag == "held":
-        return held(content)
+        return MAKERS[tag]([_read(tokens, held) for _ in range(int(content))])
+    if tag == "s":
+        return _plain(content)
+    if tag == "h":
+        return held(_plain(content))
+    if tag in READERS:
+        return READERS[tag](content)
     raise ValueError("not a value")
 
 
-CONTAINERS: tuple[tuple[Any, str | None], ...] = (
-    (list, None),
-    (tuple, "tuple"),
-    (set, "set"),
-    (frozenset, "frozenset"),
-    (deque, "deque"),
-)
-MAKERS: dict[str, Callable[[Any], Any]] = {
-    "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
-    "deque": deque,
-    "iterator": lambda items: iter(list(items)),
-    "keys": lambda items: dict.fromkeys(items).keys(),
-    "values": lambda items: dict(enumerate(items)).values(),
+def _escaped(text: str) -> str:
+    return text.encode("unicode_escape").decode("ascii").replace(" ", "\\x20")
+
+
+def _plain(text: str) -> str:
+    return text.encode("ascii").decode("unicode_escape")
+
+
+def _dict(parts: list[Any]) -> dict[Any, Any]:
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _decimal(text: str) -> Any:
+    from decimal import Decimal
+
+    return Decimal(text)
+
+
+def _fraction(text: str) -> Any:
+    from fractions import Fraction
+
+    return Fraction(text)
+
+
+TYPES: dict[str, type] = {name: value for name, value in vars(builtins).items() if type(value) is type}
+CONTAINERS: dict[str, tuple[Any, Callable[[list[Any]], Any]]] = {
+    "l": (list, list),
+    "t": (tuple, tuple),
+    "e": (set, set),
+    "z": (frozenset, frozenset),
+    "q": (deque, deque),
 }
-VIEWS: dict[type, str] = {type({}.keys()): "keys", type({}.items()): "keys", type({}.values()): "values"}
+VIEWS: dict[type, str] = {type({}.keys()): "k", type({}.items()): "k", type({}.values()): "v"}
+MAKERS: dict[str, Callable[[list[Any]], Any]] = {
+    **{tag: make for tag, (_, make) in CONTAINERS.items()},
+    "d": _dict,
+    "n": iter,
+    "k": lambda items: dict.fromkeys(items).keys(),
+    "v": lambda items: dict(enumerate(items)).values(),
+}
+READERS: dict[str, Callable[[str], Any]] = {
+    "N": lambda text: None,
+    "T": lambda text: True,
+    "F": lambda text: False if not text else _fraction(text),
+    "i": lambda text: int(text, 16),
+    "f": float.fromhex,
+    "b": bytes.fromhex,
+    "B": bytearray.fromhex,
+    "c": lambda text: complex(*map(float.fromhex, text.split(","))),
+    "r": lambda text: range(*(int(part, 16) for part in text.split(","))),
+    "D": _decimal,
+    "y": lambda text: TYPES[text],
+}
