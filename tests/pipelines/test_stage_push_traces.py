@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -205,8 +206,10 @@ def push(world: Path, endpoint: str, *more: str, token: str = TOKEN, **environme
 
 
 @pytest.mark.slow
-def test_what_arrives_is_what_was_laid_out_and_the_token_is_nowhere(tmp_path: Path) -> None:
-    write_run(tmp_path)
+def test_what_arrives_is_what_was_laid_out_and_the_token_is_nowhere(world: Path, tmp_path: Path) -> None:
+    shutil.copy(world / "recipe.yaml", tmp_path)
+    for stage in ("generate", "curate"):
+        shutil.copytree(world / "runs/t" / stage, tmp_path / "runs/t" / stage)
     layout = tmp_path / "runs/t/push-traces/layout/dataset"
     canary = "hf_canary_0123456789"
     with loopback_hub(tmp_path / "hub") as hub:
