@@ -71,7 +71,7 @@ def remembered(candidate: Candidate, position: int) -> Sample:
     return Sample(
         position=position,
         key=trace.key,
-        problem_id=trace.problem_id,
+        problem_id=problem.id,  # one text for all its samples
         sample_index=trace.sample_index,
         source=problem.source,
         num_tokens=trace.num_tokens,
