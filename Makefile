@@ -28,7 +28,7 @@ help: ## Show this list
 
 setup: $(STAMP) ## Build .venv (CPU torch where no GPU is seen)
 
-setup-vllm: $(STAMP) $(STAMP_VLLM) ## Add vLLM's CPU build to .venv, for serving and for the tests marked vllm
+setup-vllm: $(STAMP) $(STAMP_VLLM) ## Add vLLM's CPU build and Ray to .venv, for serving and for the tests marked vllm and ray
 
 $(STAMP): pyproject.toml requirements.lock pipelines/setup.sh
 	@pipelines/setup.sh core
@@ -60,8 +60,8 @@ push: $(STAMP) ## Push a student of RECIPE to the Hub (DRY_RUN=1 only shows what
 push-traces: $(STAMP) ## Push the traces of RECIPE to the Hub as a data set (DRY_RUN=1 only lays it out)
 	@$(POTSTILL) push-traces $(RECIPE) $(OPTIONS) $(if $(DRY_RUN),--dry-run)
 
-serve: $(STAMP) ## Serve the teacher of RECIPE over an OpenAI-compatible HTTP API
-	@$(POTSTILL) serve $(RECIPE) $(foreach s,$(SET),--set '$(s)')
+serve: $(STAMP) ## Serve the teacher of RECIPE over an OpenAI-compatible HTTP API (DRY_RUN=1: vLLM's commands)
+	@$(POTSTILL) serve $(RECIPE) $(foreach s,$(SET),--set '$(s)') $(if $(DRY_RUN),--dry-run)
 
 doctor: $(STAMP) ## Check this machine and RECIPE before anything runs
 	@$(POTSTILL) doctor $(RECIPE) $(foreach s,$(SET),--set '$(s)')

@@ -217,7 +217,23 @@ class VllmTeacher(ServedTeacher, VllmServing):
         return self
 
 
-TeacherConfig = Annotated[NativeTeacher | OpenAITeacher | VllmTeacher, Field(discriminator="backend")]
+class RayTeacher(ServedTeacher, VllmServing):
+    """Many replicas over a Ray cluster: each a vLLM server on its node, or one endpoint of a pool.
+
+    With `base_urls` nothing is started: `model` is then the name under which all of them serve it.
+    """
+
+    backend: Literal["ray"] = "ray"
+    model: str = Field(description="checkpoint folder (on every node), a repository of the Hub, or the served name")
+    revision: str = "main"
+    address: str | None = Field(None, description="of a running cluster; none: Ray starts on this machine")
+    base_urls: tuple[str, ...] = Field((), description="a pool of endpoints, instead of servers of our own")
+    num_replicas: int = Field(1, ge=1, description="servers to start")
+    cpus_per_replica: float = Field(1, ge=0)
+    gpus_per_replica: float = Field(0, ge=0)
+
+
+TeacherConfig = Annotated[NativeTeacher | OpenAITeacher | VllmTeacher | RayTeacher, Field(discriminator="backend")]
 
 
 class AdaptiveSampling(Config):

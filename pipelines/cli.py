@@ -1,8 +1,8 @@
 """The command line, and the only module that prints.
 
     potstill run|generate|distill|eval|compare RECIPE [--set a.b=value] [--out runs]
-    potstill push|push-traces RECIPE [--dry-run]     potstill serve RECIPE     potstill doctor [RECIPE]
-    potstill zoo list|show     potstill pico teacher|bases     potstill ledger merge OUT IN...
+    potstill push|push-traces|serve RECIPE [--dry-run]     potstill doctor [RECIPE]     potstill zoo list|show
+    potstill pico teacher|bases     potstill ledger merge OUT IN...
 
 Results go to standard output, progress and errors to standard error. A fault is one line and an exit code of
 `distill.errors`; Ctrl-C exits with 130 and SIGTERM with 75, both after what is done so far has been kept.
@@ -109,14 +109,21 @@ def push_traces(
 def serve(
     recipe: RecipePath,
     set_: Overrides = [],
-    host: Annotated[str, typer.Option(help="address to bind; the server has no authentication")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="address to bind; a native server has no authentication")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free one")] = 8000,
+    node_rank: Annotated[int, typer.Option(min=0, help="which node of a vLLM plan this one is")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print every node's vLLM command, start nothing")] = False,
 ) -> None:
     """Serve the recipe's teacher over an OpenAI-compatible HTTP API."""
-    from pipelines.serving import serve_teacher
+    from pipelines.serving import launch_plan, serve_teacher
 
     with _naming(recipe):
-        serve_teacher(_load(recipe, set_), host=host, port=port, announce=typer.echo)
+        if dry_run:
+            for command in launch_plan(_load(recipe, set_), host=host, port=port):
+                typer.echo(command)
+        else:
+            loaded = _load(recipe, set_)
+            serve_teacher(loaded, host=host, port=port, announce=typer.echo, node_rank=node_rank)
 
 
 @app.command()

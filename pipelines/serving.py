@@ -1,23 +1,34 @@
-"""`potstill serve`: the recipe's teacher behind the HTTP API of `teacher.serve`."""
+"""`potstill serve`: the recipe's teacher behind an HTTP API. The native one in this process, by `teacher.serve`; a vLLM
+one as a server of this node that is watched, and started again where it dies, until a signal ends it."""
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from distill.errors import EnvironmentFault, RecipeError
-from distill.recipe import NativeTeacher, Recipe
+from distill.errors import EnvironmentFault, Preempted, RecipeError
+from distill.recipe import NativeTeacher, Recipe, VllmTeacher
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def serve_teacher(recipe: Recipe, *, host: str, port: int, announce: Callable[[str], object]) -> None:
-    """Load the teacher, bind, announce the address and serve until SIGINT or SIGTERM.
+def serve_teacher(
+    recipe: Recipe, *, host: str, port: int, announce: Callable[[str], object], node_rank: int = 0
+) -> None:
+    """Serve until SIGINT or SIGTERM; `announce` is told the address. `node_rank`: which node of a vLLM plan this is.
 
     Raises RecipeError for a teacher that is itself an endpoint, EnvironmentFault where the address cannot be bound.
     """
     config = recipe.teacher
+    if isinstance(config, VllmTeacher):
+        _serve_vllm(config, host=host, port=port, announce=announce, node_rank=node_rank)
+        return
     if not isinstance(config, NativeTeacher):
-        raise RecipeError("only a native teacher can be served", where="recipe", field="teacher.backend")
+        raise RecipeError("only a native or a vllm teacher can be served", where="recipe", field="teacher.backend")
+    if node_rank:
+        raise RecipeError(f"a native teacher has one node, got {node_rank}", where="--node-rank")
     listener = _bind(host, port)
 
     from teacher.backends import open_teacher
@@ -28,6 +39,54 @@ def serve_teacher(recipe: Recipe, *, host: str, port: int, announce: Callable[[s
     app = build_app(teacher, model=name, sampling=recipe.generate.sampling, max_batch=config.batch_size)
     address = f"{host}:{listener.getsockname()[1]}"
     serve(app, listener, ready=lambda: announce(f"serving {name!r} on http://{address}/v1"))
+
+
+def launch_plan(recipe: Recipe, *, host: str, port: int) -> list[str]:
+    """The command of every node of a vLLM teacher, one line each, after checking its flags with the installed vLLM.
+
+    Raises RecipeError for another backend and for a flag that this vLLM does not know, EnvironmentFault without vLLM.
+    """
+    from teacher.backends.vllm_launch import check_flags, installed_flags, installed_version, is_cpu_build, plan
+
+    config = recipe.teacher
+    if not isinstance(config, VllmTeacher):
+        raise RecipeError("only a vllm teacher has a launch plan", where="recipe", field="teacher.backend")
+    version = installed_version()
+    local = Path(config.model).is_dir()
+    # A plan for a Hub model is for GPU nodes, wherever it is printed.
+    launches = plan(config, host=host, port=port or 8000, on_cpu=is_cpu_build(version) and local)
+    check_flags(launches, installed_flags(), version)
+    return [launch.shell(config.api_key_env) for launch in launches]
+
+
+def _serve_vllm(
+    config: VllmTeacher, *, host: str, port: int, announce: Callable[[str], object], node_rank: int
+) -> None:
+    from teacher.backends.vllm import located, make_server, served_name
+    from teacher.backends.vllm_launch import installed_version
+
+    version = installed_version()
+    if node_rank >= config.num_nodes:
+        raise RecipeError(f"the plan has nodes 0 to {config.num_nodes - 1}, got {node_rank}", where="--node-rank")
+    key = os.environ.get(config.api_key_env, "")
+    if host not in LOOPBACK and not key and node_rank == 0:
+        message = f"{host} can be reached from outside: set a key in ${config.api_key_env}"
+        raise RecipeError(message, where="--host")
+    if node_rank == 0 and port:
+        _bind(host, port).close()
+    config = located(config, Path.cwd())
+    server = make_server(config, version, key=key, log=None, host=host, port=port or None, node_rank=node_rank)
+    head = node_rank == 0
+    try:
+        server.start(wait=head)
+        while True:
+            announce(f"serving {served_name(config.model)!r} on {server.url}/v1" if head else f"node {node_rank} is up")
+            server.wait()
+            server.restart(wait=head)
+    except (Preempted, KeyboardInterrupt):
+        pass
+    finally:
+        server.stop()
 
 
 def _bind(host: str, port: int) -> socket.socket:

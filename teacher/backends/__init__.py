@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.recipe import NativeTeacher, TeacherConfig, VllmTeacher
+from distill.recipe import NativeTeacher, RayTeacher, TeacherConfig, VllmTeacher
 
 if TYPE_CHECKING:
     from distill.progress import Progress
@@ -33,6 +33,10 @@ def open_teacher(
         from teacher.backends.vllm import open_vllm
 
         return open_vllm(config, base_dir=base_dir, log_dir=log_dir, progress=progress)
+    if isinstance(config, RayTeacher):
+        from teacher.backends.ray import open_ray
+
+        return open_ray(config, base_dir=base_dir, log_dir=log_dir)
     from teacher.backends.openai import OpenAICompatibleTeacher
 
     return OpenAICompatibleTeacher(config)

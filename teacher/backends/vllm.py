@@ -14,6 +14,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +79,8 @@ class VllmBackend:
         self._log = log
         self._progress = progress
         self._server: Server | None = None
+        self._client: OpenAICompatibleTeacher | None = None
+        self._lock = threading.Lock()
 
     @cached_property
     def identity(self) -> TeacherIdentity:
@@ -98,8 +101,8 @@ class VllmBackend:
         while waiting:
             server = self._running()
             try:
-                client = self.client(server)
-                with contextlib.closing(client.generate(list(waiting.values()), sampling)) as stream:
+                self._client = self.client(server)
+                with contextlib.closing(self._client.generate(list(waiting.values()), sampling)) as stream:
                     for completion in stream:
                         request = completion.request
                         if waiting.pop((request.problem.id, request.sample_index), None) is not None:
@@ -107,7 +110,13 @@ class VllmBackend:
             except EnvironmentFault:
                 if server.alive:
                     raise
-                server.restart()
+                with self._lock:
+                    if not server.alive:  # else another caller of `generate` was first
+                        server.restart()
+
+    def facts(self) -> dict[str, str | float]:
+        """The client's, for the progress bar."""
+        return self._client.facts() if self._client is not None else {}
 
     def client(self, server: Server) -> OpenAICompatibleTeacher:
         settings = client_settings(self.config, f"{server.url}/v1", served_name(self.config.model))
@@ -119,6 +128,10 @@ class VllmBackend:
             self._server.stop()
 
     def _running(self) -> Server:
+        with self._lock:
+            return self._server or self._start()
+
+    def _start(self) -> Server:
         if self._server is None:
             server = make_server(self.config, self.version, key=self._key, log=self._log, progress=self._progress)
             server.start()
@@ -178,9 +191,10 @@ def vllm_identity(config: VllmTeacher, version: str) -> TeacherIdentity:
             backend="vllm",
             backend_version=engine,
         )
-    if config.system_prompt is None:
+    asked = [config.system_prompt, config.extra_body, config.budget_forcing, config.think_prefilled]
+    if asked == [None, {}, "completions", True]:
         return identity
-    return identity.model_copy(update={"template": content_id([identity.template, config.system_prompt])})
+    return identity.model_copy(update={"template": content_id([identity.template, *asked])})
 
 
 def is_repository(model: str, base_dir: Path) -> bool:

@@ -9,7 +9,9 @@ Several nodes: node 0 answers HTTP and holds the first ranks, the others run wit
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -23,7 +25,10 @@ from pathlib import Path
 from packaging.version import Version
 
 from distill.errors import EnvironmentFault, RecipeError, nearest
+from distill.manifest import write_atomically
 from distill.recipe import FlagValue, VllmServing, VllmTeacher
+from distill.records import content_id
+from teacher.backends.folder import cache_folder
 
 VERSION_FLOOR = "0.22.0"
 KEY_VARIABLE = "VLLM_API_KEY"
@@ -151,7 +156,22 @@ def startup_timeout_s(config: VllmServing, model: str) -> float:
 
 
 def installed_flags() -> dict[str, tuple[str, ...]]:
-    """Every flag of `vllm serve` with its choices (none: any value), as its help tells. Takes half a minute."""
+    """Every flag of `vllm serve` with its choices (none: any value), as its help tells.
+
+    That takes half a minute, once an installation: the answer is kept in the cache folder.
+    """
+    spec = importlib.util.find_spec("vllm")
+    origin = Path(spec.origin) if spec is not None and spec.origin is not None else Path(sys.prefix)
+    known_as = content_id([installed_version(), str(origin), origin.stat().st_mtime_ns])
+    kept = cache_folder() / "vllm-flags" / f"{known_as}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return {name: tuple(choices) for name, choices in json.loads(kept.read_text(encoding="utf-8")).items()}
+    flags = _ask_flags()
+    write_atomically(kept, json.dumps(flags))
+    return flags
+
+
+def _ask_flags() -> dict[str, tuple[str, ...]]:
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "--help=all"]
     environment = {**os.environ, "COLUMNS": "200", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     try:

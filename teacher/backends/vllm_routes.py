@@ -1,11 +1,13 @@
-"""What a vLLM server of ours answers: generation, its model list, its version, its health. Everything else is 404.
+"""What a vLLM server of ours answers: generation, tokens, its model list, version and health. Everything else is 404.
 
 vLLM's key covers `/v1` alone, while its other routes tell of the machine, scale the engine or run other APIs. This is
-given to `vllm serve --middleware` and lies around all of them.
+given to `vllm serve --middleware` and lies around all of them. /tokenize, which budget forcing asks, takes the key.
 """
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -16,6 +18,7 @@ ALLOWED = {
     "/v1/models",
     "/version",
 }
+KEYED = {"/tokenize"}  # beyond what vLLM itself guards
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -29,7 +32,7 @@ class AllowList:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in ALLOWED):
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and _is_allowed(scope)):
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
@@ -37,3 +40,10 @@ class AllowList:
             headers = [(b"content-type", b"application/json")]
             await send({"type": "http.response.start", "status": 404, "headers": headers})
             await send({"type": "http.response.body", "body": b'{"error":{"message":"no such route"}}'})
+
+
+def _is_allowed(scope: Message) -> bool:
+    if scope["path"] not in KEYED:
+        return scope["path"] in ALLOWED
+    given = dict(scope["headers"]).get(b"authorization", b"")
+    return secrets.compare_digest(given, b"Bearer " + os.environ.get("VLLM_API_KEY", "").encode())

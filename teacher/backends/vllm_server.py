@@ -101,7 +101,7 @@ class Server:
             raise
         threading.Thread(target=self._watch, args=(self._keeper, self._stopped), daemon=True).start()
 
-    def restart(self) -> None:
+    def restart(self, *, wait: bool = True) -> None:
         """Start it again after it died. Raises EnvironmentFault where that was done too often already."""
         why = f"ended with {self._status()}" if not self._silent else f"was silent for {MAX_SILENCE_S:g} s"
         self.stop()
@@ -109,7 +109,7 @@ class Server:
             message = f"{self.name} {why} and was started again {self._max_restarts} times already{self._last_words()}"
             raise EnvironmentFault(message, where=self.log)
         self._restarts_left -= 1
-        self.start()
+        self.start(wait=wait)
 
     def stop(self) -> None:
         """End it and all that it started; returns when they are gone."""

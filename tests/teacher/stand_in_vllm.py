@@ -4,7 +4,7 @@ Installed as a package `vllm` in a folder of its own, so that the backend starts
 with the request's seed. `STAND_IN_DIES_AFTER=n`: every life ends with its n-th completion; `STAND_IN_LIVES=m`: from
 the m-th life on it lives; `STAND_IN_HANGS=1`: the first life stops answering at its third completion;
 `STAND_IN_SLOW=1`: never healthy; `STAND_IN_DAUGHTER=file`: starts a process in a session of its own that ignores
-SIGTERM, and writes its id into the file.
+SIGTERM, and writes its id into the file. `STAND_IN_DELAY_S`: what a completion takes.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+VERSION = "0.31.0"
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 
 
@@ -51,6 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         if dies_after and number >= int(dies_after) and self.life < lives:
             say(f"RuntimeError: engine died, the key was {os.environ['VLLM_API_KEY']}")
             os._exit(3)
+        time.sleep(float(os.environ.get("STAND_IN_DELAY_S", "0")))
         message = {"role": "assistant", "content": f"seed {payload['seed']}</think>x"}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
@@ -96,6 +100,23 @@ def say(line: str) -> None:
 class Listener(ThreadingHTTPServer):
     request_queue_size = 128
     daemon_threads = True
+
+
+def install_stand_in(folder: Path) -> Path:
+    """Write the package below `folder`; the result belongs first on the path."""
+    program = folder / "packages" / "vllm" / "entrypoints" / "cli"
+    program.mkdir(parents=True)
+    for package in (program.parent.parent, program.parent, program):
+        (package / "__init__.py").touch()
+    shutil.copy(__file__, program / "main.py")
+    write_version(folder / "packages", VERSION)
+    return folder / "packages"
+
+
+def write_version(packages: Path, version: str) -> None:
+    metadata = packages / f"vllm-{VERSION}.dist-info"
+    metadata.mkdir(exist_ok=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stand_in_vllm import install_stand_in, write_version
 from v3_models import tiny_config, write_model_folder
 
 from distill.errors import CheckpointError, EnvironmentFault, RecipeError
@@ -38,23 +38,11 @@ CANARY = "sk-canary-4711"
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The package `vllm` of this test: its folder is first on the path, its version 0.31.0."""
-    packages = tmp_path / "packages"
-    program = packages / "vllm" / "entrypoints" / "cli"
-    program.mkdir(parents=True)
-    for package in (packages / "vllm", program.parent, program):
-        (package / "__init__.py").touch()
-    shutil.copy(Path(__file__).with_name("stand_in_vllm.py"), program / "main.py")
-    write_version(packages, "0.31.0")
+    packages = install_stand_in(tmp_path)
     monkeypatch.syspath_prepend(str(packages))
     monkeypatch.setenv("STAND_IN_FOLDER", str(tmp_path))
     monkeypatch.setattr(vllm_server, "GRACE_S", 1.0)
     return packages
-
-
-def write_version(packages: Path, version: str) -> None:
-    metadata = packages / "vllm-0.31.0.dist-info"
-    metadata.mkdir(exist_ok=True)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
 
 
 @pytest.fixture
