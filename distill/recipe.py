@@ -375,6 +375,12 @@ class VerifyConfig(Config):
     memory_mib: int = Field(1_024, ge=128, description="that grading one answer may take beside the graders' own")
     code: CodeLimits = CodeLimits()
     judge: JudgeConfig | None = Field(None, description="none: problems whose grader is `judge` stay unverifiable")
+    relabel: Literal["never", "majority"] = Field(
+        "never",
+        description="take the majority's answer for a reference that is suspected; never of procedural problems",
+    )
+    suspect_min_samples: int = Field(4, ge=2, description="graded answers, none correct, before it is suspected")
+    suspect_min_share: float = Field(0.75, gt=0.5, le=1, description="of these answers that must be the same")
 
 
 # --- students ---------------------------------------------------------------------------------------------------------

@@ -150,6 +150,7 @@ class Verdict(Record):
     state: VerdictState
     extracted: str | None = None
     detail: str = ""
+    relabelled: bool = Field(False, description="correct by the majority of the samples, against the given reference")
 
     @property
     def correct(self) -> bool:
@@ -164,6 +165,7 @@ class Example(Record):
     problem_id: str
     trace_key: str | None
     source: str
+    relabelled: bool = Field(False, description="its reference was suspected and replaced by the majority's answer")
 
     @cached_property
     def id(self) -> str:

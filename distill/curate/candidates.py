@@ -19,10 +19,11 @@ class GradedTrace(Record):
     state: VerdictState
     extracted: str | None
     detail: str
+    relabelled: bool = False
 
     @property
     def verdict(self) -> Verdict:
-        return Verdict(state=self.state, extracted=self.extracted, detail=self.detail)
+        return Verdict(state=self.state, extracted=self.extracted, detail=self.detail, relabelled=self.relabelled)
 
 
 class Dropped(Record):

@@ -121,7 +121,12 @@ def outcomes(
             name, reason = dropped[position]
             yield candidate, Dropped(key=trace.key, problem_id=trace.problem_id, filter=name, detail=reason)
             continue
-        fields = {"question": problem.prompt, "problem_id": trace.problem_id, "source": problem.source}
+        fields = {
+            "question": problem.prompt,
+            "problem_id": trace.problem_id,
+            "source": problem.source,
+            "relabelled": verdict.relabelled,
+        }
         yield candidate, Example(completion=trace.text, trace_key=trace.key, **fields)
         answer = problem.answer if problem.answer is not None else verdict.extracted
         if answer is not None and problem.id not in answered:

@@ -22,6 +22,7 @@ from distill.verify.judge import judge_settings
 # Part of every verdict's key. Raise it when the same answer would get another verdict from our own code.
 GRADING_VERSION = 2
 GRADERS = ("math-verify", "reasoning-gym", "sympy")
+AFTERWARDS = {"relabel", "suspect_min_samples", "suspect_min_share"}  # what is made of verdicts that are there
 # How fast, how patiently and at what price a judge is asked changes nothing of what it says.
 SPEED = {"batch_size", "max_concurrency", "timeout_s", "idle_timeout_s", "stream", "max_retries", "api_key_env"}
 SPEED |= {"startup_timeout_s", "max_restarts", "num_nodes", "head_address", "rpc_port"}
@@ -37,7 +38,7 @@ def grading_settings(config: VerifyConfig, judge: Teacher | None = None) -> dict
     """
     versions = {name: importlib.metadata.version(name) for name in GRADERS}
     settings: dict[str, Any] = {
-        **config.model_dump(mode="json", exclude={"num_workers", "judge"}),
+        **config.model_dump(mode="json", exclude={"num_workers", "judge", *AFTERWARDS}),
         "grader_versions": {"potstill": str(GRADING_VERSION), **versions},
     }
     if config.judge is not None:
@@ -78,8 +79,7 @@ class KeptVerdicts:
                 yield known[key]
                 continue
             verdict = next(made)
-            if verdict.state != "infra_error":  # ours: the next run tries again
-                self._waiting.append((key, grading, verdict))
+            self._waiting.append((key, grading, verdict))
             if len(self._waiting) >= FLUSH_VERDICTS or time.monotonic() - self._flushed > FLUSH_S:
                 self._flush()
             yield verdict

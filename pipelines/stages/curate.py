@@ -2,6 +2,7 @@
 
 R/curate/verify/            the grading, a stage of its own: other filters need no new grading
 R/curate/verdicts.parquet   one verdict a trace, in the order of the traces
+R/curate/audit.json         what a second grader says of them, and references that no answer agrees with
 R/curate/examples.parquet   what students learn from;  direct.parquet: the same questions with bare answers
 R/curate/funnel.json        what each filter let through, with examples of what it did not
 R/curate/dropped.parquet    every trace that is no example: key, filter, detail
@@ -31,12 +32,13 @@ from distill.recipe import Recipe, VerifyConfig
 from distill.records import Example, Problem, Record, StageManifest, Trace, Verdict
 from distill.tables import iterate_records, read_records, record_writer
 from distill.verify import open_verifier
-from distill.verify.kept import KeptVerdicts, grading_settings
+from distill.verify.audit import Audit, normal_form
+from distill.verify.kept import AFTERWARDS, KeptVerdicts, grading_settings
 from pipelines.preemption import preemptible
 
 LEDGER = "ledger.sqlite"
 VERDICTS, EXAMPLES, DIRECT = "verdicts.parquet", "examples.parquet", "direct.parquet"
-FUNNEL, DROPPED = "funnel.json", "dropped.parquet"
+FUNNEL, DROPPED, AUDIT = "funnel.json", "dropped.parquet", "audit.json"
 PART_SIZE = 2_000
 MIN_PART_TO_JUDGE = 20
 
@@ -61,7 +63,7 @@ def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path 
             raise DataError("no such file; run `potstill generate` first", where=path)
     grading = dict(inputs)
     config: dict[str, Any] = {
-        "verify": grading_settings(recipe.verify),
+        "verify": grading_settings(recipe.verify) | recipe.verify.model_dump(mode="json", include=AFTERWARDS),
         "curate": recipe.curate.model_dump(mode="json"),
     }
     held_out: Callable[[], dict[str, list[str]]] = dict
@@ -81,9 +83,10 @@ def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path 
     def body() -> Mapping[str, Any]:
         with preemptible():
             _grade_all(problems, num_traces, grading, recipe.verify, out_dir, progress, base_dir)
-            return _curated(problems, num_traces, inputs["traces"], recipe, prompts, out_dir, progress)
+            relabelled = _audit(problems, recipe.verify, out_dir)
+            return _curated(relabelled, num_traces, inputs["traces"], recipe, prompts, out_dir, progress)
 
-    return run_stage("curate", inputs, config, out_dir, body, (VERDICTS, EXAMPLES, DIRECT, FUNNEL, DROPPED))
+    return run_stage("curate", inputs, config, out_dir, body, (VERDICTS, AUDIT, EXAMPLES, DIRECT, FUNNEL, DROPPED))
 
 
 def _held_out(recipe: Recipe, base_dir: Path, inputs: dict[str, Path]) -> Callable[[], dict[str, list[str]]]:
@@ -151,7 +154,26 @@ def _grade_all(
         return {**dict(states.most_common()), "reused": kept.found}
 
     run_stage("verify", inputs, settings, folder, body, (VERDICTS,))
-    write_atomically(out_dir / VERDICTS, (folder / VERDICTS).read_bytes())
+
+
+def _audit(problems: Mapping[str, Problem], config: VerifyConfig, out_dir: Path) -> Mapping[str, Problem]:
+    """Write audit.json and the verdicts that the filters see; return the problems, with new references where asked."""
+    made = out_dir / "verify" / VERDICTS
+    audit = Audit(problems, config)
+    for one in iterate_records(made, GradedTrace):
+        audit.add(one.problem_id, one.key, one.state, one.extracted)
+    replaced = {suspect.problem_id: suspect for suspect in audit.suspects() if suspect.relabelled}
+    with record_writer(out_dir / VERDICTS, GradedTrace) as writer:
+        for one in iterate_records(made, GradedTrace):
+            suspect = replaced.get(one.problem_id)
+            agrees = suspect is not None and normal_form(one.extracted or "") == normal_form(suspect.majority)
+            if suspect is not None and one.state == "wrong" and agrees:
+                detail = f"relabelled: {suspect.num_agreeing} of {suspect.num_answers} samples against the reference"
+                one = one.model_copy(update={"state": "correct", "detail": detail, "relabelled": True})
+            writer.write(one)
+    write_atomically(out_dir / AUDIT, json.dumps(audit.summary(), indent=2, ensure_ascii=False) + "\n")
+    new = {name: problems[name].model_copy(update={"answer": suspect.majority}) for name, suspect in replaced.items()}
+    return {**problems, **new}
 
 
 @contextmanager
@@ -223,9 +245,14 @@ def _curated(
                 shown.add(candidate, one)
             else:
                 (direct if one.trace_key is None else examples).write(one)
-    write_atomically(out_dir / FUNNEL, json.dumps(shown.beside(sifted.funnel), indent=2) + "\n")
+    relabelled = sum(one.relabelled for one in iterate_records(out_dir / VERDICTS, GradedTrace))
+    funnel = [
+        {**step, "relabelled": relabelled} if step["filter"] == "verdict" and relabelled else step
+        for step in sifted.funnel
+    ]
+    write_atomically(out_dir / FUNNEL, json.dumps(shown.beside(funnel), indent=2) + "\n")
     counts = {"traces": num_traces, "examples": examples.count, "questions": direct.count}
-    return {**counts, "funnel": sifted.funnel}
+    return {**counts, **({"relabelled": relabelled} if relabelled else {}), "funnel": funnel}
 
 
 def _states(out_dir: Path) -> dict[str, int]:

@@ -224,3 +224,51 @@ def test_graders_that_fail_throughout_are_no_verdict(run_dir: Path) -> None:
     with pytest.raises(EnvironmentFault, match="grading fails for 120 of 160 answers"):
         run(run_dir)
     assert read_manifest(run_dir / "curate" / "verify") is None
+
+
+def test_the_audit_and_references_relabelled_on_request(tmp_path: Path) -> None:
+    """Eight samples a question: the second reference is wrong, seven of its eight answers agree."""
+    problems = [
+        Problem(prompt=f"What is {n} + {n}?", answer=answer, grader="math", source="s")
+        for n, answer in ((3, "6"), (4, "9"))
+    ]
+    written = [["6", "6.0", "x=6", "5", "6", "6", "6", "6"], ["8", "8", "8.0", "x=8", "8", "8", "7", "8"]]
+    traces = [
+        Trace(
+            key=f"{problem.id}{index}",
+            problem_id=problem.id,
+            sample_index=index,
+            text=f"<think>\nSample {index} adds.\n</think>\n\n\\boxed{{{answer}}}",
+            finish_reason="stop",
+            num_prompt_tokens=9,
+            num_tokens=9,
+            teacher="t",
+        )
+        for problem, answers in zip(problems, written, strict=True)
+        for index, answer in enumerate(answers)
+    ]
+    write_records(tmp_path / "generate" / "problems.parquet", problems, Problem)
+    write_records(tmp_path / "generate" / "traces" / "part-00000.parquet", traces, Trace)
+    out = tmp_path / "curate"
+
+    first = run(tmp_path)
+    audit = json.loads((out / "audit.json").read_text())
+    assert (audit["decided_by_both"], audit["disagreements"]) == (16, 0)
+    (suspect,) = audit["suspected_references"]
+    assert (suspect["reference"], suspect["majority"], suspect["relabelled"]) == ("9", "8", False)
+    assert (suspect["num_agreeing"], suspect["num_answers"]) == (7, 8)
+    assert first.counts["examples"] == 7
+    assert "relabelled" not in first.counts
+
+    second = run(tmp_path, recipe(verify={"num_workers": 1, "timeout_s": 10, "relabel": "majority"}))
+    assert (second.counts["examples"], second.counts["relabelled"]) == (14, 7)
+    assert json.loads((out / "funnel.json").read_text())[0]["relabelled"] == 7
+    assert json.loads((out / "audit.json").read_text())["suspected_references"][0]["relabelled"]
+    graded = [one for one in read_records(out / "verdicts.parquet", GradedTrace) if one.relabelled]
+    assert {(one.state, one.detail) for one in graded} == {
+        ("correct", "relabelled: 7 of 8 samples against the reference")
+    }
+    examples, direct = (read_records(out / f"{name}.parquet", Example) for name in ("examples", "direct"))
+    assert [one.relabelled for one in examples] == [False] * 7 + [True] * 7
+    assert [(one.completion, one.relabelled) for one in direct] == [("\\boxed{6}", False), ("\\boxed{8}", True)]
+    assert run(tmp_path).counts == first.counts  # and back again, without grading anew
