@@ -21,7 +21,7 @@ OPTIONS = $(foreach s,$(SET),--set '$(s)') --out '$(OUT)'
 TESTS ?= tests
 
 .PHONY: help setup setup-vllm lock demo generate distill eval compare push push-traces serve doctor zoo
-.PHONY: bench bench-graders torture pico-teacher pico-bases check format test clean
+.PHONY: bench bench-graders bench-ledger torture pico-teacher pico-bases check format test clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -77,6 +77,9 @@ pico-bases: $(STAMP) ## Pre-train the bundled bases again (minutes on a GPU)
 
 bench: $(STAMP) ## Measure what the speed claims rest on; results go to benchmarks/results
 	@$(BIN)/python benchmarks/generation.py
+
+bench-ledger: $(STAMP) ## Resume and export a million samples: seconds and memory
+	@$(BIN)/python benchmarks/ledger.py
 
 bench-graders: $(STAMP) ## Grade the gold solutions of the benchmarks in POTSTILL_BENCH_DATA
 	@$(BIN)/python benchmarks/graders.py

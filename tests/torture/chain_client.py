@@ -109,11 +109,17 @@ def doubled(folder: Path) -> int:
     return len(keys) - len(set(keys)) + len(stored) - len(set(stored))
 
 
+def _still_to_come(folder: Path) -> tuple[str, ...]:
+    if read_manifest(folder / "generate") is None:
+        return STAGES
+    return ("verify", "curate") if read_manifest(folder / "curate" / "verify") is None else ("curate",)
+
+
 def kill_at_random(chain: Chain, folder: Path, rng: random.Random, num_kills: int) -> int:
     """Run until it is complete, killed up to `num_kills` times on the way at random moments of random parts."""
     kills = 0
     while True:
-        stage = rng.choice(STAGES)
+        stage = rng.choice(_still_to_come(folder))
         kill = (stage, rng.uniform(0, 1.1) * chain.seconds[stage]) if kills < num_kills else None
         status = chain.run(folder, kill=kill)
         if status == -signal.SIGKILL:

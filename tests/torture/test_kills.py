@@ -49,6 +49,7 @@ def batter(chain: Chain, straight: dict[str, bytes], tmp_path: Path, num_kills: 
     return f"{kills} kills ({places}) over {runs} runs: {samples} samples, {asked} teacher calls, 0 lost, 0 doubled"
 
 
+@pytest.mark.timeout(900)
 def test_ten_random_kills(chain: Chain, straight: dict[str, bytes], tmp_path: Path) -> None:
     batter(chain, straight, tmp_path, 10, seed=1)
 
@@ -80,6 +81,7 @@ def kill_at_every_place(chain: Chain, straight: dict[str, bytes], tmp_path: Path
     return hit
 
 
+@pytest.mark.timeout(900)
 def test_a_kill_at_every_named_place(chain: Chain, straight: dict[str, bytes], tmp_path: Path) -> None:
     hit = kill_at_every_place(chain, straight, tmp_path, [1])
     assert all(hit[place] for place in PLACES), hit
