@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,7 +73,7 @@ def remembered(candidate: Candidate, position: int) -> Sample:
     return Sample(
         position=position,
         key=trace.key,
-        problem_id=problem.id,  # one text for all its samples
+        problem_id=sys.intern(trace.problem_id),  # one text for all samples of a problem
         sample_index=trace.sample_index,
         source=problem.source,
         num_tokens=trace.num_tokens,

@@ -83,7 +83,7 @@ def sift(problems: Mapping[str, Problem], graded: Graded, config: CurateConfig, 
     completions = _signatures(config.near_duplicates, "completions")
     for position, candidate in enumerate(_candidates(problems, graded())):
         passed[0] += 1
-        rates.add(candidate.problem.id, candidate.verdict)
+        rates.add(candidate.trace.problem_id, candidate.verdict)
         for number, (name, reason_to_drop) in enumerate(filters, start=1):
             reason = reason_to_drop(candidate)
             if reason is not None:
@@ -129,8 +129,8 @@ def outcomes(
         }
         yield candidate, Example(completion=trace.text, trace_key=trace.key, **fields)
         answer = problem.answer if problem.answer is not None else verdict.extracted
-        if answer is not None and problem.id not in answered:
-            answered.add(problem.id)
+        if answer is not None and trace.problem_id not in answered:
+            answered.add(trace.problem_id)
             yield candidate, Example(completion=bare_answer(answer, candidate.problem.grader), trace_key=None, **fields)
 
 

@@ -130,6 +130,12 @@ def _funnel(provenance: Provenance) -> str:
     table = "\n".join(["| filter | given | dropped | kept |", "|---|---|---|---|", *rows])
     decontaminated = any(step["filter"] == "decontaminate" for step in provenance.funnel)
     against = f"Decontaminated against: {', '.join(provenance.suites)}." if decontaminated else "Not decontaminated."
+    relabelled = sum(step.get("relabelled", 0) for step in provenance.funnel)
+    if relabelled:
+        against += (
+            f" {relabelled:,} samples count as correct by the majority of their question's samples, against a "
+            "reference that is suspected to be wrong; the column `relabelled` names them."
+        )
     return f"{table}\n\n{against}\n"
 
 

@@ -152,7 +152,8 @@ def test_shards_follow_their_size_and_say_how_many_they_are(world: Path, monkeyp
     monkeypatch.setattr(module, "ROW_GROUP", 5)
     problems = {p.id: p for p in read_records(world / "runs/t/generate/problems.parquet", Problem)}
     traces = read_records(world / "runs/t/generate/traces", Trace)
-    rows = [(problems[trace.problem_id], trace, Verdict(state="correct"), None) for trace in traces]
+    relabelled = Verdict(state="correct", relabelled=True)
+    rows = [(problems[trace.problem_id], trace, relabelled, None) for trace in traces]
     folder = world / "shards"
     laid = module.lay_out(rows, folder, licences={}, include_rejected=False, shard_bytes=6_000)
     names = sorted(path.name for path in (folder / "data").iterdir())
@@ -161,6 +162,7 @@ def test_shards_follow_their_size_and_say_how_many_they_are(world: Path, monkeyp
     assert laid.num_rows == {"default": 72}
     loaded = load_dataset("parquet", data_files=str(folder / "data/*"), split="train", cache_dir=str(world / "cache"))
     assert loaded["trace_key"][:] == [trace.key for trace in traces]
+    assert all(loaded["relabelled"])
 
 
 def test_the_messages_train_in_trl_unchanged(world: Path, tmp_path: Path) -> None:
