@@ -85,7 +85,12 @@ class WorkerPool:
     def _hand_out(self, tasks: Sequence[Task]) -> None:
         busy = sum(worker.busy for worker in self._workers)
         while len(self._workers) < min(self._num_workers, busy + len(self._waiting)):
-            worker = Keeper(self._timeout_s, self._memory_bytes)
+            try:
+                worker = Keeper(self._timeout_s, self._memory_bytes)
+            except OSError as exc:  # those that are there go on; another is asked for when one of them has reported
+                if not self._workers:
+                    self._refuse(f"cannot start a process ({exc.strerror})")
+                break
             self._workers.append(worker)
             self._selector.register(worker.out, selectors.EVENT_READ, worker)
         now = time.monotonic()
@@ -97,9 +102,11 @@ class WorkerPool:
         """Wait for the next report, death or deadline, and deal with all that has come."""
         for worker in self._workers:
             self._watch_unsent(worker)
-        wakes = [worker.deadline if worker.busy else worker.resting_until for worker in self._workers]
-        first = min((wake for wake in wakes if wake), default=time.monotonic() + 1)
-        for key, _ in self._selector.select(max(0.0, first - time.monotonic()) + 0.001):
+        now = time.monotonic()
+        wakes = [worker.deadline for worker in self._workers if worker.busy]
+        wakes += [worker.resting_until for worker in self._workers if worker.resting_until > now]
+        first = min(wakes, default=now + REST_S)
+        for key, _ in self._selector.select(max(0.0, first - now) + 0.001):
             worker = key.data
             if worker not in self._workers:
                 continue
@@ -148,12 +155,16 @@ class WorkerPool:
             complaint = worker.complaint()
             self._blame(left, f"{how}: {complaint}" if complaint else how)
             return True
+        self._put_back(left)
+        worker.resting_until = self._refuse(how)
+        return True
+
+    def _refuse(self, how: str) -> float:
+        """The system gives no process: when to ask again. Raises EnvironmentFault where it has been asked enough."""
         self._refused += 1
         if self._refused >= MAX_REFUSED:
             raise EnvironmentFault(f"graders cannot be started ({how})", where="distill.verify")
-        worker.resting_until = time.monotonic() + REST_S * 2 ** min(self._refused, 5)
-        self._put_back(left)
-        return True
+        return time.monotonic() + REST_S * (1 << min(self._refused, 5))
 
     def _bury(self, worker: Keeper) -> None:
         """A keeper has died, hangs, or talks nonsense: it is killed with all it has."""

@@ -4,6 +4,7 @@ our own failures is the model's wrong answer; and the pool is what it was."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -13,9 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from distill.errors import EnvironmentFault
 from distill.problems import load_problems
 from distill.recipe import ReasoningGymSource, VerifyConfig
 from distill.records import FinishReason, Problem
@@ -320,6 +323,27 @@ def under_attack(strikes: int, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.timeout(300)
 def test_seven_failures_of_ours_are_nobodys_wrong_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     under_attack(7, tmp_path, monkeypatch)
+
+
+@pytest.mark.timeout(120)
+def test_processes_that_are_refused_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, refusals = subprocess.Popen, [3]
+
+    def refusing(*arguments: Any, **options: Any) -> Any:
+        if refusals[0]:
+            refusals[0] -= 1
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", refusing)
+    pool = WorkerPool(num_workers=2, timeout_s=30, memory_bytes=1 << 30)
+    assert list(pool.run([honest(1), honest(2)])) == [("correct", "")] * 2
+    pool.close()
+    refusals[0] = 1_000
+    pool = WorkerPool(num_workers=2, timeout_s=30, memory_bytes=1 << 30)
+    with pytest.raises(EnvironmentFault, match="cannot start a process"):
+        list(pool.run([honest(1)]))
+    pool.close()
 
 
 @pytest.mark.torture
