@@ -65,9 +65,10 @@ def push_folder(
         )
     except HfHubHTTPError as exc:
         status = exc.response.status_code if exc.response is not None else 0
-        raise EnvironmentFault(_refusal(status, repo), where=api.endpoint) from exc
+        # `from None`: the cause holds what the Hub, or a proxy before it, said, and that may be the token.
+        raise EnvironmentFault(_refusal(status, repo), where=api.endpoint) from None
     except (httpx.HTTPError, OSError) as exc:
-        raise EnvironmentFault(f"cannot be reached ({type(exc).__name__})", where=api.endpoint) from exc
+        raise EnvironmentFault(f"cannot be reached ({type(exc).__name__})", where=api.endpoint) from None
     return Pushed(repo_id=created.repo_id, url=str(created), commit=done.oid)
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.pipelines.canary import command_lines_with, places_with
 from tests.pipelines.tiny_world import make_world, potstill, tree_of
+from tests.students.loopback_hub import TOKEN, loopback_hub
 
 STAGES = ("generate", "curate", "distill", "eval", "compare")
 MODELS = {"teacher", "tiny-base", "tiny-direct", "tiny-distilled"}
@@ -110,6 +112,26 @@ def test_a_changed_recipe_reruns_what_depends_on_it(
         names = [name for name in before if name.startswith(f"tiny-world/{prefix}")]
         assert names
         assert {name: after[name] for name in names} == {name: before[name] for name in names}
+
+
+def test_the_hub_token_is_found_nowhere_after_a_push(recipe: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Refused by a Hub that echoes it, then taken; whole tracebacks are searched too."""
+    out = shutil.copytree(finished[0], tmp_path / "runs", copy_function=shutil.copy2)
+    secret = "hf_canary_4e1d9c"
+    with loopback_hub(tmp_path / "hub") as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+        environment |= {"POTSTILL_DEBUG": "1", "HF_HUB_OFFLINE": "0"}
+        outputs = []
+        for refuse, token, code in ((None, secret, 3), (403, secret, 3), (500, TOKEN, 3), (None, TOKEN, 0)):
+            hub.refuse = refuse
+            done = potstill("push", recipe, "--out", out, HF_TOKEN=token, **environment)
+            assert done.returncode == code, done.stderr
+            assert not command_lines_with(token)
+            outputs += [done.stdout, done.stderr]
+    assert "Traceback" in outputs[1]
+    assert hub.commits
+    for token in (secret, TOKEN):
+        assert places_with(token, tmp_path, *outputs) == []
 
 
 def test_a_stage_alone_asks_for_the_ones_before_it(recipe: Path, tmp_path: Path) -> None:

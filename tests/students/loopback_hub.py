@@ -63,7 +63,8 @@ class LoopbackHub:
         status = self.refuse
         if status is None and request.headers.get("authorization") != f"Bearer {TOKEN}":
             status = 401
-        return JSONResponse({"error": "refused"}, status_code=status) if status else None
+        said = f"refused {request.headers.get('authorization')}"  # as a careless proxy would say it
+        return JSONResponse({"error": said}, status_code=status) if status else None
 
     async def create(self, request: Request) -> Response:
         if refused := self._refused(request):
