@@ -77,6 +77,7 @@ pico-bases: $(STAMP) ## Pre-train the bundled bases again (minutes on a GPU)
 
 bench: $(STAMP) ## Measure what the speed claims rest on; results go to benchmarks/results
 	@$(BIN)/python benchmarks/generation.py
+	@$(BIN)/python -m benchmarks.client
 
 bench-ledger: $(STAMP) ## Resume and export a million samples: seconds and memory
 	@$(BIN)/python benchmarks/ledger.py

@@ -7,8 +7,9 @@ there `max_thinking_tokens` holds, all tokens before `</think>` counted.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +17,14 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from distill.errors import CheckpointError, DataError
+from distill.errors import CheckpointError, DataError, PotstillError
 from distill.logprobs import TokenLogprobs
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
 from teacher.backends.folder import folder_identity
+from teacher.backends.live import LiveEngine, LocalEngine, WorkerEngines
 from teacher.backends.workers import generate_in_workers
 from teacher.model.checkpoint import count_parameters, load_checkpoint, read_config
-from teacher.serve.engine import Engine
+from teacher.serve.engine import Draw, Engine
 from teacher.serve.sequence import Sequence, ThinkingLimit
 
 THINK = "<think>\n"
@@ -62,6 +64,7 @@ class NativeBackend:
         self.tokenizer = tokenizer
         self.engine = engine
         self.max_workers = max_workers
+        self._numbers = itertools.count()
 
     @cached_property
     def identity(self) -> TeacherIdentity:
@@ -73,26 +76,55 @@ class NativeBackend:
         prefixes: dict[int, str] = {}
         sequences = []
         for number, request in enumerate(requests):
-            prompt = self._render(request.problem.prompt)
-            prefixes[number] = THINK if prompt.endswith(THINK) else ""
-            prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=False)
-            if len(prompt_ids) >= self.engine.max_positions:
-                message = f"has {len(prompt_ids)} tokens; the model takes {self.engine.max_positions - 1}"
-                raise DataError(message, where=request.problem.source, field=f"prompt {request.problem.prompt[:40]!r}")
-            seed = request.seed(sampling)
-            limit = self._thinking_limit(sampling) if prefixes[number] else None
-            sequences.append(Sequence(number, prompt_ids, sampling.max_tokens, seed, thinking=limit))
+            prefixes[number], sequence = self._begin(number, request, sampling)
+            sequences.append(sequence)
         for done in self._finished(sequences, sampling):
-            written = done.generated_ids[:-1] if done.finish_reason == "stop" else done.generated_ids
-            text = self.tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            yield Completion(
-                request=requests[done.key],
-                text=prefixes[done.key] + text,
-                finish_reason=done.finish_reason,
-                num_prompt_tokens=len(done.prompt_ids),
-                num_tokens=len(done.generated_ids),
-                logprobs=_logprobs(done) if sampling.top_logprobs else None,
-            )
+            yield self._completion(requests[done.key], prefixes[done.key], done)
+
+    def submit(
+        self, request: TraceRequest, sampling: Sampling, settle: Callable[[Completion | PotstillError], None]
+    ) -> None:
+        """Begin one request; it joins the batch that is running. `settle` is called once, from another thread.
+
+        Raises DataError for a prompt too long.
+        """
+        prefix, sequence = self._begin(next(self._numbers), request, sampling)
+
+        def done(outcome: Sequence[int] | PotstillError) -> None:
+            settle(outcome if isinstance(outcome, PotstillError) else self._completion(request, prefix, outcome))
+
+        self._live.submit(sequence, Draw(sampling.temperature, sampling.top_p, sampling.top_logprobs), done)
+
+    @cached_property
+    def _live(self) -> LiveEngine:
+        if self.max_workers < 2:
+            return LocalEngine(self.engine)
+        limits = {"batch_size": self.engine.batch_size, "eos_token_ids": self.engine.eos_token_ids}
+        return WorkerEngines(self.folder, num_workers=self.max_workers, **limits)
+
+    def _begin(self, number: int, request: TraceRequest, sampling: Sampling) -> tuple[str, Sequence[int]]:
+        """What stands in front of the completion's text, and the sequence that writes the rest."""
+        prompt = self._render(request.problem.prompt)
+        prefix = THINK if prompt.endswith(THINK) else ""
+        prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=False)
+        if len(prompt_ids) >= self.engine.max_positions:
+            message = f"has {len(prompt_ids)} tokens; the model takes {self.engine.max_positions - 1}"
+            raise DataError(message, where=request.problem.source, field=f"prompt {request.problem.prompt[:40]!r}")
+        limit = self._thinking_limit(sampling) if prefix else None
+        return prefix, Sequence(number, prompt_ids, sampling.max_tokens, request.seed(sampling), thinking=limit)
+
+    def _completion(self, request: TraceRequest, prefix: str, done: Sequence[int]) -> Completion:
+        assert done.finish_reason is not None
+        written = done.generated_ids[:-1] if done.finish_reason == "stop" else done.generated_ids
+        text = self.tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return Completion(
+            request=request,
+            text=prefix + text,
+            finish_reason=done.finish_reason,
+            num_prompt_tokens=len(done.prompt_ids),
+            num_tokens=len(done.generated_ids),
+            logprobs=_logprobs(done) if done.logprobs else None,
+        )
 
     def _thinking_limit(self, sampling: Sampling) -> ThinkingLimit | None:
         if sampling.max_thinking_tokens is None:
@@ -114,7 +146,9 @@ class NativeBackend:
         return generate_in_workers(self.folder, sequences, num_workers=num_workers, **limits, **draw)
 
     def close(self) -> None:
-        """Free weights and cache; the teacher cannot be used afterwards."""
+        """Finish what was submitted, free weights and cache; the teacher cannot be used afterwards."""
+        if "_live" in self.__dict__:
+            self._live.close()
         del self.engine
 
     def _render(self, question: str) -> str:

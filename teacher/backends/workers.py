@@ -2,8 +2,8 @@
 
 A decode step of a small model is hundreds of products of a few microseconds; threads inside one spend their time
 waiting for each other (and come to a standstill where cores are shared), while processes do not meet at all. A worker
-is this module run as a program: it reads one job from its standard input and writes each finished sequence as a line.
-It ends by itself when its reader is gone.
+is this module run as a program: it reads one job from its standard input and writes each finished sequence as a line;
+`live`, it reads sequences line by line for as long as they come. It ends by itself when its reader is gone.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from distill.errors import EnvironmentFault
 from teacher.serve.sequence import Sequence, ThinkingLimit
+
+if TYPE_CHECKING:
+    from teacher.serve.engine import Draw, Engine
 
 
 def generate_in_workers(
@@ -71,10 +74,7 @@ class _Worker:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
 
     def __enter__(self) -> _Worker:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "teacher.backends.workers"]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
-        self._process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        self._process = _started(self._stderr)
         threading.Thread(target=self._pump, args=(self._process.stdin, self._process.stdout), daemon=True).start()
         return self
 
@@ -85,12 +85,7 @@ class _Worker:
 
     def check(self) -> None:
         """Raise EnvironmentFault unless the worker ended well."""
-        status = self._process.wait()
-        if status:
-            self._stderr.seek(0)
-            last = self._stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
-            message = f"ended with status {status}: {last[-300:] or 'killed; is there enough memory?'}"
-            raise EnvironmentFault(message, where="generation worker")
+        _check(self._process, self._stderr)
 
     def _pump(self, stdin: IO[str], stdout: IO[str]) -> None:
         with contextlib.suppress(OSError):  # a worker that dies early closes its end: check() says so
@@ -99,6 +94,61 @@ class _Worker:
         for line in stdout:
             self._lines.put((self, line))
         self._lines.put((self, None))
+
+
+class LiveWorker:
+    """A worker that stays: it takes sequences as they are sent and hands each back as soon as it is finished."""
+
+    def __init__(self, settings: str) -> None:
+        self._settings = settings
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+
+    def __enter__(self) -> LiveWorker:
+        self._process = _started(self._stderr, "live")
+        self._write(self._settings)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._stderr.close()
+
+    def send(self, sequence: Sequence[int], draw: Draw) -> None:
+        self._write(json.dumps([draw.as_arguments(), _packed(sequence)]))
+
+    def end(self) -> None:
+        """It finishes what it has, and ends."""
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+
+    def finished(self) -> Iterator[list[Any]]:
+        """Key, tokens, finish reason and logprobs of every sequence, until the worker ends."""
+        for line in self._process.stdout:
+            yield json.loads(line)
+
+    def check(self) -> None:
+        """Raise EnvironmentFault unless the worker ended well."""
+        _check(self._process, self._stderr)
+
+    def _write(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # it has died: `finished` ends, and `check` says so
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+
+def _started(stderr: IO[bytes], *arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "teacher.backends.workers", *arguments]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+def _check(process: subprocess.Popen[str], stderr: IO[bytes]) -> None:
+    if status := process.wait():
+        stderr.seek(0)
+        last = stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
+        message = f"ended with status {status}: {last[-300:] or 'killed; is there enough memory?'}"
+        raise EnvironmentFault(message, where="generation worker")
 
 
 def _packed(sequence: Sequence[int]) -> list[Any]:
@@ -113,23 +163,51 @@ def _unpacked(row: list[Any]) -> Sequence[int]:
     return Sequence(key, prompt_ids, max_tokens=max_tokens, seed=seed, thinking=limit)
 
 
-def _work(job: dict[str, Any], output: IO[str]) -> None:
+def _engine(settings: dict[str, Any]) -> Engine:
     import torch
 
     from teacher.model.checkpoint import load_checkpoint
     from teacher.serve.engine import Engine
 
     torch.set_num_threads(1)
-    model = load_checkpoint(job["folder"])
-    engine = Engine(model, batch_size=job["batch_size"], eos_token_ids=job["eos_token_ids"])
-    sequences = [_unpacked(row) for row in job["sequences"]]
-    for done in engine.run(sequences, **job["draw"]):
-        output.write(json.dumps([done.key, done.generated_ids, done.finish_reason, done.logprobs]) + "\n")
-        output.flush()
+    model = load_checkpoint(settings["folder"])
+    return Engine(model, batch_size=settings["batch_size"], eos_token_ids=settings["eos_token_ids"])
+
+
+def _write(done: Sequence[int], output: IO[str]) -> None:
+    output.write(json.dumps([done.key, done.generated_ids, done.finish_reason, done.logprobs]) + "\n")
+    output.flush()
+
+
+def _work(job: dict[str, Any], output: IO[str]) -> None:
+    engine = _engine(job)
+    for done in engine.run([_unpacked(row) for row in job["sequences"]], **job["draw"]):
+        _write(done, output)
+
+
+def _work_live(lines: IO[str], output: IO[str]) -> None:
+    """The first line holds the settings, every other one a sequence; the end of the lines ends the work."""
+    engine = _engine(json.loads(lines.readline()))
+    from teacher.serve.engine import Draw
+    from teacher.serve.loop import EngineLoop, Job
+
+    jobs: queue.SimpleQueue[Job[int] | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in lines:
+            draw, row = json.loads(line)
+            jobs.put(Job(_unpacked(row), Draw(**draw)))
+        jobs.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    EngineLoop(engine, jobs, lambda done: _write(done, output)).run()
 
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
-        _work(json.load(sys.stdin), sys.stdout)
+        if sys.argv[1:] == ["live"]:
+            _work_live(sys.stdin, sys.stdout)
+        else:
+            _work(json.load(sys.stdin), sys.stdout)
     # Nothing is left to flush; skips the interpreter's complaint about a closed pipe.
     sys.stderr.close()

@@ -1,8 +1,10 @@
 """Requests that arrive together are generated together.
 
-One thread owns the teacher (a model is not thread-safe). It takes the first waiting request, lingers a few milliseconds
-for more, groups what it has by sampling settings and hands each group to `Teacher.generate` as one batch. A request
-that arrives while a batch runs waits for the next one: the Teacher protocol has no way to join a running batch.
+A teacher that takes requests at any time (`LiveTeacher`: the native one) is simply given them: they join the batch
+that is running. For any other there is the `Batcher`: one thread owns the teacher (a model is not thread-safe). It
+takes the first waiting request, lingers a few milliseconds for more, groups what it has by sampling settings and hands
+each group to `Teacher.generate` as one batch. A request that arrives while a batch runs waits for the next one: the
+Teacher protocol has no way to join a running batch.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from distill.errors import EnvironmentFault, PotstillError
 from distill.protocols import Teacher
@@ -24,6 +27,58 @@ class _Waiting:
     request: TraceRequest
     sampling: Sampling
     future: Future[Completion] = field(default_factory=Future)
+
+
+@runtime_checkable
+class LiveTeacher(Protocol):
+    """A Teacher that takes requests while others are under way."""
+
+    def submit(
+        self, request: TraceRequest, sampling: Sampling, settle: Callable[[Completion | PotstillError], None]
+    ) -> None:
+        """Begin one request; `settle` is called once, from any thread. Raises PotstillError for a bad request."""
+        ...
+
+
+class Live:
+    """What `Batcher` is, for a `LiveTeacher`: `max_unfinished` bounds what has been submitted and is not finished."""
+
+    def __init__(self, teacher: Teacher, *, max_unfinished: int):
+        assert isinstance(teacher, LiveTeacher)
+        self.teacher = teacher
+        self._live: LiveTeacher = teacher
+        self._max_unfinished = max_unfinished
+        self._unfinished = 0
+        self._lock = threading.Lock()
+
+    def submit(self, requests: Sequence[TraceRequest], sampling: Sampling) -> list[Future[Completion]]:
+        """One future a request, in order. Raises `queue.Full` when too many are unfinished; then none is begun."""
+        with self._lock:
+            if self._unfinished + len(requests) > self._max_unfinished:
+                raise queue.Full
+            self._unfinished += len(requests)
+        return [self._begin(request, sampling) for request in requests]
+
+    def num_waiting(self) -> int:
+        return self._unfinished
+
+    def close(self) -> None:
+        """Finish what was begun, and let go of the teacher."""
+        self.teacher.close()
+
+    def _begin(self, request: TraceRequest, sampling: Sampling) -> Future[Completion]:
+        future: Future[Completion] = Future()
+
+        def settle(outcome: Completion | PotstillError) -> None:
+            with self._lock:
+                self._unfinished -= 1
+            _settle(future, outcome)
+
+        try:
+            self._live.submit(request, sampling, settle)
+        except PotstillError as exc:
+            settle(exc)
+        return future
 
 
 class Batcher:

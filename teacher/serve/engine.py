@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +27,10 @@ class Draw:
 
     temperature: float
     top_p: float
-    top_logprobs: int
+    top_logprobs: int = 0
+
+    def as_arguments(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "top_p": self.top_p, "top_logprobs": self.top_logprobs}
 
 
 class Engine:
@@ -44,11 +48,18 @@ class Engine:
         self.runner = ModelRunner(fuse_weights(model), batch_size)
 
     def run(
-        self, sequences: Iterable[Sequence[Key]], *, temperature: float, top_p: float, top_logprobs: int = 0
+        self,
+        sequences: Iterable[Sequence[Key]],
+        *,
+        temperature: float,
+        top_p: float,
+        top_logprobs: int = 0,
+        more: Callable[[], Iterable[Sequence[Key]]] = tuple,
     ) -> Iterator[Sequence[Key]]:
         """Yield each sequence once it is finished. Prompts must be shorter than the model's last position.
 
-        With `top_logprobs` each sequence's `logprobs` say how likely its tokens and that many best ones were.
+        With `top_logprobs` each sequence's `logprobs` say how likely its tokens and that many best ones were. `more` is
+        asked before every step which sequences have come since; the run ends when it has none and all are finished.
         """
         waiting = deque(sequences)
         running: list[Sequence[Key]] = []
@@ -59,6 +70,7 @@ class Engine:
             else:
                 self._step(running, draw)
             yield from self._retire(running)
+            waiting.extend(more())
 
     def _should_admit(self, num_waiting: int, num_running: int) -> bool:
         free = self.batch_size - num_running

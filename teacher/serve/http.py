@@ -30,10 +30,10 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from distill.errors import PotstillError, Preempted
+from distill.errors import PotstillError, Preempted, UserInputError
 from distill.protocols import Teacher
 from distill.records import Completion, Sampling
-from teacher.serve.batching import Batcher
+from teacher.serve.batching import Batcher, Live, LiveTeacher
 from teacher.serve.messages import ChatRequest, CompletionRequest, Request, error_body, usage
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -55,7 +55,11 @@ class Server:
     def __init__(self, teacher: Teacher, *, model: str, sampling: Sampling, max_batch: int, max_waiting: int) -> None:
         self.model = model
         self.sampling = sampling
-        self.batcher = Batcher(teacher, max_batch=max_batch, max_waiting=max_waiting)
+        self.batcher: Batcher | Live
+        if isinstance(teacher, LiveTeacher):
+            self.batcher = Live(teacher, max_unfinished=max_waiting + max_batch)
+        else:
+            self.batcher = Batcher(teacher, max_batch=max_batch, max_waiting=max_waiting)
         self.started = int(time.time())
         self._indices = itertools.count()
 
@@ -116,7 +120,7 @@ class Server:
         try:
             done = await asyncio.gather(*futures)
         except PotstillError as exc:
-            raise Refused(500, str(exc)) from exc
+            raise Refused(400 if isinstance(exc, UserInputError) else 500, str(exc)) from exc
         finally:
             for future in futures:
                 future.cancel()

@@ -57,6 +57,7 @@ class OpenAICompatibleTeacher:
         backoff_s: float = 0.5,
         api_key: str | None = None,
         gone: Callable[[], bool] = lambda: False,
+        initial_concurrency: int = INITIAL_CONCURRENCY,
     ) -> None:
         self.config = config
         self.spent = Spent()
@@ -67,8 +68,7 @@ class OpenAICompatibleTeacher:
         )
         self._backoff_s = backoff_s
         self._gone = gone
-        initial = min(INITIAL_CONCURRENCY, config.max_concurrency)
-        self._control = AdaptiveConcurrency(config.max_concurrency, initial=initial, window_s=WINDOW_S)
+        self._control = AdaptiveConcurrency(config.max_concurrency, initial=initial_concurrency, window_s=WINDOW_S)
         self._asked_since: float | None = None
         self._identity = self._ask_identity()
 

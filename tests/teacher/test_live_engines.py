@@ -1,0 +1,148 @@
+"""Requests that join a running batch say what they say alone, here and in workers; faults reach all of them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+from test_native_backend import SAMPLING, open_it, requests
+from v3_models import tiny_config, write_model_folder
+
+from distill.errors import DataError, EnvironmentFault
+from distill.records import Completion, Problem, Sampling, TraceRequest
+from teacher.backends.live import LocalEngine
+from teacher.backends.native import NativeBackend
+from teacher.serve.engine import Draw
+from teacher.serve.http import build_app
+from teacher.serve.loop import EngineLoop, Job
+from teacher.serve.sequence import Sequence
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("teacher")
+    write_model_folder(path, tiny_config(), fp8=True, std=0.1)
+    return path
+
+
+def teacher(folder: Path, *, workers: int) -> NativeBackend:
+    opened: NativeBackend = open_it(folder, batch_size=4)
+    opened.max_workers = workers
+    return opened
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_joins_a_running_batch_is_what_it_is_alone(folder: Path, workers: int) -> None:
+    """Two kinds of sampling, more requests than places."""
+    samplings = [SAMPLING, SAMPLING.model_copy(update={"temperature": 0.0, "top_logprobs": 2})]
+    alone = teacher(folder, workers=1)
+    wanted = {c.request.key(alone.identity, s): c for s in samplings for c in alone.generate(requests(count=6), s)}
+    live = teacher(folder, workers=workers)
+    outcomes: queue.SimpleQueue[tuple[Sampling, Any]] = queue.SimpleQueue()
+    for sampling in samplings:
+        for request in requests(count=6):
+            live.submit(request, sampling, lambda outcome, sampling=sampling: outcomes.put((sampling, outcome)))
+    found = {}
+    for _ in wanted:
+        sampling, outcome = outcomes.get(timeout=250)
+        assert isinstance(outcome, Completion), outcome
+        found[outcome.request.key(alone.identity, sampling)] = outcome
+    live.close()
+    assert found.keys() == wanted.keys()
+    for key, completion in found.items():
+        assert completion.text == wanted[key].text
+        assert (completion.num_tokens, completion.logprobs is None) == (
+            wanted[key].num_tokens,
+            wanted[key].logprobs is None,
+        )
+
+
+class _Runs:
+    """Stands where the engine does, and remembers what it was given in which run."""
+
+    batch_size = 8
+
+    def __init__(self) -> None:
+        self.runs: list[list[int]] = []
+        self.step = threading.Semaphore(0)
+
+    def run(self, sequences: list[Sequence[int]], *, more: Any, **draw: Any) -> Any:
+        running = [s.key for s in sequences]
+        self.runs.append(list(running))
+        while running:
+            assert self.step.acquire(timeout=60)
+            yield Sequence(running.pop(0), [1], max_tokens=1, seed=0)
+            joined = [s.key for s in more()]
+            self.runs[-1] += joined
+            running += joined
+
+
+def test_other_settings_wait_until_the_run_has_drained_and_nothing_overtakes_them() -> None:
+    engine, jobs, done = _Runs(), queue.SimpleQueue(), []
+    hot, cold = Draw(1.0, 1.0), Draw(0.0, 1.0)
+    for key, draw in enumerate([hot, hot, cold, hot, cold]):
+        jobs.put(Job(Sequence(key, [1], max_tokens=1, seed=0), draw))
+    jobs.put(None)
+    for _ in range(5):
+        engine.step.release()
+    EngineLoop(engine, jobs, lambda sequence: done.append(sequence.key)).run()
+    assert engine.runs == [[0, 1], [2], [3], [4]]
+    assert done == [0, 1, 2, 3, 4]
+
+
+def test_a_broken_engine_settles_all_that_wait_and_all_that_come(folder: Path) -> None:
+    class Broken(_Runs):
+        def run(self, sequences: Any, **rest: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+    local = LocalEngine(Broken())  # type: ignore[arg-type]
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for key in range(3):
+        local.submit(Sequence(key, [1], max_tokens=1, seed=0), Draw(1.0, 1.0), outcomes.put)
+    for _ in range(3):
+        outcome = outcomes.get(timeout=60)
+        assert isinstance(outcome, EnvironmentFault)
+        assert "the engine has ended" in str(outcome)
+    local.close()
+
+
+def test_a_worker_that_dies_settles_what_it_had(folder: Path) -> None:
+    live = teacher(folder, workers=2)
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    long = SAMPLING.model_copy(update={"max_tokens": 100})
+    for request in requests(count=8):
+        live.submit(request, long, outcomes.put)
+    for worker in live._live._crew:  # type: ignore[attr-defined]
+        worker._process.kill()
+    settled = [outcomes.get(timeout=250) for _ in requests(count=8)]
+    assert any(isinstance(outcome, EnvironmentFault) for outcome in settled)
+    live.close()
+
+
+def test_the_server_is_live_and_names_a_prompt_that_is_too_long(folder: Path) -> None:
+    backend = teacher(folder, workers=1)
+    (wanted,) = backend.generate([TraceRequest(problem=_question("1 + 1?"), sample_index=0)], SAMPLING)
+    with TestClient(build_app(backend, model="pico", sampling=SAMPLING, max_waiting=8, max_batch=4)) as client:
+        body = {"model": "pico", "messages": [{"role": "user", "content": "1 + 1?"}], "seed": 3}
+        answer = client.post("/v1/chat/completions", json=body).json()
+        assert answer["choices"][0]["message"]["content"] == wanted.text
+        long = {**body, "messages": [{"role": "user", "content": "x" * 200}]}
+        refused = client.post("/v1/chat/completions", json=long)
+        assert (refused.status_code, "the model takes 127" in refused.text) == (400, True)
+        assert client.post("/v1/chat/completions", json={**body, "n": 13}).status_code == 429
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def _question(text: str) -> Problem:
+    return Problem(prompt=text, answer=None, grader="math", source="http")
+
+
+def test_a_prompt_too_long_is_raised_at_once(folder: Path) -> None:
+    with pytest.raises(DataError, match="the model takes 127"):
+        teacher(folder, workers=1).submit(
+            TraceRequest(problem=_question("x" * 200), sample_index=0), SAMPLING, lambda outcome: None
+        )
