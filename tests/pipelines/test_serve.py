@@ -57,5 +57,5 @@ def test_an_endpoint_cannot_be_served() -> None:
     result = potstill("serve", "pipelines/recipes/r1-openai.yaml")
     assert result.returncode == 2
     assert result.stderr.startswith(
-        "potstill: pipelines/recipes/r1-openai.yaml: teacher.backend: only a native teacher"
+        "potstill: pipelines/recipes/r1-openai.yaml: teacher.backend: only a native or a vllm"
     )
