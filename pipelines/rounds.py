@@ -44,8 +44,11 @@ class Rounds:
         self._ledger = ledger
         self._progress = progress
 
-    def ask(self) -> None:
-        """Raises EnvironmentFault for a teacher that leaves samples out; what had arrived is in the ledger."""
+    def ask(self, judge: Teacher | None = None) -> None:
+        """Raises EnvironmentFault for a teacher that leaves samples out; what had arrived is in the ledger.
+
+        `judge` grades between rounds where the recipe names one.
+        """
         policy = self._recipe.generate.adaptive
         active: Iterable[int] = range(len(self.wanted.problems))
         number = 0
@@ -55,7 +58,7 @@ class Rounds:
             self._complete(places, "generate" if policy is None else f"generate, round {number}")
             if policy is None:
                 return
-            self._grade(places, number)
+            self._grade(places, number, judge)
             active = array("I", (problem for problem in active if self._wants_more(problem, policy)))
 
     def counts(self) -> dict[str, object]:
@@ -113,7 +116,7 @@ class Rounds:
             for completion in stream:
                 trace = self._trace(completion)
                 waiting.append(trace)
-                if self._recipe.generate.grade:
+                if self._recipe.generate.grade and self._recipe.verify.judge is None:  # a judge has one thread
                     grader.offer(completion.request.problem, trace)
                 tokens += completion.num_tokens
                 now = time.monotonic()
@@ -143,12 +146,12 @@ class Rounds:
             logprobs=completion.logprobs,
         )
 
-    def _grade(self, round_: Requests, number: int) -> None:
+    def _grade(self, round_: Requests, number: int, judge: Teacher | None) -> None:
         """Count the verdicts of a complete round; those that are not known yet are made now."""
         config = self._recipe.verify
         with (
-            open_verifier(config) as verifier,
-            KeptVerdicts(self._ledger, verifier, grading_settings(config)) as kept,
+            open_verifier(config, judge=judge) as verifier,
+            KeptVerdicts(self._ledger, verifier, grading_settings(config, judge)) as kept,
             self._progress.task(f"verify, round {number}", total=len(round_), unit="answers") as task,
         ):
             for chunk in chunks(round_.places(), KEYS_A_QUERY):

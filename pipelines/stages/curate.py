@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,13 @@ from distill.ledger import Ledger
 from distill.manifest import is_current, read_manifest, run_stage, write_atomically
 from distill.problems import load_problems, source_files
 from distill.progress import Progress, Task
-from distill.protocols import Teacher
 from distill.recipe import Recipe, VerifyConfig
 from distill.records import Example, Problem, Record, StageManifest, Trace, Verdict
 from distill.tables import iterate_records, read_records, record_writer
 from distill.verify import open_verifier
 from distill.verify.audit import Audit, normal_form
 from distill.verify.kept import AFTERWARDS, KeptVerdicts, grading_settings
+from pipelines.judging import open_judge
 from pipelines.preemption import preemptible
 
 LEDGER = "ledger.sqlite"
@@ -141,7 +140,7 @@ def _grade_all(
         states: Counter[str] = Counter()
         with (
             Ledger.open(inputs["traces"].parent / LEDGER) as ledger,
-            _judge(config, base_dir, folder, progress) as judge,
+            open_judge(config, base_dir, folder, progress) as judge,
             open_verifier(config, judge=judge) as verifier,
             KeptVerdicts(ledger, verifier, grading_settings(config, judge)) as kept,
             progress.task("verify", total=num_traces, unit="answers") as task,
@@ -174,20 +173,6 @@ def _audit(problems: Mapping[str, Problem], config: VerifyConfig, out_dir: Path)
     write_atomically(out_dir / AUDIT, json.dumps(audit.summary(), indent=2, ensure_ascii=False) + "\n")
     new = {name: problems[name].model_copy(update={"answer": suspect.majority}) for name, suspect in replaced.items()}
     return {**problems, **new}
-
-
-@contextmanager
-def _judge(config: VerifyConfig, base_dir: Path, log_dir: Path, progress: Progress) -> Iterator[Teacher | None]:
-    if config.judge is None:
-        yield None
-        return
-    from teacher.backends import open_teacher  # may bring torch in
-
-    judge: Teacher = open_teacher(config.judge.teacher, base_dir=base_dir, log_dir=log_dir, progress=progress)
-    try:
-        yield judge
-    finally:
-        judge.close()
 
 
 def _grade(kept: KeptVerdicts, traces: list[Trace], problems: Mapping[str, Problem], task: Task) -> list[GradedTrace]:

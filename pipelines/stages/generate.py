@@ -27,6 +27,7 @@ from distill.recipe import NativeTeacher, Recipe, ServedTeacher, TeacherConfig, 
 from distill.records import Problem, StageManifest
 from distill.tables import write_records
 from distill.verify.kept import grading_settings
+from pipelines.judging import open_judge
 from pipelines.preemption import preemptible
 from pipelines.rounds import Rounds
 
@@ -72,7 +73,7 @@ def generate(
             inputs,
             config,
             out_dir,
-            lambda: _body(problems, teacher, recipe, out_dir, progress),
+            lambda: _body(problems, teacher, recipe, out_dir, progress, base_dir),
             (PROBLEMS, TRACES),
         )
     finally:
@@ -116,14 +117,17 @@ def _problems(recipe: Recipe, base_dir: Path) -> PackedProblems:
 
 
 def _body(
-    problems: PackedProblems, teacher: Teacher, recipe: Recipe, out_dir: Path, progress: Progress
+    problems: PackedProblems, teacher: Teacher, recipe: Recipe, out_dir: Path, progress: Progress, base_dir: Path
 ) -> Mapping[str, Any]:
     with preemptible(), Ledger.open(out_dir / LEDGER) as ledger:
         for path in [*out_dir.glob(f".{PROBLEMS}.*.tmp"), *out_dir.glob(f".{TRACES}.*.tmp")]:
             path.unlink()  # a killed run's: this process alone writes here now
         write_records(out_dir / PROBLEMS, problems, Problem)
         rounds = Rounds(problems, teacher, recipe, ledger, progress)
-        rounds.ask()
+        # Only adaptive sampling needs a judge here: elsewhere curation asks it.
+        verify = recipe.verify if recipe.generate.adaptive else recipe.verify.model_copy(update={"judge": None})
+        with open_judge(verify, base_dir, out_dir, progress) as judge:
+            rounds.ask(judge)
         with progress.task("export", total=len(rounds.wanted), unit="samples") as task:
             exported = export_traces(ledger, rounds.wanted.keys, out_dir / TRACES, task)
     cost = _cost(recipe.teacher, out_dir / TRACES)

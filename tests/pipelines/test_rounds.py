@@ -21,9 +21,12 @@ from distill.progress import Task, silent
 from distill.recipe import Recipe
 from distill.records import Completion, FinishReason, Problem, Sampling, TeacherIdentity, Trace, TraceRequest, Verdict
 from distill.tables import read_records
+from distill.verify.judge import DIFFERENT, SAME
 from distill.verify.verifier import RuleVerifier
+from pipelines.stages import generate as generate_stage
 from pipelines.stages.curate import curate
 from pipelines.stages.generate import generate
+from tests.distill.test_judge import ScriptedJudge, always
 
 ADAPTIVE = {"max_samples": 16, "min_correct": 3, "give_up_after": 8, "pass_rate": [0.0, 0.9]}
 
@@ -235,6 +238,23 @@ def test_grading_that_cannot_work_stops_adaptive_sampling_and_nothing_else(
         run(tmp_path, ScriptedTeacher())
     with Ledger.open(tmp_path / "generate" / "ledger.sqlite") as ledger:
         assert len(ledger) == 160
+
+
+@pytest.mark.parametrize(("vote", "num_samples"), [(SAME, 4), (DIFFERENT, 8)])
+def test_between_rounds_a_judge_decides_where_the_recipe_names_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vote: str, num_samples: int
+) -> None:
+    rows = [{"prompt": f"{number} is", "answer": f"number {number}"} for number in range(5)]
+    judged = {"grader": "judge", "choices_field": None}
+    tree = recipe(tmp_path).model_dump()
+    tree["problems"][0].update(judged)
+    tree["verify"]["judge"] = {"teacher": {"backend": "openai", "model": "j"}}
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge = ScriptedJudge(always(vote))
+    monkeypatch.setattr(generate_stage, "open_judge", lambda *arguments: nullcontext(judge))
+    manifest = run(tmp_path, ScriptedTeacher(), Recipe.model_validate(tree))
+    assert manifest.counts["samples_per_problem"] == {str(num_samples): 5}
+    assert judge.prompts
 
 
 def test_parts_of_the_prompts_are_whole_together(tmp_path: Path) -> None:

@@ -1,0 +1,26 @@
+"""The model that judges where rules do not reach, for as long as a stage needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distill.progress import Progress
+from distill.protocols import Teacher
+from distill.recipe import VerifyConfig
+
+
+@contextmanager
+def open_judge(config: VerifyConfig, base_dir: Path, log_dir: Path, progress: Progress) -> Iterator[Teacher | None]:
+    """The judge of `config`, or None where it names none."""
+    if config.judge is None:
+        yield None
+        return
+    from teacher.backends import open_teacher  # may bring torch in
+
+    judge: Teacher = open_teacher(config.judge.teacher, base_dir=base_dir, log_dir=log_dir, progress=progress)
+    try:
+        yield judge
+    finally:
+        judge.close()
