@@ -13,6 +13,7 @@ import marshal
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -43,6 +44,7 @@ class Sandbox:
     def __init__(self, cage: Cage, passed_over: Mapping[Level, str]) -> None:
         self._cage = cage
         self.passed_over = dict(passed_over)  # stronger levels, and why they are not this one
+        self._stop = threading.Event()
 
     @property
     def level(self) -> Level:
@@ -70,7 +72,11 @@ class Sandbox:
             "source": source,
             "modules": dict(modules or {}),
         }
-        return SandboxedProgram(self._cage.command, ENVIRONMENT, self._opening(setup), limits)
+        return SandboxedProgram(self._cage.command, ENVIRONMENT, self._opening(setup), limits, self._stop)
+
+    def close(self) -> None:
+        """End what runs, in whatever thread, with a SandboxFailure there; nothing can be started any more."""
+        self._stop.set()
 
     def _opening(self, setup: dict[str, Any]) -> Callable[[int], bytes]:
         def opening(pid: int) -> bytes:

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from distill.sandbox.launcher import READY
 
 START_S = 60.0  # for an interpreter to come up on a machine that has much else to do; not counted to the program
 END_S = 10.0  # for the kernel to take apart what was killed
+LOOK_UP_S = 0.2  # how soon a program is ended when its sandbox is closed
 CHUNK_BYTES = 1 << 16
 # Statuses of a program that a signal ended: as it is, and as bubblewrap tells it.
 OUT_OF_CPU, KILLED = ((-number, 128 + number) for number in (signal.SIGXCPU, signal.SIGKILL))
@@ -69,8 +71,10 @@ class SandboxedProgram:
         environment: Mapping[str, str],
         opening: Callable[[int], bytes],
         limits: Limits,
+        stop: threading.Event,
     ) -> None:
         self._limits = limits
+        self._stop = stop
         try:
             self._process = subprocess.Popen(
                 command,
@@ -95,7 +99,7 @@ class SandboxedProgram:
         for descriptor in (self._out.fileno(), self._err.fileno(), self._pidfd):
             self._poll.register(descriptor, select.POLLIN)
         self._listened = {self._out.fileno(), self._err.fileno()}
-        self._ended = False
+        self._awake = self._ended = False
         self._pending = memoryview(b"")
         self._num_bytes = 0
         self._stdout, self._stderr = bytearray(), bytearray()
@@ -109,8 +113,16 @@ class SandboxedProgram:
             raise
 
     def _await_start(self, opening: bytes) -> None:
-        self._give(opening)
+        """Wait for the interpreter's sign that it is there, tell it what to become, and wait until it has become it.
+
+        Before the sign, bubblewrap may not have tied its children's lives to its own: nothing is sent that could run.
+        """
         self._pump(lambda: bool(self._stdout), time.monotonic() + START_S)
+        if self._stdout:
+            self._awake = True
+            del self._stdout[:1]
+            self._give(opening)
+            self._pump(lambda: bool(self._stdout), time.monotonic() + START_S)
         if bytes(self._stdout[:1]) != READY:
             self._pump(lambda: False, time.monotonic() + END_S)
             said = self._stderr.decode(errors="replace").strip().replace("\n", " ")[-300:]
@@ -165,9 +177,12 @@ class SandboxedProgram:
         """End it and all that belongs to it, and wait until it is gone. Any number of times."""
         if self._process.returncode is not None:
             return
-        if not self._ended:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        if not self._awake:  # it waits to be told what to become: that nothing comes ends it, and all that it made
+            self._in.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_S)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         self._process.wait()
         if self._started is not None:
             self.wall_s = time.monotonic() - self._started
@@ -201,13 +216,16 @@ class SandboxedProgram:
     def _pump(self, enough: Callable[[], bool], deadline: float) -> None:
         """Move bytes both ways until `enough`, the end, the deadline, or more output than is allowed."""
         while not enough() and not self.overflowed:
+            if self._stop.is_set():
+                self.kill()
+                raise SandboxFailure("closed while a program ran", where="sandbox")
             if self._ended:
                 self._drain(time.monotonic() + END_S)
                 return
             left = deadline - time.monotonic()
             if left <= 0:
                 return
-            for descriptor, _ in self._poll.poll(left * 1_000 + 1):
+            for descriptor, _ in self._poll.poll(min(left, LOOK_UP_S) * 1_000 + 1):
                 if descriptor == self._pidfd:
                     self._ended = True
                     self._poll.unregister(self._pidfd)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
@@ -198,6 +199,19 @@ def test_no_program_and_a_cut_one(verifier: Verifier) -> None:
     found = verifier.verify([(problem, cut, "length"), (problem, cut, "stop"), (problem, "x" * 500_000, "stop")])
     assert [verdict.state for verdict in found] == ["truncated", "wrong", "wrong"]
     assert states(verifier, problem, "x = 1\n" * 100_000) == ["wrong"]
+
+
+def test_closing_ends_what_is_being_graded() -> None:
+    try:
+        open_sandbox()
+    except EnvironmentFault as exc:
+        pytest.skip(str(exc))
+    grader = code_grader.CodeGrader(CodeLimits(timeout_s=10_000.0), num_workers=1)
+    future = grader.submit({"cases": [{"input": "", "output": ""}] * 100}, "import time\ntime.sleep(100000)")
+    while not future.running():
+        time.sleep(0.01)
+    grader.close()
+    assert future.result()[0] == "infra_error"
 
 
 def test_a_failing_sandbox_is_never_the_models_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ class CodeGrader:
         )
         self._num_workers = num_workers
         self._threads: ThreadPoolExecutor | None = None
-        self._sandbox = sandbox
+        self._sandbox, self._owns_sandbox = sandbox, sandbox is None
 
     def submit(self, metadata: Mapping[str, Any], program: str) -> Future[Result]:
         """Start grading one program. Raises EnvironmentFault where this machine has no sandbox."""
@@ -72,6 +72,10 @@ class CodeGrader:
                 future.cancel()
 
     def close(self) -> None:
+        """End what is being graded, at once if the sandbox is our own."""
+        if self._sandbox is not None and self._owns_sandbox:
+            self._sandbox.close()
+            self._sandbox = None
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
             self._threads = None
