@@ -120,7 +120,8 @@ def _prove(sandbox: Sandbox) -> None:
         os.fchmod(planted.fileno(), 0o644)
         call = f"import json, probe; print(json.dumps(probe.report({planted.name!r}, {PROBE_LIMITS.num_threads})))"
         outcome = sandbox.start(call, PROBE_LIMITS, {"probe": compile_module(probe.__file__)}).finish()
-        Path(planted.name + probe.ESCAPED).unlink(missing_ok=True)
+        for folder in (Path(planted.name).parent, Path("/")):
+            (folder / (Path(planted.name).name + probe.ESCAPED)).unlink(missing_ok=True)
     try:
         found = json.loads(outcome.stdout)
     except ValueError as exc:

@@ -39,7 +39,7 @@ def attempts(planted: str) -> dict[str, Callable[[], object]]:
         "read /proc/self/environ": lambda: open("/proc/self/environ", "rb").read(),
         "list /root": lambda: os.listdir("/root/.ssh"),
         "write outside": lambda: open(planted + ESCAPED, "wb"),
-        "write here": lambda: open("potstill-escape", "wb"),
+        "write here": lambda: open(os.path.basename(planted) + ESCAPED, "wb"),
         "fork": lambda: os.fork() or os._exit(0),
         "start a program": lambda: subprocess.run([sys.executable, "-c", ""], check=True),
         "make a name space": lambda: system_call(UNSHARE[os.uname().machine], CLONE_NEWUSER),
