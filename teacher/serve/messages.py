@@ -2,6 +2,7 @@
 
 A field that would change the answer and is not honoured is refused with 400, never ignored: log-probabilities, tools,
 penalties, token ids as prompts, more than one user message. `stop` is applied to the finished text.
+`thinking_token_budget` is budget forcing, under vLLM's name for it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Request(BaseModel, ABC):
     presence_penalty: Zero = None
     frequency_penalty: Zero = None
     user: str | None = None
+    thinking_token_budget: int | None = Field(None, ge=1)
 
     @abstractmethod
     def prompts(self) -> list[str]:
@@ -55,6 +57,7 @@ class Request(BaseModel, ABC):
             "top_p": self.top_p,
             "max_tokens": self.limit(),
             "seed": self.seed,
+            "max_thinking_tokens": self.thinking_token_budget,
         }
         return default.model_copy(update={name: value for name, value in said.items() if value is not None})
 

@@ -100,8 +100,10 @@ def test_a_seed_repeats_and_no_seed_differs(client: TestClient) -> None:
 def test_fields_reach_the_sampling(client: TestClient, teacher: SpellingTeacher) -> None:
     chat(client, temperature=0, top_p=0.5, max_tokens=12, seed=8)
     chat(client, max_completion_tokens=13, max_tokens=12)
+    chat(client, max_tokens=12, thinking_token_budget=5)
     assert teacher.batches[0][1] == Sampling(temperature=0, top_p=0.5, max_tokens=12, seed=8)
     assert teacher.batches[1][1] == DEFAULTS.model_copy(update={"max_tokens": 13})
+    assert teacher.batches[2][1] == DEFAULTS.model_copy(update={"max_tokens": 12, "max_thinking_tokens": 5})
 
 
 def test_completions_take_several_prompts(client: TestClient) -> None:
