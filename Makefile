@@ -21,7 +21,7 @@ OPTIONS = $(foreach s,$(SET),--set '$(s)') --out '$(OUT)'
 TESTS ?= tests
 
 .PHONY: help setup setup-vllm lock demo generate distill eval compare push push-traces serve doctor zoo
-.PHONY: bench bench-graders bench-ledger torture pico-teacher pico-bases check format test clean
+.PHONY: bench bench-graders bench-ledger bench-serving torture pico-teacher pico-bases check format test clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -84,6 +84,9 @@ bench-ledger: $(STAMP) ## Resume and export a million samples: seconds and memor
 
 bench-graders: $(STAMP) ## Grade the gold solutions of the benchmarks in POTSTILL_BENCH_DATA
 	@$(BIN)/python benchmarks/graders.py
+
+bench-serving: $(STAMP) $(STAMP_VLLM) ## Measure generation through the vLLM backend against vLLM's own benchmark
+	@$(BIN)/python benchmarks/serving.py
 
 check: $(STAMP) ## Format, lint, types and import layers
 	@$(BIN)/ruff format --check .
