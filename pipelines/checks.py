@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distill.errors import CheckpointError
 from distill.manifest import hash_file
-from distill.recipe import LocalSource, NativeTeacher, OpenAITeacher, Recipe, VllmTeacher
+from distill.recipe import LocalSource, NativeTeacher, OpenAITeacher, RayTeacher, Recipe, VllmTeacher
 
 # Weights up to this size are read whole beforehand; larger ones show faults in their values only when they are loaded.
 MAX_CHECKED_BYTES = 2 * 2**30
@@ -91,6 +91,9 @@ def _teacher(recipe: Recipe) -> str:
         from teacher.backends.vllm import check_vllm
 
         return check_vllm(recipe.teacher, base_dir=Path.cwd())
+    if isinstance(recipe.teacher, RayTeacher):
+        where = ", ".join(recipe.teacher.base_urls) or f"{recipe.teacher.num_replicas} replicas"
+        return f"{recipe.teacher.model} over Ray: {where}"  # its folder lies on the nodes
     folder = Path(recipe.teacher.model)
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", where=folder)

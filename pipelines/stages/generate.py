@@ -23,7 +23,7 @@ from distill.problems import iterate_problems, source_files
 from distill.problems.packed import PackedProblems
 from distill.progress import Progress
 from distill.protocols import Teacher
-from distill.recipe import NativeTeacher, Recipe, ServedTeacher, TeacherConfig, VllmTeacher
+from distill.recipe import NativeTeacher, Recipe, ServedTeacher, TeacherConfig, VllmServing
 from distill.records import Problem, StageManifest
 from distill.tables import write_records
 from distill.verify.kept import grading_settings
@@ -35,6 +35,7 @@ LEDGER, PROBLEMS, TRACES = "ledger.sqlite", "problems.parquet", "traces"
 # What changes how fast and how patiently a teacher is asked, and nothing of what it writes.
 SPEED = {"batch_size", "max_concurrency", "timeout_s", "idle_timeout_s", "stream", "max_retries", "api_key_env"}
 SPEED |= {"startup_timeout_s", "max_restarts", "num_nodes", "head_address", "rpc_port"}
+SPEED |= {"address", "base_urls", "num_replicas", "cpus_per_replica", "gpus_per_replica"}
 # What is noted of the samples besides, and changes none of them.
 PRICES = {"price_per_million_prompt_tokens", "price_per_million_completion_tokens"}
 
@@ -58,7 +59,7 @@ def generate(
     inputs = source_files(recipe.problems, base_dir=base_dir)
     if isinstance(recipe.teacher, NativeTeacher):
         inputs["teacher"] = _checkpoint_folder(base_dir / recipe.teacher.model)
-    elif isinstance(recipe.teacher, VllmTeacher) and (base_dir / recipe.teacher.model).is_dir():
+    elif isinstance(recipe.teacher, VllmServing) and (base_dir / recipe.teacher.model).is_dir():
         inputs["teacher"] = base_dir / recipe.teacher.model
     config = _what_matters(recipe)
     if is_current("generate", inputs, config, out_dir):

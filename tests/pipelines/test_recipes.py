@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from distill.problems import source_files
 from distill.recipe import NativeTeacher, OpenAITeacher, load_recipe
+from pipelines.checks import recipe_checks
 from students.zoo import find_student
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -55,3 +57,10 @@ def test_full_scale_reads_r1_and_trains_the_six() -> None:
     assert len(recipe.distill.students) == 6
     assert all(name.startswith("r1-distill-") for name in recipe.distill.students)
     assert {"gsm8k", "math500", "aime24"} <= set(recipe.eval.suites)
+
+
+def test_a_pool_over_ray_needs_no_folder_here() -> None:
+    pool = {"backend": "ray", "model": "r1", "base_urls": ["http://a/v1", "http://b/v1"]}
+    recipe = load_recipe(REPOSITORY / "pipelines/recipes/tiny.yaml", [f"teacher={json.dumps(pool)}"])
+    checks = dict(recipe_checks(recipe))
+    assert checks["teacher"]() == "r1 over Ray: http://a/v1, http://b/v1"
