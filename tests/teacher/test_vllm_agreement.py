@@ -155,8 +155,11 @@ def test_vllm_logprobs_agree_with_ours(teacher, folder, prompts):
 def test_only_what_generation_needs_is_answered(teacher):
     """vLLM's key covers /v1 alone; its other routes are not there at all."""
     headers = {"Authorization": f"Bearer {teacher.key}"}
-    for path in ("/metrics", "/docs", "/openapi.json", "/load", "/tokenize", "/invocations", "/v1/responses"):
+    for path in ("/metrics", "/docs", "/openapi.json", "/load", "/invocations", "/v1/responses"):
         assert httpx.get(f"{teacher.url}{path}", headers=headers).status_code == 404
+    asked = {"model": "pico", "prompt": "12 + 34"}
+    assert httpx.post(f"{teacher.url}/tokenize", json=asked).status_code == 404
+    assert httpx.post(f"{teacher.url}/tokenize", json=asked, headers=headers).json()["count"] > 2
     assert httpx.get(f"{teacher.url}/v1/models").status_code == 401
     assert httpx.get(f"{teacher.url}/v1/models", headers=headers).json()["data"][0]["id"] == "pico"
     teacher.close()  # the next test starts a server of its own

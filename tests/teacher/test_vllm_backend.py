@@ -5,6 +5,7 @@ The server is a stand-in for `vllm serve` with the same command line; `test_vllm
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from stand_in_vllm import install_stand_in, write_version
 from v3_models import tiny_config, write_model_folder
@@ -29,6 +31,7 @@ from teacher.backends import open_teacher, vllm_server
 from teacher.backends.folder import readable_on_cpu
 from teacher.backends.native import open_native
 from teacher.backends.vllm import VllmBackend
+from teacher.backends.vllm_routes import AllowList
 
 SAMPLING = Sampling(max_tokens=8, seed=2)
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,6 +200,37 @@ def test_flags_that_are_ours_to_set_are_refused() -> None:
         parse(VllmTeacher, tree, where="r.yaml")
     with pytest.raises(RecipeError, match=r"flags: '--seed' is not a flag's name"):
         parse(VllmTeacher, {"model": "x", "flags": {"--seed": 1}}, where="r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "status"),
+    [
+        ("/health", None, 200),
+        ("/v1/chat/completions", None, 200),  # vLLM's own check of the key comes behind this one
+        ("/v1/responses", CANARY, 404),
+        ("/metrics", CANARY, 404),
+        ("//health", CANARY, 404),
+        ("/tokenize", None, 404),
+        ("/tokenize", "another", 404),
+        ("/tokenize", CANARY, 200),
+    ],
+)
+def test_routes_are_an_allow_list(path: str, key: str | None, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", CANARY)
+
+    async def everything(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def ask() -> int:
+        transport = httpx.ASGITransport(app=AllowList(everything))
+        async with httpx.AsyncClient(transport=transport) as client:
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            return (
+                await client.get(httpx.URL("http://x").copy_with(raw_path=path.encode()), headers=headers)
+            ).status_code
+
+    assert asyncio.run(ask()) == status
 
 
 # --- what is left behind ----------------------------------------------------------------------------------------------
