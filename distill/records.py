@@ -51,8 +51,9 @@ class Problem(Record):
 
     @cached_property
     def id(self) -> str:
-        """Identity of the question: its text and the grader's reference, not where it came from."""
-        return content_id([self.prompt, self.answer, self.grader])
+        """Identity of the question: its text and the grader's reference (of code, its tests), not where it came from."""
+        tests = [self.metadata] if self.grader == "code" else []
+        return content_id([self.prompt, self.answer, self.grader, *tests])
 
 
 class Sampling(Record):

@@ -8,6 +8,7 @@ problem, the graders' versions and settings.
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -37,6 +38,7 @@ def grading_settings(config: VerifyConfig, judge: Teacher | None = None) -> dict
     With `judge`, the model that `config.judge` names, its identity too.
     """
     versions = {name: importlib.metadata.version(name) for name in GRADERS}
+    versions["python"] = "{}.{}".format(*sys.version_info)  # runs the programs that are graded
     settings: dict[str, Any] = {
         **config.model_dump(mode="json", exclude={"num_workers", "judge", *AFTERWARDS}),
         "grader_versions": {"potstill": str(GRADING_VERSION), **versions},
