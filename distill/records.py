@@ -51,7 +51,7 @@ class Problem(Record):
 
     @cached_property
     def id(self) -> str:
-        """Identity of the question: its text and the grader's reference (of code, its tests), not where it came from."""
+        """Identity of the question: its text and the grader's reference (code: its tests), not where it came from."""
         tests = [self.metadata] if self.grader == "code" else []
         return content_id([self.prompt, self.answer, self.grader, *tests])
 

@@ -1,0 +1,67 @@
+"""The recipe: one typed, frozen description of a whole run. Every public default of the pipeline lives in this folder.
+
+`load_recipe(path, overrides)` reads a recipe, `load_student` a student of the zoo (`students/zoo/*.yaml`); a fault is
+one `RecipeError` line naming file and field. `whole` has the sections, the other files one or two of them each.
+"""
+
+from distill.recipe.config import Config
+from distill.recipe.curation import (
+    BestOfN,
+    CodeLimits,
+    CurateConfig,
+    Difficulty,
+    JudgeConfig,
+    Mix,
+    NearDuplicates,
+    VerifyConfig,
+)
+from distill.recipe.problems import DatasetSource, LocalSource, ProblemSource, ReasoningGymSource
+from distill.recipe.reading import load_recipe, load_student, parse
+from distill.recipe.results import EvalConfig
+from distill.recipe.students import SFTConfig, StudentConfig
+from distill.recipe.teachers import (
+    AdaptiveSampling,
+    FlagValue,
+    GenerateConfig,
+    NativeTeacher,
+    OpenAITeacher,
+    RayTeacher,
+    ServedTeacher,
+    TeacherConfig,
+    VllmServing,
+    VllmTeacher,
+)
+from distill.recipe.whole import Recipe
+
+__all__ = [
+    "AdaptiveSampling",
+    "BestOfN",
+    "CodeLimits",
+    "Config",
+    "CurateConfig",
+    "DatasetSource",
+    "Difficulty",
+    "EvalConfig",
+    "FlagValue",
+    "GenerateConfig",
+    "JudgeConfig",
+    "LocalSource",
+    "Mix",
+    "NativeTeacher",
+    "NearDuplicates",
+    "OpenAITeacher",
+    "ProblemSource",
+    "RayTeacher",
+    "ReasoningGymSource",
+    "Recipe",
+    "SFTConfig",
+    "ServedTeacher",
+    "StudentConfig",
+    "TeacherConfig",
+    "VerifyConfig",
+    "VllmServing",
+    "VllmTeacher",
+    "load_recipe",
+    "load_student",
+    "parse",
+]

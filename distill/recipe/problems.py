@@ -1,0 +1,72 @@
+"""Where the prompts come from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from distill.recipe.config import Config
+
+
+class ReasoningGymSource(Config):
+    """Procedural problems.
+
+    `families` is a problem-set file (`distill/problems/*.yaml`) or a mapping family -> parameters. `split` decides
+    which part of the world the problems come from: a problem's own hash puts it in `train` or `held_out`, so that the
+    two never meet whatever the seeds are.
+    """
+
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    families: str | dict[str, dict[str, Any]]
+    count: int = Field(ge=1, description="problems in all, spread evenly over the families")
+    seed: int = Field(1, ge=0)
+    split: Literal["train", "held_out"] = "train"
+
+
+class LocalSource(Config):
+    """JSON Lines or Parquet on this machine."""
+
+    kind: Literal["local"] = "local"
+    path: str
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    choices_field: str | None = None
+    grader: Literal["math", "choice", "code", "judge"] = "math"
+    tests_field: str | None = Field(None, description="for programs: test code, assertions, or inputs with outputs")
+    setup_field: str | None = Field(None, description="for programs: code that the tests need to have run")
+    entry_point_field: str | None = Field(None, description="for programs: the function that check(candidate) is given")
+    limit: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _programs_have_tests(self) -> Self:
+        if (self.grader == "code") != (self.tests_field is not None):
+            raise ValueError("tests_field: goes with grader 'code', and with no other")
+        return self
+
+
+class DatasetSource(Config):
+    """A data set of the Hugging Face Hub, read with `datasets`."""
+
+    kind: Literal["dataset"] = "dataset"
+    repo: str
+    revision: str = "main"
+    config: str | None = None
+    split: str = "train"
+    prompt_field: str = "problem"
+    answer_field: str = "answer"
+    choices_field: str | None = None
+    grader: Literal["math", "choice", "code", "judge"] = "math"
+    tests_field: str | None = Field(None, description="for programs: test code, assertions, or inputs with outputs")
+    setup_field: str | None = Field(None, description="for programs: code that the tests need to have run")
+    entry_point_field: str | None = Field(None, description="for programs: the function that check(candidate) is given")
+    limit: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _programs_have_tests(self) -> Self:
+        if (self.grader == "code") != (self.tests_field is not None):
+            raise ValueError("tests_field: goes with grader 'code', and with no other")
+        return self
+
+
+ProblemSource = Annotated[ReasoningGymSource | LocalSource | DatasetSource, Field(discriminator="kind")]

@@ -1,0 +1,40 @@
+"""How models are scored, and where models and traces are pushed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from distill.recipe.config import Config
+from distill.recipe.problems import ReasoningGymSource
+from distill.records import Sampling
+
+
+class EvalConfig(Config):
+    suites: tuple[str, ...] = Field(("pico",), min_length=1)
+    held_out: ReasoningGymSource | None = Field(None, description="the problems behind the suite `pico`")
+    bench_data: str | None = Field(None, description="folder of benchmark files; else POTSTILL_BENCH_DATA")
+    num_samples: int = Field(4, ge=1, description="samples a question; pass@1 is their mean")
+    sampling: Sampling = Sampling()
+    batch_size: int = Field(128, ge=1)
+    limit: int | None = Field(None, ge=1, description="questions a suite")
+    roles: tuple[Literal["teacher", "base", "direct", "distilled"], ...] = ("teacher", "base", "direct", "distilled")
+
+
+class PushConfig(Config):
+    repo: str = Field("potstill-{student}", description="repository name; {student} is filled in")
+    student: str | None = Field(None, description="which student; none: the best distilled one")
+    private: bool = True
+
+
+class PushTracesConfig(Config):
+    """The traces as a data set of the Hub."""
+
+    repo: str = Field("potstill-{recipe}-traces", description="repository name; {recipe} is filled in")
+    private: bool = True
+    include_rejected: bool = Field(False, description="every sample as a second configuration, with what dropped it")
+    licence: str | None = Field(None, description="of the data set; none: those of its sources")
+    licences: dict[str, str] = Field(default_factory=dict, description="of the sources, where they are not procedural")
+    language: str = "en"
+    shard_mb: int = Field(500, ge=1, description="uncompressed size of a Parquet file, about")

@@ -1,0 +1,194 @@
+"""Who writes the traces, and how many."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from distill.recipe.config import Config
+from distill.records import Sampling
+
+FlagValue = bool | int | float | str | list[Any] | dict[str, Any] | None
+RESERVED_FLAGS = {
+    *("api-key", "api-server-count", "data-parallel-address", "data-parallel-rpc-port", "data-parallel-size-local"),
+    *("data-parallel-start-rank", "disable-fastapi-docs", "headless", "host", "middleware", "model", "port"),
+    *("revision", "served-model-name", "tokenizer-revision", "uds"),
+}
+
+
+class NativeTeacher(Config):
+    """This project's own model and latent cache, in this process."""
+
+    backend: Literal["native"] = "native"
+    model: str = Field(description="checkpoint folder")
+    batch_size: int = Field(64, ge=1)
+
+
+# Fields of a request that have a place of their own in the recipe, or none at all.
+SET_BY_POTSTILL = {
+    *(
+        "model",
+        "messages",
+        "prompt",
+        "n",
+        "seed",
+        "stop",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "max_completion_tokens",
+    ),
+    *("stream", "stream_options", "logprobs", "top_logprobs", "thinking_token_budget", "return_token_ids"),
+}
+
+
+class ServedTeacher(Config):
+    """How a model behind an OpenAI-compatible endpoint is asked, whoever started the endpoint."""
+
+    model: str = Field(description="the served model's name")
+    revision: str = "unknown"
+    api_key_env: str = "OPENAI_API_KEY"
+    system_prompt: str | None = None
+    max_concurrency: int = Field(256, ge=1, description="requests in flight at the most; how many it is adapts")
+    timeout_s: float = Field(14_400, gt=0, description="a whole answer; 32,768 tokens can take hours")
+    idle_timeout_s: float = Field(
+        600, gt=0, description="nothing comes of a streamed answer, the wait for a place included"
+    )
+    stream: bool = Field(
+        True, description="false: for an endpoint that does not stream, or streams without token counts"
+    )
+    max_retries: int = Field(8, ge=0)
+    extra_body: dict[str, Any] = Field(default_factory=dict, description="fields added to every request, as they are")
+    budget_forcing: Literal["completions", "chat", "server"] = Field(
+        "completions", description="how the end of thinking is forced (sampling.max_thinking_tokens); docs/teacher.md"
+    )
+    price_per_million_prompt_tokens: float | None = Field(None, ge=0, description="for the costs shown and noted")
+    price_per_million_completion_tokens: float | None = Field(None, ge=0)
+    think_prefilled: bool = Field(True, description="the served template already opens <think>: put it back in front")
+
+    @field_validator("extra_body")
+    @classmethod
+    def _potstill_sets_the_rest(cls, body: dict[str, Any]) -> dict[str, Any]:
+        if taken := SET_BY_POTSTILL & body.keys():
+            raise ValueError(f"{min(taken)!r} is set by potstill itself")
+        return body
+
+    def cost(self, num_prompt_tokens: int, num_completion_tokens: int) -> float | None:
+        """In the currency of the prices; None where there is none."""
+        prompt, completion = self.price_per_million_prompt_tokens, self.price_per_million_completion_tokens
+        if prompt is None and completion is None:
+            return None
+        return ((prompt or 0.0) * num_prompt_tokens + (completion or 0.0) * num_completion_tokens) / 1e6
+
+
+class OpenAITeacher(ServedTeacher):
+    """Any OpenAI-compatible endpoint: vLLM, SGLang, DeepSeek's own."""
+
+    backend: Literal["openai"] = "openai"
+    base_url: str = "http://127.0.0.1:8000/v1"
+
+
+class VllmServing(Config):
+    """How a vLLM server of ours is started and watched.
+
+    `flags` are those of `vllm serve` without their dashes: true and false stand for `--x` and `--no-x`, a mapping for
+    JSON, null takes back what a parent recipe set. What says where the server listens, what it is called and who may
+    ask it is not among them: that is potstill's to set.
+    """
+
+    flags: dict[str, FlagValue] = Field(default_factory=dict)
+    environment: dict[str, str] = Field(
+        default_factory=dict, description="variables for the server, beyond those of this process"
+    )
+    startup_timeout_s: float | None = Field(None, gt=0, description="none: from the size of the weights")
+    max_restarts: int = Field(3, ge=0, description="how often a server that died is started again")
+
+    @field_validator("flags")
+    @classmethod
+    def _ours_are_not_given(cls, flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
+        for name in flags:
+            if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+                raise ValueError(f"{name!r} is not a flag's name (written without dashes in front: max-model-len)")
+            if name in RESERVED_FLAGS:
+                raise ValueError(f"{name!r} is set by potstill")
+        return flags
+
+
+class VllmTeacher(ServedTeacher, VllmServing):
+    """A vLLM server that potstill starts, watches and ends; over several nodes with data parallelism."""
+
+    backend: Literal["vllm"] = "vllm"
+    model: str = Field(description="checkpoint folder, or a repository of the Hub")
+    revision: str = Field("main", description="of a Hub repository")
+    num_nodes: int = Field(1, ge=1, description="nodes that share the ranks of data-parallel-size")
+    head_address: str | None = Field(None, description="address of node 0, as the other nodes reach it")
+    rpc_port: int = Field(13_345, ge=1, le=65_535, description="port of node 0 at which the other nodes report")
+
+    @model_validator(mode="after")
+    def _ranks_fill_the_nodes(self) -> VllmTeacher:
+        size = self.flags.get("data-parallel-size", 1)
+        if self.num_nodes > 1 and (isinstance(size, bool) or not isinstance(size, int) or size % self.num_nodes):
+            raise ValueError(f"flags.data-parallel-size must be a multiple of num_nodes {self.num_nodes}, got {size!r}")
+        if self.num_nodes > 1 and self.head_address is None:
+            raise ValueError("head_address: several nodes need the address of the first")
+        return self
+
+
+class RayTeacher(ServedTeacher, VllmServing):
+    """Many replicas over a Ray cluster: each a vLLM server on its node, or one endpoint of a pool.
+
+    With `base_urls` nothing is started: `model` is then the name under which all of them serve it.
+    """
+
+    backend: Literal["ray"] = "ray"
+    model: str = Field(description="checkpoint folder (on every node), a repository of the Hub, or the served name")
+    revision: str = "main"
+    address: str | None = Field(None, description="of a running cluster; none: Ray starts on this machine")
+    base_urls: tuple[str, ...] = Field((), description="a pool of endpoints, instead of servers of our own")
+    num_replicas: int = Field(1, ge=1, description="servers to start")
+    cpus_per_replica: float = Field(1, ge=0)
+    gpus_per_replica: float = Field(0, ge=0)
+
+
+TeacherConfig = Annotated[NativeTeacher | OpenAITeacher | VllmTeacher | RayTeacher, Field(discriminator="backend")]
+
+
+class AdaptiveSampling(Config):
+    """Rounds of `num_samples` samples a prompt, graded in between: how long a prompt goes on getting rounds."""
+
+    max_samples: int = Field(16, ge=1, description="samples a prompt at the most")
+    min_correct: int = Field(1, ge=1, description="a prompt with so many correct samples is done")
+    give_up_after: int = Field(8, ge=1, description="a prompt without a correct one among so many samples is done")
+    pass_rate: tuple[float, float] = Field(
+        (0.0, 1.0), description="else it goes on while the share of correct samples lies between these"
+    )
+
+    @model_validator(mode="after")
+    def _bounds_are_shares(self) -> AdaptiveSampling:
+        low, high = self.pass_rate
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"pass_rate: must be two shares between 0 and 1, the lesser first, got [{low}, {high}]")
+        return self
+
+
+class GenerateConfig(Config):
+    num_samples: int = Field(1, ge=1, description="samples a prompt; with `adaptive`, in each round")
+    adaptive: AdaptiveSampling | None = Field(None, description="more samples where they are worth it; none: a fixed n")
+    sampling: Sampling = Sampling()
+    grade: bool = Field(True, description="grade while generating: the yield is shown, curation finds the verdicts")
+    part: str | None = Field(
+        None,
+        pattern=r"^[1-9]\d{0,5}/[1-9]\d{0,5}$",
+        description="`2/4`: the second of four parts of the prompts, for one of four machines with a ledger of its own",
+    )
+
+    @model_validator(mode="after")
+    def _rounds_fit_and_the_part_exists(self) -> GenerateConfig:
+        if self.adaptive is not None and self.adaptive.max_samples < self.num_samples:
+            message = f"must be at least num_samples {self.num_samples}, got {self.adaptive.max_samples}"
+            raise ValueError(f"adaptive.max_samples: {message}")
+        if self.part is not None and int(self.part.split("/")[0]) > int(self.part.split("/")[1]):
+            raise ValueError(f"part: must be one of 1/n to n/n, got {self.part}")
+        return self

@@ -1,0 +1,33 @@
+"""A whole run: the sections of a recipe file."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from distill.recipe.config import Config
+from distill.recipe.curation import CurateConfig, VerifyConfig
+from distill.recipe.problems import ProblemSource
+from distill.recipe.results import EvalConfig, PushConfig, PushTracesConfig
+from distill.recipe.students import DistillConfig
+from distill.recipe.teachers import GenerateConfig, TeacherConfig
+
+
+class Recipe(Config):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    problems: tuple[ProblemSource, ...] = Field(min_length=1)
+    teacher: TeacherConfig
+    generate: GenerateConfig = GenerateConfig()
+    verify: VerifyConfig = VerifyConfig()
+    curate: CurateConfig = CurateConfig()
+    distill: DistillConfig
+    eval: EvalConfig = EvalConfig()
+    push: PushConfig = PushConfig()
+    push_traces: PushTracesConfig = PushTracesConfig()
+
+    @model_validator(mode="after")
+    def _held_out_is_held_out(self) -> Recipe:
+        if "pico" in self.eval.suites and self.eval.held_out is None:
+            raise ValueError("eval.held_out: the suite 'pico' needs its problems")
+        if self.eval.held_out is not None and self.eval.held_out.split != "held_out":
+            raise ValueError("eval.held_out.split: must be 'held_out'")
+        return self
