@@ -63,12 +63,13 @@ class NativeBackend:
         self.folder = folder
         self.tokenizer = tokenizer
         self.engine = engine
+        self._dtype = engine.dtype  # part of the identity, which outlives the engine
         self.max_workers = max_workers
         self._numbers = itertools.count()
 
     @cached_property
     def identity(self) -> TeacherIdentity:
-        version = ENGINE_VERSION if self.engine.dtype == torch.float32 else f"{ENGINE_VERSION}-{self.engine.dtype}"
+        version = ENGINE_VERSION if self._dtype == torch.float32 else f"{ENGINE_VERSION}-{self._dtype}"
         return folder_identity(self.folder, backend="native", backend_version=version)
 
     def generate(self, requests: Many[TraceRequest], sampling: Sampling) -> Iterator[Completion]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +16,7 @@ from transformers import (
 
 from distill.recipe import SFTConfig, StudentConfig
 from distill.records import Example
+from distill.tables import write_records
 
 TEMPLATES = Path("students/templates")
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -112,8 +111,5 @@ def make_examples(path: Path, count: int = 64, *, direct: bool = False, seed: in
 
 
 def write_examples(path: Path, examples: list[Example]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {name: [getattr(example, name) for example in examples] for name in Example.model_fields}
-    schema = pa.schema([(name, pa.string()) for name in Example.model_fields])
-    pq.write_table(pa.table(columns, schema=schema), path)
+    write_records(path, examples, Example)
     return path
