@@ -76,17 +76,17 @@ pico-bases: $(STAMP) ## Pre-train the bundled bases again (minutes on a GPU)
 	@$(POTSTILL) pico bases
 
 bench: $(STAMP) ## Measure what the speed claims rest on; results go to benchmarks/results
-	@$(BIN)/python benchmarks/generation.py
+	@$(BIN)/python -m benchmarks.generation
 	@$(BIN)/python -m benchmarks.client
 
 bench-ledger: $(STAMP) ## Resume and export a million samples: seconds and memory
-	@$(BIN)/python benchmarks/ledger.py
+	@$(BIN)/python -m benchmarks.ledger
 
 bench-graders: $(STAMP) ## Grade the gold solutions of the benchmarks in POTSTILL_BENCH_DATA
-	@$(BIN)/python benchmarks/graders.py
+	@$(BIN)/python -m benchmarks.graders
 
 bench-serving: $(STAMP) $(STAMP_VLLM) ## Measure generation through the vLLM backend against vLLM's own benchmark
-	@$(BIN)/python benchmarks/serving.py
+	@$(BIN)/python -m benchmarks.serving
 
 check: $(STAMP) ## Format, lint, types and import layers
 	@$(BIN)/ruff format --check .

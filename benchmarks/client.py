@@ -1,6 +1,6 @@
 """The client's overhead a request at 512 in flight, and generation through potstill's own server.
 
-    python benchmarks/client.py [--concurrency 512] [--requests 4096] [--samples 512]
+    python -m benchmarks.client [--concurrency 512] [--requests 4096] [--samples 512]
 
 First part: a server in another process answers at once, whole or as a stream of 32 pieces. The bare rows send
 prepared bytes over as many raw sockets and read until the answer's end: what server, kernel and event loop cost by

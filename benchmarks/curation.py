@@ -1,6 +1,6 @@
 """What curation costs: seconds and memory of the filters over synthetic traces, by settings.
 
-    python benchmarks/curation.py [--traces 100000] [--words 300] [--only defaults]
+    python -m benchmarks.curation [--traces 100000] [--words 300] [--only defaults]
 
 Four samples a problem; every tenth sample is another one with a hundredth of its words changed. Each row runs in a
 process of its own, over the same Parquet file: the pass of the filters, the pass that measures near-duplicates where

@@ -1,6 +1,6 @@
 """What the four tests of decontamination find, by the threshold of 8-gram containment, on public questions.
 
-    python benchmarks/decontamination.py [--data DIR]
+    python -m benchmarks.decontamination [--data DIR]
 
 Two sides. What has to be found: each suite's own questions with every number raised by one, with each twelfth and with
 each ninth word replaced. What has to be left: GSM8K's training questions against all four suites; the first that are

@@ -1,6 +1,6 @@
 """Teacher generation at batch 64: the native engine against transformers' own `generate`, same weights and prompts.
 
-    python benchmarks/generation.py [--model DIR] [--batch 64] [--new-tokens 128]
+    python -m benchmarks.generation [--model DIR] [--batch 64] [--new-tokens 128]
 
 Every row generates the same number of tokens on both sides (end tokens are ignored), alternating and taking the best
 of the repeats. The first rows give each side one thread and one batch; the last one gives both the whole machine and

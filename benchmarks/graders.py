@@ -1,6 +1,6 @@
 """How often the graders accept what is known to be right: the gold solutions of public benchmarks.
 
-    python benchmarks/graders.py [--data DIR] [--workers 2]
+    python -m benchmarks.graders [--data DIR] [--workers 2]
 
 Two questions of each set of mathematics. First, the gold solution as if a model had written it: the answer is
 extracted from its text and graded against the reference. Second, the same answer written otherwise: each form of

@@ -1,6 +1,6 @@
 """A million samples: what a resumed `generate` and its export need, in seconds and in memory.
 
-    python benchmarks/ledger.py [--samples 1000000] [--per-problem 4] [--folder DIR]
+    python -m benchmarks.ledger [--samples 1000000] [--per-problem 4] [--folder DIR]
 
 A ledger is filled with samples of about a kilobyte, all but one in a thousand of those that a recipe wants. Then the
 real generate stage runs in a fresh process, over a teacher that answers at once: "resume scan" is the time until the

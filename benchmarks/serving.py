@@ -1,6 +1,6 @@
 """Generation through the vLLM backend against vLLM's own benchmark of the same server: same prompts, lengths, load.
 
-    python benchmarks/serving.py [--requests 96] [--new-tokens 64] [--concurrency 16] [--repeats 5]
+    python -m benchmarks.serving [--requests 96] [--new-tokens 64] [--concurrency 16] [--repeats 5]
 
 One server, started by the backend. Both sides ask its chat endpoint, streamed, with a seed a request, end tokens
 ignored, so that every answer has the same length; they take turns (the order changes each time), and the medians
