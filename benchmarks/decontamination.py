@@ -13,12 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.device import device_name, write_result
 from distill.decontaminate import HeldOutQuestions

@@ -18,12 +18,9 @@ import importlib.metadata
 import json
 import random
 import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.code_sets import CODE_SETS, code_rows
 from benchmarks.device import RESULTS, device_name, write_result

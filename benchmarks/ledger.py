@@ -24,8 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks.device import device_name, write_result
 from distill.ledger import Ledger
 from distill.manifest import MANIFEST
@@ -157,7 +155,7 @@ def run(folder: Path, per_problem: int) -> None:
 
 def measured(folder: Path, per_problem: int) -> dict[str, Any]:
     (folder / "generate" / MANIFEST).unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--run", str(folder), "--per-problem", str(per_problem)]
+    command = [sys.executable, "-m", "benchmarks.ledger", "--run", str(folder), "--per-problem", str(per_problem)]
     return dict(json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout))
 
 

@@ -149,3 +149,15 @@ def test_citation_and_package_agree() -> None:
     assert f"version: {project['version']}\n" in citation
     assert f"license: {project['license']}\n" in citation
     assert "Apache License" in (REPOSITORY / "LICENSE").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", re.findall(r"-m (benchmarks\.\w+)", MAKEFILE))
+def test_every_benchmark_of_the_makefile_starts(module: str) -> None:
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-m", module, "--help"]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=outside, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr[-500:]
+    assert "benchmarks" in result.stdout
