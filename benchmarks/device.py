@@ -9,8 +9,6 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.manifest import write_atomically
-
 if TYPE_CHECKING:
     import torch
 
@@ -43,7 +41,8 @@ def driver_version() -> str | None:
 def write_result(name: str, result: dict[str, Any], *, device: str | None = None, folder: Path | None = None) -> Path:
     """`folder` takes the place of benchmarks/results/<device>."""
     path = (folder or RESULTS / (device or device_name())) / f"{name}.json"
-    write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 

@@ -18,6 +18,7 @@ import argparse
 import datetime
 import importlib.metadata
 import importlib.util
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -28,12 +29,12 @@ import torch
 
 from benchmarks.device import device_name, driver_version, write_result
 from benchmarks.kernels import ceilings as speeds
-from benchmarks.kernels import elementwise
+from benchmarks.kernels import dense, elementwise, mla, moe
 from benchmarks.kernels.case import Case, Peer, PeerMissing, Work
-from benchmarks.kernels.report import Row, heading, line
+from benchmarks.kernels.report import Row, heading, line, total
 from benchmarks.kernels.timing import microseconds, poisoned
 
-FAMILIES = (elementwise,)
+FAMILIES = (dense, moe, mla, elementwise)
 
 
 def main() -> None:
@@ -56,12 +57,19 @@ def main() -> None:
     for name, value in header.items():
         print(f"{name:16s} {value:.4g}" if isinstance(value, float) else f"{name:16s} {value}")
     print("\n" + heading())
-    rows, missing = [], {}
-    for case in chosen:
-        row, absent = measured(case, ceilings, device)
-        rows.append(row)
-        missing |= absent
-        print(line(row), flush=True)
+    rows: list[Row] = []
+    missing: dict[str, str] = {}
+    for shape, group in itertools.groupby(chosen, key=lambda case: case.total and f"{case.kernel} {case.total}"):
+        of_group = []
+        for case in group:
+            row, absent = measured(case, ceilings, device)
+            of_group.append(row)
+            missing = {f"{case.kernel}: {name}": why for name, why in absent.items()} | missing
+            print(line(row), flush=True)
+        if shape and len(of_group) > 1:
+            of_group.append(total(case.total, of_group))
+            print(line(of_group[-1]), flush=True)
+        rows += of_group
     for peer, why in missing.items():
         print(f"left out: {peer}: {why}")
     result = header | {"peers_left_out": missing, "rows": [row.as_json() for row in rows]}

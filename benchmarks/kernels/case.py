@@ -51,6 +51,7 @@ class Case:
     kernel: str
     shape: str
     build: Callable[[torch.device], Work]
+    total: str | None = None  # the shape under which a row sums this case and its neighbours of the same total
 
     @property
     def name(self) -> str:

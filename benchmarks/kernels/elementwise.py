@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Peer, Work, differing_share
+from benchmarks.kernels.inputs import input_sets, normal
 from benchmarks.kernels.peers import group_quantise
-from benchmarks.kernels.timing import num_sets
 from teacher.kernels import quantise as q
 from teacher.kernels import rope_cache as rc
 from teacher.kernels.route import Routes, route, route_twin
@@ -50,15 +50,6 @@ def cases(*, toy: bool) -> Iterator[Case]:
         yield Case("rotate_queries", f"{m}x{HEADS}x{ROPE}", partial(_rotate_queries, m))
 
 
-def _sets(make: Callable[[int], Any], size_bytes: int, device: torch.device) -> list[Any]:
-    return [make(index) for index in range(num_sets(size_bytes, device))]
-
-
-def _random(device: torch.device, index: int, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    generator = torch.Generator(device).manual_seed(index)
-    return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
@@ -79,7 +70,7 @@ def _quantise(m: int, k: int, device: torch.device) -> Work:
     size = 3 * m * k + _scale_bytes(m, k)
     return Work(
         run=lambda inputs: q.quantise(*inputs),
-        sets=_sets(lambda index: (_random(device, index, m, k),), size, device),
+        sets=input_sets(lambda index: (normal(device, index, m, k),), size, device),
         error=lambda got, inputs: differing_share(got, q.quantise_twin(*inputs)),
         tolerance=0.0,
         size_bytes=size,
@@ -91,8 +82,8 @@ def _norm(m: int, k: int, added: bool, device: torch.device) -> Work:
     size = (7 if added else 3) * m * k + 2 * k + _scale_bytes(m, k)
 
     def make(index: int) -> tuple[Any, ...]:
-        weight = _random(device, index, k)
-        return _random(device, index + 1, m, k), weight, _random(device, index + 2, m, k) if added else None
+        weight = normal(device, index, k)
+        return normal(device, index + 1, m, k), weight, normal(device, index + 2, m, k) if added else None
 
     def with_kernel(inputs: tuple[Any, ...]) -> Any:
         return q.rms_norm_quantise(*inputs[:2], EPS, add_MK=inputs[2])
@@ -105,7 +96,7 @@ def _norm(m: int, k: int, added: bool, device: torch.device) -> Work:
 
     return Work(
         run=with_kernel,
-        sets=_sets(make, size, device),
+        sets=input_sets(make, size, device),
         error=lambda got, inputs: differing_share(numbers(got), numbers(with_twin(*inputs))),
         tolerance=0.0,
         size_bytes=size,
@@ -125,7 +116,7 @@ def _swiglu(m: int, inner: int, device: torch.device) -> Work:
     size = 5 * m * inner + _scale_bytes(m, inner)
     return Work(
         run=lambda inputs: q.swiglu_quantise(*inputs),
-        sets=_sets(lambda index: (_random(device, index, m, 2 * inner),), size, device),
+        sets=input_sets(lambda index: (normal(device, index, m, 2 * inner),), size, device),
         error=lambda got, inputs: differing_share(got, q.swiglu_quantise_twin(*inputs)),
         tolerance=0.0,
         size_bytes=size,
@@ -137,7 +128,7 @@ def _weight(rows: int, columns: int, device: torch.device) -> Work:
     size = 3 * rows * columns + 4 * -(-rows // BLOCK) * -(-columns // BLOCK)
     return Work(
         run=lambda inputs: q.quantise_weight(*inputs),
-        sets=_sets(lambda index: (_random(device, index, rows, columns),), size, device),
+        sets=input_sets(lambda index: (normal(device, index, rows, columns),), size, device),
         error=lambda got, inputs: differing_share(got, q.quantise_blocks(*inputs)),
         tolerance=0.0,
         size_bytes=size,
@@ -149,12 +140,12 @@ def _route(m: int, device: torch.device) -> Work:
     size = m * (4 * EXPERTS + 8 * V3_ROUTES.num_experts_per_tok) + 8 * EXPERTS
 
     def make(index: int) -> tuple[Tensor, Tensor]:
-        bias = _random(device, index, EXPERTS, dtype=torch.float32) * 0.01
-        return _random(device, index + 1, m, EXPERTS, dtype=torch.float32), bias
+        bias = normal(device, index, EXPERTS, dtype=torch.float32) * 0.01
+        return normal(device, index + 1, m, EXPERTS, dtype=torch.float32), bias
 
     return Work(
         run=lambda inputs: route(*inputs, V3_ROUTES),
-        sets=_sets(make, size, device),
+        sets=input_sets(make, size, device),
         error=lambda got, inputs: differing_share(got, route_twin(*inputs, V3_ROUTES)),
         tolerance=0.0,
         size_bytes=size,
@@ -162,7 +153,7 @@ def _route(m: int, device: torch.device) -> Work:
 
 
 def _rotation(device: torch.device) -> tuple[Tensor, Tensor]:
-    angles = _random(device, 0, 4_096, ROPE // 2, dtype=torch.float32)
+    angles = normal(device, 0, 4_096, ROPE // 2, dtype=torch.float32)
     return angles.cos(), angles.sin()
 
 
@@ -175,8 +166,8 @@ def _write_latent(m: int, device: torch.device) -> Work:
         cache_LPE = torch.full((-(-m // PAGE), PAGE, width), float("nan"), dtype=torch.bfloat16, device=device)
         slots = torch.randperm(cache_LPE.shape[0] * PAGE, device=device)[:m]
         positions = torch.randint(0, len(rotation[0]), (m,), device=device)
-        weight = _random(device, index, LATENT)
-        return _random(device, index + 1, m, width), weight, EPS, rotation, positions, slots, cache_LPE
+        weight = normal(device, index, LATENT)
+        return normal(device, index + 1, m, width), weight, EPS, rotation, positions, slots, cache_LPE
 
     def with_kernel(inputs: tuple[Any, ...]) -> Tensor:
         rc.write_latent(*inputs, interleave=True)
@@ -187,7 +178,7 @@ def _write_latent(m: int, device: torch.device) -> Work:
         rc.write_latent_twin(*inputs[:-1], own, interleave=True)
         return differing_share([got], [own])
 
-    return Work(with_kernel, _sets(make, size, device), error, tolerance=0.0, size_bytes=size)
+    return Work(with_kernel, input_sets(make, size, device), error, tolerance=0.0, size_bytes=size)
 
 
 def _rotate_queries(m: int, device: torch.device) -> Work:
@@ -196,7 +187,7 @@ def _rotate_queries(m: int, device: torch.device) -> Work:
 
     def make(index: int) -> tuple[Tensor, Tensor]:
         positions = torch.arange(m, device=device) * 7 % len(rotation[0])
-        return _random(device, index, m, HEADS, LATENT + ROPE), positions
+        return normal(device, index, m, HEADS, LATENT + ROPE), positions
 
     def with_kernel(inputs: tuple[Tensor, Tensor]) -> Tensor:
         rc.rotate_queries(inputs[0], rotation, inputs[1], latent=LATENT, interleave=True)
@@ -207,4 +198,4 @@ def _rotate_queries(m: int, device: torch.device) -> Work:
         rc.rotate_queries_twin(own, rotation, positions, latent=LATENT, interleave=True)
         return differing_share([got], [own])
 
-    return Work(with_kernel, _sets(make, size, device), error, tolerance=0.0, size_bytes=size)
+    return Work(with_kernel, input_sets(make, size, device), error, tolerance=0.0, size_bytes=size)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 HEADINGS = ("kernel", "shape", "us", "floor us", "share", "reached", "error", "peers (us)")
 WIDTHS = (28, 26, 9, 9, 6, 11, 8, 0)
-SECONDS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,23 @@ class Row:
             reached["tflop_per_s"] = self.flop / self.us / 1e6 if self.flop else None
         fields = asdict(self) | reached
         return fields if math.isfinite(self.error) else fields | {"error": str(self.error)}
+
+
+def total(shape: str, rows: Sequence[Row]) -> Row:
+    """One after the other; a peer only where it took every one."""
+    complete = all(row.us for row in rows)
+    peers = set.intersection(*(set(row.peers) for row in rows))
+    return Row(
+        kernel=rows[0].kernel,
+        shape=shape,
+        us=sum(row.us or 0 for row in rows) if complete else None,
+        floor_us=sum(row.floor_us for row in rows),
+        size_bytes=sum(row.size_bytes for row in rows),
+        flop=sum(row.flop for row in rows),
+        error=max(row.error for row in rows),
+        peers={name: sum(row.peers[name] for row in rows) for name in rows[0].peers if name in peers},
+        failed=None if complete else "one of them did",
+    )
 
 
 def heading() -> str:
