@@ -1,0 +1,333 @@
+"""The Hopper side of `teacher.kernels.mla_decode`: two warpgroups that take turns on the tensor cores, and a loader."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+P = gl.constexpr(64)
+ROWS = gl.constexpr(64)
+C = gl.constexpr(512)
+R = gl.constexpr(64)
+HALF = gl.constexpr(256)
+TILE = gl.constexpr(64)
+SHARED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+LOGITS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
+OUT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16]))
+WEIGHTS = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2))
+LOGIT_ROWS = gl.constexpr(gl.SliceLayout(1, LOGITS))
+LOGIT_COLUMNS = gl.constexpr(gl.SliceLayout(0, LOGITS))
+OUT_ROWS = gl.constexpr(gl.SliceLayout(1, OUT))
+OUT_COLUMNS = gl.constexpr(gl.SliceLayout(0, OUT))
+COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+LOWEST = gl.constexpr(-1.0e30)
+
+# Places of the barriers.
+Q_FULL, Q_EMPTY = gl.constexpr(0), gl.constexpr(1)
+K_FULL, K_EMPTY = gl.constexpr(2), gl.constexpr(6)
+M_EVEN, P_EVEN, P_ODD, L_EVEN, L_ODD = (gl.constexpr(10 + i) for i in range(5))
+BARRIERS = gl.constexpr(15)
+# Vectors in shared memory
+V_M_EVEN, V_M_ODD, V_L_EVEN, V_L_ODD = (gl.constexpr(i) for i in range(4))
+
+
+@gluon.jit
+def _share(schedule, lengths_ptr, sequence):
+    """This program's pages of one sequence, [begin, end), and the sequence's length."""
+    first, begin_page, last, end_page = schedule
+    length = gl.load(lengths_ptr + sequence)
+    begin = gl.where(sequence == first, begin_page, 0)
+    end = gl.where(sequence == last, end_page, (length + P - 1) // P)
+    return begin, end, length
+
+
+@gluon.jit
+def _load(buffers, bars, descs, schedule, pointers, W):
+    q_latent, q_rope, latent, rope, vectors = buffers
+    query_desc, cache_desc = descs
+    lengths_ptr, pages_ptr, pages_stride, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
+    q_phase = 1
+    k_phase = 1
+    for sequence in range(schedule[0], schedule[2] + 1):
+        begin, end, length = _share(schedule, lengths_ptr, sequence)
+        if begin < end:
+            mbarrier.wait(bars.index(Q_EMPTY), q_phase)
+            q_phase ^= 1
+            mbarrier.expect(bars.index(Q_FULL), ROWS * (C + R) * 2)
+            row = sequence * W + block * ROWS
+            for tile in gl.static_range(C // TILE):
+                tma.async_copy_global_to_shared(
+                    query_desc, [row, tile * TILE], bars.index(Q_FULL), q_latent.slice(tile * TILE, TILE, dim=1)
+                )
+            tma.async_copy_global_to_shared(query_desc, [row, C], bars.index(Q_FULL), q_rope)
+            pages = pages_ptr + sequence * pages_stride
+            for number in range(begin, end, 2):
+                even = gl.load(pages + number) * P
+                odd = gl.load(pages + gl.minimum(number + 1, end - 1)) * P
+                _load_half(cache_desc, bars, 0, 0, even, latent.index(0), rope.index(0), k_phase, False)
+                _load_half(cache_desc, bars, 1, 1, odd, latent.index(1), rope.index(1), k_phase, False)
+                _load_half(cache_desc, bars, 1, 0, odd, latent.index(1), rope.index(1), k_phase, True)
+                _load_half(cache_desc, bars, 0, 1, even, latent.index(0), rope.index(0), k_phase, True)
+                k_phase ^= 1
+
+
+@gluon.jit
+def _load_half(
+    cache_desc, bars, slot: gl.constexpr, half: gl.constexpr, row, latent, rope, phase, with_rope: gl.constexpr
+):
+    full = bars.index(K_FULL + slot * 2 + half)
+    mbarrier.wait(bars.index(K_EMPTY + slot * 2 + half), phase)
+    mbarrier.expect(full, P * HALF * 2 + (P * R * 2 if with_rope else 0))
+    for tile in gl.static_range(HALF // TILE):
+        tma.async_copy_global_to_shared(
+            cache_desc, [row, half * HALF + tile * TILE], full, latent.slice(half * HALF + tile * TILE, TILE, dim=1)
+        )
+    if with_rope:
+        tma.async_copy_global_to_shared(cache_desc, [row, C], full, rope)
+
+
+@gluon.jit
+def _logits(q_latent, q_rope, latent, rope, bars, slot: gl.constexpr, phase):
+    """The queries' products with this warpgroup's page, half by half as they come."""
+    first: gl.constexpr = slot  # page 0 comes left half first, page 1 right half first
+    acc = gl.zeros([ROWS, P], gl.float32, LOGITS)
+    mbarrier.wait(bars.index(K_FULL + slot * 2 + first), phase)
+    acc = warpgroup_mma(
+        q_latent.slice(first * HALF, HALF, dim=1), latent.slice(first * HALF, HALF, dim=1).permute((1, 0)), acc,
+        use_acc=False, is_async=True,
+    )  # fmt: skip
+    second: gl.constexpr = 1 - slot
+    mbarrier.wait(bars.index(K_FULL + slot * 2 + second), phase)
+    acc = warpgroup_mma(
+        q_latent.slice(second * HALF, HALF, dim=1), latent.slice(second * HALF, HALF, dim=1).permute((1, 0)), acc,
+        is_async=True,
+    )  # fmt: skip
+    acc = warpgroup_mma(q_rope, rope.permute((1, 0)), acc, is_async=True)
+    return warpgroup_mma_wait(0, deps=[acc])
+
+
+@gluon.jit
+def _hide(logits, number, visible):
+    tokens = number * P + gl.arange(0, P, LOGIT_COLUMNS)
+    return gl.where(tokens[None, :] < visible[:, None], logits, float("-inf"))
+
+
+@gluon.jit
+def _blank(latent, number, length):
+    """Zero the rows beyond the sequence's end: a weight of zero times a stale NaN would be NaN."""
+    tokens = number * P + gl.arange(0, P, gl.SliceLayout(1, COPY))
+    for tile in gl.static_range(C // TILE):
+        view = latent.slice(tile * TILE, TILE, dim=1)
+        values = view.load(COPY)
+        view.store(gl.where((tokens < length)[:, None], values, gl.zeros_like(values)))
+    fence_async_shared()
+
+
+@gluon.jit
+def _finish(acc, total, highest, begin, end, length, sequence, pointers, W, half: gl.constexpr):
+    """Divide and store this warpgroup's half: the result itself if nothing else is left of the sequence, else a part."""
+    lengths_ptr, pages_ptr, pages_stride, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
+    divisor = gl.where(total == 0, 1.0, total)
+    acc = acc / gl.convert_layout(divisor, OUT_ROWS)[:, None]
+    rows = block * ROWS + gl.arange(0, ROWS, OUT_ROWS)
+    columns = half * HALF + gl.arange(0, HALF, OUT_COLUMNS)
+    inside = (rows < W)[:, None]
+    if (begin == 0) & (end == (length + P - 1) // P):
+        places = (sequence.to(gl.int64) * W + rows)[:, None] * C + columns[None, :]
+        gl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        slot = part * 2 + gl.where(begin == 0, 1, 0)
+        places = (slot.to(gl.int64) * W + rows)[:, None] * C + columns[None, :]
+        gl.store(parts_ptr + places, acc, mask=inside)
+        if half == 0:
+            lse_rows = block * ROWS + gl.arange(0, ROWS, LOGIT_ROWS)
+            lse = gl.where(total == 0, float("-inf"), highest + gl.log2(divisor))
+            gl.store(lse_ptr + slot * W + lse_rows, lse, mask=lse_rows < W)
+
+
+@gluon.jit
+def _even(buffers, bars, schedule, pointers, W, H, S: gl.constexpr):
+    """Even pages, left half of the columns."""
+    q_latent, q_rope, latents, ropes, vectors = buffers
+    lengths_ptr, pages_ptr, pages_stride, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
+    rows = block * ROWS + gl.arange(0, ROWS, LOGIT_ROWS)
+    latent, rope = latents.index(0), ropes.index(0)
+    weights_even = ropes.index(0)
+    weights_odd = ropes.index(1)
+    other = latents.index(1)
+    q_phase = 0
+    phase = 0
+    for sequence in range(schedule[0], schedule[2] + 1):
+        begin, end, length = _share(schedule, lengths_ptr, sequence)
+        if begin < end:
+            visible = length - S + 1 + rows // H
+            highest = gl.full([ROWS], LOWEST, gl.float32, LOGIT_ROWS)
+            total = gl.zeros([ROWS], gl.float32, LOGIT_ROWS)
+            acc = gl.zeros([ROWS, HALF], gl.float32, OUT)
+            mbarrier.wait(bars.index(Q_FULL), q_phase)
+            for number in range(begin, end, 2):
+                logits = _logits(q_latent, q_rope, latent, rope, bars, 0, phase)
+                logits = _hide(logits, number, visible)
+                higher = gl.maximum(highest, gl.max(logits, axis=1) * scale)
+                vectors.index(V_M_EVEN).store(higher)
+                mbarrier.arrive(bars.index(M_EVEN), count=1)
+                weights = gl.exp2(logits * scale - higher[:, None])
+                shrink = gl.exp2(highest - higher)
+                total = total * shrink + gl.sum(weights, axis=1)
+                if number * P + P > length:
+                    _blank(latent, number, length)
+                acc = acc * gl.convert_layout(shrink, OUT_ROWS)[:, None]
+                operand = gl.convert_layout(weights.to(gl.bfloat16), WEIGHTS)
+                acc = warpgroup_mma(operand, latent.slice(0, HALF, dim=1), acc, is_async=True)
+                mbarrier.wait(bars.index(P_ODD), phase)
+                highest = vectors.index(V_M_ODD).load(LOGIT_ROWS)
+                shrink = gl.exp2(higher - highest)
+                total = total * shrink
+                weights_even.store((weights * shrink[:, None]).to(gl.bfloat16))
+                fence_async_shared()
+                mbarrier.arrive(bars.index(P_EVEN), count=1)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(bars.index(K_EMPTY + 0), count=1)
+                acc = acc * gl.convert_layout(shrink, OUT_ROWS)[:, None]
+                acc = warpgroup_mma(weights_odd, other.slice(0, HALF, dim=1), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(bars.index(K_EMPTY + 2), count=1)
+                phase ^= 1
+            mbarrier.arrive(bars.index(Q_EMPTY), count=1)
+            vectors.index(V_L_EVEN).store(total)
+            mbarrier.arrive(bars.index(L_EVEN), count=1)
+            mbarrier.wait(bars.index(L_ODD), q_phase)
+            total += vectors.index(V_L_ODD).load(LOGIT_ROWS)
+            q_phase ^= 1
+            _finish(acc, total, highest, begin, end, length, sequence, pointers, W, 0)
+
+
+@gluon.jit
+def _odd(buffers, bars, descs, schedule, pointers, W, H, S: gl.constexpr):
+    """Odd pages, right half of the columns."""
+    q_latent, q_rope, latents, ropes, vectors = buffers
+    lengths_ptr, pages_ptr, pages_stride, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
+    rows = block * ROWS + gl.arange(0, ROWS, LOGIT_ROWS)
+    latent, rope = latents.index(1), ropes.index(1)
+    weights_even = ropes.index(0)
+    weights_odd = ropes.index(1)
+    other = latents.index(0)
+    q_phase = 0
+    phase = 0
+    for sequence in range(schedule[0], schedule[2] + 1):
+        begin, end, length = _share(schedule, lengths_ptr, sequence)
+        if begin < end:
+            visible = length - S + 1 + rows // H
+            highest = gl.full([ROWS], LOWEST, gl.float32, LOGIT_ROWS)
+            total = gl.zeros([ROWS], gl.float32, LOGIT_ROWS)
+            acc = gl.zeros([ROWS, HALF], gl.float32, OUT)
+            mbarrier.wait(bars.index(Q_FULL), q_phase)
+            for number in range(begin + 1, end + 1, 2):
+                logits = _logits(q_latent, q_rope, latent, rope, bars, 1, phase)
+                # Beyond an odd number of pages the last one comes again: all of it is hidden.
+                logits = _hide(logits, number, gl.where(number < end, visible, 0))
+                top = gl.max(logits, axis=1) * scale
+                mbarrier.wait(bars.index(M_EVEN), phase)
+                higher = gl.maximum(vectors.index(V_M_EVEN).load(LOGIT_ROWS), top)
+                weights = gl.exp2(logits * scale - higher[:, None])
+                shrink = gl.exp2(highest - higher)
+                total = total * shrink + gl.sum(weights, axis=1)
+                rounded = weights.to(gl.bfloat16)
+                if number * P + P > length:
+                    _blank(latent, number, length)
+                weights_odd.store(rounded)
+                vectors.index(V_M_ODD).store(higher)
+                fence_async_shared()
+                mbarrier.arrive(bars.index(P_ODD), count=1)
+                highest = higher
+                acc = acc * gl.convert_layout(shrink, OUT_ROWS)[:, None]
+                operand = gl.convert_layout(rounded, WEIGHTS)
+                acc = warpgroup_mma(operand, latent.slice(HALF, HALF, dim=1), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(bars.index(K_EMPTY + 3), count=1)
+                mbarrier.wait(bars.index(P_EVEN), phase)
+                acc = warpgroup_mma(weights_even, other.slice(HALF, HALF, dim=1), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(bars.index(K_EMPTY + 1), count=1)
+                phase ^= 1
+            mbarrier.arrive(bars.index(Q_EMPTY), count=1)
+            vectors.index(V_L_ODD).store(total)
+            mbarrier.arrive(bars.index(L_ODD), count=1)
+            mbarrier.wait(bars.index(L_EVEN), q_phase)
+            total += vectors.index(V_L_EVEN).load(LOGIT_ROWS)
+            q_phase ^= 1
+            _finish(acc, total, highest, begin, end, length, sequence, pointers, W, 1)
+
+
+@gluon.jit
+def _load_partition(buffers, bars, descs, schedule, pointers, W, H, S: gl.constexpr):
+    _load(buffers, bars, descs, schedule, pointers, W)
+
+
+@gluon.jit
+def _decode(
+    query_desc, cache_desc, pages_ptr, lengths_ptr, shares_ptr, parts_ptr, lse_ptr, out_ptr, scale, pages_stride,
+    W, H, S: gl.constexpr,
+):  # fmt: skip
+    block, part = gl.program_id(0), gl.program_id(1)
+    q_latent = gl.allocate_shared_memory(gl.bfloat16, [ROWS, C], SHARED)
+    q_rope = gl.allocate_shared_memory(gl.bfloat16, [ROWS, R], SHARED)
+    latents = gl.allocate_shared_memory(gl.bfloat16, [2, P, C], SHARED)
+    ropes = gl.allocate_shared_memory(gl.bfloat16, [2, P, R], SHARED)
+    vectors = gl.allocate_shared_memory(gl.float32, [4, ROWS], VECTOR)
+    bars = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(BARRIERS):
+        mbarrier.init(bars.index(place), count=2 if place == Q_EMPTY else 1)
+    fence_async_shared()
+    shares_ptr += part * 4
+    schedule = (gl.load(shares_ptr), gl.load(shares_ptr + 1), gl.load(shares_ptr + 2), gl.load(shares_ptr + 3))
+    pointers = (lengths_ptr, pages_ptr, pages_stride, parts_ptr, lse_ptr, out_ptr, scale, block, part)
+    buffers = (q_latent, q_rope, latents, ropes, vectors)
+    descs = (query_desc, cache_desc)
+    gl.warp_specialize(
+        [
+            (_even, (buffers, bars, schedule, pointers, W, H, S)),
+            (_odd, (buffers, bars, descs, schedule, pointers, W, H, S)),
+            (_load_partition, (buffers, bars, descs, schedule, pointers, W, H, S)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+def decode_kernel(
+    query_BSHE: Tensor,
+    cache_LPE: Tensor,
+    pages_BQ: Tensor,
+    lengths_B: Tensor,
+    shares_Z4: Tensor,
+    parts_2ZWC: Tensor,
+    lse_2ZW: Tensor,
+    out_BSHC: Tensor,
+    *,
+    scale_log2: float,
+    rows_a_program: int,
+) -> None:
+    """As `mla_decode_triton.decode_kernel`."""
+    assert rows_a_program == ROWS.value
+    _, num_queries, num_heads, width = query_BSHE.shape
+    rows = num_queries * num_heads
+    tile = [TILE.value, TILE.value]
+    query_desc = TensorDescriptor.from_tensor(query_BSHE.view(-1, width), tile, SHARED.value)
+    cache_desc = TensorDescriptor.from_tensor(cache_LPE.view(-1, width), tile, SHARED.value)
+    _decode[(triton.cdiv(rows, rows_a_program), shares_Z4.shape[0])](
+        query_desc, cache_desc, pages_BQ, lengths_B, shares_Z4, parts_2ZWC, lse_2ZW, out_BSHC, scale_log2,
+        pages_BQ.stride(0), rows, num_heads, S=num_queries, num_warps=4, maxnreg=168,
+    )  # fmt: skip
