@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from teacher.kernels.device import runs_kernels
-from teacher.kernels.mla_schedule import PAGE, DecodeSchedule, schedule_decode
+from teacher.kernels.mla_cache import PAGE, dequantise, entries, is_fp8
+from teacher.kernels.mla_schedule import DecodeSchedule, schedule_decode
 
 ROWS = 64  # rows (queries times heads) a program: their products with C columns fill its registers
 LOG2_E = 1.4426950408889634
@@ -37,7 +38,8 @@ def mla_decode(
 ) -> Tensor:
     """Attention output in the latent space, [B, S, H, C] in the query's dtype.
 
-    E = C + R in `query` (absorbed part first, rotated part after it) and in `cache`; `latent` is C. `pages` int32 holds
+    E = C + R in `query` (absorbed part first, rotated part after it); `cache` is one of `mla_cache`, in the query's dtype
+    or, for BF16 queries, in FP8; `latent` is C. `pages` int32 holds
     the cache's page for each PAGE tokens of a sequence, `lengths` int32 its tokens with the queries' own: at least S,
     or 0 for a row of padding, whose output is zero. Neither pages that no sequence owns nor places beyond a sequence's
     length are used, whatever they hold.
@@ -60,7 +62,7 @@ def mla_decode(
     else:
         from teacher.kernels.mla_decode_triton import decode_kernel
     decode_kernel(
-        query_BSHE.contiguous(), cache_LPE, pages_BQ, lengths_B, schedule.shares_Z4, parts_2ZWC, lse_2ZW, out_BSHC,
+        query_BSHE.contiguous(), entries(cache_LPE, latent), pages_BQ, lengths_B, schedule.shares_Z4, parts_2ZWC, lse_2ZW, out_BSHC,
         scale_log2=scale * LOG2_E, rows_a_program=ROWS,
     )  # fmt: skip
     from teacher.kernels.mla_combine_triton import combine_kernel
@@ -79,12 +81,13 @@ def mla_decode_twin(
     query_BSHE: Tensor, cache_LPE: Tensor, pages_BQ: Tensor, lengths_B: Tensor, *, scale: float, latent: int
 ) -> Tensor:
     num_queries = query_BSHE.shape[1]
+    numbers_LPE = dequantise(cache_LPE, latent)
     outs = []
     for query_SHE, pages_Q, length in zip(query_BSHE.float(), pages_BQ, lengths_B.tolist(), strict=True):
         if not length:
             outs.append(torch.zeros_like(query_SHE[..., :latent]))
             continue
-        entries_TE = cache_LPE[pages_Q[: -(-length // PAGE)].long()].flatten(0, 1)[:length].float()
+        entries_TE = numbers_LPE[pages_Q[: -(-length // PAGE)].long()].flatten(0, 1)[:length].float()
         logits_SHT = query_SHE @ entries_TE.T * scale
         last_S = length - num_queries + torch.arange(num_queries, device=logits_SHT.device)
         hidden_ST = torch.arange(length, device=logits_SHT.device)[None, :] > last_S[:, None]
@@ -96,7 +99,7 @@ def mla_decode_twin(
 def on_hopper(query_BSHE: Tensor, cache_LPE: Tensor, latent: int) -> bool:
     """Whether the two-warpgroup kernel computes this: it is made for one architecture and for V3's widths."""
     widths = query_BSHE.shape[-1] == 576 and latent == 512
-    kinds = query_BSHE.dtype == cache_LPE.dtype == torch.bfloat16
+    kinds = query_BSHE.dtype == cache_LPE.dtype == torch.bfloat16 and not is_fp8(cache_LPE)
     return widths and kinds and query_BSHE.is_cuda and _has_hopper_kernel(query_BSHE.device)
 
 

@@ -16,7 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-P = gl.constexpr(64)
+from teacher.kernels.mla_cache import PAGE, Entries
+
+P = gl.constexpr(PAGE)
 ROWS = gl.constexpr(64)
 C = gl.constexpr(512)
 R = gl.constexpr(64)
@@ -309,7 +311,7 @@ def _decode(
 
 def decode_kernel(
     query_BSHE: Tensor,
-    cache_LPE: Tensor,
+    cache: Entries,
     pages_BQ: Tensor,
     lengths_B: Tensor,
     shares_Z4: Tensor,
@@ -325,8 +327,9 @@ def decode_kernel(
     _, num_queries, num_heads, width = query_BSHE.shape
     rows = num_queries * num_heads
     tile = [TILE.value, TILE.value]
+    whole = cache.latent_LPC.as_strided((cache.latent_LPC.shape[0] * PAGE, width), (width, 1))
     query_desc = TensorDescriptor.from_tensor(query_BSHE.view(-1, width), tile, SHARED.value)
-    cache_desc = TensorDescriptor.from_tensor(cache_LPE.view(-1, width), tile, SHARED.value)
+    cache_desc = TensorDescriptor.from_tensor(whole, tile, SHARED.value)
     _decode[(triton.cdiv(rows, rows_a_program), shares_Z4.shape[0])](
         query_desc, cache_desc, pages_BQ, lengths_B, shares_Z4, parts_2ZWC, lse_2ZW, out_BSHC, scale_log2,
         pages_BQ.stride(0), rows, num_heads, S=num_queries, num_warps=4, maxnreg=168,

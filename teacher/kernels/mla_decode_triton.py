@@ -1,7 +1,8 @@
 """The portable side of `teacher.kernels.mla_decode`: online softmax over pages (FlashAttention, arXiv 2205.14135).
 
 A program holds one block of rows (queries times heads) and walks one share of the schedule; each page's latent is read
-once, as keys and as values. Blocks of 64 heads: smaller ones would read the cache again for each.
+once, as keys and as values. Blocks of 64 heads: smaller ones would read the cache again for each. An FP8 latent turns
+BF16 exactly; its scale, one a token, multiplies logits and weights.
 
 Shape legend: B sequences, S queries each, H heads, W = S * H rows, C latent, R rope, P positions a page, Z shares.
 """
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from teacher.kernels.arithmetic_triton import INTERPRETED, to_dtype
-from teacher.kernels.mla_schedule import PAGE
+from teacher.kernels.mla_cache import PAGE, Entries
 
 P = tl.constexpr(PAGE)
 LOWEST = tl.constexpr(-1.0e30)  # a maximum over nothing: finite, since minus infinity from itself is NaN
@@ -29,8 +30,9 @@ def _dot(a, b):
 
 @triton.jit
 def _decode(
-    query_ptr, cache_ptr, pages_ptr, lengths_ptr, shares_ptr, parts_ptr, lse_ptr, out_ptr, scale, pages_stride,
-    S: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    query_ptr, latent_ptr, rope_ptr, scale_ptr, pages_ptr, lengths_ptr, shares_ptr, parts_ptr, lse_ptr, out_ptr, scale,
+    pages_stride, S: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    ENTRY_C: tl.constexpr, ENTRY_R: tl.constexpr, ENTRY_S: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     share = tl.program_id(1)
@@ -43,8 +45,8 @@ def _decode(
         end = tl.where(sequence == last, tl.load(shares_ptr + 3), num_pages)
         if begin < end:
             sums, total, highest = _attend(
-                query_ptr, cache_ptr, pages_ptr + sequence * pages_stride, sequence, rows, begin, end, length, scale,
-                S, H, C, R, ROWS,
+                query_ptr, latent_ptr, rope_ptr, scale_ptr, pages_ptr + sequence * pages_stride, sequence, rows, begin,
+                end, length, scale, S, H, C, R, ROWS, ENTRY_C, ENTRY_R, ENTRY_S,
             )  # fmt: skip
             _leave(
                 sums, total, highest, rows, sequence, share, begin, (begin == 0) & (end == num_pages),
@@ -54,32 +56,40 @@ def _decode(
 
 @triton.jit
 def _attend(
-    query_ptr, cache_ptr, pages_ptr, sequence, rows, begin, end, length, scale,
+    query_ptr, latent_ptr, rope_ptr, scale_ptr, pages_ptr, sequence, rows, begin, end, length, scale,
     S: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    ENTRY_C: tl.constexpr, ENTRY_R: tl.constexpr, ENTRY_S: tl.constexpr,
 ):  # fmt: skip
     E: tl.constexpr = C + R
-    latent, rope, positions = tl.arange(0, C), C + tl.arange(0, R), tl.arange(0, P)
+    latent, rope, positions = tl.arange(0, C), tl.arange(0, R), tl.arange(0, P)
     inside = rows < S * H
     visible = length - S + 1 + rows // H
     query_ptr += (sequence * S * H + rows.to(tl.int64))[:, None] * E
     query_C = tl.load(query_ptr + latent[None, :], mask=inside[:, None], other=0.0)
-    query_R = tl.load(query_ptr + rope[None, :], mask=inside[:, None], other=0.0)
+    query_R = tl.load(query_ptr + C + rope[None, :], mask=inside[:, None], other=0.0)
     highest = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, C), tl.float32)
     for number in range(begin, end):
         page = tl.load(pages_ptr + number).to(tl.int64)
         tokens = number * P + positions
-        there = (tokens < length)[:, None]
-        entries = cache_ptr + page * P * E + positions[:, None] * E
-        keys_C = tl.load(entries + latent[None, :], mask=there, other=0.0)
-        keys_R = tl.load(entries + rope[None, :], mask=there, other=0.0)
-        logits = (_dot(query_C, tl.trans(keys_C)) + _dot(query_R, tl.trans(keys_R))) * scale
-        logits = tl.where(tokens[None, :] < visible[:, None], logits, float("-inf"))
+        there = tokens < length
+        places = page * P + positions
+        keys_C = tl.load(latent_ptr + places[:, None] * ENTRY_C + latent[None, :], mask=there[:, None], other=0.0)
+        keys_R = tl.load(rope_ptr + places[:, None] * ENTRY_R + rope[None, :], mask=there[:, None], other=0.0)
+        if ENTRY_S:
+            token_scale = tl.load(scale_ptr + places * ENTRY_S, mask=there, other=0.0)[None, :]
+            keys_C = keys_C.to(query_C.dtype)
+            logits = _dot(query_C, tl.trans(keys_C)) * token_scale + _dot(query_R, tl.trans(keys_R))
+        else:
+            logits = _dot(query_C, tl.trans(keys_C)) + _dot(query_R, tl.trans(keys_R))
+        logits = tl.where(tokens[None, :] < visible[:, None], logits * scale, float("-inf"))
         higher = tl.maximum(highest, tl.max(logits, axis=1))
         shrink = tl.exp2(highest - higher)
         weights = tl.exp2(logits - higher[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
+        if ENTRY_S:
+            weights *= token_scale
         sums = sums * shrink[:, None] + _dot(to_dtype(weights, keys_C.dtype), keys_C)
         highest = higher
     return sums, total, highest
@@ -107,7 +117,7 @@ def _leave(
 
 def decode_kernel(
     query_BSHE: Tensor,
-    cache_LPE: Tensor,
+    cache: Entries,
     pages_BQ: Tensor,
     lengths_B: Tensor,
     shares_Z4: Tensor,
@@ -122,7 +132,9 @@ def decode_kernel(
     _, num_queries, num_heads, width = query_BSHE.shape
     latent = out_BSHC.shape[-1]
     _decode[(triton.cdiv(num_queries * num_heads, rows_a_program), shares_Z4.shape[0])](
-        query_BSHE, cache_LPE, pages_BQ, lengths_B, shares_Z4, parts_2ZWC, lse_2ZW, out_BSHC, scale_log2,
+        query_BSHE, *cache, pages_BQ, lengths_B, shares_Z4, parts_2ZWC, lse_2ZW, out_BSHC, scale_log2,
         pages_BQ.stride(0), S=num_queries, H=num_heads, C=latent, R=width - latent, ROWS=rows_a_program,
+        ENTRY_C=cache.latent_LPC.stride(1), ENTRY_R=cache.rope_LPR.stride(1),
+        ENTRY_S=0 if cache.scale_LP is None else cache.scale_LP.stride(1),
         num_warps=8, num_stages=2,
     )  # fmt: skip

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from teacher.kernels.device import runs_kernels
+from teacher.kernels.mla_cache import PAGE
 
-PAGE = 64
 START_PAGES = 2  # reading the queries and writing the result take about as long as two pages
 
 

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teacher.kernels import mla_schedule
-from teacher.kernels.mla_schedule import DecodeSchedule
+from teacher.kernels.mla_cache import PAGE
+from teacher.kernels.mla_schedule import START_PAGES, DecodeSchedule
 
-P = tl.constexpr(mla_schedule.PAGE)
-START = tl.constexpr(mla_schedule.START_PAGES)
+P = tl.constexpr(PAGE)
+START = tl.constexpr(START_PAGES)
 
 
 @triton.jit
