@@ -22,7 +22,7 @@ PROGRAMS = 2048  # of them, most do nothing where few sequences span shares
 
 @triton.jit
 def _combine(
-    parts_ptr, lse_ptr, out_ptr, shares_ptr, sequences_ptr, W: tl.constexpr, C: tl.constexpr, Z_PADDED: tl.constexpr,
+    parts_ptr, lse_ptr, out_ptr, shares_ptr, sequences_ptr, W, C: tl.constexpr, Z_PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr, BY_SHARE: tl.constexpr,
 ):  # fmt: skip
     if BY_SHARE:
@@ -71,6 +71,6 @@ def combine_kernel(parts_2ZWC: Tensor, lse_2ZW: Tensor, out_BSHC: Tensor, schedu
     rows = triton.next_power_of_2(max(jobs * num_rows * column_blocks // PROGRAMS, 1))
     rows = min(rows, 16, triton.next_power_of_2(num_rows))
     _combine[(triton.cdiv(num_rows, rows), column_blocks, jobs)](
-        parts_2ZWC, lse_2ZW, out_BSHC, *schedule, W=num_rows, C=latent, Z_PADDED=triton.next_power_of_2(num_shares),
+        parts_2ZWC, lse_2ZW, out_BSHC, *schedule, num_rows, C=latent, Z_PADDED=triton.next_power_of_2(num_shares),
         ROWS=rows, COLUMNS=COLUMNS, TOGETHER=ELEMENTS // (COLUMNS * rows), BY_SHARE=by_share,
     )  # fmt: skip

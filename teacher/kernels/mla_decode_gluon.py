@@ -46,6 +46,13 @@ V_M_EVEN, V_M_ODD, V_L_EVEN, V_L_ODD = (gl.constexpr(i) for i in range(4))
 
 
 @gluon.jit
+def _zero(number):
+    """Zero, but the compiler must not know: it would compute the descriptors of all products before the loop, for which
+    there are no registers."""
+    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _share(schedule, lengths_ptr, sequence):
     """This program's pages of one sequence, [begin, end), and the sequence's length."""
     first, begin_page, last, end_page = schedule
@@ -71,9 +78,9 @@ def _load(buffers, bars, descs, schedule, pointers, W):
             row = sequence * W + block * ROWS
             for tile in gl.static_range(C // TILE):
                 tma.async_copy_global_to_shared(
-                    query_desc, [row, tile * TILE], bars.index(Q_FULL), q_latent.slice(tile * TILE, TILE, dim=1)
+                    query_desc, [row, tile * TILE], bars.index(Q_FULL), q_latent.index(0).slice(tile * TILE, TILE, dim=1)
                 )
-            tma.async_copy_global_to_shared(query_desc, [row, C], bars.index(Q_FULL), q_rope)
+            tma.async_copy_global_to_shared(query_desc, [row, C], bars.index(Q_FULL), q_rope.index(0))
             pages = pages_ptr + sequence * pages_stride
             for number in range(begin, end, 2):
                 even = gl.load(pages + number) * P
@@ -160,15 +167,11 @@ def _finish(acc, total, highest, begin, end, length, sequence, pointers, W, half
 
 
 @gluon.jit
-def _even(buffers, bars, schedule, pointers, W, H, S: gl.constexpr):
+def _even(buffers, bars, schedule, pointers, W, H, S):
     """Even pages, left half of the columns."""
     q_latent, q_rope, latents, ropes, vectors = buffers
     lengths_ptr, pages_ptr, pages_stride, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
     rows = block * ROWS + gl.arange(0, ROWS, LOGIT_ROWS)
-    latent, rope = latents.index(0), ropes.index(0)
-    weights_even = ropes.index(0)
-    weights_odd = ropes.index(1)
-    other = latents.index(1)
     q_phase = 0
     phase = 0
     for sequence in range(schedule[0], schedule[2] + 1):
@@ -180,7 +183,9 @@ def _even(buffers, bars, schedule, pointers, W, H, S: gl.constexpr):
             acc = gl.zeros([ROWS, HALF], gl.float32, OUT)
             mbarrier.wait(bars.index(Q_FULL), q_phase)
             for number in range(begin, end, 2):
-                logits = _logits(q_latent, q_rope, latent, rope, bars, 0, phase)
+                zero = _zero(number)
+                latent, rope = latents.index(0 + zero), ropes.index(0 + zero)
+                logits = _logits(q_latent.index(zero), q_rope.index(zero), latent, rope, bars, 0, phase)
                 logits = _hide(logits, number, visible)
                 higher = gl.maximum(highest, gl.max(logits, axis=1) * scale)
                 vectors.index(V_M_EVEN).store(higher)
@@ -197,13 +202,13 @@ def _even(buffers, bars, schedule, pointers, W, H, S: gl.constexpr):
                 highest = vectors.index(V_M_ODD).load(LOGIT_ROWS)
                 shrink = gl.exp2(higher - highest)
                 total = total * shrink
-                weights_even.store((weights * shrink[:, None]).to(gl.bfloat16))
+                ropes.index(0).store((weights * shrink[:, None]).to(gl.bfloat16))
                 fence_async_shared()
                 mbarrier.arrive(bars.index(P_EVEN), count=1)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(bars.index(K_EMPTY + 0), count=1)
                 acc = acc * gl.convert_layout(shrink, OUT_ROWS)[:, None]
-                acc = warpgroup_mma(weights_odd, other.slice(0, HALF, dim=1), acc, is_async=True)
+                acc = warpgroup_mma(ropes.index(1 + zero), latents.index(1 + zero).slice(0, HALF, dim=1), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(bars.index(K_EMPTY + 2), count=1)
                 phase ^= 1
@@ -217,15 +222,11 @@ def _even(buffers, bars, schedule, pointers, W, H, S: gl.constexpr):
 
 
 @gluon.jit
-def _odd(buffers, bars, descs, schedule, pointers, W, H, S: gl.constexpr):
+def _odd(buffers, bars, schedule, pointers, W, H, S):
     """Odd pages, right half of the columns."""
     q_latent, q_rope, latents, ropes, vectors = buffers
     lengths_ptr, pages_ptr, pages_stride, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
     rows = block * ROWS + gl.arange(0, ROWS, LOGIT_ROWS)
-    latent, rope = latents.index(1), ropes.index(1)
-    weights_even = ropes.index(0)
-    weights_odd = ropes.index(1)
-    other = latents.index(0)
     q_phase = 0
     phase = 0
     for sequence in range(schedule[0], schedule[2] + 1):
@@ -237,7 +238,9 @@ def _odd(buffers, bars, descs, schedule, pointers, W, H, S: gl.constexpr):
             acc = gl.zeros([ROWS, HALF], gl.float32, OUT)
             mbarrier.wait(bars.index(Q_FULL), q_phase)
             for number in range(begin + 1, end + 1, 2):
-                logits = _logits(q_latent, q_rope, latent, rope, bars, 1, phase)
+                zero = _zero(number)
+                latent, rope = latents.index(1 + zero), ropes.index(1 + zero)
+                logits = _logits(q_latent.index(zero), q_rope.index(zero), latent, rope, bars, 1, phase)
                 # Beyond an odd number of pages the last one comes again: all of it is hidden.
                 logits = _hide(logits, number, gl.where(number < end, visible, 0))
                 top = gl.max(logits, axis=1) * scale
@@ -249,7 +252,7 @@ def _odd(buffers, bars, descs, schedule, pointers, W, H, S: gl.constexpr):
                 rounded = weights.to(gl.bfloat16)
                 if number * P + P > length:
                     _blank(latent, number, length)
-                weights_odd.store(rounded)
+                ropes.index(1).store(rounded)
                 vectors.index(V_M_ODD).store(higher)
                 fence_async_shared()
                 mbarrier.arrive(bars.index(P_ODD), count=1)
@@ -260,7 +263,7 @@ def _odd(buffers, bars, descs, schedule, pointers, W, H, S: gl.constexpr):
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(bars.index(K_EMPTY + 3), count=1)
                 mbarrier.wait(bars.index(P_EVEN), phase)
-                acc = warpgroup_mma(weights_even, other.slice(HALF, HALF, dim=1), acc, is_async=True)
+                acc = warpgroup_mma(ropes.index(zero), latents.index(zero).slice(HALF, HALF, dim=1), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(bars.index(K_EMPTY + 1), count=1)
                 phase ^= 1
@@ -274,18 +277,13 @@ def _odd(buffers, bars, descs, schedule, pointers, W, H, S: gl.constexpr):
 
 
 @gluon.jit
-def _load_partition(buffers, bars, descs, schedule, pointers, W, H, S: gl.constexpr):
-    _load(buffers, bars, descs, schedule, pointers, W)
-
-
-@gluon.jit
 def _decode(
     query_desc, cache_desc, pages_ptr, lengths_ptr, shares_ptr, parts_ptr, lse_ptr, out_ptr, scale, pages_stride,
-    W, H, S: gl.constexpr,
+    W, H, S,
 ):  # fmt: skip
     block, part = gl.program_id(0), gl.program_id(1)
-    q_latent = gl.allocate_shared_memory(gl.bfloat16, [ROWS, C], SHARED)
-    q_rope = gl.allocate_shared_memory(gl.bfloat16, [ROWS, R], SHARED)
+    q_latent = gl.allocate_shared_memory(gl.bfloat16, [1, ROWS, C], SHARED)
+    q_rope = gl.allocate_shared_memory(gl.bfloat16, [1, ROWS, R], SHARED)
     latents = gl.allocate_shared_memory(gl.bfloat16, [2, P, C], SHARED)
     ropes = gl.allocate_shared_memory(gl.bfloat16, [2, P, R], SHARED)
     vectors = gl.allocate_shared_memory(gl.float32, [4, ROWS], VECTOR)
@@ -300,12 +298,12 @@ def _decode(
     descs = (query_desc, cache_desc)
     gl.warp_specialize(
         [
+            (_load, (buffers, bars, descs, schedule, pointers, W)),
             (_even, (buffers, bars, schedule, pointers, W, H, S)),
-            (_odd, (buffers, bars, descs, schedule, pointers, W, H, S)),
-            (_load_partition, (buffers, bars, descs, schedule, pointers, W, H, S)),
+            (_odd, (buffers, bars, schedule, pointers, W, H, S)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 4],
+        [240, 240],
     )
 
 

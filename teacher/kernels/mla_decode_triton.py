@@ -31,7 +31,7 @@ def _dot(a, b):
 @triton.jit
 def _decode(
     query_ptr, latent_ptr, rope_ptr, scale_ptr, pages_ptr, lengths_ptr, shares_ptr, parts_ptr, lse_ptr, out_ptr, scale,
-    pages_stride, S: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    pages_stride, S, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
     ENTRY_C: tl.constexpr, ENTRY_R: tl.constexpr, ENTRY_S: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -57,7 +57,7 @@ def _decode(
 @triton.jit
 def _attend(
     query_ptr, latent_ptr, rope_ptr, scale_ptr, pages_ptr, sequence, rows, begin, end, length, scale,
-    S: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    S, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
     ENTRY_C: tl.constexpr, ENTRY_R: tl.constexpr, ENTRY_S: tl.constexpr,
 ):  # fmt: skip
     E: tl.constexpr = C + R
@@ -98,7 +98,7 @@ def _attend(
 @triton.jit
 def _leave(
     sums, total, highest, rows, sequence, share, begin, whole, parts_ptr, lse_ptr, out_ptr,
-    W: tl.constexpr, C: tl.constexpr,
+    W, C: tl.constexpr,
 ):  # fmt: skip
     """Store the result, or a part of it; a part in which a row saw nothing has minus infinity as its log-sum-exp."""
     inside = rows < W
@@ -133,7 +133,7 @@ def decode_kernel(
     latent = out_BSHC.shape[-1]
     _decode[(triton.cdiv(num_queries * num_heads, rows_a_program), shares_Z4.shape[0])](
         query_BSHE, *cache, pages_BQ, lengths_B, shares_Z4, parts_2ZWC, lse_2ZW, out_BSHC, scale_log2,
-        pages_BQ.stride(0), S=num_queries, H=num_heads, C=latent, R=width - latent, ROWS=rows_a_program,
+        pages_BQ.stride(0), num_queries, H=num_heads, C=latent, R=width - latent, ROWS=rows_a_program,
         ENTRY_C=cache.latent_LPC.stride(1), ENTRY_R=cache.rope_LPR.stride(1),
         ENTRY_S=0 if cache.scale_LP is None else cache.scale_LP.stride(1),
         num_warps=8, num_stages=2,
