@@ -3,11 +3,12 @@
 An FP8 entry is bytes: C E4M3 numbers, R BF16 numbers, one FP32 scale, 12 bytes of padding up to a multiple of 16.
 That is 656 bytes for DeepSeek-V3, against 1,152 in BF16. Rope keys stay in BF16, as in DeepSeek's own FP8 cache.
 
-The scale is a power of two, and one for the whole latent. E4M3 has its own exponent: a number keeps its three bits of
-mantissa down to 2^-13 of the largest in its entry, so finer scales would buy nothing that a normed latent needs. Thus
-an entry is exact in BF16 once read, and a kernel multiplies a token's logits and weights by its scale instead of its
-512 numbers. Rounding moves each number by 2^-4 of it at most, 2.6% in the mean square; the same share of the attention
-output is lost, less what averages out over the tokens attended to.
+The scale is a power of two, and one for the whole entry. E4M3 has its own exponent: a number keeps its three bits of
+mantissa down to 2^-13 of the largest in its entry, so finer scales would buy nothing that a normed latent needs. And
+as powers of two divide exactly, rope keys too are held divided by the scale, an entry is exact in BF16 once read, and a
+kernel multiplies a token's logits and weights by the scale instead of its 512 numbers. Rounding moves each number of
+the latent by 2^-4 of it at most, 2.6% in the mean square; the same share of the attention output is lost, less what
+averages out over the tokens attended to.
 
 Shape legend: N tokens, L pages, P positions a page, E an entry, C latent, R rope.
 """
@@ -26,7 +27,7 @@ SMALLEST = 2.0**-60  # an entry of zeros gets this as its largest number, so tha
 
 
 class Entries(NamedTuple):
-    """Views of a cache. `scale_LP` is None where the latent is not scaled."""
+    """Views of a cache. `scale_LP` multiplies both of the others; it is None where they are not scaled."""
 
     latent_LPC: Tensor
     rope_LPR: Tensor
@@ -68,8 +69,8 @@ def dequantise(cache_LPE: Tensor, latent: int) -> Tensor:
     parts = entries(cache_LPE, latent)
     if parts.scale_LP is None:
         return cache_LPE
-    numbers_LPC = parts.latent_LPC.float() * parts.scale_LP.unsqueeze(-1)
-    return torch.cat((numbers_LPC.to(torch.bfloat16), parts.rope_LPR), dim=-1)
+    numbers_LPE = torch.cat((parts.latent_LPC.float(), parts.rope_LPR.float()), dim=-1)
+    return (numbers_LPE * parts.scale_LP.unsqueeze(-1)).to(torch.bfloat16)
 
 
 def quantise_entries(latent_NC: Tensor, rope_NR: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def quantise_entries(latent_NC: Tensor, rope_NR: Tensor) -> Tensor:
     scale_N1 = scale_of(latent_NC).unsqueeze(-1)
     numbers_NC = (latent_NC / scale_N1).to(torch.float8_e4m3fn)
     padding = torch.zeros(len(scale_N1), SCALE_BYTES - 4, dtype=torch.uint8, device=latent_NC.device)
-    parts = numbers_NC, rope_NR.to(torch.bfloat16), scale_N1
+    parts = numbers_NC, (rope_NR.float() / scale_N1).to(torch.bfloat16), scale_N1
     return torch.cat((*(part.contiguous().view(torch.uint8) for part in parts), padding), dim=-1)
 
 

@@ -38,9 +38,8 @@ def mla_decode(
 ) -> Tensor:
     """Attention output in the latent space, [B, S, H, C] in the query's dtype.
 
-    E = C + R in `query` (absorbed part first, rotated part after it); `cache` is one of `mla_cache`, in the query's dtype
-    or, for BF16 queries, in FP8; `latent` is C. `pages` int32 holds
-    the cache's page for each PAGE tokens of a sequence, `lengths` int32 its tokens with the queries' own: at least S,
+    E = C + R in `query` (absorbed part first, rotated part after it); `cache` is one of `mla_cache`, in the query's
+    dtype or, for BF16 queries, in FP8; `latent` is C. `pages` int32 holds the cache's page for each PAGE tokens of a sequence, `lengths` int32 its tokens with the queries' own: at least S,
     or 0 for a row of padding, whose output is zero. Neither pages that no sequence owns nor places beyond a sequence's
     length are used, whatever they hold.
     `schedule` is that of these lengths and `num_shares` shares; a step makes it once for all layers.
@@ -50,23 +49,23 @@ def mla_decode(
         raise ValueError(f"pages must hold {PAGE} tokens, got {cache_LPE.shape[1]}")
     if not runs_kernels(query_BSHE):
         return mla_decode_twin(query_BSHE, cache_LPE, pages_BQ, lengths_B, scale=scale, latent=latent)
-    num_sequences, num_queries, num_heads, width = query_BSHE.shape
+    num_sequences, num_queries, num_heads, _ = query_BSHE.shape
     if schedule is None:
         schedule = schedule_decode(lengths_B, num_shares(query_BSHE.device, num_queries, num_heads))
     slots = 2 * schedule.shares_Z4.shape[0]
     parts_2ZWC = query_BSHE.new_empty(slots, num_queries * num_heads, latent, dtype=torch.float32)
     lse_2ZW = query_BSHE.new_empty(slots, num_queries * num_heads, dtype=torch.float32)
     out_BSHC = query_BSHE.new_empty(num_sequences, num_queries, num_heads, latent)
+    from teacher.kernels.mla_combine_triton import combine_kernel
+
     if on_hopper(query_BSHE, cache_LPE, latent):
         from teacher.kernels.mla_decode_gluon import decode_kernel
     else:
         from teacher.kernels.mla_decode_triton import decode_kernel
     decode_kernel(
-        query_BSHE.contiguous(), entries(cache_LPE, latent), pages_BQ, lengths_B, schedule.shares_Z4, parts_2ZWC, lse_2ZW, out_BSHC,
-        scale_log2=scale * LOG2_E, rows_a_program=ROWS,
+        query_BSHE.contiguous(), entries(cache_LPE, latent), pages_BQ, lengths_B, schedule.shares_Z4, parts_2ZWC,
+        lse_2ZW, out_BSHC, scale_log2=scale * LOG2_E, rows_a_program=ROWS,
     )  # fmt: skip
-    from teacher.kernels.mla_combine_triton import combine_kernel
-
     combine_kernel(parts_2ZWC, lse_2ZW, out_BSHC, schedule)
     return out_BSHC
 
@@ -99,7 +98,7 @@ def mla_decode_twin(
 def on_hopper(query_BSHE: Tensor, cache_LPE: Tensor, latent: int) -> bool:
     """Whether the two-warpgroup kernel computes this: it is made for one architecture and for V3's widths."""
     widths = query_BSHE.shape[-1] == 576 and latent == 512
-    kinds = query_BSHE.dtype == cache_LPE.dtype == torch.bfloat16 and not is_fp8(cache_LPE)
+    kinds = query_BSHE.dtype == torch.bfloat16 and (is_fp8(cache_LPE) or cache_LPE.dtype == torch.bfloat16)
     return widths and kinds and query_BSHE.is_cuda and _has_hopper_kernel(query_BSHE.device)
 
 

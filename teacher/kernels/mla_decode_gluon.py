@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -10,21 +9,30 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from teacher.kernels.mla_cache import PAGE, Entries
+from teacher.kernels.mla_load_gluon import (
+    HALF,
+    K_EMPTY,
+    K_FULL,
+    Q_EMPTY,
+    Q_FULL,
+    ROWS,
+    SHARED,
+    THREAD_ROWS,
+    THREADS,
+    TILE,
+    C,
+    P,
+    R,
+    load,
+    share_of,
+)
 
-P = gl.constexpr(PAGE)
-ROWS = gl.constexpr(64)
-C = gl.constexpr(512)
-R = gl.constexpr(64)
-HALF = gl.constexpr(256)
-TILE = gl.constexpr(64)
-SHARED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 LOGITS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
 OUT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16]))
@@ -33,16 +41,14 @@ LOGIT_ROWS = gl.constexpr(gl.SliceLayout(1, LOGITS))
 LOGIT_COLUMNS = gl.constexpr(gl.SliceLayout(0, LOGITS))
 OUT_ROWS = gl.constexpr(gl.SliceLayout(1, OUT))
 OUT_COLUMNS = gl.constexpr(gl.SliceLayout(0, OUT))
-COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-LOWEST = gl.constexpr(-1.0e30)
+LOWEST = gl.constexpr(-1.0e30)  # a maximum over nothing: finite, since minus infinity from itself is NaN
 
-# Places of the barriers.
-Q_FULL, Q_EMPTY = gl.constexpr(0), gl.constexpr(1)
-K_FULL, K_EMPTY = gl.constexpr(2), gl.constexpr(6)
-M_EVEN, P_EVEN, P_ODD, L_EVEN, L_ODD = (gl.constexpr(10 + i) for i in range(5))
+# Barriers after the loader's: a warpgroup's maximum, weights, total are in shared memory for the other.
+M_EVEN, P_EVEN, P_ODD, L_EVEN, L_ODD = (gl.constexpr(10 + place) for place in range(5))
 BARRIERS = gl.constexpr(15)
-# Vectors in shared memory
-V_M_EVEN, V_M_ODD, V_L_EVEN, V_L_ODD = (gl.constexpr(i) for i in range(4))
+# Of 504 registers for three threads, one of each warpgroup: those that compute; the loader has the rest.
+REGISTERS, FP8_REGISTERS = 240, 200
+V_M_EVEN, V_M_ODD, V_L_EVEN, V_L_ODD = (gl.constexpr(place) for place in range(4))
 
 
 @gluon.jit
@@ -50,61 +56,6 @@ def _zero(number):
     """Zero, but the compiler must not know: it would compute the descriptors of all products before the loop, for which
     there are no registers."""
     return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _share(schedule, lengths_ptr, sequence):
-    """This program's pages of one sequence, [begin, end), and the sequence's length."""
-    first, begin_page, last, end_page = schedule
-    length = gl.load(lengths_ptr + sequence)
-    begin = gl.where(sequence == first, begin_page, 0)
-    end = gl.where(sequence == last, end_page, (length + P - 1) // P)
-    return begin, end, length
-
-
-@gluon.jit
-def _load(buffers, bars, descs, schedule, pointers, W):
-    q_latent, q_rope, latent, rope, vectors = buffers
-    query_desc, cache_desc = descs
-    lengths_ptr, pages_ptr, pages_stride, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
-    q_phase = 1
-    k_phase = 1
-    for sequence in range(schedule[0], schedule[2] + 1):
-        begin, end, length = _share(schedule, lengths_ptr, sequence)
-        if begin < end:
-            mbarrier.wait(bars.index(Q_EMPTY), q_phase)
-            q_phase ^= 1
-            mbarrier.expect(bars.index(Q_FULL), ROWS * (C + R) * 2)
-            row = sequence * W + block * ROWS
-            for tile in gl.static_range(C // TILE):
-                tma.async_copy_global_to_shared(
-                    query_desc, [row, tile * TILE], bars.index(Q_FULL), q_latent.index(0).slice(tile * TILE, TILE, dim=1)
-                )
-            tma.async_copy_global_to_shared(query_desc, [row, C], bars.index(Q_FULL), q_rope.index(0))
-            pages = pages_ptr + sequence * pages_stride
-            for number in range(begin, end, 2):
-                even = gl.load(pages + number) * P
-                odd = gl.load(pages + gl.minimum(number + 1, end - 1)) * P
-                _load_half(cache_desc, bars, 0, 0, even, latent.index(0), rope.index(0), k_phase, False)
-                _load_half(cache_desc, bars, 1, 1, odd, latent.index(1), rope.index(1), k_phase, False)
-                _load_half(cache_desc, bars, 1, 0, odd, latent.index(1), rope.index(1), k_phase, True)
-                _load_half(cache_desc, bars, 0, 1, even, latent.index(0), rope.index(0), k_phase, True)
-                k_phase ^= 1
-
-
-@gluon.jit
-def _load_half(
-    cache_desc, bars, slot: gl.constexpr, half: gl.constexpr, row, latent, rope, phase, with_rope: gl.constexpr
-):
-    full = bars.index(K_FULL + slot * 2 + half)
-    mbarrier.wait(bars.index(K_EMPTY + slot * 2 + half), phase)
-    mbarrier.expect(full, P * HALF * 2 + (P * R * 2 if with_rope else 0))
-    for tile in gl.static_range(HALF // TILE):
-        tma.async_copy_global_to_shared(
-            cache_desc, [row, half * HALF + tile * TILE], full, latent.slice(half * HALF + tile * TILE, TILE, dim=1)
-        )
-    if with_rope:
-        tma.async_copy_global_to_shared(cache_desc, [row, C], full, rope)
 
 
 @gluon.jit
@@ -136,10 +87,10 @@ def _hide(logits, number, visible):
 @gluon.jit
 def _blank(latent, number, length):
     """Zero the rows beyond the sequence's end: a weight of zero times a stale NaN would be NaN."""
-    tokens = number * P + gl.arange(0, P, gl.SliceLayout(1, COPY))
+    tokens = number * P + gl.arange(0, P, THREAD_ROWS)
     for tile in gl.static_range(C // TILE):
         view = latent.slice(tile * TILE, TILE, dim=1)
-        values = view.load(COPY)
+        values = view.load(THREADS)
         view.store(gl.where((tokens < length)[:, None], values, gl.zeros_like(values)))
     fence_async_shared()
 
@@ -147,7 +98,7 @@ def _blank(latent, number, length):
 @gluon.jit
 def _finish(acc, total, highest, begin, end, length, sequence, pointers, W, half: gl.constexpr):
     """Divide and store this warpgroup's half: the result itself if nothing else is left of the sequence, else a part."""
-    lengths_ptr, pages_ptr, pages_stride, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
+    lengths_ptr, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
     divisor = gl.where(total == 0, 1.0, total)
     acc = acc / gl.convert_layout(divisor, OUT_ROWS)[:, None]
     rows = block * ROWS + gl.arange(0, ROWS, OUT_ROWS)
@@ -167,15 +118,15 @@ def _finish(acc, total, highest, begin, end, length, sequence, pointers, W, half
 
 
 @gluon.jit
-def _even(buffers, bars, schedule, pointers, W, H, S):
+def _even(buffers, bars, schedule, pointers, W, H, S, FP8: gl.constexpr):
     """Even pages, left half of the columns."""
-    q_latent, q_rope, latents, ropes, vectors = buffers
-    lengths_ptr, pages_ptr, pages_stride, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
+    q_latent, q_rope, latents, ropes, vectors, scales = buffers
+    lengths_ptr, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
     rows = block * ROWS + gl.arange(0, ROWS, LOGIT_ROWS)
     q_phase = 0
     phase = 0
     for sequence in range(schedule[0], schedule[2] + 1):
-        begin, end, length = _share(schedule, lengths_ptr, sequence)
+        begin, end, length = share_of(schedule, lengths_ptr, sequence)
         if begin < end:
             visible = length - S + 1 + rows // H
             highest = gl.full([ROWS], LOWEST, gl.float32, LOGIT_ROWS)
@@ -186,6 +137,9 @@ def _even(buffers, bars, schedule, pointers, W, H, S):
                 zero = _zero(number)
                 latent, rope = latents.index(0 + zero), ropes.index(0 + zero)
                 logits = _logits(q_latent.index(zero), q_rope.index(zero), latent, rope, bars, 0, phase)
+                if FP8:
+                    token_scale = scales.index(0).load(LOGIT_COLUMNS)[None, :]
+                    logits = logits * token_scale
                 logits = _hide(logits, number, visible)
                 higher = gl.maximum(highest, gl.max(logits, axis=1) * scale)
                 vectors.index(V_M_EVEN).store(higher)
@@ -193,6 +147,8 @@ def _even(buffers, bars, schedule, pointers, W, H, S):
                 weights = gl.exp2(logits * scale - higher[:, None])
                 shrink = gl.exp2(highest - higher)
                 total = total * shrink + gl.sum(weights, axis=1)
+                if FP8:
+                    weights = weights * token_scale
                 if number * P + P > length:
                     _blank(latent, number, length)
                 acc = acc * gl.convert_layout(shrink, OUT_ROWS)[:, None]
@@ -222,15 +178,15 @@ def _even(buffers, bars, schedule, pointers, W, H, S):
 
 
 @gluon.jit
-def _odd(buffers, bars, schedule, pointers, W, H, S):
+def _odd(buffers, bars, schedule, pointers, W, H, S, FP8: gl.constexpr):
     """Odd pages, right half of the columns."""
-    q_latent, q_rope, latents, ropes, vectors = buffers
-    lengths_ptr, pages_ptr, pages_stride, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
+    q_latent, q_rope, latents, ropes, vectors, scales = buffers
+    lengths_ptr, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
     rows = block * ROWS + gl.arange(0, ROWS, LOGIT_ROWS)
     q_phase = 0
     phase = 0
     for sequence in range(schedule[0], schedule[2] + 1):
-        begin, end, length = _share(schedule, lengths_ptr, sequence)
+        begin, end, length = share_of(schedule, lengths_ptr, sequence)
         if begin < end:
             visible = length - S + 1 + rows // H
             highest = gl.full([ROWS], LOWEST, gl.float32, LOGIT_ROWS)
@@ -241,6 +197,9 @@ def _odd(buffers, bars, schedule, pointers, W, H, S):
                 zero = _zero(number)
                 latent, rope = latents.index(1 + zero), ropes.index(1 + zero)
                 logits = _logits(q_latent.index(zero), q_rope.index(zero), latent, rope, bars, 1, phase)
+                if FP8:
+                    token_scale = scales.index(1).load(LOGIT_COLUMNS)[None, :]
+                    logits = logits * token_scale
                 # Beyond an odd number of pages the last one comes again: all of it is hidden.
                 logits = _hide(logits, number, gl.where(number < end, visible, 0))
                 top = gl.max(logits, axis=1) * scale
@@ -249,6 +208,8 @@ def _odd(buffers, bars, schedule, pointers, W, H, S):
                 weights = gl.exp2(logits * scale - higher[:, None])
                 shrink = gl.exp2(highest - higher)
                 total = total * shrink + gl.sum(weights, axis=1)
+                if FP8:
+                    weights = weights * token_scale
                 rounded = weights.to(gl.bfloat16)
                 if number * P + P > length:
                     _blank(latent, number, length)
@@ -278,8 +239,8 @@ def _odd(buffers, bars, schedule, pointers, W, H, S):
 
 @gluon.jit
 def _decode(
-    query_desc, cache_desc, pages_ptr, lengths_ptr, shares_ptr, parts_ptr, lse_ptr, out_ptr, scale, pages_stride,
-    W, H, S,
+    query_desc, cache_desc, latent_ptr, scale_ptr, pages_ptr, lengths_ptr, shares_ptr, parts_ptr, lse_ptr, out_ptr,
+    scale, pages_stride, latent_stride, scale_stride, W, H, S, FP8: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     block, part = gl.program_id(0), gl.program_id(1)
     q_latent = gl.allocate_shared_memory(gl.bfloat16, [1, ROWS, C], SHARED)
@@ -287,23 +248,30 @@ def _decode(
     latents = gl.allocate_shared_memory(gl.bfloat16, [2, P, C], SHARED)
     ropes = gl.allocate_shared_memory(gl.bfloat16, [2, P, R], SHARED)
     vectors = gl.allocate_shared_memory(gl.float32, [4, ROWS], VECTOR)
+    scales = gl.allocate_shared_memory(gl.float32, [2, P], VECTOR)
     bars = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
     for place in gl.static_range(BARRIERS):
-        mbarrier.init(bars.index(place), count=2 if place == Q_EMPTY else 1)
+        # Both warpgroups must be done with the queries; an FP8 page's halves with rope keys come two ways.
+        if place == Q_EMPTY:
+            mbarrier.init(bars.index(place), count=2)
+        elif place == K_FULL + 1 or place == K_FULL + 2:
+            mbarrier.init(bars.index(place), count=2 if FP8 else 1)
+        else:
+            mbarrier.init(bars.index(place), count=1)
     fence_async_shared()
     shares_ptr += part * 4
     schedule = (gl.load(shares_ptr), gl.load(shares_ptr + 1), gl.load(shares_ptr + 2), gl.load(shares_ptr + 3))
-    pointers = (lengths_ptr, pages_ptr, pages_stride, parts_ptr, lse_ptr, out_ptr, scale, block, part)
-    buffers = (q_latent, q_rope, latents, ropes, vectors)
-    descs = (query_desc, cache_desc)
+    pointers = (lengths_ptr, parts_ptr, lse_ptr, out_ptr, scale, block, part)
+    sources = (query_desc, cache_desc, latent_ptr, latent_stride, scale_ptr, scale_stride)
+    buffers = (q_latent, q_rope, latents, ropes, vectors, scales)
     gl.warp_specialize(
         [
-            (_load, (buffers, bars, descs, schedule, pointers, W)),
-            (_even, (buffers, bars, schedule, pointers, W, H, S)),
-            (_odd, (buffers, bars, schedule, pointers, W, H, S)),
+            (load, (buffers, bars, sources, schedule, lengths_ptr, pages_ptr, pages_stride, block, W, FP8)),
+            (_even, (buffers, bars, schedule, pointers, W, H, S, FP8)),
+            (_odd, (buffers, bars, schedule, pointers, W, H, S, FP8)),
         ],
         [4, 4],
-        [240, 240],
+        [REGISTERS, REGISTERS],
     )
 
 
@@ -325,10 +293,16 @@ def decode_kernel(
     _, num_queries, num_heads, width = query_BSHE.shape
     rows = num_queries * num_heads
     tile = [TILE.value, TILE.value]
-    whole = cache.latent_LPC.as_strided((cache.latent_LPC.shape[0] * PAGE, width), (width, 1))
+    fp8 = cache.scale_LP is not None
+    in_bf16 = cache.rope_LPR if fp8 else cache.latent_LPC
+    stride = in_bf16.stride(1)
+    # All of an entry, or its rope keys alone: what the TMA brings.
+    in_bf16 = in_bf16.as_strided((in_bf16.shape[0] * PAGE, R.value if fp8 else width), (stride, 1))
     query_desc = TensorDescriptor.from_tensor(query_BSHE.view(-1, width), tile, SHARED.value)
-    cache_desc = TensorDescriptor.from_tensor(whole, tile, SHARED.value)
+    cache_desc = TensorDescriptor.from_tensor(in_bf16, tile, SHARED.value)
     _decode[(triton.cdiv(rows, rows_a_program), shares_Z4.shape[0])](
-        query_desc, cache_desc, pages_BQ, lengths_B, shares_Z4, parts_2ZWC, lse_2ZW, out_BSHC, scale_log2,
-        pages_BQ.stride(0), rows, num_heads, S=num_queries, num_warps=4, maxnreg=168,
+        query_desc, cache_desc, cache.latent_LPC if fp8 else None, cache.scale_LP, pages_BQ, lengths_B, shares_Z4,
+        parts_2ZWC, lse_2ZW, out_BSHC, scale_log2, pages_BQ.stride(0), cache.latent_LPC.stride(1),
+        cache.scale_LP.stride(1) if cache.scale_LP is not None else 0, rows, num_heads, num_queries, FP8=fp8,
+        REGISTERS=FP8_REGISTERS if fp8 else REGISTERS, num_warps=4, maxnreg=168,
     )  # fmt: skip

@@ -80,7 +80,7 @@ def _attend(
         if ENTRY_S:
             token_scale = tl.load(scale_ptr + places * ENTRY_S, mask=there, other=0.0)[None, :]
             keys_C = keys_C.to(query_C.dtype)
-            logits = _dot(query_C, tl.trans(keys_C)) * token_scale + _dot(query_R, tl.trans(keys_R))
+            logits = (_dot(query_C, tl.trans(keys_C)) + _dot(query_R, tl.trans(keys_R))) * token_scale
         else:
             logits = _dot(query_C, tl.trans(keys_C)) + _dot(query_R, tl.trans(keys_R))
         logits = tl.where(tokens[None, :] < visible[:, None], logits * scale, float("-inf"))

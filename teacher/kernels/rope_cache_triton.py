@@ -43,6 +43,7 @@ def _write_latent(
             tl.store(latent_ptr, to_e4m3(tl.math.div_rn(normed, scale)), mask=inside)
             tl.store(scale_ptr + slot * ENTRY_S, scale)
         else:
+            scale = 1.0
             tl.store(latent_ptr, to_dtype(normed, latent_ptr.dtype.element_ty), mask=inside)
         pairs = tl.arange(0, HALF)
         position = tl.load(positions_ptr + token).to(tl.int64)
@@ -52,8 +53,11 @@ def _write_latent(
         dtype = rope_ptr.dtype.element_ty
         first = tl.load(projected_ptr + C + pairs * STEP).to(dtype).to(tl.float32)
         second = tl.load(projected_ptr + C + pairs * STEP + APART).to(dtype).to(tl.float32)
-        tl.store(rope_ptr, to_dtype(first * cos - second * sin, dtype))
-        tl.store(rope_ptr + HALF, to_dtype(second * cos + first * sin, dtype))
+        # Rounded before it is divided by a power of two, and exact after.
+        turned = to_dtype(first * cos - second * sin, dtype).to(tl.float32)
+        tl.store(rope_ptr, to_dtype(tl.math.div_rn(turned, scale), dtype))
+        turned = to_dtype(second * cos + first * sin, dtype).to(tl.float32)
+        tl.store(rope_ptr + HALF, to_dtype(tl.math.div_rn(turned, scale), dtype))
 
 
 @triton.jit
