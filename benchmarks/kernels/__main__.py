@@ -21,7 +21,7 @@ import importlib.util
 import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,10 @@ import torch
 
 from benchmarks.device import device_name, driver_version, write_result
 from benchmarks.kernels import ceilings as speeds
-from benchmarks.kernels import dense, elementwise, mla, moe
 from benchmarks.kernels.case import Case, Peer, PeerMissing, Work
+from benchmarks.kernels.families import all_cases
 from benchmarks.kernels.report import Row, heading, line, total
-from benchmarks.kernels.timing import microseconds, poisoned
-
-FAMILIES = (dense, moe, mla, elementwise)
+from benchmarks.kernels.timing import microseconds, num_sets
 
 
 def main() -> None:
@@ -59,7 +57,7 @@ def main() -> None:
     print("\n" + heading())
     rows: list[Row] = []
     missing: dict[str, str] = {}
-    for shape, group in itertools.groupby(chosen, key=lambda case: case.total and f"{case.kernel} {case.total}"):
+    for (_, shape), group in itertools.groupby(chosen, key=lambda case: (case.kernel, case.total)):
         of_group = []
         for case in group:
             row, absent = measured(case, ceilings, device)
@@ -67,7 +65,7 @@ def main() -> None:
             missing = {f"{case.kernel}: {name}": why for name, why in absent.items()} | missing
             print(line(row), flush=True)
         if shape and len(of_group) > 1:
-            of_group.append(total(case.total, of_group))
+            of_group.append(total(shape, of_group))
             print(line(of_group[-1]), flush=True)
         rows += of_group
     for peer, why in missing.items():
@@ -90,19 +88,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def all_cases(*, toy: bool) -> Iterator[Case]:
-    for family in FAMILIES:
-        yield from family.cases(toy=toy)
-
-
 def measured(case: Case, ceilings: speeds.Ceilings, device: torch.device) -> tuple[Row, dict[str, str]]:
     """The case's row, and the peers that it does without."""
     work = case.build(device)
     floor = ceilings.floor_us(work.size_bytes, work.flop, work.product)
-    with poisoned():
-        got = work.run(work.sets[0])
-    error = work.error(got, work.sets[0])
-    del got
+    error = work.checked(work.make(0))
     row = {
         "kernel": case.kernel,
         "shape": case.shape,
@@ -113,16 +103,17 @@ def measured(case: Case, ceilings: speeds.Ceilings, device: torch.device) -> tup
     }
     if not error <= work.tolerance:  # NaN is not
         return Row(us=None, failed=f"error {error:.2e}, at most {work.tolerance:.0e} is right", **row), {}
-    ours = microseconds(work.run, work.sets, device)
-    peers, missing = peers_of(work, device)
+    sets = [work.make(seed) for seed in range(num_sets(work.size_bytes, device, least=work.least_sets))]
+    ours = microseconds(work.run, sets, device)
+    peers, missing = peers_of(work, sets, device)
     return Row(us=ours, peers=peers, **row), missing
 
 
-def peers_of(work: Work, device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
+def peers_of(work: Work, sets: Sequence[Any], device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
     times, missing = {}, {}
     for name, peer in work.peers.items():
         try:
-            times[name] = peer_time(peer, work, device)
+            times[name] = peer_time(peer, work, sets, device)
         except PeerMissing as why:
             missing[name] = str(why)
         except Exception as error:  # noqa: BLE001 - another's program; ours go on without it
@@ -130,16 +121,15 @@ def peers_of(work: Work, device: torch.device) -> tuple[dict[str, float], dict[s
     return times, missing
 
 
-def peer_time(peer: Peer | PeerMissing, work: Work, device: torch.device) -> float:
+def peer_time(peer: Peer | PeerMissing, work: Work, sets: Sequence[Any], device: torch.device) -> float:
     if isinstance(peer, PeerMissing):
         raise peer
-    sets: list[Any] = [peer.prepare(inputs) for inputs in work.sets] if peer.prepare else list(work.sets)
+    prepared = [peer.prepare(inputs) for inputs in sets] if peer.prepare else sets
     if peer.tolerance is not None:
-        got = peer.run(sets[0])
-        error = work.error(peer.result(got) if peer.result else got, work.sets[0])
+        error = work.error(peer.run(prepared[0]), sets[0])
         if not error <= peer.tolerance:
             raise PeerMissing(f"its result is another: error {error:.2e}")
-    return microseconds(peer.run, sets, device)
+    return microseconds(peer.run, prepared, device)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.timing import poisoned
+
 Run = Callable[[Any], Any]
 
 
@@ -21,29 +23,38 @@ class PeerMissing(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """Another implementation. `prepare` makes its inputs of ours (outside the timing), `result` a tensor of its output.
+    """Another implementation. `prepare` makes its inputs of ours, outside the timing.
 
-    With `result`, its output is judged as the kernel's is, against `tolerance` where its arithmetic is another.
+    With a `tolerance`, its result is judged as the kernel's is; without, its form is another and goes unjudged.
     """
 
     run: Run
     prepare: Run | None = None
-    result: Run | None = None
     tolerance: float | None = None
 
 
 @dataclass(frozen=True)
 class Work:
-    """A case, built. `error` takes a result and the inputs that gave it; 0 says the same bits."""
+    """A case, built. `make` gives the inputs of a seed; `error` takes a result and the inputs that gave it.
+
+    An error of 0 says the same bits. What is timed rotates over `least_sets` inputs or more, if the L2 holds more.
+    """
 
     run: Run
-    sets: Sequence[Any]
+    make: Callable[[int], Any]
     error: Callable[[Any, Any], float]
     tolerance: float
     size_bytes: int  # read and written at least
     flop: int = 0
     product: str | None = None  # the operands' type: "bf16" or "fp8"
     peers: dict[str, Peer | PeerMissing] = field(default_factory=dict)
+    least_sets: int = 2
+
+    def checked(self, inputs: Any) -> float:
+        """The error of one run in memory that was filled with NaN."""
+        with poisoned():
+            got = self.run(inputs)
+        return self.error(got, inputs)
 
 
 @dataclass(frozen=True)

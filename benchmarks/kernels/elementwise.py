@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Peer, Work, differing_share
-from benchmarks.kernels.inputs import input_sets, normal
+from benchmarks.kernels.inputs import normal
 from benchmarks.kernels.peers import group_quantise
 from teacher.kernels import quantise as q
 from teacher.kernels import rope_cache as rc
@@ -70,7 +70,7 @@ def _quantise(m: int, k: int, device: torch.device) -> Work:
     size = 3 * m * k + _scale_bytes(m, k)
     return Work(
         run=lambda inputs: q.quantise(*inputs),
-        sets=input_sets(lambda index: (normal(device, index, m, k),), size, device),
+        make=lambda index: (normal(device, index, m, k),),
         error=lambda got, inputs: differing_share(got, q.quantise_twin(*inputs)),
         tolerance=0.0,
         size_bytes=size,
@@ -96,7 +96,7 @@ def _norm(m: int, k: int, added: bool, device: torch.device) -> Work:
 
     return Work(
         run=with_kernel,
-        sets=input_sets(make, size, device),
+        make=make,
         error=lambda got, inputs: differing_share(numbers(got), numbers(with_twin(*inputs))),
         tolerance=0.0,
         size_bytes=size,
@@ -116,7 +116,7 @@ def _swiglu(m: int, inner: int, device: torch.device) -> Work:
     size = 5 * m * inner + _scale_bytes(m, inner)
     return Work(
         run=lambda inputs: q.swiglu_quantise(*inputs),
-        sets=input_sets(lambda index: (normal(device, index, m, 2 * inner),), size, device),
+        make=lambda index: (normal(device, index, m, 2 * inner),),
         error=lambda got, inputs: differing_share(got, q.swiglu_quantise_twin(*inputs)),
         tolerance=0.0,
         size_bytes=size,
@@ -128,7 +128,7 @@ def _weight(rows: int, columns: int, device: torch.device) -> Work:
     size = 3 * rows * columns + 4 * -(-rows // BLOCK) * -(-columns // BLOCK)
     return Work(
         run=lambda inputs: q.quantise_weight(*inputs),
-        sets=input_sets(lambda index: (normal(device, index, rows, columns),), size, device),
+        make=lambda index: (normal(device, index, rows, columns),),
         error=lambda got, inputs: differing_share(got, q.quantise_blocks(*inputs)),
         tolerance=0.0,
         size_bytes=size,
@@ -145,7 +145,7 @@ def _route(m: int, device: torch.device) -> Work:
 
     return Work(
         run=lambda inputs: route(*inputs, V3_ROUTES),
-        sets=input_sets(make, size, device),
+        make=make,
         error=lambda got, inputs: differing_share(got, route_twin(*inputs, V3_ROUTES)),
         tolerance=0.0,
         size_bytes=size,
@@ -178,7 +178,7 @@ def _write_latent(m: int, device: torch.device) -> Work:
         rc.write_latent_twin(*inputs[:-1], own, interleave=True)
         return differing_share([got], [own])
 
-    return Work(with_kernel, input_sets(make, size, device), error, tolerance=0.0, size_bytes=size)
+    return Work(with_kernel, make, error, tolerance=0.0, size_bytes=size)
 
 
 def _rotate_queries(m: int, device: torch.device) -> Work:
@@ -198,4 +198,4 @@ def _rotate_queries(m: int, device: torch.device) -> Work:
         rc.rotate_queries_twin(own, rotation, positions, latent=LATENT, interleave=True)
         return differing_share([got], [own])
 
-    return Work(with_kernel, input_sets(make, size, device), error, tolerance=0.0, size_bytes=size)
+    return Work(with_kernel, make, error, tolerance=0.0, size_bytes=size)

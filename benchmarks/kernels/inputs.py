@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.timing import num_sets
-
 VALUES_AT_ONCE = 1 << 26
-
-
-def input_sets(make: Callable[[int], Any], size_bytes: int, device: torch.device) -> list[Any]:
-    """As many inputs, each of another seed, as outsize the L2. `size_bytes` of one."""
-    return [make(index) for index in range(num_sets(size_bytes, device))]
 
 
 def normal(device: torch.device, seed: int, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

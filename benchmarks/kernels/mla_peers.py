@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.kernels.case import Peer, PeerMissing
 from benchmarks.kernels.peers import vllm_missing
+from teacher.kernels.mla_schedule import DecodeSchedule
 
 MULTIPROCESSOR_SHARE = 2  # vLLM lets a context fall into twice as many parts as there are multiprocessors
 LEAST_TOKENS_A_PART = 512
@@ -24,6 +25,7 @@ class Decoding(NamedTuple):
     cache_LPE: Tensor
     pages_BQ: Tensor
     lengths_B: Tensor
+    schedule: DecodeSchedule  # ours
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def flash_mla(device: torch.device, context: int, scale: float, latent: int, tol
         return PeerMissing(str(why))
 
     def run(prepared: Prepared) -> Tensor:
-        query, cache, pages, lengths = prepared.given
+        query, cache, pages, lengths, _ = prepared.given
         options = {"softmax_scale": scale, "causal": True, "tile_scheduler_metadata": prepared.schedule}
         return flash_mla_with_kvcache(query, cache.unsqueeze(2), pages, lengths, latent, **options)[0]
 
@@ -78,7 +80,7 @@ def flash_attn_mla(
         return Prepared(given, schedule, starts)
 
     def run(prepared: Prepared) -> Tensor:
-        query, cache, pages, lengths = prepared.given
+        query, cache, pages, lengths, _ = prepared.given
         absorbed, rope = query.flatten(0, 1).split((latent, query.shape[-1] - latent), dim=-1)
         out = flash_attn_varlen_func(
             q=rope, k=cache[..., latent:].unsqueeze(-2), v=cache[..., :latent].unsqueeze(-2), q_v=absorbed,
@@ -108,7 +110,7 @@ def triton_mla(
     one = torch.ones((), device=device)
 
     def run(given: Decoding) -> Tensor:
-        query, cache, pages, lengths = given
+        query, cache, pages, lengths, _ = given
         query = query.squeeze(1)
         batch, num_heads, _ = query.shape
         out = torch.zeros(batch, num_heads, latent, dtype=query.dtype, device=device)

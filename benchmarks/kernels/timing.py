@@ -63,12 +63,12 @@ def _replayed(run: Callable[[Inputs], object], sets: Sequence[Inputs]) -> float:
     return 1e3 * statistics.median(times) / launches
 
 
-def num_sets(bytes_a_set: int, device: torch.device) -> int:
-    """Input sets that outsize the L2 twice; two on a CPU."""
+def num_sets(bytes_a_set: int, device: torch.device, *, least: int) -> int:
+    """Input sets that outsize the L2 twice."""
     if device.type != "cuda":
-        return 2
+        return least
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, min(MOST_SETS, -(-2 * cache // max(1, bytes_a_set))))
+    return max(least, min(MOST_SETS, -(-2 * cache // max(1, bytes_a_set))))
 
 
 @contextmanager
