@@ -39,9 +39,9 @@ def mla_decode(
     """Attention output in the latent space, [B, S, H, C] in the query's dtype.
 
     E = C + R in `query` (absorbed part first, rotated part after it); `cache` is one of `mla_cache`, in the query's
-    dtype or, for BF16 queries, in FP8; `latent` is C. `pages` int32 holds the cache's page for each PAGE tokens of a sequence, `lengths` int32 its tokens with the queries' own: at least S,
-    or 0 for a row of padding, whose output is zero. Neither pages that no sequence owns nor places beyond a sequence's
-    length are used, whatever they hold.
+    dtype or, for BF16 queries, in FP8; `latent` is C. `pages` int32 holds the cache's page for each PAGE tokens of a
+    sequence, `lengths` int32 its tokens with the queries' own: at least S, or 0 for a row of padding, whose output is
+    zero. Neither pages that no sequence owns nor places beyond a sequence's length are used, whatever they hold.
     `schedule` is that of these lengths and `num_shares` shares; a step makes it once for all layers.
     Raises ValueError for a page size other than PAGE.
     """

@@ -85,6 +85,13 @@ def _hide(logits, number, visible):
 
 
 @gluon.jit
+def _scales(scales, number, length):
+    """A page's scales, zero beyond the sequence's end."""
+    tokens = number * P + gl.arange(0, P, LOGIT_COLUMNS)
+    return gl.where(tokens < length, scales.load(LOGIT_COLUMNS), 0.0)[None, :]
+
+
+@gluon.jit
 def _blank(latent, number, length):
     """Zero the rows beyond the sequence's end: a weight of zero times a stale NaN would be NaN."""
     tokens = number * P + gl.arange(0, P, THREAD_ROWS)
@@ -96,9 +103,9 @@ def _blank(latent, number, length):
 
 
 @gluon.jit
-def _finish(acc, total, highest, begin, end, length, sequence, pointers, W, half: gl.constexpr):
-    """Divide and store this warpgroup's half: the result itself if nothing else is left of the sequence, else a part."""
-    lengths_ptr, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
+def _finish(acc, total, highest, begin, end, length, sequence, block, results, W, half: gl.constexpr):
+    """Divide and store this warpgroup's half: the result itself if the share has all of the sequence, else a part."""
+    parts_ptr, lse_ptr, out_ptr, part = results
     divisor = gl.where(total == 0, 1.0, total)
     acc = acc / gl.convert_layout(divisor, OUT_ROWS)[:, None]
     rows = block * ROWS + gl.arange(0, ROWS, OUT_ROWS)
@@ -118,10 +125,9 @@ def _finish(acc, total, highest, begin, end, length, sequence, pointers, W, half
 
 
 @gluon.jit
-def _even(buffers, bars, schedule, pointers, W, H, S, FP8: gl.constexpr):
+def _even(buffers, bars, schedule, results, lengths_ptr, scale, block, W, H, S, FP8: gl.constexpr):
     """Even pages, left half of the columns."""
     q_latent, q_rope, latents, ropes, vectors, scales = buffers
-    lengths_ptr, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
     rows = block * ROWS + gl.arange(0, ROWS, LOGIT_ROWS)
     q_phase = 0
     phase = 0
@@ -138,7 +144,7 @@ def _even(buffers, bars, schedule, pointers, W, H, S, FP8: gl.constexpr):
                 latent, rope = latents.index(0 + zero), ropes.index(0 + zero)
                 logits = _logits(q_latent.index(zero), q_rope.index(zero), latent, rope, bars, 0, phase)
                 if FP8:
-                    token_scale = scales.index(0).load(LOGIT_COLUMNS)[None, :]
+                    token_scale = _scales(scales.index(0), number, length)
                     logits = logits * token_scale
                 logits = _hide(logits, number, visible)
                 higher = gl.maximum(highest, gl.max(logits, axis=1) * scale)
@@ -164,7 +170,9 @@ def _even(buffers, bars, schedule, pointers, W, H, S, FP8: gl.constexpr):
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(bars.index(K_EMPTY + 0), count=1)
                 acc = acc * gl.convert_layout(shrink, OUT_ROWS)[:, None]
-                acc = warpgroup_mma(ropes.index(1 + zero), latents.index(1 + zero).slice(0, HALF, dim=1), acc, is_async=True)
+                acc = warpgroup_mma(
+                    ropes.index(1 + zero), latents.index(1 + zero).slice(0, HALF, dim=1), acc, is_async=True
+                )
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(bars.index(K_EMPTY + 2), count=1)
                 phase ^= 1
@@ -174,14 +182,13 @@ def _even(buffers, bars, schedule, pointers, W, H, S, FP8: gl.constexpr):
             mbarrier.wait(bars.index(L_ODD), q_phase)
             total += vectors.index(V_L_ODD).load(LOGIT_ROWS)
             q_phase ^= 1
-            _finish(acc, total, highest, begin, end, length, sequence, pointers, W, 0)
+            _finish(acc, total, highest, begin, end, length, sequence, block, results, W, 0)
 
 
 @gluon.jit
-def _odd(buffers, bars, schedule, pointers, W, H, S, FP8: gl.constexpr):
+def _odd(buffers, bars, schedule, results, lengths_ptr, scale, block, W, H, S, FP8: gl.constexpr):
     """Odd pages, right half of the columns."""
     q_latent, q_rope, latents, ropes, vectors, scales = buffers
-    lengths_ptr, parts_ptr, lse_ptr, out_ptr, scale, block, part = pointers
     rows = block * ROWS + gl.arange(0, ROWS, LOGIT_ROWS)
     q_phase = 0
     phase = 0
@@ -198,7 +205,7 @@ def _odd(buffers, bars, schedule, pointers, W, H, S, FP8: gl.constexpr):
                 latent, rope = latents.index(1 + zero), ropes.index(1 + zero)
                 logits = _logits(q_latent.index(zero), q_rope.index(zero), latent, rope, bars, 1, phase)
                 if FP8:
-                    token_scale = scales.index(1).load(LOGIT_COLUMNS)[None, :]
+                    token_scale = _scales(scales.index(1), number, length)
                     logits = logits * token_scale
                 # Beyond an odd number of pages the last one comes again: all of it is hidden.
                 logits = _hide(logits, number, gl.where(number < end, visible, 0))
@@ -234,7 +241,7 @@ def _odd(buffers, bars, schedule, pointers, W, H, S, FP8: gl.constexpr):
             mbarrier.wait(bars.index(L_EVEN), q_phase)
             total += vectors.index(V_L_EVEN).load(LOGIT_ROWS)
             q_phase ^= 1
-            _finish(acc, total, highest, begin, end, length, sequence, pointers, W, 1)
+            _finish(acc, total, highest, begin, end, length, sequence, block, results, W, 1)
 
 
 @gluon.jit
@@ -261,14 +268,14 @@ def _decode(
     fence_async_shared()
     shares_ptr += part * 4
     schedule = (gl.load(shares_ptr), gl.load(shares_ptr + 1), gl.load(shares_ptr + 2), gl.load(shares_ptr + 3))
-    pointers = (lengths_ptr, parts_ptr, lse_ptr, out_ptr, scale, block, part)
+    results = (parts_ptr, lse_ptr, out_ptr, part)
     sources = (query_desc, cache_desc, latent_ptr, latent_stride, scale_ptr, scale_stride)
     buffers = (q_latent, q_rope, latents, ropes, vectors, scales)
     gl.warp_specialize(
         [
             (load, (buffers, bars, sources, schedule, lengths_ptr, pages_ptr, pages_stride, block, W, FP8)),
-            (_even, (buffers, bars, schedule, pointers, W, H, S, FP8)),
-            (_odd, (buffers, bars, schedule, pointers, W, H, S, FP8)),
+            (_even, (buffers, bars, schedule, results, lengths_ptr, scale, block, W, H, S, FP8)),
+            (_odd, (buffers, bars, schedule, results, lengths_ptr, scale, block, W, H, S, FP8)),
         ],
         [4, 4],
         [REGISTERS, REGISTERS],

@@ -5,10 +5,10 @@ of any model whose keys have 192 numbers and whose values have 128. Absorbed, no
 costs more (`mla_decode`, which takes any number of queries). `prefers_absorbed` says which is less work: a short chunk
 over a long context is absorbed, a prompt expanded.
 
-Several libraries compute the expanded form, and which is fastest changes with device and shape: `fastest_backend` times
-them once for a class of shapes and remembers. All of them hide the future from queries that stand at the context's end.
+Several libraries compute the expanded form. Which is fastest changes with device and shape: `fastest_backend` times
+them once for a class of shapes and remembers. Queries stand at the end of the context, and none sees its future.
 
-Shape legend: B sequences, T queries, U keys (context with the queries' own tokens), H heads, D key width, V value width.
+Shape legend: B sequences, T queries, U keys (the queries' own among them), H heads, D key width, V value width.
 """
 
 from __future__ import annotations

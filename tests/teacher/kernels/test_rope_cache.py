@@ -83,7 +83,7 @@ def test_an_fp8_entry_holds_what_was_written_to_within_its_rounding() -> None:
     wanted, got = (dequantise(cache, 96).float() for cache in caches)
     assert torch.equal(got[..., 96:], wanted[..., 96:])
     largest = wanted[..., :96].abs().amax(dim=-1, keepdim=True)
-    # Half a unit in the last of three bits, on top of BF16's own; below E4M3's normal range a step of 2^-9 of the scale.
+    # Half a unit in the last of three bits, on top of BF16's own; below E4M3's range half of 2^-9 of the scale.
     assert ((got - wanted)[..., :96].abs() <= wanted[..., :96].abs() * (2**-4 + 2**-8) + largest * 2**-16).all()
 
 
