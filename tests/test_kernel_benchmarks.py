@@ -33,7 +33,7 @@ def doubling(run=lambda x: 2 * x, **peers: Peer | PeerMissing) -> Case:
             error=lambda got, x: relative_error(got, 2 * x),
             tolerance=1e-6,
             size_bytes=4_000,
-            peers=peers,
+            peers=lambda: peers,
         )
 
     return Case("double", "64", build)

@@ -33,6 +33,7 @@ from benchmarks.kernels.case import Case, Peer, PeerMissing, Work
 from benchmarks.kernels.families import all_cases
 from benchmarks.kernels.report import Row, heading, line, total
 from benchmarks.kernels.timing import microseconds, num_sets
+from benchmarks.kernels.warm import warm
 
 
 def main() -> None:
@@ -42,6 +43,8 @@ def main() -> None:
     chosen = [case for case in all_cases(toy=toy) if re.search(arguments.only, case.name)]
     if not chosen:
         sys.exit(f"no case matches {arguments.only!r}; the first is {next(all_cases(toy=toy)).name!r}")
+    if not toy:
+        warm(chosen)
     ceilings = speeds.measure(device)
     header = {
         "device": device_name(device),
@@ -111,7 +114,7 @@ def measured(case: Case, ceilings: speeds.Ceilings, device: torch.device) -> tup
 
 def peers_of(work: Work, sets: Sequence[Any], device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
     times, missing = {}, {}
-    for name, peer in work.peers.items():
+    for name, peer in work.peers().items():
         try:
             times[name] = peer_time(peer, work, sets, device)
         except PeerMissing as why:

@@ -6,7 +6,7 @@ A case is built on its device just before it is measured, and dropped right afte
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Work:
     size_bytes: int  # read and written at least
     flop: int = 0
     product: str | None = None  # the operands' type: "bf16" or "fp8"
-    peers: dict[str, Peer | PeerMissing] = field(default_factory=dict)
+    peers: Callable[[], dict[str, Peer | PeerMissing]] = dict  # looked for only when they are measured
     least_sets: int = 2
 
     def checked(self, inputs: Any) -> float:

@@ -67,7 +67,7 @@ def _product(m: int, n: int, k: int, own: bool, device: torch.device) -> Work:
         size_bytes=size,
         flop=2 * m * n * k,
         product="fp8",
-        peers={} if own else _peers(m, device),
+        peers=dict if own else partial(_peers, m, device),
     )
 
 

@@ -74,7 +74,9 @@ def _quantise(m: int, k: int, device: torch.device) -> Work:
         error=lambda got, inputs: differing_share(got, q.quantise_twin(*inputs)),
         tolerance=0.0,
         size_bytes=size,
-        peers=_compiled_peer(device, q.quantise_twin) | {"vLLM per_token_group_quant_fp8": group_quantise(device)},
+        peers=lambda: (
+            _compiled_peer(device, q.quantise_twin) | {"vLLM per_token_group_quant_fp8": group_quantise(device)}
+        ),
     )
 
 
@@ -100,7 +102,7 @@ def _norm(m: int, k: int, added: bool, device: torch.device) -> Work:
         error=lambda got, inputs: differing_share(numbers(got), numbers(with_twin(*inputs))),
         tolerance=0.0,
         size_bytes=size,
-        peers=_compiled_peer(device, _norm_added if added else _norm_alone),
+        peers=lambda: _compiled_peer(device, _norm_added if added else _norm_alone),
     )
 
 
@@ -120,7 +122,7 @@ def _swiglu(m: int, inner: int, device: torch.device) -> Work:
         error=lambda got, inputs: differing_share(got, q.swiglu_quantise_twin(*inputs)),
         tolerance=0.0,
         size_bytes=size,
-        peers=_compiled_peer(device, q.swiglu_quantise_twin),
+        peers=lambda: _compiled_peer(device, q.swiglu_quantise_twin),
     )
 
 
@@ -132,7 +134,7 @@ def _weight(rows: int, columns: int, device: torch.device) -> Work:
         error=lambda got, inputs: differing_share(got, q.quantise_blocks(*inputs)),
         tolerance=0.0,
         size_bytes=size,
-        peers=_compiled_peer(device, q.quantise_blocks),
+        peers=lambda: _compiled_peer(device, q.quantise_blocks),
     )
 
 

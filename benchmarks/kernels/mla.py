@@ -67,11 +67,14 @@ def _decode(batch: int, context: int, num_queries: int, num_heads: int, fp8: boo
         return mla_decode(*given[:4], scale=SCALE, latent=LATENT, schedule=given.schedule)
 
     given = device, context, SCALE, LATENT, TOLERANCE
-    peers: dict[str, Peer | PeerMissing] = {
-        "FlashMLA": flash_mla(*given),
-        "FlashAttention 3": flash_attn_mla(*given),
-        "vLLM Triton": triton_mla(*given, num_queries),
-    }
+
+    def peers() -> dict[str, Peer | PeerMissing]:
+        return {
+            "FlashMLA": flash_mla(*given),
+            "FlashAttention 3": flash_attn_mla(*given),
+            "vLLM Triton": triton_mla(*given, num_queries),
+        }
+
     return Work(
         run,
         make,
@@ -80,7 +83,7 @@ def _decode(batch: int, context: int, num_queries: int, num_heads: int, fp8: boo
         size_bytes=size,
         flop=2 * batch * num_queries * num_heads * context * (width + LATENT),
         product="bf16",
-        peers={} if fp8 else peers,  # the FP8 caches of others have other formats
+        peers=dict if fp8 else peers,  # the FP8 caches of others have other formats
     )
 
 
@@ -105,5 +108,5 @@ def _prefill(batch: int, length: int, num_heads: int, device: torch.device) -> W
         size_bytes=2 * batch * length * num_heads * (sum(widths) + WIDTHS.value),
         flop=batch * num_heads * length * (length + 1) * (widths[0] + WIDTHS.value),
         product="bf16",
-        peers={backend.value: with_backend(backend) for backend in Backend} if device.type == "cuda" else {},
+        peers=lambda: {each.value: with_backend(each) for each in Backend} if device.type == "cuda" else {},
     )

@@ -100,6 +100,6 @@ def _experts(layer: Layer, num_tokens: int, device: torch.device) -> Work:
         size_bytes=round(hit * expert_bytes) + num_tokens * (4 * hidden + 4 * num_experts),
         flop=6 * hidden * inner * routes.num_experts_per_tok * num_tokens,
         product="fp8",
-        peers={"vLLM fused_experts (Triton)": vllm_experts(device, weights, routes, PEER_TOLERANCE)},
+        peers=lambda: {"vLLM fused_experts (Triton)": vllm_experts(device, weights, routes, PEER_TOLERANCE)},
         least_sets=least_sets,
     )
