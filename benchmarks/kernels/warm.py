@@ -1,4 +1,4 @@
-"""Compile every kernel that will be timed, in parallel: the disk cache then has what one process would take minutes for.
+"""Compile every kernel that will be timed, in parallel, into the disk cache: one after the other takes minutes.
 
 A process a case. The experts share one, since their weights fill a part of the device that cannot be had twice.
 """
