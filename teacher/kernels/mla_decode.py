@@ -13,6 +13,7 @@ Shape legend: B sequences, S queries each, H heads, C latent, R rope, L pages, P
 
 from __future__ import annotations
 
+from enum import StrEnum
 from functools import cache
 
 import torch
@@ -24,6 +25,13 @@ from teacher.kernels.mla_schedule import DecodeSchedule, schedule_decode
 
 ROWS = 64  # rows (queries times heads) a program: their products with C columns fill its registers
 LOG2_E = 1.4426950408889634
+# Compiled and reviewed, but never yet run on a device: until it has, only who asks for it gets it.
+HOPPER_BY_DEFAULT = False
+
+
+class Form(StrEnum):
+    PLAIN = "plain"
+    HOPPER = "hopper"  # compute capability 9.0, BF16 queries, a latent of 512 and rope keys of 64
 
 
 def mla_decode(
@@ -35,6 +43,7 @@ def mla_decode(
     scale: float,
     latent: int,
     schedule: DecodeSchedule | None = None,
+    form: Form | None = None,
 ) -> Tensor:
     """Attention output in the latent space, [B, S, H, C] in the query's dtype.
 
@@ -43,7 +52,8 @@ def mla_decode(
     sequence, `lengths` int32 its tokens with the queries' own: at least S, or 0 for a row of padding, whose output is
     zero. Neither pages that no sequence owns nor places beyond a sequence's length are used, whatever they hold.
     `schedule` is that of these lengths and `num_shares` shares; a step makes it once for all layers.
-    Raises ValueError for a page size other than PAGE.
+    `form` is the kernel's, by default one that can. Raises ValueError for a page size other than PAGE, and for a form
+    that cannot compute this.
     """
     if cache_LPE.shape[1] != PAGE:
         raise ValueError(f"pages must hold {PAGE} tokens, got {cache_LPE.shape[1]}")
@@ -58,7 +68,7 @@ def mla_decode(
     out_BSHC = query_BSHE.new_empty(num_sequences, num_queries, num_heads, latent)
     from teacher.kernels.mla_combine_triton import combine_kernel
 
-    if on_hopper(query_BSHE, cache_LPE, latent):
+    if _form(form, query_BSHE, cache_LPE, latent) == Form.HOPPER:
         from teacher.kernels.mla_decode_gluon import decode_kernel
     else:
         from teacher.kernels.mla_decode_triton import decode_kernel
@@ -95,11 +105,16 @@ def mla_decode_twin(
     return torch.stack(outs).to(query_BSHE.dtype)
 
 
-def on_hopper(query_BSHE: Tensor, cache_LPE: Tensor, latent: int) -> bool:
-    """Whether the two-warpgroup kernel computes this: it is made for one architecture and for V3's widths."""
+def _form(asked: Form | None, query_BSHE: Tensor, cache_LPE: Tensor, latent: int) -> Form:
     widths = query_BSHE.shape[-1] == 576 and latent == 512
     kinds = query_BSHE.dtype == torch.bfloat16 and (is_fp8(cache_LPE) or cache_LPE.dtype == torch.bfloat16)
-    return widths and kinds and query_BSHE.is_cuda and _has_hopper_kernel(query_BSHE.device)
+    able = widths and kinds and query_BSHE.is_cuda and _has_hopper_kernel(query_BSHE.device)
+    if asked == Form.HOPPER and not able:
+        raise ValueError(
+            "the Hopper form takes BF16 queries and latents of 512 with rope keys of 64, on compute capability 9.0 and "
+            f"with Triton 3.6; got {query_BSHE.dtype}, {latent} of {query_BSHE.shape[-1]} on {query_BSHE.device}"
+        )
+    return asked or (Form.HOPPER if able and HOPPER_BY_DEFAULT else Form.PLAIN)
 
 
 @cache

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from teacher.kernels.mla_cache import PAGE, quantise_entries
-from teacher.kernels.mla_decode import mla_decode, mla_decode_twin, num_shares
+from teacher.kernels.mla_decode import Form, mla_decode, mla_decode_twin, num_shares
 from teacher.kernels.mla_schedule import schedule_decode
 
 CASES = [(2, 1, 16, 64, 16), (3, 2, 12, 128, 32)]  # sequences, queries, heads, latent, rope
@@ -48,6 +48,11 @@ def cases_on(device: str, dtype: torch.dtype) -> list[tuple[int, ...]]:
     return [*CASES, *V3_CASES] if device == "cuda" and dtype == torch.bfloat16 else CASES
 
 
+def forms_for(case: tuple[int, ...], device: str) -> list[Form]:
+    hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    return [*Form] if hopper and case in V3_CASES else [Form.PLAIN]
+
+
 @pytest.mark.parametrize("shares", SHARES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_equals_its_twin(device: str, dtype: torch.dtype, shares: int | None) -> None:
@@ -55,9 +60,10 @@ def test_the_kernel_equals_its_twin(device: str, dtype: torch.dtype, shares: int
         given = inputs(case, dtype, device)
         wanted = mla_decode_twin(*given, scale=0.1, latent=case[3]).double()
         schedule = schedule_decode(given[3], shares) if shares else None
-        got = mla_decode(*given, scale=0.1, latent=case[3], schedule=schedule)
-        assert got.dtype == dtype
-        assert ((got.double() - wanted).norm() / wanted.norm()) < TOLERANCE[dtype]
+        for form in forms_for(case, device):
+            got = mla_decode(*given, scale=0.1, latent=case[3], schedule=schedule, form=form)
+            assert got.dtype == dtype
+            assert ((got.double() - wanted).norm() / wanted.norm()) < TOLERANCE[dtype], (case, form)
 
 
 @pytest.mark.parametrize("shares", SHARES)
@@ -67,9 +73,10 @@ def test_the_kernel_over_an_fp8_cache_equals_its_twin(device: str, shares: int |
         given = query, in_fp8(cache, case[3]), pages, lengths
         wanted = mla_decode_twin(*given, scale=0.1, latent=case[3]).double()
         schedule = schedule_decode(lengths, shares) if shares else None
-        got = mla_decode(*given, scale=0.1, latent=case[3], schedule=schedule)
-        assert got.dtype == torch.bfloat16
-        assert ((got.double() - wanted).norm() / wanted.norm()) < TOLERANCE[torch.bfloat16]
+        for form in forms_for(case, device):
+            got = mla_decode(*given, scale=0.1, latent=case[3], schedule=schedule, form=form)
+            assert got.dtype == torch.bfloat16
+            assert ((got.double() - wanted).norm() / wanted.norm()) < TOLERANCE[torch.bfloat16], (case, form)
 
 
 def test_an_fp8_cache_loses_little_of_the_output() -> None:
@@ -84,20 +91,22 @@ def test_an_fp8_cache_loses_little_of_the_output() -> None:
 def test_the_same_step_gives_the_same_bits(device: str) -> None:
     for case in cases_on(device, torch.bfloat16):
         given = inputs(case, torch.bfloat16, device)
-        first, second = (mla_decode(*given, scale=0.1, latent=case[3]) for _ in range(2))
-        assert torch.equal(first, second)
+        for form in forms_for(case, device):
+            first, second = (mla_decode(*given, scale=0.1, latent=case[3], form=form) for _ in range(2))
+            assert torch.equal(first, second)
 
 
-def test_one_graph_serves_any_lengths(device: str) -> None:
-    if device != "cuda":
-        pytest.skip("CUDA graphs need a GPU")
+@pytest.mark.parametrize("form", list(Form))
+def test_one_graph_serves_any_lengths(device: str, form: Form) -> None:
+    if device != "cuda" or form not in forms_for(V3_CASES[1], device):
+        pytest.skip("CUDA graphs need a GPU, and the Hopper form its own")
     query, cache, pages, lengths = inputs(V3_CASES[1], torch.bfloat16, device)
     cache.nan_to_num_(nan=1.0)
     static = lengths.clone()
-    mla_decode(query, cache, pages, static, scale=0.1, latent=512)
+    mla_decode(query, cache, pages, static, scale=0.1, latent=512, form=form)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = mla_decode(query, cache, pages, static, scale=0.1, latent=512)
+        out = mla_decode(query, cache, pages, static, scale=0.1, latent=512, form=form)
     for changed in (lengths, lengths.flip(0), torch.full_like(lengths, 320)):
         static.copy_(changed)
         out.fill_(float("nan"))
@@ -125,6 +134,12 @@ def test_a_wave_of_shares_fills_the_device() -> None:
     assert num_shares(cpu, 1, 64) == 4
     assert num_shares(cpu, 2, 64) == 2
     assert num_shares(cpu, 2, 4096) == 1
+
+
+def test_the_hopper_form_is_refused_elsewhere(device: str) -> None:
+    given = inputs(CASES[0], torch.bfloat16, device)
+    with pytest.raises(ValueError, match="the Hopper form takes BF16 queries and latents of 512"):
+        mla_decode(*given, scale=0.1, latent=64, form=Form.HOPPER)
 
 
 def test_pages_of_another_size_are_refused() -> None:
