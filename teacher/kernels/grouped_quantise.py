@@ -92,12 +92,32 @@ def quantise_columns_twin(x_RD: Tensor) -> ColumnQuantised:
 
 def quantise_expert_weight(weight_ENK: Tensor) -> TrainingWeight:
     """Blocks of 128x128, as checkpoints store them, both ways round. Raises ValueError unless 128 divides N and K."""
-    _, num_rows, num_columns = weight_ENK.shape
-    num_groups(num_rows), num_groups(num_columns)
+    num_groups(weight_ENK.shape[1]), num_groups(weight_ENK.shape[2])
+    return TrainingWeight(*_quantise_expert_weight(weight_ENK))
+
+
+@torch.library.custom_op("potstill::quantise_expert_weight", mutates_args=())
+def _quantise_expert_weight(weight_ENK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An operator, so that torch.compile does not look into the kernel's launch."""
     if runs_kernels(weight_ENK):
         from teacher.kernels.grouped_quantise_triton import quantise_expert_weight_kernel
 
         return quantise_expert_weight_kernel(weight_ENK.contiguous())
     parts = [quantise_blocks(weight_NK) for weight_NK in weight_ENK]
     values, scales = torch.stack([v for v, _ in parts]), torch.stack([s for _, s in parts])
-    return TrainingWeight(values, scales, values.transpose(1, 2).contiguous(), scales.transpose(1, 2).contiguous())
+    # Copies even where a side of one makes the transpose contiguous: an operator's results may not share memory.
+    turned = [t.transpose(1, 2).clone(memory_format=torch.contiguous_format) for t in (values, scales)]
+    return values, scales, *turned
+
+
+@_quantise_expert_weight.register_fake
+def _(weight_ENK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_experts, num_rows, num_columns = weight_ENK.shape
+    p, q = num_rows // BLOCK, num_columns // BLOCK
+    e4m3 = {"dtype": torch.float8_e4m3fn, "device": weight_ENK.device}
+    return (
+        torch.empty(num_experts, num_rows, num_columns, **e4m3),
+        torch.empty(num_experts, p, q, device=weight_ENK.device),
+        torch.empty(num_experts, num_columns, num_rows, **e4m3),
+        torch.empty(num_experts, q, p, device=weight_ENK.device),
+    )

@@ -105,8 +105,8 @@ def test_gradients_are_as_exact_as_the_twins(
         for name, ours, theirs, truth in zip(NAMES, got, twin, wanted, strict=True):
             # 5%: the kernels sum in another order; 1e-6: for what is exact in both.
             assert error(ours, truth) < 1.05 * error(theirs, truth) + 1e-6, name
-            # Three bits of mantissa twice or thrice on the way; eight in BF16.
-            assert error(theirs, truth) < (0.12 if precision == "fp8" else 0.012), name
+            # Three bits of mantissa twice or thrice on the way; eight in BF16. One token's gates may cancel.
+            assert error(theirs, truth) < (0.12 if precision == "fp8" else 0.012) or num_tokens == 1, name
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
