@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from teacher.kernels.grouped import Grouping
-from teacher.kernels.grouped_gemm_triton import k_grouped_bf16, k_grouped_fp8, m_grouped_bf16, m_grouped_fp8_single
+from teacher.kernels.grouped_gemm_triton import k_grouped_bf16, k_grouped_fp8, m_grouped_bf16, m_grouped_fp8
 from teacher.kernels.grouped_quantise import ColumnQuantised
 from teacher.kernels.quantise import Quantised
 from teacher.model.fp8 import BLOCK
@@ -29,7 +29,7 @@ def m_grouped_fp8_kernel(
     _, num_columns, num_inner = b_ENK.shape
     n_groups, k_groups = num_columns // BLOCK, num_inner // BLOCK
     gates = grouping.load_E if gates_P is None else gates_P.contiguous()
-    m_grouped_fp8_single[(grouping.experts_T.numel() * n_groups,)](
+    m_grouped_fp8[(grouping.experts_T.numel() * n_groups,)](
         _tiles(a.values_MK, BLOCK, BLOCK), _tiles(b_ENK.contiguous().flatten(0, 1), BLOCK, BLOCK), a.scale_inv_MG,
         b_scale_inv.contiguous(), grouping.experts_T, grouping.pairs_R, gates, out,
         out.shape[0], a.scale_inv_MG.stride(1), n_groups, k_groups,

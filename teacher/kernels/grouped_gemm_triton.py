@@ -1,8 +1,8 @@
 """The Triton side of `teacher.kernels.grouped_gemm`.
 
-Operands come through TMA descriptors; a program has two accumulators of ROWS x 128 that share one tile of `a`: that
-takes a quarter off the traffic from the L2, which bounds 128x128 tiles on Hopper. Programs count the columns first, so
-that those which run together read one expert's weights.
+Operands come through TMA descriptors. BF16 programs have two accumulators of 128x128 that share a tile of `a`; FP8 ones
+have one, since a second beside the products that wait for their scales does not fit the registers. Programs count the
+columns first, so that those which run together read one expert's weights.
 
 Shape legend: R rows with padding, T tiles of 128 rows, P (token, choice) pairs, K inner, N columns of one expert,
 B = 128.
@@ -19,58 +19,13 @@ from teacher.model.fp8 import BLOCK
 B = tl.constexpr(BLOCK)
 
 
-@triton.jit
-def two_products_fp8(
-    a_desc, b_desc, row, b_row, b_other, a_scale_ptr, a_scale_stride, b_scale_ptr, b_other_scale_ptr, K_GROUPS,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """a[row:, :] times two tiles of 128 rows of b, transposed; promoted to FP32 each 128 of K."""
-    first, second = tl.zeros((ROWS, B), tl.float32), tl.zeros((ROWS, B), tl.float32)
-    a_scale_ptr += row + tl.arange(0, ROWS)
-    for group in range(K_GROUPS):
-        a = a_desc.load([row, group * B])
-        b = b_desc.load([b_row, group * B])
-        other = b_desc.load([b_other, group * B])
-        a_scale = tl.load(a_scale_ptr + group * a_scale_stride)
-        b_scale = tl.load(b_scale_ptr + group)
-        other_scale = tl.load(b_other_scale_ptr + group)
-        first += tl.dot(a, b.T) * (a_scale * b_scale)[:, None]
-        second += tl.dot(a, other.T) * (a_scale * other_scale)[:, None]
-    return first, second
-
-
 @triton.jit(do_not_specialize=["N_GROUPS", "K_GROUPS"])
 def m_grouped_fp8(
     a_desc, b_desc, a_scale_ptr, b_scale_ptr, experts_ptr, pairs_ptr, gates_ptr, out_ptr,
     num_pairs, a_scale_stride, N_GROUPS, K_GROUPS,
     ROWS: tl.constexpr, TO_PAIRS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """ROWS x 256 of a[R, K] @ b[expert of the rows, N, K]^T, to the rows or, times their gates, to their pairs."""
-    tiles_n = (N_GROUPS + 1) // 2
-    row = tl.program_id(0) // tiles_n * ROWS
-    column_group = tl.program_id(0) % tiles_n * 2
-    expert = tl.load(experts_ptr + row // B)
-    if expert >= 0:
-        block = expert * N_GROUPS + column_group
-        has_other = column_group + 1 < N_GROUPS
-        other = tl.where(has_other, block + 1, block)
-        first, second = two_products_fp8(
-            a_desc, b_desc, row, block * B, other * B, a_scale_ptr, a_scale_stride,
-            b_scale_ptr + block * K_GROUPS, b_scale_ptr + other * K_GROUPS, K_GROUPS, ROWS,
-        )  # fmt: skip
-        store_rows(out_ptr, first, row, column_group, N_GROUPS, pairs_ptr, gates_ptr, num_pairs, ROWS, TO_PAIRS, GATED)
-        if has_other:
-            store_rows(
-                out_ptr, second, row, column_group + 1, N_GROUPS, pairs_ptr, gates_ptr, num_pairs, ROWS, TO_PAIRS, GATED
-            )
-
-
-@triton.jit(do_not_specialize=["N_GROUPS", "K_GROUPS"])
-def m_grouped_fp8_single(
-    a_desc, b_desc, a_scale_ptr, b_scale_ptr, experts_ptr, pairs_ptr, gates_ptr, out_ptr,
-    num_pairs, a_scale_stride, N_GROUPS, K_GROUPS,
-    ROWS: tl.constexpr, TO_PAIRS: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
+    """ROWS x 128 of a[R, K] @ b[expert of the rows, N, K]^T, to the rows or, times their gates, to their pairs."""
     row = tl.program_id(0) // N_GROUPS * ROWS
     column_group = tl.program_id(0) % N_GROUPS
     expert = tl.load(experts_ptr + row // B)
