@@ -32,12 +32,12 @@ def m_grouped_fp8(
     if expert >= 0:
         block = expert * N_GROUPS + column_group
         sums = tl.zeros((ROWS, B), tl.float32)
-        a_scale_ptr += row + tl.arange(0, ROWS)
-        b_scale_ptr += block * K_GROUPS
+        a_scale_ptrs = a_scale_ptr + row + tl.arange(0, ROWS)
+        b_scale_ptrs = b_scale_ptr + block * K_GROUPS
         for group in range(K_GROUPS):
             a = a_desc.load([row, group * B])
             b = b_desc.load([block * B, group * B])
-            scale = tl.load(a_scale_ptr + group * a_scale_stride) * tl.load(b_scale_ptr + group)
+            scale = tl.load(a_scale_ptrs + group * a_scale_stride) * tl.load(b_scale_ptrs + group)
             sums += tl.dot(a, b.T) * scale[:, None]
         store_rows(out_ptr, sums, row, column_group, N_GROUPS, pairs_ptr, gates_ptr, num_pairs, ROWS, TO_PAIRS, GATED)
 
