@@ -63,7 +63,7 @@ def main() -> None:
     for (_, shape), group in itertools.groupby(chosen, key=lambda case: (case.kernel, case.total)):
         of_group = []
         for case in group:
-            row, absent = measured(case, ceilings, device)
+            row, absent = measured_or_failed(case, ceilings, device)
             of_group.append(row)
             missing = {f"{case.kernel}: {name}": why for name, why in absent.items()} | missing
             print(line(row), flush=True)
@@ -89,6 +89,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="toy sizes; nothing is written without --out")
     parser.add_argument("--out", type=Path, metavar="DIR", help="instead of benchmarks/results/<gpu>")
     return parser.parse_args()
+
+
+def measured_or_failed(case: Case, ceilings: speeds.Ceilings, device: torch.device) -> tuple[Row, dict[str, str]]:
+    """A kernel that does not compile or run is a row of its own: the others are measured all the same."""
+    try:
+        return measured(case, ceilings, device)
+    except Exception as error:  # noqa: BLE001 - reported in the table, and by the exit status
+        said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        unknown = {"floor_us": 0.0, "size_bytes": 0, "flop": 0, "error": float("nan")}
+        return Row(kernel=case.kernel, shape=case.shape, us=None, failed=said, **unknown), {}
 
 
 def measured(case: Case, ceilings: speeds.Ceilings, device: torch.device) -> tuple[Row, dict[str, str]]:

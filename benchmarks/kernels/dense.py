@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.kernels.case import Case, Peer, PeerMissing, Work, relative_error
 from benchmarks.kernels.inputs import normal
 from benchmarks.kernels.peers import cutlass_block_gemm, triton_block_gemm
-from teacher.kernels.gemm import block_gemm, default_plan
+from teacher.kernels.gemm import block_gemm, tuned_gemm
 from teacher.kernels.quantise import Quantised, quantise, quantise_weight
 from teacher.model.fp8 import BLOCK, dequantise_blocks
 
@@ -53,15 +53,11 @@ def cases(*, toy: bool) -> Iterator[Case]:
 
 def _product(m: int, n: int, k: int, own: bool, device: torch.device) -> Work:
     size = n * k + m * k + 2 * m * n
-    plan = default_plan(m, n, k // BLOCK) if own else None
-
-    def make(seed: int) -> Operands:
-        x = quantise(normal(device, seed, m, k))
-        return Operands(x, *quantise_weight(normal(device, seed + 1_000, n, k) * 0.02))
+    plan = tuned_gemm(device, m, n, k).plan if own else None
 
     return Work(
         run=lambda given: block_gemm(*given, plan=plan),
-        make=make,
+        make=lambda seed: operands(device, seed, m, n, k),
         error=lambda got, given: relative_error(got, exact_product(given)),
         tolerance=TOLERANCE,
         size_bytes=size,
@@ -69,6 +65,11 @@ def _product(m: int, n: int, k: int, own: bool, device: torch.device) -> Work:
         product="fp8",
         peers=dict if own else partial(_peers, m, device),
     )
+
+
+def operands(device: torch.device, seed: int, m: int, n: int, k: int) -> Operands:
+    x = quantise(normal(device, seed, m, k))
+    return Operands(x, *quantise_weight(normal(device, seed + 1_000, n, k) * 0.02))
 
 
 def exact_product(given: Operands) -> Tensor:
@@ -83,7 +84,7 @@ def _dequantised(x: Quantised) -> Tensor:
 def _peers(m: int, device: torch.device) -> dict[str, Peer | PeerMissing]:
     return {
         "torch BF16": Peer(lambda pair: pair[0] @ pair[1].t(), prepare=_as_bf16, tolerance=BF16_TOLERANCE),
-        "torch._scaled_mm": _scaled_mm(m, device),
+        "torch._scaled_mm": scaled_mm(m, device),
         "vLLM CUTLASS": cutlass_block_gemm(device, TOLERANCE),
         "vLLM Triton": triton_block_gemm(device, TOLERANCE),
     }
@@ -93,7 +94,7 @@ def _as_bf16(given: Operands) -> tuple[Tensor, Tensor]:
     return _dequantised(given.x).bfloat16(), dequantise_blocks(given.weight_NK, given.scale_inv_PG).bfloat16()
 
 
-def _scaled_mm(m: int, device: torch.device) -> Peer | PeerMissing:
+def scaled_mm(m: int, device: torch.device) -> Peer | PeerMissing:
     """cuBLASLt with 1x128 by 128x128 factors: Hopper, CUDA 12.9 or later."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return PeerMissing("its blocks of 128 need a Hopper GPU")

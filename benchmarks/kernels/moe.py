@@ -25,8 +25,9 @@ from teacher.kernels.route import Routes, route, route_twin
 from teacher.model.fp8 import BLOCK
 
 TOKENS = (1, 8, 32, 64, 128, 1_024, 4_096)
-# Sums of another order turn a rare E4M3 rounding of the intermediate; another implementation rounds it to BF16 first.
-TOLERANCE, PEER_TOLERANCE = 1e-2, 4e-2
+# Sums of another order turn a rare E4M3 rounding of the intermediate; where gate and up are rounded to BF16 first, one
+# in thirty turns, and none is worse against FP64 (tests/teacher/kernels/test_routed_experts.py).
+TOLERANCE, PEER_TOLERANCE = 2e-2, 4e-2
 
 
 class Layer(NamedTuple):
