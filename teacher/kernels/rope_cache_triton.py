@@ -28,36 +28,37 @@ def _write_latent(
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token).to(tl.int64)
     if slot >= 0:
-        projected_ptr += token * projected_stride
+        # New names: a branch cannot turn an argument, a pointer, into a block of pointers.
+        row_ptr = projected_ptr + token * projected_stride
         columns = tl.arange(0, C_PADDED)
         inside = columns < C
-        x = tl.load(projected_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         mean_square = (tl.sum((x * x).to(tl.float64), axis=0) / C).to(tl.float32)
         inverse = tl.math.div_rn(1.0, tl.math.sqrt_rn(mean_square + eps))
         normed = x * inverse * tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        latent_ptr += slot * ENTRY_C + columns
+        latent_ptrs = latent_ptr + slot * ENTRY_C + columns
         if ENTRY_S:
             largest = tl.maximum(tl.max(tl.abs(normed), axis=0), SMALLEST)
             bits = tl.math.div_rn(largest, E4M3_MAX).to(tl.int32, bitcast=True)
             scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-            tl.store(latent_ptr, to_e4m3(tl.math.div_rn(normed, scale)), mask=inside)
+            tl.store(latent_ptrs, to_e4m3(tl.math.div_rn(normed, scale)), mask=inside)
             tl.store(scale_ptr + slot * ENTRY_S, scale)
         else:
             scale = 1.0
-            tl.store(latent_ptr, to_dtype(normed, latent_ptr.dtype.element_ty), mask=inside)
+            tl.store(latent_ptrs, to_dtype(normed, latent_ptr.dtype.element_ty), mask=inside)
         pairs = tl.arange(0, HALF)
         position = tl.load(positions_ptr + token).to(tl.int64)
         cos = tl.load(cos_ptr + position * HALF + pairs)
         sin = tl.load(sin_ptr + position * HALF + pairs)
-        rope_ptr += slot * ENTRY_R + pairs
+        rope_ptrs = rope_ptr + slot * ENTRY_R + pairs
         dtype = rope_ptr.dtype.element_ty
-        first = tl.load(projected_ptr + C + pairs * STEP).to(dtype).to(tl.float32)
-        second = tl.load(projected_ptr + C + pairs * STEP + APART).to(dtype).to(tl.float32)
+        first = tl.load(row_ptr + C + pairs * STEP).to(dtype).to(tl.float32)
+        second = tl.load(row_ptr + C + pairs * STEP + APART).to(dtype).to(tl.float32)
         # Rounded before it is divided by a power of two, and exact after.
         turned = to_dtype(first * cos - second * sin, dtype).to(tl.float32)
-        tl.store(rope_ptr, to_dtype(tl.math.div_rn(turned, scale), dtype))
+        tl.store(rope_ptrs, to_dtype(tl.math.div_rn(turned, scale), dtype))
         turned = to_dtype(second * cos + first * sin, dtype).to(tl.float32)
-        tl.store(rope_ptr + HALF, to_dtype(tl.math.div_rn(turned, scale), dtype))
+        tl.store(rope_ptrs + HALF, to_dtype(tl.math.div_rn(turned, scale), dtype))
 
 
 @triton.jit
