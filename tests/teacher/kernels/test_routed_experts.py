@@ -58,7 +58,7 @@ def test_the_kernels_equal_the_twin(
         got = routed_experts_fp8(x, choice, weights, plan=plan)
         # The same roundings, but for sums of another order, which turn a rare FP8 rounding and then a BF16 one; what
         # is not fused is rounded to BF16 before the SwiGLU, which turns more of them.
-        assert error(got, wanted) < (4e-3 if plan is None or plan.fused else 2e-2)
+        assert error(got, wanted) < (8e-3 if plan is None or plan.fused else 2e-2)
         assert got.dtype == torch.bfloat16
 
 
