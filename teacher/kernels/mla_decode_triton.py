@@ -25,7 +25,7 @@ def _dot(a, b):
     """The interpreter's product of BF16 numbers is wrong (3.6, 3.9)."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    return tl.dot(a, b)
+    return tl.dot(a, b, input_precision="ieee")  # of FP32 numbers, which would else be rounded to TF32
 
 
 @triton.jit
