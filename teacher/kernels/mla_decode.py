@@ -50,8 +50,8 @@ def mla_decode(
     sequence, `lengths` int32 its tokens with the queries' own: at least S, or 0 for a row of padding, whose output is
     zero. Neither pages that no sequence owns nor places beyond a sequence's length are used, whatever they hold.
     `schedule` is that of these lengths and `num_shares` shares; a step makes it once for all layers.
-    `form` is the kernel's, by default the Hopper one where it can, as it is the faster there. Raises ValueError for a page size other than PAGE, and for a form
-    that cannot compute this.
+    `form` is the kernel's: by default the Hopper one where it can compute this, since it is the faster there.
+    Raises ValueError for a page size other than PAGE, and for a form that cannot compute this.
     """
     if cache_LPE.shape[1] != PAGE:
         raise ValueError(f"pages must hold {PAGE} tokens, got {cache_LPE.shape[1]}")
