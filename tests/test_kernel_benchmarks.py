@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels.__main__ import measured
+from benchmarks.kernels.__main__ import measured, measured_or_failed
 from benchmarks.kernels.case import Case, Peer, PeerMissing, Work, differing_share, relative_error
 from benchmarks.kernels.ceilings import Ceilings
 from benchmarks.kernels.families import all_cases
@@ -60,6 +60,18 @@ def test_a_wrong_kernel_has_no_time(run) -> None:
     row, _ = measured(doubling(run), CEILINGS, CPU)
     assert row.us is None
     assert "FAILED" in line(row)
+    json.dumps(row.as_json(), allow_nan=False)
+
+
+def test_a_kernel_that_does_not_run_is_a_row_that_says_so() -> None:
+    def refuse(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no room\nand a long story")
+
+    row, missing = measured_or_failed(doubling(refuse), CEILINGS, CPU)
+    assert not missing
+    assert row.us is None
+    assert row.failed == "RuntimeError: no room"
+    assert "FAILED: RuntimeError: no room" in line(row)
     json.dumps(row.as_json(), allow_nan=False)
 
 
@@ -154,3 +166,12 @@ def test_a_pattern_that_matches_nothing_is_an_error() -> None:
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 1
     assert "no case matches" in result.stderr
+
+
+def test_tuning_without_a_gpu_is_an_error() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "-m", "benchmarks.kernels.tune"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip() == "tuning needs a GPU: on a CPU the plain-torch twin has nothing to choose"

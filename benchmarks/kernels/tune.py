@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from rich.progress import track
 
 from benchmarks.kernels.case import PeerMissing, relative_error
 from benchmarks.kernels.dense import TOLERANCE, V3_SHAPES, Operands, exact_product, operands, scaled_mm
 from benchmarks.kernels.timing import microseconds, num_sets
-from teacher.kernels.gemm import HOPPER, LARGE, GemmPlan, block_gemm
+from teacher.kernels.gemm import MANY_ROWS, MANY_ROWS_PLAIN, GemmPlan, block_gemm
 from teacher.kernels.tables import table_path
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1_024, 4_096)
@@ -40,6 +39,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tuning needs a GPU: on a CPU the plain-torch twin has nothing to choose")
+    import triton
+
     device = torch.device("cuda", torch.cuda.current_device())
     shapes: dict[str, dict[str, Any]] = {}
     work = [(n, k, m) for n, k in V3_SHAPES for m in arguments.rows]
@@ -62,6 +63,8 @@ def main() -> None:
 
 def tuned(m: int, n: int, k: int, device: torch.device) -> dict[str, Any]:
     """The fastest of our plans, its microseconds, cuBLAS's (None where it takes no such shape)."""
+    from triton import OutOfResources
+
     sets = [operands(device, seed, m, n, k) for seed in range(num_sets(n * k + m * k + 2 * m * n, device, least=2))]
     wanted = exact_product(sets[0])
     times: dict[GemmPlan, float] = {}
@@ -73,7 +76,7 @@ def tuned(m: int, n: int, k: int, device: torch.device) -> dict[str, Any]:
         try:
             if relative_error(run(sets[0]), wanted) <= TOLERANCE:
                 times[plan] = microseconds(run, sets, device)
-        except triton.OutOfResources:
+        except OutOfResources:
             continue
     best = min(times, key=times.__getitem__)
     peer = scaled_mm(m, device)
@@ -88,8 +91,8 @@ def tuned(m: int, n: int, k: int, device: torch.device) -> dict[str, Any]:
 
 def plans(m: int) -> Iterator[GemmPlan]:
     if m > FEW:
-        yield HOPPER
-        yield LARGE
+        yield MANY_ROWS
+        yield MANY_ROWS_PLAIN
     if m <= 4 * FEW:
         rows = min(128, max(16, 1 << (m - 1).bit_length()))
         for splits in SPLITS:

@@ -81,3 +81,12 @@ def to_dtype(x, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, sums=None):
+    """sums + a @ b, FP32. The interpreter (3.6, 3.9) multiplies the bits of BF16 numbers: there they become FP32 first.
+    FP32 numbers would else be rounded to TF32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")

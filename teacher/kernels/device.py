@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper: the first with E4M3
-HOPPER = (9, 0)
+HOPPER_CAPABILITY = (9, 0)
 GLUON = "3.6."  # of Triton; Gluon, still experimental there, changes between releases
 
 
@@ -30,7 +30,13 @@ def runs_hopper_kernels(device: torch.device) -> bool:
         return False
     import triton
 
-    return torch.cuda.get_device_capability(device) == HOPPER and triton.__version__.startswith(GLUON)
+    return torch.cuda.get_device_capability(device) == HOPPER_CAPABILITY and triton.__version__.startswith(GLUON)
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; interpreted, a few, so that work spans programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @cache

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teacher.kernels.arithmetic_triton import to_dtype
 from teacher.kernels.device import runs_hopper_kernels
 from teacher.kernels.experts import Alignment, ExpertWeights
-from teacher.kernels.experts_triton import COLUMNS_A_PROGRAM, align_kernel
+from teacher.kernels.experts_triton import align_kernel
 from teacher.kernels.grouped import Grouping
+from teacher.kernels.grouped_triton import sum_choices_kernel
 from teacher.kernels.quantise import Quantised, empty_scales
 from teacher.kernels.quantise_triton import swiglu_quantise_kernel
 from teacher.kernels.route import Choice
@@ -35,18 +35,14 @@ BYTES_A_STEP = 2_048
 def routed_experts_prefill(x: Quantised, choice: Choice, weights: ExpertWeights) -> Tensor:
     """BF16 [N, D]; `teacher.kernels.experts.routed_experts_fp8` has checked the shapes, N is not zero."""
     num_tokens, top_k = choice.indices_NK.shape
-    num_pairs, hidden = num_tokens * top_k, weights.down_EDI.shape[1]
+    num_pairs = num_tokens * top_k
     alignment = align_kernel(choice.indices_NK, choice.load_E, BLOCK)
     rows, rows_P = _gather_rows(x, alignment, num_pairs, top_k)
     grouping = Grouping(*alignment, choice.load_E)
     gate_up_R2I = _grouped(rows, weights.gate_up_E2ID, weights.gate_up_scale_inv, grouping, num_pairs)
     inner = swiglu_quantise_kernel(gate_up_R2I)
     down_RD = _grouped(inner, weights.down_EDI, weights.down_scale_inv, grouping, num_pairs)
-    out = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=down_RD.device)
-    _sum_rows[(num_tokens, triton.cdiv(hidden, COLUMNS_A_PROGRAM))](
-        down_RD, rows_P, choice.weights_NK, out, hidden, TOP_K=top_k, COLUMNS=COLUMNS_A_PROGRAM
-    )
-    return out
+    return sum_choices_kernel(down_RD, top_k, places_P=rows_P, gates_NK=choice.weights_NK)
 
 
 def _grouped(rows: Quantised, weight_ENK: Tensor, scale_inv_EPG: Tensor, grouping: Grouping, num_pairs: int) -> Tensor:
@@ -99,16 +95,3 @@ def _gather(
         scales = tl.load(x_scale_ptr + groups * x_scale_stride + token, mask=groups < GROUPS)
         tl.store(out_scale_ptr + groups * out_scale_stride + row, scales, mask=groups < GROUPS)
         tl.store(rows_ptr + pair, row.to(tl.int32))
-
-
-@triton.jit
-def _sum_rows(down_ptr, rows_ptr, gates_ptr, out_ptr, hidden, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < hidden
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for choice in tl.static_range(TOP_K):
-        row = tl.load(rows_ptr + token * TOP_K + choice).to(tl.int64)
-        gate = tl.load(gates_ptr + token * TOP_K + choice)
-        total += tl.load(down_ptr + row * hidden + columns, mask=inside, other=0.0).to(tl.float32) * gate
-    tl.store(out_ptr + token * hidden + columns, to_dtype(total, out_ptr.dtype.element_ty), mask=inside)

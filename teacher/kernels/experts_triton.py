@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from teacher.kernels import quantise as quantise_twin
 from teacher.kernels.arithmetic_triton import sigmoid, to_dtype, to_e4m3
 from teacher.kernels.experts import Alignment, ExpertsPlan, ExpertWeights, num_rows
+from teacher.kernels.grouped_triton import sum_choices_kernel
 from teacher.kernels.quantise import Quantised, empty_scales
 from teacher.kernels.route import Choice
 from teacher.model.fp8 import BLOCK, E4M3_MAX
@@ -23,7 +24,6 @@ B = tl.constexpr(BLOCK)
 MAX = tl.constexpr(E4M3_MAX)
 LEAST = tl.constexpr(quantise_twin.LEAST_MAGNITUDE)
 PAIRS_A_STEP = 1_024
-COLUMNS_A_PROGRAM = 1_024
 
 
 @triton.jit
@@ -168,17 +168,6 @@ def _down(
             tl.store(out_ptr + targets[:, None] + columns[None, :], out, mask=inside[:, None])
 
 
-@triton.jit
-def _sum_choices(pairs_ptr, out_ptr, hidden, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < hidden
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for choice in tl.static_range(TOP_K):
-        total += tl.load(pairs_ptr + (token * TOP_K + choice) * hidden + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * hidden + columns, to_dtype(total, out_ptr.dtype.element_ty), mask=inside)
-
-
 def align_kernel(indices_NK: Tensor, load_E: Tensor, rows_a_tile: int) -> Alignment:
     """As `teacher.kernels.experts.align_twin`; `load_E` is the router's count of each expert's pairs."""
     num_pairs, num_experts = indices_NK.numel(), load_E.numel()
@@ -196,9 +185,8 @@ def routed_experts_kernel(x: Quantised, choice: Choice, weights: ExpertWeights, 
     num_tokens, top_k = choice.indices_NK.shape
     _, hidden, inner = weights.down_EDI.shape
     device = x.values_MK.device
-    out = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=device)
     if not num_tokens:
-        return out
+        return torch.empty(0, hidden, dtype=torch.bfloat16, device=device)
     alignment = align_kernel(choice.indices_NK, choice.load_E, plan.rows)
     length, tiles = alignment.pairs_R.numel(), alignment.experts_T.numel()
     num_pairs = num_tokens * top_k
@@ -217,10 +205,7 @@ def routed_experts_kernel(x: Quantised, choice: Choice, weights: ExpertWeights, 
         weights.down_scale_inv, *alignment, choice.weights_NK, of_pairs, num_pairs, scales.stride(1),
         num_warps=plan.num_warps, num_stages=plan.down_stages, **groups, **form,
     )  # fmt: skip
-    _sum_choices[(num_tokens, triton.cdiv(hidden, COLUMNS_A_PROGRAM))](
-        of_pairs, out, hidden, TOP_K=top_k, COLUMNS=COLUMNS_A_PROGRAM
-    )
-    return out
+    return sum_choices_kernel(of_pairs, top_k)
 
 
 def _blocks(weight: Tensor) -> TensorDescriptor:

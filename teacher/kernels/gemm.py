@@ -11,6 +11,7 @@ Shape legend: M rows (tokens), N columns (outputs), K inner, G = K / 128, P = ce
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -36,8 +37,8 @@ class GemmPlan(NamedTuple):
 
 
 HOPPER_COLUMNS = 256
-HOPPER = GemmPlan(rows=128, columns=HOPPER_COLUMNS)  # LARGE where the GPU is another
-LARGE = GemmPlan(rows=128, columns=128, num_warps=8, num_stages=3)
+MANY_ROWS = GemmPlan(rows=128, columns=HOPPER_COLUMNS)  # the plain one where the GPU is not Hopper
+MANY_ROWS_PLAIN = GemmPlan(rows=128, columns=128, num_warps=8, num_stages=3)
 
 
 def block_gemm(
@@ -61,10 +62,11 @@ def block_gemm(
     if runs_kernels(x.values_MK):
         from teacher.kernels.gemm_triton import block_gemm_kernel
 
-        tuned = tuned_gemm(x.values_MK.device, num_rows, *weight_NK.shape)
-        if plan is None and tuned.library and dtype == torch.bfloat16 and num_rows % LIBRARY_ROWS == 0:
-            return _library_gemm(x, weight_NK, scale_inv_PG)
-        return block_gemm_kernel(x, weight_NK, scale_inv_PG, dtype=dtype, plan=plan or tuned.plan)
+        if plan is None:
+            plan, library = tuned_gemm(x.values_MK.device, num_rows, *weight_NK.shape)
+            if library and dtype == torch.bfloat16 and num_rows % LIBRARY_ROWS == 0:
+                return _library_gemm(x, weight_NK, scale_inv_PG)
+        return block_gemm_kernel(x, weight_NK, scale_inv_PG, dtype=dtype, plan=plan)
     return block_gemm_twin(x, weight_NK, scale_inv_PG, dtype=dtype)
 
 
@@ -88,6 +90,7 @@ class Tuned(NamedTuple):
     library: bool
 
 
+@cache
 def tuned_gemm(device: torch.device, num_rows: int, num_columns: int, num_inner: int) -> Tuned:
     """What was measured on this GPU for the nearest number of rows that is not smaller, or else the largest."""
     measured = tables.gemm_shapes(device).get(f"{num_columns}x{num_inner}")
@@ -107,7 +110,7 @@ def _library_gemm(x: Quantised, weight_NK: Tensor, scale_inv_PG: Tensor) -> Tens
 def default_plan(num_rows: int, num_columns: int, groups: int) -> GemmPlan:
     """A plan for shapes that nobody has measured: enough tiles for a large GPU's multiprocessors."""
     if num_rows > 64:
-        return HOPPER
+        return MANY_ROWS
     rows = max(16, 1 << (num_rows - 1).bit_length())
     tiles = -(-num_columns // 128)
     splits = 1

@@ -12,9 +12,6 @@ expert), K inner, B = 128.
 
 from __future__ import annotations
 
-from functools import cache
-
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -28,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from teacher.kernels.device import num_multiprocessors
 from teacher.model.fp8 import BLOCK
 
 B = gl.constexpr(BLOCK)
@@ -226,14 +224,9 @@ def _launch(
     x_desc = TensorDescriptor.from_tensor(x_MK, x_tile, SHARED(x_tile, gl.float8e4nv))
     weight_desc = TensorDescriptor.from_tensor(weight_NK, weight_tile, SHARED(weight_tile, gl.float8e4nv))
     tiles_m = triton.cdiv(num_rows, BLOCK)
-    programs = min(_multiprocessors(x_MK.device), tiles_m * ((column_groups + 1) // 2))
+    programs = min(num_multiprocessors(x_MK.device), tiles_m * ((column_groups + 1) // 2))
     _block_gemm[(programs,)](
         x_desc, weight_desc, x_scale_inv_MG, scale_inv, experts_T, pairs_M, out,
         num_rows, num_columns, num_pairs or 0, x_scale_inv_MG.stride(1), tiles_m, column_groups, num_inner // BLOCK,
         GROUPED=experts_T is not None, SKIP=num_pairs is not None, TILES=band, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

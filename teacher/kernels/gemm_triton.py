@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from teacher.kernels.arithmetic_triton import to_dtype
 from teacher.kernels.device import runs_hopper_kernels
-from teacher.kernels.gemm import HOPPER_COLUMNS, LARGE, GemmPlan
+from teacher.kernels.gemm import HOPPER_COLUMNS, MANY_ROWS_PLAIN, GemmPlan
 from teacher.kernels.quantise import Quantised
 from teacher.model.fp8 import BLOCK
 
@@ -88,9 +88,6 @@ def block_gemm_kernel(
     if plan.columns != HOPPER_COLUMNS and BLOCK % plan.columns:
         raise ValueError(f"a tile's columns must divide {BLOCK}, got {plan.columns}")
     num_rows, num_columns = x.values_MK.shape[0], weight_NK.shape[0]
-    groups = scale_inv_PG.shape[1]
-    groups_a_part = -(-groups // plan.splits)
-    splits = -(-groups // groups_a_part)
     values, weight, scales = x.values_MK.contiguous(), weight_NK.contiguous(), scale_inv_PG.contiguous()
     out = torch.empty(num_rows, num_columns, dtype=dtype, device=values.device)
     if not num_rows:
@@ -101,7 +98,10 @@ def block_gemm_kernel(
 
             block_gemm_hopper(values, x.scale_inv_MG, weight, scales, out)
             return out
-        plan = LARGE
+        plan = MANY_ROWS_PLAIN
+    groups = scale_inv_PG.shape[1]
+    groups_a_part = -(-groups // plan.splits)
+    splits = -(-groups // groups_a_part)
     target = out if splits == 1 else torch.empty(splits, num_rows, num_columns, device=values.device)
     tiles_m, tiles_n = triton.cdiv(num_rows, plan.rows), triton.cdiv(num_columns, plan.columns)
     _gemm[(tiles_m * tiles_n, splits)](

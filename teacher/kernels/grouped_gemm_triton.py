@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from teacher.kernels.arithmetic_triton import INTERPRETED, to_dtype
+from teacher.kernels.arithmetic_triton import dot, to_dtype
 from teacher.model.fp8 import BLOCK
 
 B = tl.constexpr(BLOCK)
@@ -95,14 +95,6 @@ def k_grouped_fp8(
 # --- BF16 -------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _dot_bf16(a, b, sums):
-    """The interpreter (3.6) multiplies the bits of BF16 numbers; there they become FP32 first."""
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums)
-
-
 @triton.jit(do_not_specialize=["N_GROUPS", "K_GROUPS"])
 def m_grouped_bf16(
     a_desc, b_desc, experts_ptr, pairs_ptr, gates_ptr, out_ptr, num_pairs, N_GROUPS, K_GROUPS,
@@ -125,8 +117,8 @@ def m_grouped_bf16(
             else:
                 b = b_desc.load([(expert * N_GROUPS + column_group) * B, k]).T
                 other = b_desc.load([(expert * N_GROUPS + other_group) * B, k]).T
-            first = _dot_bf16(a, b, first)
-            second = _dot_bf16(a, other, second)
+            first = dot(a, b, first)
+            second = dot(a, other, second)
         store_rows(out_ptr, first, row, column_group, N_GROUPS, pairs_ptr, gates_ptr, num_pairs, ROWS, TO_PAIRS, GATED)
         if has_other:
             store_rows(
@@ -154,7 +146,7 @@ def k_grouped_bf16(
     for row in range(begin, end, STEP):
         a = a_desc.load([row, m])
         b = b_desc.load([row, n])
-        sums = _dot_bf16(a.T, b, sums)
+        sums = dot(a.T, b, sums)
     rows = (expert.to(tl.int64) * num_m + m) + tl.arange(0, ROWS)
     out_ptr += rows[:, None] * num_n + (n + tl.arange(0, COLUMNS))[None, :]
     if ACCUMULATE:

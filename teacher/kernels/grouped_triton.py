@@ -39,13 +39,21 @@ def _gather_rows(
 
 
 @triton.jit
-def _sum_choices(pairs_ptr, out_ptr, width, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
+def _sum_choices(
+    rows_ptr, places_ptr, gates_ptr, out_ptr, width, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, PLACED: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
     total = tl.zeros((COLUMNS,), tl.float32)
     for choice in tl.static_range(TOP_K):
-        total += tl.load(pairs_ptr + (token * TOP_K + choice) * width + columns, mask=inside, other=0.0).to(tl.float32)
+        pair = token * TOP_K + choice
+        if PLACED:
+            row = tl.load(places_ptr + pair).to(tl.int64)
+            values = tl.load(rows_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+            total += values * tl.load(gates_ptr + pair)
+        else:
+            total += tl.load(rows_ptr + pair * width + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * width + columns, to_dtype(total, out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -95,11 +103,15 @@ def gather_rows_kernel(x_ND: Tensor, grouping: Grouping, top_k: int) -> Tensor:
     return out
 
 
-def sum_choices_kernel(pairs_PD: Tensor, top_k: int) -> Tensor:
-    num_tokens, width = pairs_PD.shape[0] // top_k, pairs_PD.shape[1]
-    out = torch.empty(num_tokens, width, dtype=pairs_PD.dtype, device=pairs_PD.device)
+def sum_choices_kernel(
+    values: Tensor, top_k: int, *, places_P: Tensor | None = None, gates_NK: Tensor | None = None
+) -> Tensor:
+    """[N, D] from [P, D]; or from rows in another order, times their gates, where each pair's row is given."""
+    num_pairs = values.shape[0] if places_P is None else places_P.numel()
+    num_tokens, width = num_pairs // top_k, values.shape[1]
+    out = torch.empty(num_tokens, width, dtype=values.dtype, device=values.device)
     _sum_choices[(num_tokens, triton.cdiv(width, COLUMNS_A_PROGRAM))](
-        pairs_PD, out, width, TOP_K=top_k, COLUMNS=COLUMNS_A_PROGRAM
+        values, places_P, gates_NK, out, width, TOP_K=top_k, COLUMNS=COLUMNS_A_PROGRAM, PLACED=places_P is not None
     )
     return out
 

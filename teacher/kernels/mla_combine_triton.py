@@ -15,62 +15,75 @@ from torch import Tensor
 from teacher.kernels.arithmetic_triton import to_dtype
 from teacher.kernels.mla_schedule import DecodeSchedule
 
-COLUMNS = 128
-ELEMENTS = 4096  # read at once by a program: 32 registers a thread
-PROGRAMS = 2048  # of them, most do nothing where few sequences span shares
+ELEMENTS = 4096  # of parts read at once by a program: 32 registers a thread
+MOST_TOGETHER = 32  # parts read at once
+
+
+@triton.jit
+def _read_parts(parts_ptr, lse_ptr, first, start, num_parts, row, columns, W, C: tl.constexpr, TOGETHER: tl.constexpr):
+    """Some parts of a row and their log-sum-exps; zeros and minus infinity beyond the last."""
+    some = start + tl.arange(0, TOGETHER)
+    known = some < num_parts
+    places = ((first + some) * 2 + (some == 0).to(tl.int32)).to(tl.int64) * W + row
+    inside = known[:, None] & (columns < C)[None, :]
+    parts = tl.load(parts_ptr + places[:, None] * C + columns[None, :], mask=inside, other=0.0)
+    return parts, tl.load(lse_ptr + places, mask=known, other=float("-inf"))
 
 
 @triton.jit
 def _combine(
-    parts_ptr, lse_ptr, out_ptr, shares_ptr, sequences_ptr, W, C: tl.constexpr, Z_PADDED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr, BY_SHARE: tl.constexpr,
+    parts_ptr, lse_ptr, out_ptr, shares_ptr, sequences_ptr, num_sequences, num_jobs, W, C: tl.constexpr,
+    Z_PADDED: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr, BY_SHARE: tl.constexpr,
 ):  # fmt: skip
+    """A program takes one row of one sequence: with one axis less to lay out, no sum crosses threads before the last.
+
+    BY_SHARE: a job is a share, and takes the sequence that begins in it and spans others, which is the share's last.
+    """
+    row, job = tl.program_id(0), tl.program_id(2)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    out_ptrs = out_ptr + row.to(tl.int64) * C + columns
+    sequence = job
     if BY_SHARE:
-        # A sequence that spans shares is the last one of the share that it begins in.
-        sequence = tl.load(shares_ptr + tl.program_id(2) * 4 + 2)
-        first = tl.load(sequences_ptr + sequence * 2, mask=sequence >= 0, other=-1)
-        num_parts = tl.load(sequences_ptr + sequence * 2 + 1, mask=sequence >= 0, other=1)
-        num_parts = tl.where(first == tl.program_id(2), num_parts, 1)
-    else:
-        sequence = tl.program_id(2)
-        first = tl.load(sequences_ptr + sequence * 2)
-        num_parts = tl.load(sequences_ptr + sequence * 2 + 1)
-    if num_parts != 1:
-        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = (rows < W)[:, None] & (columns < C)[None, :]
+        sequence = tl.load(shares_ptr + job * 4 + 2)
+    first = tl.load(sequences_ptr + sequence * 2, mask=sequence >= 0, other=-1)
+    num_parts = tl.load(sequences_ptr + sequence * 2 + 1, mask=sequence >= 0, other=0)
+    if BY_SHARE:
+        num_parts = tl.where(first == job, num_parts, 0)
+    if num_parts > 1:
+        # The first parts are on their way before the weights are known.
+        parts, some_lse = _read_parts(parts_ptr, lse_ptr, first, 0, num_parts, row, columns, W, C, TOGETHER)
         number = tl.arange(0, Z_PADDED)
         slots = ((first + number) * 2 + (number == 0).to(tl.int32)).to(tl.int64)
-        there = (number < num_parts)[:, None] & (rows < W)[None, :]
-        lse = tl.load(lse_ptr + slots[:, None] * W + rows[None, :], mask=there, other=float("-inf"))
+        lse = tl.load(lse_ptr + slots * W + row, mask=number < num_parts, other=float("-inf"))
         highest = tl.max(lse, axis=0)
         highest = tl.where(highest == float("-inf"), 0.0, highest)
-        total = tl.sum(tl.exp2(lse - highest[None, :]), axis=0)
-        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for start in range(0, num_parts, TOGETHER):
-            some = start + tl.arange(0, TOGETHER)
-            some_slots = ((first + some) * 2 + (some == 0).to(tl.int32)).to(tl.int64)
-            known = (some < num_parts)[:, None] & (rows < W)[None, :]
-            some_lse = tl.load(lse_ptr + some_slots[:, None] * W + rows[None, :], mask=known, other=float("-inf"))
-            weights = tl.exp2(some_lse - highest[None, :])
-            places = (some_slots[:, None, None] * W + rows[None, :, None]) * C + columns[None, None, :]
-            parts = tl.load(parts_ptr + places, mask=known[:, :, None] & inside[None, :, :], other=0.0)
-            sums += tl.sum(weights[:, :, None] * parts, axis=0)
-        out = sums / tl.where(total == 0, 1.0, total)[:, None]
-        places = (sequence.to(tl.int64) * W + rows)[:, None] * C + columns[None, :]
-        tl.store(out_ptr + places, to_dtype(out, out_ptr.dtype.element_ty), mask=inside)
+        total = tl.sum(tl.exp2(lse - highest), axis=0)
+        sums = tl.exp2(some_lse - highest)[:, None] * parts
+        for start in range(TOGETHER, num_parts, TOGETHER):
+            parts, some_lse = _read_parts(parts_ptr, lse_ptr, first, start, num_parts, row, columns, W, C, TOGETHER)
+            sums += tl.exp2(some_lse - highest)[:, None] * parts
+        out = tl.sum(sums, axis=0) / tl.where(total == 0, 1.0, total)
+        place = sequence.to(tl.int64) * W * C
+        tl.store(out_ptrs + place, to_dtype(out, out_ptr.dtype.element_ty), mask=columns < C)
+    # Sequences without a token lie in no share: the jobs take turns.
+    empty = job
+    while empty < num_sequences:
+        if tl.load(sequences_ptr + empty * 2 + 1) == 0:
+            place = empty.to(tl.int64) * W * C
+            tl.store(out_ptrs + place, tl.zeros((COLUMNS,), out_ptr.dtype.element_ty), mask=columns < C)
+        empty += num_jobs
 
 
 def combine_kernel(parts_2ZWC: Tensor, lse_2ZW: Tensor, out_BSHC: Tensor, schedule: DecodeSchedule) -> None:
     """Fill in `out` for sequences that span shares, and zeros for those without a token."""
     num_slots, num_rows, latent = parts_2ZWC.shape
     num_sequences, num_shares = out_BSHC.shape[0], num_slots // 2
-    column_blocks = triton.cdiv(latent, COLUMNS)
-    by_share = num_sequences > num_shares
     jobs = min(num_sequences, num_shares)
-    rows = triton.next_power_of_2(max(jobs * num_rows * column_blocks // PROGRAMS, 1))
-    rows = min(rows, 16, triton.next_power_of_2(num_rows))
-    _combine[(triton.cdiv(num_rows, rows), column_blocks, jobs)](
-        parts_2ZWC, lse_2ZW, out_BSHC, *schedule, num_rows, C=latent, Z_PADDED=triton.next_power_of_2(num_shares),
-        ROWS=rows, COLUMNS=COLUMNS, TOGETHER=ELEMENTS // (COLUMNS * rows), BY_SHARE=by_share,
+    # A sequence's parts if all are as long: few parts leave room for more columns, many for more programs.
+    together = min(triton.next_power_of_2(triton.cdiv(num_shares, jobs) + 1), MOST_TOGETHER)
+    columns = min(ELEMENTS // max(together, 8), triton.next_power_of_2(latent))
+    _combine[(num_rows, triton.cdiv(latent, columns), jobs)](
+        parts_2ZWC, lse_2ZW, out_BSHC, *schedule, num_sequences, jobs, num_rows, C=latent,
+        Z_PADDED=triton.next_power_of_2(num_shares), COLUMNS=columns, TOGETHER=together,
+        BY_SHARE=num_sequences > num_shares,
     )  # fmt: skip

@@ -14,19 +14,16 @@ Shape legend: B sequences, S queries each, H heads, C latent, R rope, L pages, P
 from __future__ import annotations
 
 from enum import StrEnum
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from teacher.kernels.device import runs_kernels
+from teacher.kernels.device import num_multiprocessors, runs_hopper_kernels, runs_kernels
 from teacher.kernels.mla_cache import PAGE, dequantise, entries, is_fp8
 from teacher.kernels.mla_schedule import DecodeSchedule, schedule_decode
 
 ROWS = 64  # rows (queries times heads) a program: their products with C columns fill its registers
 LOG2_E = 1.4426950408889634
-# Compiled and reviewed, but never yet run on a device: until it has, only who asks for it gets it.
-HOPPER_BY_DEFAULT = False
 
 
 class Form(StrEnum):
@@ -52,8 +49,8 @@ def mla_decode(
     sequence, `lengths` int32 its tokens with the queries' own: at least S, or 0 for a row of padding, whose output is
     zero. Neither pages that no sequence owns nor places beyond a sequence's length are used, whatever they hold.
     `schedule` is that of these lengths and `num_shares` shares; a step makes it once for all layers.
-    `form` is the kernel's, by default one that can. Raises ValueError for a page size other than PAGE, and for a form
-    that cannot compute this.
+    `form` is the kernel's: by default the Hopper one where it can compute this, since it is the faster there.
+    Raises ValueError for a page size other than PAGE, and for a form that cannot compute this.
     """
     if cache_LPE.shape[1] != PAGE:
         raise ValueError(f"pages must hold {PAGE} tokens, got {cache_LPE.shape[1]}")
@@ -83,7 +80,7 @@ def mla_decode(
 def num_shares(device: torch.device, num_queries: int, num_heads: int) -> int:
     """Shares for one wave: a program fills a multiprocessor, and every share needs one for each ROWS rows."""
     row_blocks = -(-num_queries * num_heads // ROWS)
-    return max(_multiprocessors(device) // row_blocks, 1)
+    return max(num_multiprocessors(device) // row_blocks, 1)
 
 
 def mla_decode_twin(
@@ -108,25 +105,10 @@ def mla_decode_twin(
 def _form(asked: Form | None, query_BSHE: Tensor, cache_LPE: Tensor, latent: int) -> Form:
     widths = query_BSHE.shape[-1] == 576 and latent == 512
     kinds = query_BSHE.dtype == torch.bfloat16 and (is_fp8(cache_LPE) or cache_LPE.dtype == torch.bfloat16)
-    able = widths and kinds and query_BSHE.is_cuda and _has_hopper_kernel(query_BSHE.device)
+    able = widths and kinds and runs_hopper_kernels(query_BSHE.device)
     if asked == Form.HOPPER and not able:
         raise ValueError(
             "the Hopper form takes BF16 queries and latents of 512 with rope keys of 64, on compute capability 9.0 and "
             f"with Triton 3.6; got {query_BSHE.dtype}, {latent} of {query_BSHE.shape[-1]} on {query_BSHE.device}"
         )
-    return asked or (Form.HOPPER if able and HOPPER_BY_DEFAULT else Form.PLAIN)
-
-
-@cache
-def _has_hopper_kernel(device: torch.device) -> bool:
-    import triton
-
-    # Gluon is an experimental language, which changes from release to release.
-    return torch.cuda.get_device_capability(device) == (9, 0) and triton.__version__.startswith("3.6.")
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # interpreted: enough that sequences span shares
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return asked or (Form.HOPPER if able else Form.PLAIN)

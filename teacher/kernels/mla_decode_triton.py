@@ -13,19 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teacher.kernels.arithmetic_triton import INTERPRETED, to_dtype
+from teacher.kernels.arithmetic_triton import dot, to_dtype
 from teacher.kernels.mla_cache import PAGE, Entries
 
 P = tl.constexpr(PAGE)
 LOWEST = tl.constexpr(-1.0e30)  # a maximum over nothing: finite, since minus infinity from itself is NaN
-
-
-@triton.jit
-def _dot(a, b):
-    """The interpreter's product of BF16 numbers is wrong (3.6, 3.9)."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    return tl.dot(a, b)
 
 
 @triton.jit
@@ -80,9 +72,9 @@ def _attend(
         if ENTRY_S:
             token_scale = tl.load(scale_ptr + places * ENTRY_S, mask=there, other=0.0)[None, :]
             keys_C = keys_C.to(query_C.dtype)
-            logits = (_dot(query_C, tl.trans(keys_C)) + _dot(query_R, tl.trans(keys_R))) * token_scale
+            logits = (dot(query_C, tl.trans(keys_C)) + dot(query_R, tl.trans(keys_R))) * token_scale
         else:
-            logits = _dot(query_C, tl.trans(keys_C)) + _dot(query_R, tl.trans(keys_R))
+            logits = dot(query_C, tl.trans(keys_C)) + dot(query_R, tl.trans(keys_R))
         logits = tl.where(tokens[None, :] < visible[:, None], logits * scale, float("-inf"))
         higher = tl.maximum(highest, tl.max(logits, axis=1))
         shrink = tl.exp2(highest - higher)
@@ -90,7 +82,7 @@ def _attend(
         total = total * shrink + tl.sum(weights, axis=1)
         if ENTRY_S:
             weights *= token_scale
-        sums = sums * shrink[:, None] + _dot(to_dtype(weights, keys_C.dtype), keys_C)
+        sums = sums * shrink[:, None] + dot(to_dtype(weights, keys_C.dtype), keys_C)
         highest = higher
     return sums, total, highest
 

@@ -13,19 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teacher.kernels.arithmetic_triton import INTERPRETED, to_dtype
+from teacher.kernels.arithmetic_triton import dot, to_dtype
 
 LOG2_E = 1.4426950408889634
 QUERIES, KEYS = 128, 64
 JOINED_ROWS = 16
-
-
-@triton.jit
-def _dot(a, b):
-    """The interpreter's product of BF16 numbers is wrong (3.6, 3.9)."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    return tl.dot(a, b)
 
 
 @triton.jit
@@ -47,14 +39,14 @@ def _attend(
             key_N = tl.load(key_ptr + rows * key_stride + tl.arange(0, N)[None, :])
             key_R = tl.load(key_ptr + rows * key_stride + N + tl.arange(0, R)[None, :])
             value = tl.load(value_ptr + rows * value_stride + tl.arange(0, V)[None, :])
-        logits = (_dot(query_N, tl.trans(key_N)) + _dot(query_R, tl.trans(key_R))) * scale
+        logits = (dot(query_N, tl.trans(key_N)) + dot(query_R, tl.trans(key_R))) * scale
         if HIDE:
             logits = tl.where(keys[None, :] <= places[:, None], logits, float("-inf"))
         higher = tl.maximum(highest, tl.max(logits, axis=1))
         shrink = tl.exp2(highest - higher)
         weights = tl.exp2(logits - higher[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
-        sums = sums * shrink[:, None] + _dot(to_dtype(weights, value.dtype), value)
+        sums = sums * shrink[:, None] + dot(to_dtype(weights, value.dtype), value)
         highest = higher
     return sums, total, highest
 

@@ -10,7 +10,7 @@ from teacher.kernels.mla_cache import PAGE, quantise_entries
 from teacher.kernels.mla_decode import Form, mla_decode, mla_decode_twin, num_shares
 from teacher.kernels.mla_schedule import schedule_decode
 
-CASES = [(2, 1, 16, 64, 16), (3, 2, 12, 128, 32)]  # sequences, queries, heads, latent, rope
+CASES = [(2, 1, 16, 64, 16), (3, 2, 12, 128, 32), (6, 1, 4, 64, 16)]  # sequences, queries, heads, latent, rope
 V3_CASES = [(4, 2, 128, 512, 64), (6, 1, 128, 512, 64), (5, 1, 16, 512, 64), (3, 2, 80, 512, 64)]
 LENGTHS = (70, 64, 300, 2, 0, 129)
 SHARES = [None, 1, 2, 7]

@@ -19,7 +19,10 @@ from benchmarks.kernels.timing import poisoned
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 RUNS = 100
 # DeepSeek-V3's own shapes where a run is short: few rows split K, many take the other kernels.
-V3 = r"block_gemm.* (1|64|1024) x (2112|7168x16384)|decode .* x 4096, |prefill 1|quantise 4096|route 4096|latent 4096"
+V3 = (
+    r"block_gemm.* (1|64|1024) x (2112|7168x16384)|experts (1|1024) |decode .* x 4096, |prefill 1|quantise 4096"
+    r"|route 4096|latent 4096"
+)
 CASES = [*all_cases(toy=True), *(case for case in all_cases(toy=False) if re.search(V3, case.name))]
 
 

@@ -56,9 +56,11 @@ def test_the_kernels_equal_the_twin(
         x, choice = tokens(num_tokens, device, concentrated=concentrated)
         wanted = routed_experts_twin(x, choice, weights)
         got = routed_experts_fp8(x, choice, weights, plan=plan)
-        # The same roundings, but for sums of another order, which turn a rare FP8 rounding and then a BF16 one; what
-        # is not fused is rounded to BF16 before the SwiGLU, which turns more of them.
-        assert error(got, wanted) < (8e-3 if plan is None or plan.fused else 2e-2)
+        # The same roundings, but for sums of another order, which turn a rare FP8 rounding and then a BF16 one. A GPU's
+        # tensor cores keep 14 bits of fraction, which turns a few more; what is not fused is rounded to BF16 before the
+        # SwiGLU, and so are one in thirty.
+        fused = 4e-3 if device == "cpu" else 6e-3
+        assert error(got, wanted) < (fused if plan is None or plan.fused else 2e-2)
         assert got.dtype == torch.bfloat16
 
 
