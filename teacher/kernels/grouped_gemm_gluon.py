@@ -1,4 +1,4 @@
-"""The grouped FP8 products for Hopper in Gluon: one warp loads through TMA, two groups of four warps multiply.
+"""The m-grouped FP8 product for Hopper in Gluon: four warps load through TMA, two groups of four multiply.
 
 A consumer owns 64 rows of a 128x256 tile, as two accumulators of 64x128. While one scales and adds its 128 of K in
 FP32, the other keeps the tensor cores busy. Programs are persistent and count the columns first, so that those which
@@ -151,96 +151,6 @@ def m_grouped_fp8(
             )),
             (_load_m_grouped, (
                 a_desc, b_desc, experts_ptr, a_bufs, b_bufs, full, empty, num_tiles, N_GROUPS, K_GROUPS, STAGES,
-            )),
-        ],
-        [4, 4],
-        [240, 24],
-    )  # fmt: skip
-
-
-# --- gradient of the weights ------------------------------------------------------------------------------------------
-
-
-@gluon.jit
-def _load_k_grouped(
-    a_desc, b_desc, b_scale_desc, starts_ptr, a_bufs, b_bufs, scale_bufs, full, empty, num_tiles, M_GROUPS, N_GROUPS,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    count = 0
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert = tile // (M_GROUPS * N_GROUPS)
-        m = tile // N_GROUPS % M_GROUPS * B
-        n = tile % N_GROUPS * B
-        for group in range(gl.load(starts_ptr + expert), gl.load(starts_ptr + expert + 1)):
-            slot = count % STAGES
-            mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
-            ready = full.index(slot)
-            mbarrier.expect(ready, 2 * B * B + B * 4)
-            k = group * B
-            tma.async_copy_global_to_shared(a_desc, [m, k], ready, a_bufs.index(2 * slot))
-            tma.async_copy_global_to_shared(a_desc, [m + HALF, k], ready, a_bufs.index(2 * slot + 1))
-            tma.async_copy_global_to_shared(b_desc, [n, k], ready, b_bufs.index(slot))
-            tma.async_copy_global_to_shared(b_scale_desc, [group, n], ready, scale_bufs.index(slot))
-            count += 1
-
-
-@gluon.jit
-def _multiply_k_grouped(
-    a_scale_ptr, starts_ptr, out_ptr, a_bufs, b_bufs, scale_bufs, full, empty, num_tiles, a_scale_stride,
-    M_GROUPS, N_GROUPS, WHICH: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
-):  # fmt: skip
-    count = 0
-    zeros = gl.zeros((HALF, B), gl.float32, MMA)
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert = tile // (M_GROUPS * N_GROUPS)
-        rows = tile // N_GROUPS % M_GROUPS * B + WHICH * HALF + gl.arange(0, HALF, gl.SliceLayout(1, MMA))
-        column_group = tile % N_GROUPS
-        sums = zeros
-        products = zeros
-        for group in range(gl.load(starts_ptr + expert), gl.load(starts_ptr + expert + 1)):
-            slot = count % STAGES
-            a_scale = gl.load(a_scale_ptr + group * a_scale_stride + rows)[:, None]
-            mbarrier.wait(full.index(slot), count // STAGES & 1)
-            a = a_bufs.index(2 * slot + WHICH)
-            products = warpgroup_mma(a, b_bufs.index(slot).permute((1, 0)), products, use_acc=False, is_async=True)
-            products = warpgroup_mma_wait(0, deps=(products,))
-            sums += products * (a_scale * scale_bufs.index(slot).load(MMA))
-            mbarrier.arrive(empty.index(slot))
-            count += 1
-        columns = column_group * B + gl.arange(0, B, gl.SliceLayout(0, MMA))
-        places = out_ptr + ((expert.to(gl.int64) * M_GROUPS * B + rows) * (N_GROUPS * B))[:, None] + columns[None, :]
-        if ACCUMULATE:
-            sums += gl.load(places)
-        gl.store(places, sums)
-
-
-@gluon.jit(do_not_specialize=["num_tiles", "M_GROUPS", "N_GROUPS"])
-def k_grouped_fp8(
-    a_desc, b_desc, b_scale_desc, a_scale_ptr, starts_ptr, out_ptr, num_tiles, a_scale_stride, M_GROUPS, N_GROUPS,
-    STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
-):  # fmt: skip
-    """out[e, M, N] (+)= a[M, R_e] @ b[N, R_e]^T over each expert's rows, in 1x128 tiles along them."""
-    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [2 * STAGES, HALF, B], a_desc.layout)
-    b_bufs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, B, B], b_desc.layout)
-    scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, B], b_scale_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
-    gl.warp_specialize(
-        [
-            (_multiply_k_grouped, (
-                a_scale_ptr, starts_ptr, out_ptr, a_bufs, b_bufs, scale_bufs, full, empty, num_tiles, a_scale_stride,
-                M_GROUPS, N_GROUPS, FIRST, STAGES, ACCUMULATE,
-            )),
-            (_multiply_k_grouped, (
-                a_scale_ptr, starts_ptr, out_ptr, a_bufs, b_bufs, scale_bufs, full, empty, num_tiles, a_scale_stride,
-                M_GROUPS, N_GROUPS, SECOND, STAGES, ACCUMULATE,
-            )),
-            (_load_k_grouped, (
-                a_desc, b_desc, b_scale_desc, starts_ptr, a_bufs, b_bufs, scale_bufs, full, empty, num_tiles,
-                M_GROUPS, N_GROUPS, STAGES,
             )),
         ],
         [4, 4],

@@ -1,10 +1,19 @@
-"""Launches of the grouped products: descriptors, grids and tiles for `teacher.kernels.grouped_gemm_triton`.
+"""Launches of the grouped products: descriptors, grids and tiles.
+
+On Hopper the FP8 product that stays with its rows runs in Gluon (`teacher.kernels.grouped_gemm_gluon`); all others run
+in plain Triton (`teacher.kernels.grouped_gemm_triton`), as do the scattered ones, since Gluon's stores through pointers
+to the pairs cost more than its products gain.
 
 Shape legend: R rows with padding, E routed experts, M and N columns, K inner.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from functools import cache
+
+import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -15,6 +24,7 @@ from teacher.kernels.grouped_quantise import ColumnQuantised
 from teacher.kernels.quantise import Quantised
 from teacher.model.fp8 import BLOCK
 
+STAGES = 3  # of 48 KiB; a fourth costs 2% to 5% on an H100
 BF16_STEP = 64  # of K: a row of 128 bytes, the widest swizzle of shared memory
 
 
@@ -22,10 +32,24 @@ def _tiles(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
+@cache
+def runs_gluon(index: int) -> bool:
+    """True for a Hopper GPU with a Triton that has Gluon for it (3.6); never where Triton interprets."""
+    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.get_device_capability(index)[0] != 9:
+        return False
+    try:
+        return importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def m_grouped_fp8_kernel(
     a: Quantised, b_ENK: Tensor, b_scale_inv: Tensor, grouping: Grouping, out: Tensor, to_pairs: bool,
     gates_P: Tensor | None,
 ) -> None:  # fmt: skip
+    if not to_pairs and out.is_cuda and runs_gluon(out.device.index):
+        m_grouped_fp8_gluon(a, b_ENK, b_scale_inv, grouping, out)
+        return
     _, num_columns, num_inner = b_ENK.shape
     n_groups, k_groups = num_columns // BLOCK, num_inner // BLOCK
     gates = grouping.load_E if gates_P is None else gates_P.contiguous()
@@ -34,6 +58,29 @@ def m_grouped_fp8_kernel(
         b_scale_inv.contiguous(), grouping.experts_T, grouping.pairs_R, gates, out,
         out.shape[0], a.scale_inv_MG.stride(1), n_groups, k_groups,
         ROWS=BLOCK, TO_PAIRS=to_pairs, GATED=gates_P is not None, num_warps=8, num_stages=4,
+    )  # fmt: skip
+
+
+def m_grouped_fp8_gluon(a: Quantised, b_ENK: Tensor, b_scale_inv: Tensor, grouping: Grouping, out_RN: Tensor) -> None:
+    """The rows' product by persistent programs, one a multiprocessor."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    from teacher.kernels import grouped_gemm_gluon as gluon
+
+    def tiles(matrix: Tensor, rows: int) -> GluonDescriptor:
+        layout = gl.NVMMASharedLayout.get_default_for([rows, BLOCK], gl.float8e4nv)
+        return GluonDescriptor.from_tensor(matrix, [rows, BLOCK], layout)
+
+    _, num_columns, num_inner = b_ENK.shape
+    n_groups, k_groups = num_columns // BLOCK, num_inner // BLOCK
+    num_tiles = grouping.experts_T.numel() * ((n_groups + 1) // 2)
+    programs = min(num_tiles, torch.cuda.get_device_properties(out_RN.device).multi_processor_count)
+    gluon.m_grouped_fp8[(programs,)](
+        tiles(a.values_MK, BLOCK // 2), tiles(b_ENK.contiguous().flatten(0, 1), BLOCK), a.scale_inv_MG,
+        b_scale_inv.contiguous(), grouping.experts_T, grouping.pairs_R, grouping.load_E, out_RN,
+        num_tiles, out_RN.shape[0], a.scale_inv_MG.stride(1), n_groups, k_groups,
+        STAGES=STAGES, TO_PAIRS=False, GATED=False, num_warps=4,
     )  # fmt: skip
 
 
@@ -55,11 +102,12 @@ def k_grouped_fp8_kernel(
     a: ColumnQuantised, b: ColumnQuantised, grouping: Grouping, out_EMN: Tensor, accumulate: bool
 ) -> None:
     num_experts, num_m, num_n = out_EMN.shape
-    k_grouped_fp8[(num_experts * (num_m // BLOCK) * (num_n // BLOCK),)](
-        _tiles(a.values_DR, BLOCK, BLOCK), _tiles(b.values_DR, BLOCK, BLOCK), a.scale_inv_TD, b.scale_inv_TD,
+    rows = BLOCK // 2
+    k_grouped_fp8[(num_experts * (num_m // rows) * (num_n // BLOCK),)](
+        _tiles(a.values_DR, rows, BLOCK), _tiles(b.values_DR, BLOCK, BLOCK), a.scale_inv_TD, b.scale_inv_TD,
         grouping.load_E, out_EMN, a.scale_inv_TD.stride(0), b.scale_inv_TD.stride(0), num_m, num_n,
-        E=num_experts, E_PADDED=triton.next_power_of_2(num_experts), ROWS=BLOCK, COLUMNS=BLOCK, ACCUMULATE=accumulate,
-        num_warps=8, num_stages=4,
+        E=num_experts, E_PADDED=triton.next_power_of_2(num_experts), ROWS=rows, COLUMNS=BLOCK, ACCUMULATE=accumulate,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
