@@ -24,7 +24,7 @@ from teacher.kernels.grouped_quantise import ColumnQuantised
 from teacher.kernels.quantise import Quantised
 from teacher.model.fp8 import BLOCK
 
-STAGES = 3  # of 48 KiB; a fourth costs 2% to 5% on an H100
+STAGES = 3  # of 48 KiB; a fourth costs 3% to 5% on an H100
 BF16_STEP = 64  # of K: a row of 128 bytes, the widest swizzle of shared memory
 
 
