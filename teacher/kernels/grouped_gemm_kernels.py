@@ -94,7 +94,7 @@ def m_grouped_bf16_kernel(
         _tiles(a_RK, BLOCK, BF16_STEP), _tiles(b.contiguous().flatten(0, 1), *tile),
         grouping.experts_T, grouping.pairs_R, gates, out, out.shape[0], n_groups, k_groups,
         ROWS=BLOCK, STEP=BF16_STEP, TRANSPOSED=not transposed, TO_PAIRS=to_pairs, GATED=gates_P is not None,
-        num_warps=8, num_stages=4,
+        num_warps=8, num_stages=4 if transposed else 3,  # each the faster on an H100: 564 to 511, 576 to 480 TFLOP/s
     )  # fmt: skip
 
 
