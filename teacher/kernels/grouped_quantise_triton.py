@@ -18,12 +18,12 @@ from teacher.kernels.arithmetic_triton import sigmoid, to_e4m3
 from teacher.kernels.grouped import Grouping
 from teacher.kernels.grouped_quantise import BothWays, ColumnQuantised, QuantisedSwigluGradients, TrainingWeight
 from teacher.kernels.quantise import Quantised, empty_scales
+from teacher.kernels.quantise_triton import quantise_weight_kernel
 from teacher.model.fp8 import BLOCK, E4M3_MAX
 
 B = tl.constexpr(BLOCK)
 MAX = tl.constexpr(E4M3_MAX)
 LEAST = tl.constexpr(quantise_twin.LEAST_MAGNITUDE)
-TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 EXACT = {"enable_fp_fusion": False}  # a fused multiply-add would round once where the twin rounds twice
 
 
@@ -106,27 +106,12 @@ def _swiglu_backward(
 
 
 @triton.jit
-def _quantise_expert_weights(
-    weight_ptr, values_ptr, scale_ptr, transposed_ptr, transposed_scale_ptr, num_rows, num_columns,
-    TRANSPOSED: tl.constexpr,
-):  # fmt: skip
-    """As `quantise_weight`, [E, rows, columns], and the same numbers as [E, columns, rows]."""
-    p, q, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows, columns = p * B + tl.arange(0, B), q * B + tl.arange(0, B)
-    start = expert * num_rows * num_columns
-    places = start + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
-    weight = tl.load(weight_ptr + places).to(tl.float32)
-    largest = tl.max(tl.max(tl.abs(weight), axis=1), axis=0)
-    scale_inv = tl.maximum(tl.where(largest > 0, tl.math.div_rn(largest, MAX), 1.0), TINY)
-    scaled = tl.math.div_rn(weight, tl.full((B, B), 0.0, tl.float32) + scale_inv)
-    values = to_e4m3(tl.minimum(tl.maximum(scaled, -MAX), MAX))
-    num_p, num_q = num_rows // B, num_columns // B
-    tl.store(values_ptr + places, values)
-    tl.store(scale_ptr + (expert * num_p + p) * num_q + q, scale_inv)
-    if TRANSPOSED:
-        turned = start + columns.to(tl.int64)[:, None] * num_rows + rows[None, :]
-        tl.store(transposed_ptr + turned, tl.trans(values))
-        tl.store(transposed_scale_ptr + (expert * num_q + q) * num_p + p, scale_inv)
+def _turn(values_ptr, turned_ptr, num_rows, num_columns):
+    """Bytes [E, rows, columns] to [E, columns, rows]."""
+    rows, columns = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1) * B + tl.arange(0, B)
+    start = tl.program_id(2).to(tl.int64) * num_rows * num_columns
+    values = tl.load(values_ptr + start + rows.to(tl.int64)[:, None] * num_columns + columns[None, :])
+    tl.store(turned_ptr + start + columns.to(tl.int64)[:, None] * num_rows + rows[None, :], tl.trans(values))
 
 
 def _empty_columns(width: int, num_rows: int, device: torch.device) -> ColumnQuantised:
@@ -169,13 +154,14 @@ def swiglu_backward_quantise_kernel(
 
 
 def quantise_expert_weight_kernel(weight_ENK: Tensor) -> TrainingWeight:
+    """The transposed copy has a launch of its own. In one with the plain copy, ptxas 12.9 mixed up the bytes of the two
+    (github.com/triton-lang/triton/issues/11111): it stored numbers fresh from their conversion to E4M3 both ways."""
     num_experts, num_rows, num_columns = weight_ENK.shape
-    device, p, q = weight_ENK.device, num_rows // BLOCK, num_columns // BLOCK
-    values = torch.empty(num_experts, num_rows, num_columns, dtype=torch.float8_e4m3fn, device=device)
-    turned = torch.empty(num_experts, num_columns, num_rows, dtype=torch.float8_e4m3fn, device=device)
-    scales, turned_scales = torch.empty(num_experts, p, q, device=device), torch.empty(num_experts, q, p, device=device)
-    _quantise_expert_weights[(p, q, num_experts)](
-        weight_ENK, values, scales, turned, turned_scales, num_rows, num_columns,
-        TRANSPOSED=True, num_warps=8, **EXACT,
-    )  # fmt: skip
+    values, scales = quantise_weight_kernel(weight_ENK.flatten(0, 1))
+    values, scales = values.unflatten(0, (num_experts, -1)), scales.unflatten(0, (num_experts, -1))
+    turned = torch.empty(num_experts, num_columns, num_rows, dtype=values.dtype, device=values.device)
+    _turn[(num_rows // BLOCK, num_columns // BLOCK, num_experts)](
+        values.view(torch.uint8), turned.view(torch.uint8), num_rows, num_columns, num_warps=8
+    )
+    turned_scales = scales.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     return TrainingWeight(values, scales, turned, turned_scales)

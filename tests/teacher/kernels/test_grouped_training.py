@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -107,6 +108,40 @@ def test_gradients_are_as_exact_as_the_twins(
             assert error(ours, truth) < 1.05 * error(theirs, truth) + 1e-6, name
             # Three bits of mantissa twice or thrice on the way; eight in BF16. One token's gates may cancel.
             assert error(theirs, truth) < (0.12 if precision == "fp8" else 0.012) or num_tokens == 1, name
+
+
+def fill_empty_with_nan(patch: pytest.MonkeyPatch) -> None:
+    """Have `torch.empty` and `torch.empty_like` return NaN (integers: -7), so that reading what nobody wrote shows."""
+
+    def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def filled(*args: object, **options: object) -> torch.Tensor:
+            tensor = make(*args, **options)
+            if tensor.dtype == torch.float8_e4m3fn:
+                tensor.view(torch.uint8).fill_(0x7F)
+            else:
+                tensor.fill_(float("nan") if tensor.dtype.is_floating_point else -7)
+            return tensor
+
+        return filled
+
+    for name in ("empty", "empty_like"):
+        patch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("routing", ["uniform", "some have none", "one takes all"])
+def test_nothing_unwritten_is_read(
+    device: str, routing: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for num_tokens in (1, 5) if device == "cpu" else (1, 5, 130, 4_096):
+        given = case(num_tokens, routing, device)
+        clean = run(given, precision)
+        with monkeypatch.context() as patch:
+            fill_empty_with_nan(patch)
+            poisoned = run(given, precision)
+        for name, ours, theirs in zip(NAMES, poisoned, clean, strict=True):
+            assert torch.isfinite(ours).all(), f"{name} of {num_tokens} tokens"
+            assert torch.equal(ours, theirs), f"{name} of {num_tokens} tokens"
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
