@@ -98,7 +98,8 @@ def plans(m: int) -> Iterator[GemmPlan]:
         rows = min(128, max(16, 1 << (m - 1).bit_length()))
         for splits in SPLITS:
             for columns, num_stages in FEW_ROWS:
-                yield GemmPlan(rows, columns, splits, weights_first=True, num_stages=num_stages)
+                for loader in (False, True):
+                    yield GemmPlan(rows, columns, splits, True, num_stages=num_stages, loader=loader)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class GemmPlan(NamedTuple):
     weights_first: bool = False
     num_warps: int = 4
     num_stages: int = 4
+    loader: bool = False  # on Hopper one more warp that only loads; takes weights first, and 4 warps to multiply
 
 
 HOPPER_COLUMNS = 256

@@ -113,6 +113,11 @@ def block_gemm_kernel(
             block_gemm_hopper(values, x.scale_inv_MG, weight, scales, out)
             return out
         plan = MANY_ROWS_PLAIN
+    if plan.loader and runs_hopper_kernels(values.device):
+        from teacher.kernels.gemm_few_gluon import few_rows_gemm_hopper
+
+        few_rows_gemm_hopper(Quantised(values, x.scale_inv_MG), weight, scales, out, plan)
+        return out
     groups = scale_inv_PG.shape[1]
     groups_a_part = -(-groups // plan.splits)
     splits = -(-groups // groups_a_part)

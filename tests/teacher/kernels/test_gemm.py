@@ -21,6 +21,9 @@ PLANS = [
     GemmPlan(16, 128, 8, True),
     GemmPlan(64, 64, 4, True),
     GemmPlan(128, 64, 2, True),
+    GemmPlan(16, 128, loader=True, weights_first=True),
+    GemmPlan(64, 64, 4, True, loader=True),
+    GemmPlan(128, 64, 2, True, loader=True),
 ]
 SPLIT = [plan for plan in PLANS if plan and plan.splits > 1]
 
