@@ -121,4 +121,4 @@ def default_plan(num_rows: int, num_columns: int, groups: int) -> GemmPlan:
     splits = 1
     while tiles * splits < 128 and splits * 8 <= groups:
         splits *= 2
-    return GemmPlan(rows=rows, columns=columns, splits=splits, weights_first=True)
+    return GemmPlan(rows=rows, columns=columns, splits=splits, weights_first=True, loader=True)

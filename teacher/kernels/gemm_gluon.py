@@ -81,9 +81,9 @@ def _load(
 
 @gluon.jit
 def _multiply(
-    x_scale_ptr, weight_scale_ptr, experts_ptr, pairs_ptr, out_ptr, x_bufs, weight_bufs, full, empty,
-    num_rows, num_columns, num_pairs, x_scale_stride, tiles_m, N_GROUPS, K_GROUPS,
-    WHICH: gl.constexpr, GROUPED: gl.constexpr, SKIP: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+    x_scale_ptr, weight_scale_ptr, experts_ptr, out_ptr, x_bufs, weight_bufs, full, empty,
+    num_rows, num_columns, x_scale_stride, tiles_m, N_GROUPS, K_GROUPS,
+    WHICH: gl.constexpr, GROUPED: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     count = 0
     zeros = gl.zeros((HALF, B), gl.float32, MMA)
@@ -93,11 +93,8 @@ def _multiply(
         if GROUPED:
             expert = gl.load(experts_ptr + row // B)
         row += WHICH * HALF
-        holds = row < num_rows
-        if SKIP:
-            holds = gl.load(pairs_ptr + row) < num_pairs
         if expert >= 0:
-            if holds:
+            if row < num_rows:
                 rows = row + gl.arange(0, HALF, gl.SliceLayout(1, MMA))
                 x_scales = x_scale_ptr + rows
                 inside = rows < num_rows
@@ -145,11 +142,11 @@ def _store(out_ptr, values, row, column, num_rows, num_columns):
     gl.store(out_ptr + places, out, mask=(rows < num_rows)[:, None] & (columns < num_columns)[None, :])
 
 
-@gluon.jit(do_not_specialize=["num_rows", "num_pairs", "tiles_m", "N_GROUPS", "K_GROUPS"])
+@gluon.jit(do_not_specialize=["num_rows", "tiles_m", "N_GROUPS", "K_GROUPS"])
 def _block_gemm(
-    x_desc, weight_desc, x_scale_ptr, weight_scale_ptr, experts_ptr, pairs_ptr, out_ptr,
-    num_rows, num_columns, num_pairs, x_scale_stride, tiles_m, N_GROUPS, K_GROUPS,
-    GROUPED: gl.constexpr, SKIP: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+    x_desc, weight_desc, x_scale_ptr, weight_scale_ptr, experts_ptr, out_ptr,
+    num_rows, num_columns, x_scale_stride, tiles_m, N_GROUPS, K_GROUPS,
+    GROUPED: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, HALF, B], x_desc.layout)
     weight_bufs = gl.allocate_shared_memory(weight_desc.dtype, [2 * STAGES, B, B], weight_desc.layout)
@@ -162,14 +159,14 @@ def _block_gemm(
     gl.warp_specialize(
         [
             (_multiply, (
-                x_scale_ptr, weight_scale_ptr, experts_ptr, pairs_ptr, out_ptr, x_bufs, weight_bufs, full, empty,
-                num_rows, num_columns, num_pairs, x_scale_stride, tiles_m, N_GROUPS, K_GROUPS,
-                FIRST, GROUPED, SKIP, TILES, STAGES,
+                x_scale_ptr, weight_scale_ptr, experts_ptr, out_ptr, x_bufs, weight_bufs, full, empty,
+                num_rows, num_columns, x_scale_stride, tiles_m, N_GROUPS, K_GROUPS,
+                FIRST, GROUPED, TILES, STAGES,
             )),
             (_multiply, (
-                x_scale_ptr, weight_scale_ptr, experts_ptr, pairs_ptr, out_ptr, x_bufs, weight_bufs, full, empty,
-                num_rows, num_columns, num_pairs, x_scale_stride, tiles_m, N_GROUPS, K_GROUPS,
-                SECOND, GROUPED, SKIP, TILES, STAGES,
+                x_scale_ptr, weight_scale_ptr, experts_ptr, out_ptr, x_bufs, weight_bufs, full, empty,
+                num_rows, num_columns, x_scale_stride, tiles_m, N_GROUPS, K_GROUPS,
+                SECOND, GROUPED, TILES, STAGES,
             )),
             (_load, (
                 x_desc, weight_desc, experts_ptr, x_bufs, weight_bufs, full, empty, tiles_m, N_GROUPS, K_GROUPS,
@@ -196,15 +193,10 @@ def grouped_gemm_hopper(
     out: Tensor,
     *,
     experts_T: Tensor,
-    pairs_M: Tensor,
-    num_pairs: int | None = None,
 ) -> None:
-    """out[m] = x[m] @ weight[expert of m]^T; tiles of expert -1 stay unwritten, and with `num_pairs` halves of a tile
-    whose first row holds no pair, which is all padding, do too."""
+    """out[m] = x[m] @ weight[expert of m]^T; tiles of expert -1 stay unwritten."""
     groups = weight_ENK.shape[1] // BLOCK
-    _launch(
-        x_MK, x_scale_inv_MG, weight_ENK.flatten(0, 1), scale_inv_EPG, out, groups, 1, experts_T, pairs_M, num_pairs
-    )
+    _launch(x_MK, x_scale_inv_MG, weight_ENK.flatten(0, 1), scale_inv_EPG, out, groups, 1, experts_T)
 
 
 def _launch(
@@ -216,8 +208,6 @@ def _launch(
     column_groups: int,
     band: int,
     experts_T: Tensor | None = None,
-    pairs_M: Tensor | None = None,
-    num_pairs: int | None = None,
 ) -> None:
     (num_rows, num_inner), num_columns = x_MK.shape, out.shape[1]
     x_tile, weight_tile = [BLOCK // 2, BLOCK], [BLOCK, BLOCK]
@@ -226,7 +216,7 @@ def _launch(
     tiles_m = triton.cdiv(num_rows, BLOCK)
     programs = min(num_multiprocessors(x_MK.device), tiles_m * ((column_groups + 1) // 2))
     _block_gemm[(programs,)](
-        x_desc, weight_desc, x_scale_inv_MG, scale_inv, experts_T, pairs_M, out,
-        num_rows, num_columns, num_pairs or 0, x_scale_inv_MG.stride(1), tiles_m, column_groups, num_inner // BLOCK,
-        GROUPED=experts_T is not None, SKIP=num_pairs is not None, TILES=band, STAGES=STAGES, num_warps=4,
+        x_desc, weight_desc, x_scale_inv_MG, scale_inv, experts_T, out,
+        num_rows, num_columns, x_scale_inv_MG.stride(1), tiles_m, column_groups, num_inner // BLOCK,
+        GROUPED=experts_T is not None, TILES=band, STAGES=STAGES, num_warps=4,
     )  # fmt: skip

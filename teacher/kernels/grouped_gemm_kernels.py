@@ -34,8 +34,7 @@ def m_grouped_fp8_kernel(
     if not to_pairs and runs_hopper_kernels(out.device):
         from teacher.kernels.gemm_gluon import grouped_gemm_hopper
 
-        of_rows = {"experts_T": grouping.experts_T, "pairs_M": grouping.pairs_R}
-        grouped_gemm_hopper(*a, b_ENK.contiguous(), b_scale_inv.contiguous(), out, **of_rows)
+        grouped_gemm_hopper(*a, b_ENK.contiguous(), b_scale_inv.contiguous(), out, experts_T=grouping.experts_T)
         return
     _, num_columns, num_inner = b_ENK.shape
     n_groups, k_groups = num_columns // BLOCK, num_inner // BLOCK
