@@ -197,7 +197,9 @@ def test_what_a_plain_teacher_cannot_do_is_refused_and_not_left_out(client: Test
     ]:
         response = chat(client, **fields)
         assert (response.status_code, response.json()["error"]["param"]) == (400, param), fields
-    assert events(chat(client, logprobs=True, stream=True))[-1]["error"]["message"] == "logprobs: this teacher keeps none"
+    assert (
+        events(chat(client, logprobs=True, stream=True))[-1]["error"]["message"] == "logprobs: this teacher keeps none"
+    )
     body = {"model": "pico", "prompt": [1, 2, 3]}
     assert client.post("/v1/completions", json=body).json()["error"]["param"] == "prompt"
     text = {"model": "pico", "prompt": "a", "add_special_tokens": False}
