@@ -223,7 +223,10 @@ class Client:
 
 
 def proxy_of_environment(url: str) -> dict[str, Any]:
-    """What aiohttp is told of the proxy that `http_proxy`, `https_proxy` and `no_proxy` name for a URL; `{}`: of none."""
+    """What aiohttp is told of the proxy that `http_proxy`, `https_proxy` and `no_proxy` name for a URL, `{}` for none.
+
+    aiohttp sends `proxy_headers` with CONNECT alone: the password goes with the request itself where none tunnels it.
+    """
     parts = urllib.parse.urlsplit(url)
     proxy = urllib.request.getproxies().get(parts.scheme)
     if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
@@ -234,7 +237,8 @@ def proxy_of_environment(url: str) -> dict[str, Any]:
         return {"proxy": bare}
     user, password = (urllib.parse.unquote(part or "") for part in (given.username, given.password))
     secret = base64.b64encode(f"{user}:{password}".encode()).decode()
-    return {"proxy": bare, "proxy_headers": {"Proxy-Authorization": f"Basic {secret}"}}
+    where = "proxy_headers" if parts.scheme == "https" else "headers"
+    return {"proxy": bare, where: {"Proxy-Authorization": f"Basic {secret}"}}
 
 
 def status_fault(config: OpenAITeacher, key: ApiKey, status: int, body: str) -> PotstillError:
