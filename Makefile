@@ -21,7 +21,7 @@ OPTIONS = $(foreach s,$(SET),--set '$(s)') --out '$(OUT)'
 TESTS ?= tests
 
 .PHONY: help setup setup-vllm lock demo generate distill eval compare push push-traces serve doctor zoo
-.PHONY: bench bench-graders bench-ledger bench-serving torture pico-teacher pico-bases check format test clean
+.PHONY: bench bench-kernels tune bench-graders bench-ledger bench-serving torture pico-teacher pico-bases check format test clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -78,6 +78,12 @@ pico-bases: $(STAMP) ## Pre-train the bundled bases again (minutes on a GPU)
 bench: $(STAMP) ## Measure what the speed claims rest on; results go to benchmarks/results
 	@$(BIN)/python -m benchmarks.generation
 	@$(BIN)/python -m benchmarks.client
+
+bench-kernels: $(STAMP) ## Time every kernel of the teacher beside its floor and its peers (DRY_RUN=1: toy sizes)
+	@$(BIN)/python -m benchmarks.kernels $(if $(DRY_RUN),--dry-run)
+
+tune: $(STAMP) ## Measure the kernels' plans on this GPU and keep the fastest in teacher/kernels/tables
+	@$(BIN)/python -m benchmarks.kernels.tune
 
 bench-ledger: $(STAMP) ## Resume and export a million samples: seconds and memory
 	@$(BIN)/python -m benchmarks.ledger

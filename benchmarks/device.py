@@ -5,23 +5,46 @@ from __future__ import annotations
 import json
 import platform
 import re
+import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distill.manifest import write_atomically
+if TYPE_CHECKING:
+    import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def device_name() -> str:
+def device_name(device: torch.device | None = None) -> str:
+    """The processor's name as a folder, or the GPU's if `device` is one."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return _slug(torch.cuda.get_device_name(device))
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (match := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
         name = match.group(1)
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return _slug(name)
 
 
-def write_result(name: str, result: dict[str, Any], *, device: str | None = None) -> Path:
-    path = RESULTS / (device or device_name()) / f"{name}.json"
-    write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+def driver_version() -> str | None:
+    """Of NVIDIA's kernel module; None where it does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.splitlines()[0].strip() if result.stdout else None
+
+
+def write_result(name: str, result: dict[str, Any], *, device: str | None = None, folder: Path | None = None) -> Path:
+    """`folder` takes the place of benchmarks/results/<device>."""
+    path = (folder or RESULTS / (device or device_name())) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

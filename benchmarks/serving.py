@@ -22,8 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from generation import device_name
-
+from benchmarks.device import device_name
 from distill.manifest import write_atomically
 from distill.problems import load_problems
 from distill.recipe import ReasoningGymSource, VllmTeacher

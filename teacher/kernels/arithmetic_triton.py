@@ -18,29 +18,47 @@ LOWEST = tl.constexpr(twin.LOWEST)
 LOG2_E = tl.constexpr(twin.LOG2_E)
 LN2_HIGH = tl.constexpr(twin.LN2_HIGH)
 LN2_LOW = tl.constexpr(twin.LN2_LOW)
-C6, C5, C4, C3, C2, C1, C0 = (tl.constexpr(value) for value in twin.COEFFICIENTS)
+ROUNDER = tl.constexpr(twin.ROUNDER)
+C5, C4, C3, C2, C1, C0 = (tl.constexpr(value) for value in twin.COEFFICIENTS)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-ROUNDER = tl.constexpr(1.5 * 2.0**23)  # adding and subtracting it rounds FP32 to an integer, ties to even
 
 
 @triton.jit
 def exp_of_minus_abs(x):
     y = tl.maximum(-tl.abs(x), LOWEST)
-    n = tl.floor(y * LOG2_E + 0.5)
-    r = (y - n * LN2_HIGH) - n * LN2_LOW
-    p = C6 * r + C5
-    p = p * r + C4
+    rounded = y * LOG2_E + ROUNDER
+    n = rounded - ROUNDER
+    r = tl.fma(n, -LN2_LOW, tl.fma(n, -LN2_HIGH, y))
+    p = C5 * r + C4
     p = p * r + C3
     p = p * r + C2
     p = p * r + C1
     p = p * r + C0
-    return p * ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return p * ((rounded.to(tl.int32, bitcast=True) << 23) + (127 << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def reciprocal_from_one_to_two(x):
+    """1 / x rounded to nearest, for 1 <= x <= 2: Newton's step on the hardware's approximation.
+
+    A general division spends three times the instructions, and a branch for numbers that cannot come here. The tests
+    go through all 2^23 numbers.
+    """
+    if INTERPRETED:
+        inverse = 1.0 / x
+    else:
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        inverse = tl.fma(tl.fma(-x, inverse, 1.0), inverse, inverse)
+    return inverse
 
 
 @triton.jit
 def sigmoid(x):
     e = exp_of_minus_abs(x)
-    return tl.math.div_rn(tl.where(x >= 0, 1.0, e), 1.0 + e)
+    inverse = reciprocal_from_one_to_two(1.0 + e)
+    return tl.where(x >= 0, inverse, e * inverse)
 
 
 @triton.jit
@@ -63,3 +81,12 @@ def to_dtype(x, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, sums=None):
+    """sums + a @ b, FP32. The interpreter (3.6, 3.9) multiplies the bits of BF16 numbers: there they become FP32 first.
+    FP32 numbers would else be rounded to TF32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")

@@ -1,4 +1,4 @@
-"""Whether a tensor's device runs the Triton kernels."""
+"""Whether a tensor's device runs the Triton kernels, and Hopper's own in Gluon."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper: the first with E4M3
+HOPPER_CAPABILITY = (9, 0)
+GLUON = "3.6."  # of Triton; Gluon, still experimental there, changes between releases
 
 
 def runs_kernels(tensor: Tensor) -> bool:
@@ -19,6 +21,22 @@ def runs_kernels(tensor: Tensor) -> bool:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return True
     return tensor.is_cuda and _has_fp8(tensor.device.index)
+
+
+@cache
+def runs_hopper_kernels(device: torch.device) -> bool:
+    """True on a GPU of compute capability 9.0 with the Triton release that the Gluon kernels are written for."""
+    if device.type != "cuda" or not _has_triton() or os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    import triton
+
+    return torch.cuda.get_device_capability(device) == HOPPER_CAPABILITY and triton.__version__.startswith(GLUON)
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; interpreted, a few, so that work spans programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @cache

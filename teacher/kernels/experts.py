@@ -42,12 +42,18 @@ class Alignment(NamedTuple):
 
 
 class ExpertsPlan(NamedTuple):
-    """How the two products are cut: `rows` a tile, a power of two from 16; `weights_first` for few tokens an expert."""
+    """How the two products are cut: `rows` a tile, a power of two from 16; `weights_first` for few tokens an expert.
+
+    `fused` computes SwiGLU in the first product's registers; else tokens are gathered by expert (128 rows a tile) for
+    the grouped products of `teacher.kernels.experts_prefill`, which choose their own warps and stages.
+    """
 
     rows: int
     weights_first: bool
     num_warps: int = 4
-    num_stages: int = 4
+    num_stages: int = 6  # of gate and up: two blocks of weights each
+    down_stages: int = 4
+    fused: bool = True
 
 
 def routed_experts_fp8(
@@ -61,9 +67,13 @@ def routed_experts_fp8(
         shapes = tuple(x.values_MK.shape), tuple(weights.gate_up_E2ID.shape), tuple(weights.down_EDI.shape)
         raise ValueError(f"tokens, gate_up and down do not belong together: {shapes}")
     if runs_kernels(x.values_MK):
+        chosen = plan or default_plan(choice.indices_NK.numel(), num_experts)
+        if not chosen.fused and choice.indices_NK.numel():
+            from teacher.kernels.experts_prefill import routed_experts_prefill
+
+            return routed_experts_prefill(x, choice, weights)
         from teacher.kernels.experts_triton import routed_experts_kernel
 
-        chosen = plan or default_plan(choice.indices_NK.numel(), num_experts)
         return routed_experts_kernel(x, choice, weights, plan=chosen)
     return routed_experts_twin(x, choice, weights)
 
@@ -73,7 +83,7 @@ def default_plan(num_pairs: int, num_experts: int) -> ExpertsPlan:
     mean = num_pairs / num_experts
     if mean <= 32:
         return ExpertsPlan(rows=16 if mean <= 8 else 32, weights_first=True)
-    return ExpertsPlan(rows=64 if mean <= 128 else 128, weights_first=False, num_warps=8)
+    return ExpertsPlan(rows=128, weights_first=False, fused=False)
 
 
 def num_rows(num_pairs: int, num_experts: int, rows_a_tile: int) -> int:

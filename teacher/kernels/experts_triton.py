@@ -10,10 +10,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from teacher.kernels import quantise as quantise_twin
 from teacher.kernels.arithmetic_triton import sigmoid, to_dtype, to_e4m3
 from teacher.kernels.experts import Alignment, ExpertsPlan, ExpertWeights, num_rows
+from teacher.kernels.grouped_triton import sum_choices_kernel
 from teacher.kernels.quantise import Quantised, empty_scales
 from teacher.kernels.route import Choice
 from teacher.model.fp8 import BLOCK, E4M3_MAX
@@ -22,7 +24,6 @@ B = tl.constexpr(BLOCK)
 MAX = tl.constexpr(E4M3_MAX)
 LEAST = tl.constexpr(quantise_twin.LEAST_MAGNITUDE)
 PAIRS_A_STEP = 1_024
-COLUMNS_A_PROGRAM = 1_024
 
 
 @triton.jit
@@ -63,13 +64,13 @@ def _align(
 
 @triton.jit
 def _gate_up(
-    x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, pairs_ptr, experts_ptr, out_ptr, out_scale_ptr,
+    x_ptr, x_scale_ptr, weight_desc, weight_scale_ptr, pairs_ptr, experts_ptr, out_ptr, out_scale_ptr,
     num_pairs, x_scale_stride, out_scale_stride, top_k,
     HIDDEN_GROUPS: tl.constexpr, INNER_GROUPS: tl.constexpr, ROWS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows, 128 columns of gate and the same of up: SwiGLU and its quantisation in registers."""
     tile, column_group = tl.program_id(1), tl.program_id(0)
-    expert = tl.load(experts_ptr + tile).to(tl.int64)
+    expert = tl.load(experts_ptr + tile)
     if expert >= 0:
         rows = tile * ROWS + tl.arange(0, ROWS)
         pairs = tl.load(pairs_ptr + rows)
@@ -77,29 +78,36 @@ def _gate_up(
         tokens = (pairs // top_k).to(tl.int64)
         inner = tl.arange(0, B)
         width: tl.constexpr = HIDDEN_GROUPS * B
-        gate_ptr = weight_ptr + (expert * 2 * INNER_GROUPS + column_group) * B * width
-        up_ptr = gate_ptr + INNER_GROUPS * B * width
+        gate_row = (expert * 2 * INNER_GROUPS + column_group) * B
+        up_row = gate_row + INNER_GROUPS * B
         gate_scale_ptr = weight_scale_ptr + (expert * 2 * INNER_GROUPS + column_group) * HIDDEN_GROUPS
         up_scale_ptr = gate_scale_ptr + INNER_GROUPS * HIDDEN_GROUPS
         if WEIGHTS_FIRST:
             gate, up = tl.zeros((B, ROWS), tl.float32), tl.zeros((B, ROWS), tl.float32)
         else:
             gate, up = tl.zeros((ROWS, B), tl.float32), tl.zeros((ROWS, B), tl.float32)
+        # The factors are loaded a step ahead: unlike the tiles, nothing else hides their way from memory.
+        x_scale = tl.load(x_scale_ptr + tokens, mask=inside, other=0.0)
+        gate_weight_scale = tl.load(gate_scale_ptr)
+        up_weight_scale = tl.load(up_scale_ptr)
         for group in range(HIDDEN_GROUPS):
             k = group * B + inner
-            x_scale = tl.load(x_scale_ptr + group * x_scale_stride + tokens, mask=inside, other=0.0)
-            gate_scale = x_scale * tl.load(gate_scale_ptr + group)
-            up_scale = x_scale * tl.load(up_scale_ptr + group)
+            gate_scale = x_scale * gate_weight_scale
+            up_scale = x_scale * up_weight_scale
+            ahead = min(group + 1, HIDDEN_GROUPS - 1)
+            x_scale = tl.load(x_scale_ptr + ahead * x_scale_stride + tokens, mask=inside, other=0.0)
+            gate_weight_scale = tl.load(gate_scale_ptr + ahead)
+            up_weight_scale = tl.load(up_scale_ptr + ahead)
+            gate_weight = weight_desc.load([gate_row, group * B])
+            up_weight = weight_desc.load([up_row, group * B])
             if WEIGHTS_FIRST:
                 x = tl.load(x_ptr + tokens[None, :] * width + k[:, None], mask=inside[None, :], other=0.0)
-                places = inner[:, None] * width + k[None, :]
-                gate += tl.dot(tl.load(gate_ptr + places), x) * gate_scale[None, :]
-                up += tl.dot(tl.load(up_ptr + places), x) * up_scale[None, :]
+                gate += tl.dot(gate_weight, x) * gate_scale[None, :]
+                up += tl.dot(up_weight, x) * up_scale[None, :]
             else:
                 x = tl.load(x_ptr + tokens[:, None] * width + k[None, :], mask=inside[:, None], other=0.0)
-                places = inner[None, :] * width + k[:, None]
-                gate += tl.dot(x, tl.load(gate_ptr + places)) * gate_scale[:, None]
-                up += tl.dot(x, tl.load(up_ptr + places)) * up_scale[:, None]
+                gate += tl.dot(x, gate_weight.T) * gate_scale[:, None]
+                up += tl.dot(x, up_weight.T) * up_scale[:, None]
         columns = column_group * B + inner
         activated = gate * sigmoid(gate) * up
         axis: tl.constexpr = 0 if WEIGHTS_FIRST else 1
@@ -117,37 +125,39 @@ def _gate_up(
 
 @triton.jit
 def _down(
-    x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, pairs_ptr, experts_ptr, gates_ptr, out_ptr,
+    x_desc, x_scale_ptr, weight_desc, weight_scale_ptr, pairs_ptr, experts_ptr, gates_ptr, out_ptr,
     num_pairs, x_scale_stride,
     HIDDEN_GROUPS: tl.constexpr, INNER_GROUPS: tl.constexpr, ROWS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows and 128 columns of the down projection, times the gates, to the rows' own pairs."""
     tile, column_group = tl.program_id(1), tl.program_id(0)
-    expert = tl.load(experts_ptr + tile).to(tl.int64)
+    expert = tl.load(experts_ptr + tile)
     if expert >= 0:
         rows = tile * ROWS + tl.arange(0, ROWS)
         pairs = tl.load(pairs_ptr + rows)
         inside = pairs < num_pairs
         gates = tl.load(gates_ptr + pairs, mask=inside, other=0.0)
         inner = tl.arange(0, B)
-        width: tl.constexpr = INNER_GROUPS * B
-        weight_ptr += (expert * HIDDEN_GROUPS + column_group) * B * width
+        weight_row = (expert * HIDDEN_GROUPS + column_group) * B
         weight_scale_ptr += (expert * HIDDEN_GROUPS + column_group) * INNER_GROUPS
-        x_rows = rows.to(tl.int64)
         if WEIGHTS_FIRST:
             sums = tl.zeros((B, ROWS), tl.float32)
         else:
             sums = tl.zeros((ROWS, B), tl.float32)
+        # The factors are loaded a step ahead: unlike the tiles, nothing else hides their way from memory.
+        x_scale = tl.load(x_scale_ptr + rows, mask=inside, other=0.0)
+        weight_scale = tl.load(weight_scale_ptr)
         for group in range(INNER_GROUPS):
-            k = group * B + inner
-            scale = tl.load(x_scale_ptr + group * x_scale_stride + rows, mask=inside, other=0.0)
-            scale *= tl.load(weight_scale_ptr + group)
+            scale = x_scale * weight_scale
+            ahead = min(group + 1, INNER_GROUPS - 1)
+            x_scale = tl.load(x_scale_ptr + ahead * x_scale_stride + rows, mask=inside, other=0.0)
+            weight_scale = tl.load(weight_scale_ptr + ahead)
+            weight = weight_desc.load([weight_row, group * B])
+            x = x_desc.load([tile * ROWS, group * B])
             if WEIGHTS_FIRST:
-                x = tl.load(x_ptr + x_rows[None, :] * width + k[:, None], mask=inside[None, :], other=0.0)
-                sums += tl.dot(tl.load(weight_ptr + inner[:, None] * width + k[None, :]), x) * scale[None, :]
+                sums += tl.dot(weight, x.T) * scale[None, :]
             else:
-                x = tl.load(x_ptr + x_rows[:, None] * width + k[None, :], mask=inside[:, None], other=0.0)
-                sums += tl.dot(x, tl.load(weight_ptr + inner[None, :] * width + k[:, None])) * scale[:, None]
+                sums += tl.dot(x, weight.T) * scale[:, None]
         columns = column_group * B + inner
         targets = pairs.to(tl.int64) * (HIDDEN_GROUPS * B)
         if WEIGHTS_FIRST:
@@ -156,17 +166,6 @@ def _down(
         else:
             out = to_dtype(sums * gates[:, None], out_ptr.dtype.element_ty)
             tl.store(out_ptr + targets[:, None] + columns[None, :], out, mask=inside[:, None])
-
-
-@triton.jit
-def _sum_choices(pairs_ptr, out_ptr, hidden, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < hidden
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for choice in tl.static_range(TOP_K):
-        total += tl.load(pairs_ptr + (token * TOP_K + choice) * hidden + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * hidden + columns, to_dtype(total, out_ptr.dtype.element_ty), mask=inside)
 
 
 def align_kernel(indices_NK: Tensor, load_E: Tensor, rows_a_tile: int) -> Alignment:
@@ -186,28 +185,29 @@ def routed_experts_kernel(x: Quantised, choice: Choice, weights: ExpertWeights, 
     num_tokens, top_k = choice.indices_NK.shape
     _, hidden, inner = weights.down_EDI.shape
     device = x.values_MK.device
-    out = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=device)
     if not num_tokens:
-        return out
+        return torch.empty(0, hidden, dtype=torch.bfloat16, device=device)
     alignment = align_kernel(choice.indices_NK, choice.load_E, plan.rows)
     length, tiles = alignment.pairs_R.numel(), alignment.experts_T.numel()
     num_pairs = num_tokens * top_k
     groups = {"HIDDEN_GROUPS": hidden // BLOCK, "INNER_GROUPS": inner // BLOCK}
     form = {"ROWS": plan.rows, "WEIGHTS_FIRST": plan.weights_first}
-    launch = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
     values = torch.empty(length, inner, dtype=torch.float8_e4m3fn, device=device)
     scales = empty_scales(length, inner // BLOCK, device)
     _gate_up[(inner // BLOCK, tiles)](
-        x.values_MK, x.scale_inv_MG, weights.gate_up_E2ID, weights.gate_up_scale_inv, *alignment, values, scales,
-        num_pairs, x.scale_inv_MG.stride(1), scales.stride(1), top_k,
-        enable_fp_fusion=False, **groups, **form, **launch,
+        x.values_MK, x.scale_inv_MG, _blocks(weights.gate_up_E2ID), weights.gate_up_scale_inv, *alignment, values,
+        scales, num_pairs, x.scale_inv_MG.stride(1), scales.stride(1), top_k,
+        enable_fp_fusion=False, num_warps=plan.num_warps, num_stages=plan.num_stages, **groups, **form,
     )  # fmt: skip
     of_pairs = torch.empty(num_pairs, hidden, dtype=torch.bfloat16, device=device)
     _down[(hidden // BLOCK, tiles)](
-        values, scales, weights.down_EDI, weights.down_scale_inv, *alignment, choice.weights_NK, of_pairs,
-        num_pairs, scales.stride(1), **groups, **form, **launch,
+        TensorDescriptor.from_tensor(values, [plan.rows, BLOCK]), scales, _blocks(weights.down_EDI),
+        weights.down_scale_inv, *alignment, choice.weights_NK, of_pairs, num_pairs, scales.stride(1),
+        num_warps=plan.num_warps, num_stages=plan.down_stages, **groups, **form,
     )  # fmt: skip
-    _sum_choices[(num_tokens, triton.cdiv(hidden, COLUMNS_A_PROGRAM))](
-        of_pairs, out, hidden, TOP_K=top_k, COLUMNS=COLUMNS_A_PROGRAM
-    )
-    return out
+    return sum_choices_kernel(of_pairs, top_k)
+
+
+def _blocks(weight: Tensor) -> TensorDescriptor:
+    """128x128 blocks of the experts' weights, one below the other."""
+    return TensorDescriptor.from_tensor(weight.flatten(0, 1), [BLOCK, BLOCK])

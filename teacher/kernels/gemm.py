@@ -3,32 +3,42 @@
     out[m, n] = sum over g of (x_g[m] . w_g[n]) * scale_x[m, g] * scale_w[n / 128, g]      (DeepSeek-V3 s.3.3.2)
 
 Within a group of 128 the tensor cores add up; between groups, FP32 adds scaled sums, so that their short accumulators
-never see more than 128 products. `GemmPlan` says how a shape is cut; which plan is fastest is measured, not guessed.
+never see more than 128 products. `GemmPlan` says how a shape is cut; which plan is fastest is measured, not guessed:
+`make tune` writes `tables/<gpu>.json`, which also names the shapes at which cuBLAS is faster still.
 
 Shape legend: M rows (tokens), N columns (outputs), K inner, G = K / 128, P = ceil(N / 128).
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from teacher.kernels import tables
 from teacher.kernels.device import runs_kernels
 from teacher.kernels.quantise import Quantised, num_groups
 from teacher.model.fp8 import BLOCK, scale_shape
+
+LIBRARY_ROWS = 4  # cuBLASLt takes multiples of it
 
 
 class GemmPlan(NamedTuple):
     """How one product is cut. `weights_first` puts the weights' rows on the tensor core's long side: for few tokens."""
 
     rows: int  # tokens a tile, a power of two from 16
-    columns: int  # outputs a tile: 32, 64 or 128
+    columns: int  # outputs a tile: 32, 64 or 128; 256 is the form for Hopper alone, which chooses the rest itself
     splits: int = 1  # parts of K that are summed afterwards, in their order
     weights_first: bool = False
     num_warps: int = 4
     num_stages: int = 4
+
+
+HOPPER_COLUMNS = 256
+MANY_ROWS = GemmPlan(rows=128, columns=HOPPER_COLUMNS)  # the plain one where the GPU is not Hopper
+MANY_ROWS_PLAIN = GemmPlan(rows=128, columns=128, num_warps=8, num_stages=3)
 
 
 def block_gemm(
@@ -41,7 +51,7 @@ def block_gemm(
 ) -> Tensor:
     """[M, N] in `dtype`. Raises ValueError for shapes that do not belong together.
 
-    `plan` is the caller's choice for the kernel; by default one that fits the number of rows.
+    `plan` is the caller's choice for the kernel; by default the fastest measured one, or cuBLAS where that won.
     """
     num_rows, num_inner = x.values_MK.shape
     groups = num_groups(num_inner)
@@ -52,8 +62,11 @@ def block_gemm(
     if runs_kernels(x.values_MK):
         from teacher.kernels.gemm_triton import block_gemm_kernel
 
-        chosen = plan or default_plan(num_rows, weight_NK.shape[0], groups)
-        return block_gemm_kernel(x, weight_NK, scale_inv_PG, dtype=dtype, plan=chosen)
+        if plan is None:
+            plan, library = tuned_gemm(x.values_MK.device, num_rows, *weight_NK.shape)
+            if library and dtype == torch.bfloat16 and num_rows % LIBRARY_ROWS == 0:
+                return _library_gemm(x, weight_NK, scale_inv_PG)
+        return block_gemm_kernel(x, weight_NK, scale_inv_PG, dtype=dtype, plan=plan)
     return block_gemm_twin(x, weight_NK, scale_inv_PG, dtype=dtype)
 
 
@@ -70,10 +83,34 @@ def block_gemm_twin(
     return out_MN.to(dtype)
 
 
+class Tuned(NamedTuple):
+    """Our fastest plan for a shape, and whether cuBLAS is faster than it."""
+
+    plan: GemmPlan
+    library: bool
+
+
+@cache
+def tuned_gemm(device: torch.device, num_rows: int, num_columns: int, num_inner: int) -> Tuned:
+    """What was measured on this GPU for the nearest number of rows that is not smaller, or else the largest."""
+    measured = tables.gemm_shapes(device).get(f"{num_columns}x{num_inner}")
+    if not measured:
+        return Tuned(default_plan(num_rows, num_columns, num_inner // BLOCK), library=False)
+    rows = min((at for at in measured if at >= num_rows), default=max(measured))
+    entry = measured[rows]
+    return Tuned(GemmPlan(**entry["plan"]), library=entry["library"])
+
+
+def _library_gemm(x: Quantised, weight_NK: Tensor, scale_inv_PG: Tensor) -> Tensor:
+    """cuBLASLt's blocks of 1x128 by 128x128 (Hopper, CUDA 12.9 or later)."""
+    factors = x.scale_inv_MG, scale_inv_PG.t()
+    return torch._scaled_mm(x.values_MK, weight_NK.t(), *factors, out_dtype=torch.bfloat16)
+
+
 def default_plan(num_rows: int, num_columns: int, groups: int) -> GemmPlan:
     """A plan for shapes that nobody has measured: enough tiles for a large GPU's multiprocessors."""
     if num_rows > 64:
-        return GemmPlan(rows=128, columns=128, num_warps=8)
+        return MANY_ROWS
     rows = max(16, 1 << (num_rows - 1).bit_length())
     tiles = -(-num_columns // 128)
     splits = 1

@@ -12,9 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from teacher.kernels.arithmetic_triton import to_dtype
-from teacher.kernels.gemm import GemmPlan
+from teacher.kernels.device import runs_hopper_kernels
+from teacher.kernels.gemm import HOPPER_COLUMNS, MANY_ROWS_PLAIN, GemmPlan
 from teacher.kernels.quantise import Quantised
 from teacher.model.fp8 import BLOCK
 
@@ -23,9 +25,9 @@ TILES_A_GROUP = 8  # tiles of M that share a tile of N in the L2 before the next
 COMBINED = 1_024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gemm(
-    x_ptr, weight_ptr, x_scale_ptr, weight_scale_ptr, out_ptr, num_rows, num_columns, num_groups, groups_a_part,
+    x_desc, weight_desc, x_scale_ptr, weight_scale_ptr, out_ptr, num_rows, num_columns, num_groups, groups_a_part,
     x_scale_stride, tiles_m, tiles_n,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -35,10 +37,8 @@ def _gemm(
     in_group = min(tiles_m - first, TILES)
     tile_m = first + tile % (TILES * tiles_n) % in_group
     tile_n = tile % (TILES * tiles_n) // in_group
-    rows = tile_m.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tile_n.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    inner = tl.arange(0, B)
-    width = num_groups * B
+    rows = tile_m * ROWS + tl.arange(0, ROWS)
+    columns = tile_n * COLUMNS + tl.arange(0, COLUMNS)
     inside_m, inside_n = rows < num_rows, columns < num_columns
     weight_scale_row = weight_scale_ptr + tile_n * COLUMNS // B * num_groups
     if WEIGHTS_FIRST:
@@ -46,25 +46,28 @@ def _gemm(
     else:
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     begin = part * groups_a_part
-    for group in range(begin, min(begin + groups_a_part, num_groups)):
-        k = group * B + inner
-        x_scale = tl.load(x_scale_ptr + group * x_scale_stride + rows, mask=inside_m, other=0.0)
-        scale = x_scale * tl.load(weight_scale_row + group)
+    end = min(begin + groups_a_part, num_groups)
+    # The factors are loaded a step ahead: unlike the tiles, nothing else hides their way from memory.
+    x_scale = tl.load(x_scale_ptr + begin * x_scale_stride + rows, mask=inside_m, other=0.0)
+    weight_scale = tl.load(weight_scale_row + begin)
+    for group in range(begin, end):
+        scale = x_scale * weight_scale
+        ahead = min(group + 1, end - 1)
+        x_scale = tl.load(x_scale_ptr + ahead * x_scale_stride + rows, mask=inside_m, other=0.0)
+        weight_scale = tl.load(weight_scale_row + ahead)
+        weight = weight_desc.load([tile_n * COLUMNS, group * B])
+        x = x_desc.load([tile_m * ROWS, group * B])
         if WEIGHTS_FIRST:
-            weight = tl.load(weight_ptr + columns[:, None] * width + k[None, :], mask=inside_n[:, None], other=0.0)
-            x = tl.load(x_ptr + rows[None, :] * width + k[:, None], mask=inside_m[None, :], other=0.0)
-            sums += tl.dot(weight, x) * scale[None, :]
+            sums += tl.dot(weight, x.T) * scale[None, :]
         else:
-            x = tl.load(x_ptr + rows[:, None] * width + k[None, :], mask=inside_m[:, None], other=0.0)
-            weight = tl.load(weight_ptr + columns[None, :] * width + k[:, None], mask=inside_n[None, :], other=0.0)
-            sums += tl.dot(x, weight) * scale[:, None]
+            sums += tl.dot(x, weight.T) * scale[:, None]
     if SPLIT:
         out_ptr += part.to(tl.int64) * num_rows * num_columns
     if WEIGHTS_FIRST:
-        places = rows[None, :] * num_columns + columns[:, None]
+        places = rows[None, :].to(tl.int64) * num_columns + columns[:, None]
         inside = inside_m[None, :] & inside_n[:, None]
     else:
-        places = rows[:, None] * num_columns + columns[None, :]
+        places = rows[:, None].to(tl.int64) * num_columns + columns[None, :]
         inside = inside_m[:, None] & inside_n[None, :]
     tl.store(out_ptr + places, to_dtype(sums, out_ptr.dtype.element_ty), mask=inside)
 
@@ -82,20 +85,29 @@ def _combine(parts_ptr, out_ptr, size, SPLITS: tl.constexpr, COUNT: tl.constexpr
 def block_gemm_kernel(
     x: Quantised, weight_NK: Tensor, scale_inv_PG: Tensor, *, dtype: torch.dtype, plan: GemmPlan
 ) -> Tensor:
-    if BLOCK % plan.columns:
+    if plan.columns != HOPPER_COLUMNS and BLOCK % plan.columns:
         raise ValueError(f"a tile's columns must divide {BLOCK}, got {plan.columns}")
     num_rows, num_columns = x.values_MK.shape[0], weight_NK.shape[0]
-    groups = scale_inv_PG.shape[1]
-    groups_a_part = -(-groups // plan.splits)
-    splits = -(-groups // groups_a_part)
     values, weight, scales = x.values_MK.contiguous(), weight_NK.contiguous(), scale_inv_PG.contiguous()
     out = torch.empty(num_rows, num_columns, dtype=dtype, device=values.device)
     if not num_rows:
         return out
+    if plan.columns == HOPPER_COLUMNS:
+        if runs_hopper_kernels(values.device):
+            from teacher.kernels.gemm_gluon import block_gemm_hopper
+
+            block_gemm_hopper(values, x.scale_inv_MG, weight, scales, out)
+            return out
+        plan = MANY_ROWS_PLAIN
+    groups = scale_inv_PG.shape[1]
+    groups_a_part = -(-groups // plan.splits)
+    splits = -(-groups // groups_a_part)
     target = out if splits == 1 else torch.empty(splits, num_rows, num_columns, device=values.device)
     tiles_m, tiles_n = triton.cdiv(num_rows, plan.rows), triton.cdiv(num_columns, plan.columns)
     _gemm[(tiles_m * tiles_n, splits)](
-        values, weight, x.scale_inv_MG, scales, target, num_rows, num_columns, groups, groups_a_part,
+        TensorDescriptor.from_tensor(values, [plan.rows, BLOCK]),
+        TensorDescriptor.from_tensor(weight, [plan.columns, BLOCK]),
+        x.scale_inv_MG, scales, target, num_rows, num_columns, groups, groups_a_part,
         x.scale_inv_MG.stride(1), tiles_m, tiles_n,
         ROWS=plan.rows, COLUMNS=plan.columns, WEIGHTS_FIRST=plan.weights_first, SPLIT=splits > 1, TILES=TILES_A_GROUP,
         num_warps=plan.num_warps, num_stages=plan.num_stages,

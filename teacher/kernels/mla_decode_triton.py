@@ -1,124 +1,132 @@
-"""The Triton side of `teacher.kernels.mla_decode`: online softmax over pages (FlashAttention, arXiv 2205.14135; split
-over the context as in Flash-Decoding).
+"""The portable side of `teacher.kernels.mla_decode`: online softmax over pages (FlashAttention, arXiv 2205.14135).
 
-A program holds one block of rows (queries times heads) and walks one part of the pages; each page's latent is read
-once, as keys and as values. Blocks of 64 heads: smaller ones would read the cache again for each.
+A program holds one block of rows (queries times heads) and walks one share of the schedule; each page's latent is read
+once, as keys and as values. Blocks of 64 heads: smaller ones would read the cache again for each. An FP8 latent turns
+BF16 exactly; its scale, one a token, multiplies logits and weights.
 
-Shape legend: B sequences, S queries each, H heads, W = S * H rows, C latent, R rope, P positions a page, Z parts.
+Shape legend: B sequences, S queries each, H heads, W = S * H rows, C latent, R rope, P positions a page, Z shares.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from teacher.kernels.arithmetic_triton import INTERPRETED, to_dtype
-from teacher.kernels.mla_decode import PAGE, DecodePlan
+from teacher.kernels.arithmetic_triton import dot, to_dtype
+from teacher.kernels.mla_cache import PAGE, Entries
 
 P = tl.constexpr(PAGE)
-LOG2_E = 1.4426950408889634
-COLUMNS = 128
-
-
-@triton.jit
-def _dot(a, b):
-    """The interpreter's product of BF16 numbers is wrong (3.6, 3.9)."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    return tl.dot(a, b)
+LOWEST = tl.constexpr(-1.0e30)  # a maximum over nothing: finite, since minus infinity from itself is NaN
 
 
 @triton.jit
 def _decode(
-    query_ptr, cache_ptr, pages_ptr, lengths_ptr, parts_ptr, lse_ptr, scale, pages_stride, pages_a_part, num_parts,
-    S: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    query_ptr, latent_ptr, rope_ptr, scale_ptr, pages_ptr, lengths_ptr, shares_ptr, parts_ptr, lse_ptr, out_ptr, scale,
+    pages_stride, S, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    ENTRY_C: tl.constexpr, ENTRY_R: tl.constexpr, ENTRY_S: tl.constexpr,
 ):  # fmt: skip
-    block, sequence, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    rows = block * ROWS + tl.arange(0, ROWS)
-    inside = rows < S * H
-    length = tl.load(lengths_ptr + sequence)
-    visible = length - S + 1 + rows // H
-    E: tl.constexpr = C + R
-    latent, rope, positions = tl.arange(0, C), C + tl.arange(0, R), tl.arange(0, P)
-    query_ptr += sequence * S * H * E
-    query_C = tl.load(query_ptr + rows[:, None] * E + latent[None, :], mask=inside[:, None], other=0.0)
-    query_R = tl.load(query_ptr + rows[:, None] * E + rope[None, :], mask=inside[:, None], other=0.0)
-    highest = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    sums = tl.zeros((ROWS, C), tl.float32)
-    begin = part * pages_a_part
-    for number in range(begin, min(begin + pages_a_part, (length + P - 1) // P)):
-        page = tl.load(pages_ptr + sequence * pages_stride + number).to(tl.int64)
-        tokens = number * P + positions
-        there = tokens < length
-        entries = cache_ptr + page * P * E + positions[:, None] * E
-        keys_C = tl.load(entries + latent[None, :], mask=there[:, None], other=0.0)
-        keys_R = tl.load(entries + rope[None, :], mask=there[:, None], other=0.0)
-        logits = (_dot(query_C, tl.trans(keys_C)) + _dot(query_R, tl.trans(keys_R))) * scale
-        logits = tl.where(tokens[None, :] < visible[:, None], logits, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, axis=1))
-        # A row that has seen nothing yet has minus infinity on both sides.
-        reference = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp2(highest - reference)
-        weights = tl.exp2(logits - reference[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
-        sums = sums * shrink[:, None] + _dot(to_dtype(weights, keys_C.dtype), keys_C)
-        highest = higher
-    out_rows = (sequence * num_parts + part) * S * H + rows
-    # A part beyond what a row sees has a total of zero, and minus infinity as its highest logit and its log-sum-exp.
-    divisor = tl.where(total == 0, 1.0, total)
-    tl.store(parts_ptr + out_rows[:, None] * C + latent[None, :], sums / divisor[:, None], mask=inside[:, None])
-    tl.store(lse_ptr + out_rows, highest + tl.log2(divisor), mask=inside)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    share = tl.program_id(1)
+    shares_ptr += share * 4
+    first, last = tl.load(shares_ptr), tl.load(shares_ptr + 2)
+    for sequence in range(first, last + 1):
+        length = tl.load(lengths_ptr + sequence)
+        num_pages = (length + P - 1) // P
+        begin = tl.where(sequence == first, tl.load(shares_ptr + 1), 0)
+        end = tl.where(sequence == last, tl.load(shares_ptr + 3), num_pages)
+        if begin < end:
+            sums, total, highest = _attend(
+                query_ptr, latent_ptr, rope_ptr, scale_ptr, pages_ptr + sequence * pages_stride, sequence, rows, begin,
+                end, length, scale, S, H, C, R, ROWS, ENTRY_C, ENTRY_R, ENTRY_S,
+            )  # fmt: skip
+            _leave(
+                sums, total, highest, rows, sequence, share, begin, (begin == 0) & (end == num_pages),
+                parts_ptr, lse_ptr, out_ptr, S * H, C,
+            )  # fmt: skip
 
 
 @triton.jit
-def _join(
-    parts_ptr, lse_ptr, out_ptr, num_parts,
-    W: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
+def _attend(
+    query_ptr, latent_ptr, rope_ptr, scale_ptr, pages_ptr, sequence, rows, begin, end, length, scale,
+    S, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    ENTRY_C: tl.constexpr, ENTRY_R: tl.constexpr, ENTRY_S: tl.constexpr,
 ):  # fmt: skip
-    row, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < C
-    lse_ptr += sequence * num_parts * W + row
-    highest = tl.load(lse_ptr)
-    for part in range(1, num_parts):
-        highest = tl.maximum(highest, tl.load(lse_ptr + part * W))
-    total, sums = 0.0, tl.zeros((COLUMNS,), tl.float32)
-    for part in range(num_parts):
-        weight = tl.exp2(tl.load(lse_ptr + part * W) - highest)
-        total += weight
-        places = ((sequence * num_parts + part) * W + row) * C + columns
-        sums += weight * tl.load(parts_ptr + places, mask=inside, other=0.0)
-    out = to_dtype(sums / total, out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (sequence * W + row) * C + columns, out, mask=inside)
+    E: tl.constexpr = C + R
+    latent, rope, positions = tl.arange(0, C), tl.arange(0, R), tl.arange(0, P)
+    inside = rows < S * H
+    visible = length - S + 1 + rows // H
+    query_ptr += (sequence * S * H + rows.to(tl.int64))[:, None] * E
+    query_C = tl.load(query_ptr + latent[None, :], mask=inside[:, None], other=0.0)
+    query_R = tl.load(query_ptr + C + rope[None, :], mask=inside[:, None], other=0.0)
+    highest = tl.full((ROWS,), LOWEST, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    sums = tl.zeros((ROWS, C), tl.float32)
+    for number in range(begin, end):
+        page = tl.load(pages_ptr + number).to(tl.int64)
+        tokens = number * P + positions
+        there = tokens < length
+        places = page * P + positions
+        keys_C = tl.load(latent_ptr + places[:, None] * ENTRY_C + latent[None, :], mask=there[:, None], other=0.0)
+        keys_R = tl.load(rope_ptr + places[:, None] * ENTRY_R + rope[None, :], mask=there[:, None], other=0.0)
+        if ENTRY_S:
+            token_scale = tl.load(scale_ptr + places * ENTRY_S, mask=there, other=0.0)[None, :]
+            keys_C = keys_C.to(query_C.dtype)
+            logits = (dot(query_C, tl.trans(keys_C)) + dot(query_R, tl.trans(keys_R))) * token_scale
+        else:
+            logits = dot(query_C, tl.trans(keys_C)) + dot(query_R, tl.trans(keys_R))
+        logits = tl.where(tokens[None, :] < visible[:, None], logits * scale, float("-inf"))
+        higher = tl.maximum(highest, tl.max(logits, axis=1))
+        shrink = tl.exp2(highest - higher)
+        weights = tl.exp2(logits - higher[:, None])
+        total = total * shrink + tl.sum(weights, axis=1)
+        if ENTRY_S:
+            weights *= token_scale
+        sums = sums * shrink[:, None] + dot(to_dtype(weights, keys_C.dtype), keys_C)
+        highest = higher
+    return sums, total, highest
 
 
-def mla_decode_kernel(
+@triton.jit
+def _leave(
+    sums, total, highest, rows, sequence, share, begin, whole, parts_ptr, lse_ptr, out_ptr,
+    W, C: tl.constexpr,
+):  # fmt: skip
+    """Store the result, or a part of it; a part in which a row saw nothing has minus infinity as its log-sum-exp."""
+    inside = rows < W
+    divisor = tl.where(total == 0, 1.0, total)
+    sums = sums / divisor[:, None]
+    columns = tl.arange(0, C)[None, :]
+    if whole:
+        places = (sequence * W + rows.to(tl.int64))[:, None] * C + columns
+        tl.store(out_ptr + places, to_dtype(sums, out_ptr.dtype.element_ty), mask=inside[:, None])
+    else:
+        slot = share * 2 + (begin == 0).to(tl.int32)
+        tl.store(parts_ptr + (slot * W + rows.to(tl.int64))[:, None] * C + columns, sums, mask=inside[:, None])
+        lse = tl.where(total == 0, float("-inf"), highest + tl.log2(divisor))
+        tl.store(lse_ptr + slot * W + rows, lse, mask=inside)
+
+
+def decode_kernel(
     query_BSHE: Tensor,
-    cache_LPE: Tensor,
+    cache: Entries,
     pages_BQ: Tensor,
     lengths_B: Tensor,
+    shares_Z4: Tensor,
+    parts_2ZWC: Tensor,
+    lse_2ZW: Tensor,
+    out_BSHC: Tensor,
     *,
-    scale: float,
-    latent: int,
-    plan: DecodePlan,
-) -> Tensor:
-    """Parts are cut by the width of `pages`, not by the lengths: those stay on the device."""
-    query = query_BSHE.contiguous()
-    num_sequences, num_queries, num_heads, width = query.shape
-    num_parts = triton.cdiv(pages_BQ.shape[1], plan.pages_a_part)
-    rows = num_queries * num_heads
-    parts = torch.empty(num_sequences, num_parts, rows, latent, device=query.device)
-    lse = torch.empty(num_sequences, num_parts, rows, device=query.device)
-    out = torch.empty(num_sequences, num_queries, num_heads, latent, dtype=query.dtype, device=query.device)
-    _decode[(triton.cdiv(rows, plan.heads), num_sequences, num_parts)](
-        query, cache_LPE.contiguous(), pages_BQ, lengths_B, parts, lse, scale * LOG2_E, pages_BQ.stride(0),
-        plan.pages_a_part, num_parts, S=num_queries, H=num_heads, C=latent, R=width - latent, ROWS=plan.heads,
-        num_warps=plan.num_warps, num_stages=plan.num_stages,
+    scale_log2: float,
+    rows_a_program: int,
+) -> None:
+    """`scale_log2` is the softmax scale times log2 of e: powers are of two."""
+    _, num_queries, num_heads, width = query_BSHE.shape
+    latent = out_BSHC.shape[-1]
+    _decode[(triton.cdiv(num_queries * num_heads, rows_a_program), shares_Z4.shape[0])](
+        query_BSHE, *cache, pages_BQ, lengths_B, shares_Z4, parts_2ZWC, lse_2ZW, out_BSHC, scale_log2,
+        pages_BQ.stride(0), num_queries, H=num_heads, C=latent, R=width - latent, ROWS=rows_a_program,
+        ENTRY_C=cache.latent_LPC.stride(1), ENTRY_R=cache.rope_LPR.stride(1),
+        ENTRY_S=0 if cache.scale_LP is None else cache.scale_LP.stride(1),
+        num_warps=8, num_stages=2,
     )  # fmt: skip
-    _join[(rows, num_sequences, triton.cdiv(latent, COLUMNS))](
-        parts, lse, out, num_parts, W=rows, C=latent, COLUMNS=COLUMNS
-    )
-    return out

@@ -120,7 +120,8 @@ def rms_norm_quantise_twin(
     residual_MK = x_MK if add_MK is None else (x_MK.float() + add_MK.float()).to(x_MK.dtype)
     x = residual_MK.float()
     # Squares of BF16 numbers summed in FP64: whatever the order of the sum, its FP32 rounding is the same.
-    mean_square = ((x * x).double().sum(dim=-1, keepdim=True) / x.shape[1]).float()
+    squares = (x * x).double().sum(dim=-1, keepdim=True)
+    mean_square = (squares / torch.full_like(squares, x.shape[1])).float()
     # The root in FP64 rounds to the right FP32; torch's own FP32 root on a CPU is at times a bit off.
     root = (mean_square + eps).double().sqrt().float()
     normed = x * (1.0 / root) * weight_K.float()
@@ -134,11 +135,12 @@ def swiglu_quantise_twin(gate_up_M2I: Tensor, *, ue8m0: bool = False) -> Quantis
 
 def _scales(largest: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     """(what multiplies the quantised values, what multiplies the original ones)."""
+    # torch divides by a number, on a GPU, and a number by a tensor as it multiplies by a reciprocal: that rounds twice.
+    most = torch.full_like(largest, E4M3_MAX)
     if not ue8m0:
-        # torch computes a number over a tensor as number * (1 / tensor), which rounds twice.
-        return largest / E4M3_MAX, torch.full_like(largest, E4M3_MAX) / largest
+        return largest / most, most / largest
     # Up to a power of two: one more in the exponent unless the mantissa is zero.
-    bits = (largest / E4M3_MAX).view(torch.int32)
+    bits = (largest / most).view(torch.int32)
     scale_inv = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     return scale_inv, 1.0 / scale_inv
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from teacher.kernels.device import runs_kernels
+from teacher.kernels.mla_cache import is_fp8, quantise_entries
 from teacher.model.rope import rotate
 
 
@@ -29,7 +30,8 @@ def write_latent(
 ) -> None:
     """Put tokens into the cache. `projected` is kv_a_proj's output, E = C + R; it may be a slice of a wider tensor.
 
-    `rotation` is (cos, sin), FP32 [positions, R/2]; `slots` int64 is page * P + place in the page, -1 for padding,
+    The cache is one of `mla_cache`; for one in FP8 `projected` must be BF16. `rotation` is (cos, sin), FP32
+    [positions, R/2]; `slots` int64 is page * P + place in the page, -1 for padding,
     which is written nowhere.
     """
     given = projected_NE, norm_weight_C, eps, rotation, positions_N, slots_N, cache_LPE
@@ -65,14 +67,16 @@ def write_latent_twin(
     interleave: bool,
 ) -> None:
     latent = norm_weight_C.numel()
+    numbers = projected_NE.dtype if is_fp8(cache_LPE) else cache_LPE.dtype
     x = projected_NE[:, :latent].float()
     mean_square = ((x * x).double().sum(dim=-1, keepdim=True) / latent).float()
     root = (mean_square + eps).double().sqrt().float()
-    normed = (x * (1.0 / root) * norm_weight_C.float()).to(cache_LPE.dtype)
+    normed = x * (1.0 / root) * norm_weight_C.float()
     cos, sin = (table[positions_N] for table in rotation)
-    rope = rotate(projected_NE[:, latent:].to(cache_LPE.dtype), cos, sin, interleave=interleave)
+    rope = rotate(projected_NE[:, latent:].to(numbers), cos, sin, interleave=interleave)
+    new_NE = quantise_entries(normed, rope) if is_fp8(cache_LPE) else torch.cat((normed.to(numbers), rope), dim=-1)
     written = slots_N >= 0
-    cache_LPE.flatten(0, 1)[slots_N[written]] = torch.cat((normed, rope), dim=-1)[written]
+    cache_LPE.flatten(0, 1)[slots_N[written]] = new_NE[written]
 
 
 def rotate_queries_twin(

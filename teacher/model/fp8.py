@@ -36,7 +36,9 @@ def quantise_blocks(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
     padded = weight_RC.new_zeros(num_p * BLOCK, num_q * BLOCK, dtype=torch.float32)
     padded[:num_rows, :num_columns] = weight_RC
     largest_PQ = padded.view(num_p, BLOCK, num_q, BLOCK).abs().amax(dim=(1, 3))
-    scale_inv_PQ = torch.where(largest_PQ > 0, largest_PQ / E4M3_MAX, torch.ones_like(largest_PQ))
+    # By a tensor: torch on a GPU divides by a Python number as it multiplies by its reciprocal, which rounds twice.
+    scale_inv_PQ = largest_PQ / torch.full_like(largest_PQ, E4M3_MAX)
+    scale_inv_PQ = torch.where(largest_PQ > 0, scale_inv_PQ, torch.ones_like(largest_PQ))
     # A block of subnormal numbers: its factor would underflow to zero.
     scale_inv_PQ = scale_inv_PQ.clamp_min(torch.finfo(torch.float32).tiny)
     scaled = weight_RC.float() / expand_scales(scale_inv_PQ, (num_rows, num_columns))

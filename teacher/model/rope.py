@@ -9,11 +9,13 @@ Shape legend: B sequences, T positions, H heads, R rope dimensions.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from teacher.model.config import DeepseekV3Config
+if TYPE_CHECKING:  # the kernels import `rotate` on hosts that have torch and Triton alone
+    from teacher.model.config import DeepseekV3Config
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:

@@ -6,6 +6,7 @@ import base64
 import itertools
 import socketserver
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,11 +79,10 @@ def test_completions_arrive_as_they_finish(endpoint: ChatEndpoint) -> None:
     stream = teacher(endpoint, max_concurrency=2).generate(requests(20), SAMPLING)
     next(stream)
     stream.close()
-    asked = len(endpoint.payloads)
-    assert asked <= 3, "the others wait for their turn"
     endpoint.hold = lambda number: False
-    assert teacher(endpoint).identity.name == "pico"  # the endpoint has taken whatever came before this
-    assert len(endpoint.payloads) == asked, "a closed stream asks for nothing more"
+    assert teacher(endpoint).identity.name == "pico"
+    time.sleep(0.5)  # what was on its way when the stream was closed has arrived
+    assert len(endpoint.payloads) <= 3, "the others wait for their turn, and a closed stream asks for nothing more"
 
 
 def test_faults_that_pass_are_asked_again(endpoint: ChatEndpoint) -> None:

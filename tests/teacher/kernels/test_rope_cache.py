@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from teacher.kernels import rope_cache as rc
+from teacher.kernels.mla_cache import dequantise, new_cache
 from teacher.model.rope import rotate
 
 PAGE = 64
@@ -47,6 +48,43 @@ def test_writing_equals_its_twin_bit_for_bit(device: str, dtype: torch.dtype, in
         assert torch.equal(caches[0], caches[1])
         untouched = (caches[0].flatten(0, 1) == 7.0).all(dim=1).sum()
         assert untouched == 5 * PAGE - (given["slots"] >= 0).sum()
+
+
+@pytest.mark.parametrize("interleave", [False, True])
+def test_writing_in_fp8_equals_its_twin_bit_for_bit(device: str, interleave: bool) -> None:
+    for num_tokens, latent, rope in ((1, 512, 64), (9, 96, 16)):
+        given = inputs(num_tokens, latent, rope, torch.bfloat16, device)
+        given["projected"][num_tokens // 2 - 1, :latent] = 0  # a latent of zeros must not divide by zero
+        if num_tokens > 1:
+            given["projected"][0, 3] = 3e4  # one number far above the others
+        empty = new_cache(5, latent, rope, torch.float8_e4m3fn, device).fill_(7)
+        caches = []
+        for write in (rc.write_latent, rc.write_latent_twin):
+            own = empty.clone()
+            own[..., -12:] = 0
+            write(
+                given["projected"], given["weight"], 1e-6, (given["cos"], given["sin"]), given["positions"],
+                given["slots"], own, interleave=interleave,
+            )  # fmt: skip
+            caches.append(own)
+        assert torch.equal(caches[0], caches[1])
+        untouched = (caches[0][..., :-12].flatten(0, 1) == 7).all(dim=1).sum()
+        assert untouched == 5 * PAGE - (given["slots"] >= 0).sum()
+
+
+def test_an_fp8_entry_holds_what_was_written_to_within_its_rounding() -> None:
+    given = inputs(9, 96, 16, torch.bfloat16, "cpu")
+    caches = [new_cache(5, 96, 16, dtype, "cpu") for dtype in (torch.bfloat16, torch.float8_e4m3fn)]
+    for cache in caches:
+        rc.write_latent_twin(
+            given["projected"], given["weight"], 1e-6, (given["cos"], given["sin"]), given["positions"],
+            given["slots"], cache, interleave=True,
+        )  # fmt: skip
+    wanted, got = (dequantise(cache, 96).float() for cache in caches)
+    assert torch.equal(got[..., 96:], wanted[..., 96:])
+    largest = wanted[..., :96].abs().amax(dim=-1, keepdim=True)
+    # Half a unit in the last of three bits, on top of BF16's own; below E4M3's range half of 2^-9 of the scale.
+    assert ((got - wanted)[..., :96].abs() <= wanted[..., :96].abs() * (2**-4 + 2**-8) + largest * 2**-16).all()
 
 
 @pytest.mark.parametrize("interleave", [False, True])

@@ -6,9 +6,6 @@ import pytest
 import torch
 
 from teacher.kernels.route import Routes, route, route_twin
-from teacher.model.config import DeepseekV3Config
-from teacher.model.router import Router
-from tests.teacher.v3_models import tiny_config
 
 V3 = Routes(num_experts_per_tok=8, n_group=8, topk_group=4, norm_topk_prob=True, routed_scaling_factor=2.5)
 CASES = [
@@ -49,7 +46,11 @@ def test_a_token_counts_once_for_each_of_its_experts(device: str) -> None:
 
 @pytest.mark.parametrize("n_group", [1, 4])
 def test_the_twin_is_the_models_router(n_group: int) -> None:
-    config: DeepseekV3Config = tiny_config(n_group=n_group, topk_group=max(1, n_group // 2))
+    pytest.importorskip("pydantic")  # the model's config needs it; a host that only runs kernels may lack it
+    from teacher.model.router import Router
+    from tests.teacher.v3_models import tiny_config
+
+    config = tiny_config(n_group=n_group, topk_group=max(1, n_group // 2))
     torch.manual_seed(0)
     router = Router(config)
     torch.nn.init.normal_(router.weight)

@@ -22,7 +22,7 @@ from teacher.model.fp8 import BLOCK, dequantise_blocks
 
 NUM_EXPERTS, HIDDEN, INNER, TOP_K = 8, 256, 128, 3
 ROUTES = Routes(TOP_K, 2, 1, True, 2.5)
-PLANS = [None, ExpertsPlan(16, True), ExpertsPlan(32, False)]
+PLANS = [None, ExpertsPlan(16, True), ExpertsPlan(32, False), ExpertsPlan(128, False, fused=False)]
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +56,19 @@ def test_the_kernels_equal_the_twin(
         x, choice = tokens(num_tokens, device, concentrated=concentrated)
         wanted = routed_experts_twin(x, choice, weights)
         got = routed_experts_fp8(x, choice, weights, plan=plan)
-        # The same roundings, but for sums of another order, which turn a rare FP8 rounding and then a BF16 one.
-        assert ((got.double() - wanted.double()).norm() / wanted.double().norm()) < 4e-3
+        # The same roundings, but for sums of another order, which turn a rare FP8 rounding and then a BF16 one. A GPU's
+        # tensor cores keep 14 bits of fraction, which turns a few more; what is not fused is rounded to BF16 before the
+        # SwiGLU, and so are one in thirty.
+        fused = 4e-3 if device == "cpu" else 6e-3
+        assert error(got, wanted) < (fused if plan is None or plan.fused else 2e-2)
         assert got.dtype == torch.bfloat16
 
 
-def test_the_twin_is_the_formula(device: str, weights: ExpertWeights) -> None:
-    x, choice = tokens(40, device)
+def exact(x: Quantised, choice: Choice, weights: ExpertWeights) -> torch.Tensor:
+    """The formula in FP64, of what the operands stand for; nothing is rounded on the way."""
     values = x.values_MK.double() * x.scale_inv_MG.double().repeat_interleave(BLOCK, dim=1)
     wanted = torch.zeros_like(values)
-    for token in range(40):
+    for token in range(len(values)):
         for expert, gate_weight in zip(choice.indices_NK[token].tolist(), choice.weights_NK[token], strict=True):
             both = (
                 values[token]
@@ -74,8 +77,25 @@ def test_the_twin_is_the_formula(device: str, weights: ExpertWeights) -> None:
             gate, up = both.chunk(2)
             down = dequantise_blocks(weights.down_EDI[expert], weights.down_scale_inv[expert]).double()
             wanted[token] += gate_weight.double() * (down @ (F.silu(gate) * up))
-    error = (routed_experts_twin(x, choice, weights).double() - wanted).norm() / wanted.norm()
-    assert error < 0.04  # the intermediate is rounded to E4M3, three bits of mantissa
+    return wanted
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def test_the_twin_is_the_formula(device: str, weights: ExpertWeights) -> None:
+    x, choice = tokens(40, device)
+    # The intermediate is rounded to E4M3, three bits of mantissa.
+    assert error(routed_experts_twin(x, choice, weights), exact(x, choice, weights)) < 0.04
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_kernels_are_as_exact_as_the_twin(device: str, weights: ExpertWeights, plan: ExpertsPlan | None) -> None:
+    x, choice = tokens(70, device)
+    wanted = exact(x, choice, weights)
+    twin = error(routed_experts_twin(x, choice, weights), wanted)
+    assert error(routed_experts_fp8(x, choice, weights, plan=plan), wanted) < 1.05 * twin
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,97 @@
+"""The routed experts for many tokens an expert: rows gathered by expert, two grouped products, one sum.
+
+    1. each (token, choice) gets a row in its expert's run; tokens and their scales are copied there;
+    2. gate and up, SwiGLU and quantisation, down, each over all rows; what is padding alone is skipped;
+    3. a token's rows, times their gates, are summed in the order of its choices.
+
+Few tokens an expert are bound by the weights' bytes, and `experts_triton` fuses more; here the tensor cores are the
+bound, which the grouped product alone keeps busiest.
+
+Shape legend: N tokens, D hidden, E routed experts, K experts per token, P = N * K pairs, I expert intermediate, R rows
+with padding, T tiles of 128 rows, B = 128.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from teacher.kernels.device import runs_hopper_kernels
+from teacher.kernels.experts import Alignment, ExpertWeights
+from teacher.kernels.experts_triton import align_kernel
+from teacher.kernels.grouped import Grouping
+from teacher.kernels.grouped_triton import sum_choices_kernel
+from teacher.kernels.quantise import Quantised, empty_scales
+from teacher.kernels.quantise_triton import swiglu_quantise_kernel
+from teacher.kernels.route import Choice
+from teacher.model.fp8 import BLOCK
+
+B = tl.constexpr(BLOCK)
+BYTES_A_STEP = 2_048
+
+
+def routed_experts_prefill(x: Quantised, choice: Choice, weights: ExpertWeights) -> Tensor:
+    """BF16 [N, D]; `teacher.kernels.experts.routed_experts_fp8` has checked the shapes, N is not zero."""
+    num_tokens, top_k = choice.indices_NK.shape
+    num_pairs = num_tokens * top_k
+    alignment = align_kernel(choice.indices_NK, choice.load_E, BLOCK)
+    rows, rows_P = _gather_rows(x, alignment, num_pairs, top_k)
+    grouping = Grouping(*alignment, choice.load_E)
+    gate_up_R2I = _grouped(rows, weights.gate_up_E2ID, weights.gate_up_scale_inv, grouping, num_pairs)
+    inner = swiglu_quantise_kernel(gate_up_R2I)
+    down_RD = _grouped(inner, weights.down_EDI, weights.down_scale_inv, grouping, num_pairs)
+    return sum_choices_kernel(down_RD, top_k, places_P=rows_P, gates_NK=choice.weights_NK)
+
+
+def _grouped(rows: Quantised, weight_ENK: Tensor, scale_inv_EPG: Tensor, grouping: Grouping, num_pairs: int) -> Tensor:
+    device = rows.values_MK.device
+    out = torch.empty(rows.values_MK.shape[0], weight_ENK.shape[1], dtype=torch.bfloat16, device=device)
+    if runs_hopper_kernels(device):
+        from teacher.kernels.gemm_gluon import grouped_gemm_hopper
+
+        grouped_gemm_hopper(
+            *rows, weight_ENK, scale_inv_EPG, out,
+            experts_T=grouping.experts_T, pairs_M=grouping.pairs_R, num_pairs=num_pairs,
+        )  # fmt: skip
+    else:
+        from teacher.kernels.grouped_gemm_kernels import m_grouped_fp8_kernel
+
+        m_grouped_fp8_kernel(rows, weight_ENK, scale_inv_EPG, grouping, out, to_pairs=False, gates_P=None)
+    return out
+
+
+def _gather_rows(x: Quantised, alignment: Alignment, num_pairs: int, top_k: int) -> tuple[Quantised, Tensor]:
+    """(tokens by row, the row of each pair); padding stays unwritten."""
+    (length,), (_, hidden) = alignment.pairs_R.shape, x.values_MK.shape
+    device, groups = x.values_MK.device, hidden // BLOCK
+    values = torch.empty(length, hidden, dtype=torch.float8_e4m3fn, device=device)
+    scales = empty_scales(length, groups, device)
+    rows_P = torch.empty(num_pairs, dtype=torch.int32, device=device)
+    _gather[(length,)](
+        x.values_MK.view(torch.uint8), x.scale_inv_MG, alignment.pairs_R, values.view(torch.uint8), scales, rows_P,
+        num_pairs, top_k, x.scale_inv_MG.stride(1), scales.stride(1),
+        GROUPS=groups, PADDED=triton.next_power_of_2(groups), STEP=BYTES_A_STEP,
+    )  # fmt: skip
+    return Quantised(values, scales), rows_P
+
+
+@triton.jit
+def _gather(
+    x_ptr, x_scale_ptr, pairs_ptr, out_ptr, out_scale_ptr, rows_ptr, num_pairs, top_k, x_scale_stride, out_scale_stride,
+    GROUPS: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.load(pairs_ptr + row)
+    if pair < num_pairs:
+        token = (pair // top_k).to(tl.int64)
+        width: tl.constexpr = GROUPS * B
+        for begin in tl.static_range(0, width, STEP):
+            columns = begin + tl.arange(0, STEP)
+            values = tl.load(x_ptr + token * width + columns, mask=columns < width)
+            tl.store(out_ptr + row * width + columns, values, mask=columns < width)
+        groups = tl.arange(0, PADDED)
+        scales = tl.load(x_scale_ptr + groups * x_scale_stride + token, mask=groups < GROUPS)
+        tl.store(out_scale_ptr + groups * out_scale_stride + row, scales, mask=groups < GROUPS)
+        tl.store(rows_ptr + pair, row.to(tl.int32))

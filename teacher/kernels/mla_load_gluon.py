@@ -1,0 +1,138 @@
+"""The loader of `mla_decode_gluon`: it brings queries and pages into shared memory while two warpgroups compute.
+
+A page has a place for even and one for odd pages; each is loaded and given back in two halves of its columns, in the
+order in which the warpgroups are done with them, so that the next pair is on its way before this one is finished.
+BF16 pages come through the TMA. FP8 pages come through registers, where they turn BF16.
+
+Shape legend: B sequences, W rows (queries times heads), C latent, R rope, P positions a page.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from teacher.kernels.mla_cache import PAGE
+
+P = gl.constexpr(PAGE)
+ROWS = gl.constexpr(64)
+C = gl.constexpr(512)
+R = gl.constexpr(64)
+HALF = gl.constexpr(256)
+TILE = gl.constexpr(64)  # columns of a tile in shared memory: 128 bytes, the swizzle's width
+BYTES = gl.constexpr(2)
+SHARED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+# Eight threads fill a row of a tile, without a bank conflict.
+THREADS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+THREAD_ROWS = gl.constexpr(gl.SliceLayout(1, THREADS))
+THREAD_COLUMNS = gl.constexpr(gl.SliceLayout(0, THREADS))
+
+# Barriers: the queries and the halves (place * 2 + half) are there, or may be overwritten; `mla_decode_gluon` has more.
+Q_FULL, Q_EMPTY, K_FULL, K_EMPTY = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(6)
+
+
+@gluon.jit
+def share_of(schedule, lengths_ptr, sequence):
+    """This program's pages of one sequence, [begin, end), and the sequence's length."""
+    first, begin_page, last, end_page = schedule
+    length = gl.load(lengths_ptr + sequence)
+    begin = gl.where(sequence == first, begin_page, 0)
+    end = gl.where(sequence == last, end_page, (length + P - 1) // P)
+    return begin, end, length
+
+
+@gluon.jit
+def load(buffers, bars, sources, schedule, lengths_ptr, pages_ptr, pages_stride, block, W, FP8: gl.constexpr):
+    q_latent, q_rope = buffers[0], buffers[1]
+    query_desc = sources[0]
+    q_phase = 1
+    k_phase = 1
+    for sequence in range(schedule[0], schedule[2] + 1):
+        begin, end, _ = share_of(schedule, lengths_ptr, sequence)
+        if begin < end:
+            mbarrier.wait(bars.index(Q_EMPTY), q_phase)
+            q_phase ^= 1
+            mbarrier.expect(bars.index(Q_FULL), ROWS * (C + R) * BYTES)
+            row = sequence * W + block * ROWS
+            for tile in gl.static_range(C // TILE):
+                view = q_latent.index(0).slice(tile * TILE, TILE, dim=1)
+                tma.async_copy_global_to_shared(query_desc, [row, tile * TILE], bars.index(Q_FULL), view)
+            tma.async_copy_global_to_shared(query_desc, [row, C], bars.index(Q_FULL), q_rope.index(0))
+            pages = pages_ptr + sequence * pages_stride
+            for number in range(begin, end, 2):
+                even = gl.load(pages + number) * P
+                # Beyond an odd number of pages the last one comes again, to be hidden.
+                odd = gl.load(pages + gl.minimum(number + 1, end - 1)) * P
+                if FP8:
+                    _convert_pair(buffers, bars, sources, even, odd, k_phase)
+                else:
+                    _copy_half(buffers, bars, sources[1], 0, 0, even, k_phase, False)
+                    _copy_half(buffers, bars, sources[1], 1, 1, odd, k_phase, False)
+                    _copy_half(buffers, bars, sources[1], 1, 0, odd, k_phase, True)
+                    _copy_half(buffers, bars, sources[1], 0, 1, even, k_phase, True)
+                k_phase ^= 1
+
+
+@gluon.jit
+def _copy_half(
+    buffers, bars, cache_desc, place: gl.constexpr, half: gl.constexpr, row, phase, with_rope: gl.constexpr
+):  # fmt: skip
+    latent = buffers[2].index(place)
+    full = bars.index(K_FULL + place * 2 + half)
+    mbarrier.wait(bars.index(K_EMPTY + place * 2 + half), phase)
+    mbarrier.expect(full, P * HALF * BYTES + (P * R * BYTES if with_rope else 0))
+    for tile in gl.static_range(HALF // TILE):
+        view = latent.slice(half * HALF + tile * TILE, TILE, dim=1)
+        tma.async_copy_global_to_shared(cache_desc, [row, half * HALF + tile * TILE], full, view)
+    if with_rope:
+        tma.async_copy_global_to_shared(cache_desc, [row, C], full, buffers[3].index(place))
+
+
+@gluon.jit
+def _convert_pair(buffers, bars, sources, even, odd, phase):
+    """Each half is on its way to registers before the place of the one before it is free."""
+    left_even = _fetch(sources, even, 0)
+    right_odd = _fetch(sources, odd, 1)
+    _convert_half(buffers, bars, sources, 0, 0, even, left_even, phase, False)
+    left_odd = _fetch(sources, odd, 0)
+    _convert_half(buffers, bars, sources, 1, 1, odd, right_odd, phase, False)
+    right_even = _fetch(sources, even, 1)
+    _convert_half(buffers, bars, sources, 1, 0, odd, left_odd, phase, True)
+    _convert_half(buffers, bars, sources, 0, 1, even, right_even, phase, True)
+
+
+@gluon.jit
+def _fetch(sources, row, half: gl.constexpr):
+    """Half of a page's latent, as four tiles of E4M3."""
+    latent_ptr, latent_stride = sources[2], sources[3]
+    rows = (row + gl.arange(0, P, THREAD_ROWS)).to(gl.int64)
+    pointers = latent_ptr + rows[:, None] * latent_stride + gl.arange(0, TILE, THREAD_COLUMNS)[None, :] + half * HALF
+    return (
+        gl.load(pointers),
+        gl.load(pointers + TILE),
+        gl.load(pointers + 2 * TILE),
+        gl.load(pointers + 3 * TILE),
+    )
+
+
+@gluon.jit
+def _convert_half(
+    buffers, bars, sources, place: gl.constexpr, half: gl.constexpr, row, fetched, phase, with_rope: gl.constexpr
+):  # fmt: skip
+    rope_desc, scale_ptr, scale_stride = sources[1], sources[4], sources[5]
+    latent = buffers[2].index(place)
+    full = bars.index(K_FULL + place * 2 + half)
+    if with_rope:
+        rows = row + gl.arange(0, P, THREAD_ROWS)
+        scales = gl.load(scale_ptr + rows.to(gl.int64) * scale_stride)
+    mbarrier.wait(bars.index(K_EMPTY + place * 2 + half), phase)
+    if with_rope:
+        # The TMA's arrival is one of the two that this half waits for.
+        mbarrier.expect(full, P * R * BYTES)
+        tma.async_copy_global_to_shared(rope_desc, [row, 0], full, buffers[3].index(place))
+        buffers[5].index(place).store(scales)
+    for tile in gl.static_range(HALF // TILE):
+        latent.slice(half * HALF + tile * TILE, TILE, dim=1).store(fetched[tile].to(gl.bfloat16))
+    fence_async_shared()
+    mbarrier.arrive(full, count=1)
