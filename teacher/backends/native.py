@@ -99,15 +99,15 @@ class NativeBackend:
                 settle(outcome)
             else:
                 completion = self._completion(request, prefix, outcome)
-                settle(Written(completion, outcome.prompt_ids, outcome.generated_ids))
+                settle(Written(completion, outcome.prompt_ids, outcome.generated_ids, prefix))
 
         self._live.submit(sequence, Draw(sampling.temperature, sampling.top_p, sampling.top_logprobs), done)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def spell(self, token_id: int) -> str:
-        return self.tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def spell(self, *token_ids: int) -> str:
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     @cached_property
     def _live(self) -> LiveEngine:
@@ -146,10 +146,9 @@ class NativeBackend:
     def _completion(self, request: TraceRequest, prefix: str, done: Sequence[int]) -> Completion:
         assert done.finish_reason is not None
         written = done.generated_ids[:-1] if done.finish_reason == "stop" else done.generated_ids
-        text = self.tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return Completion(
             request=request,
-            text=prefix + text,
+            text=prefix + self.spell(*written),
             finish_reason=done.finish_reason,
             num_prompt_tokens=len(done.prompt_ids),
             num_tokens=len(done.generated_ids),

@@ -39,11 +39,15 @@ class Asked(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A completion and its tokens, where the teacher knows them; the text of one that goes on is what was added."""
+    """A completion and its tokens, where the teacher knows them; the text of one that goes on is what was added.
+
+    `opening` is what of the text stands in the prompt: the tokens wrote the rest.
+    """
 
     completion: Completion
     prompt_ids: Sequence[int] = ()
     token_ids: Sequence[int] = ()
+    opening: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ class LiveTeacher(Protocol):
         """The text's tokens, with none added for its beginning or end."""
         ...
 
-    def spell(self, token_id: int) -> str:
-        """The token's own text; U+FFFD for bytes that are no text alone."""
+    def spell(self, *token_ids: int) -> str:
+        """The text of these tokens alone; U+FFFD for bytes that are no text."""
         ...
 
 

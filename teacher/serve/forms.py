@@ -16,13 +16,14 @@ from distill.logprobs import Scored, TokenLogprobs
 from teacher.serve.batching import Written
 from teacher.serve.messages import ChatRequest, CompletionRequest, Request
 
-Spell = Callable[[int], str]
+Spell = Callable[..., str]
 RequestType = TypeVar("RequestType", bound=Request)
 UNSPELLABLE = "\ufffd"
+MAX_CHARACTER_BYTES = 4  # UTF-8
 
 
 class Form(ABC, Generic[RequestType]):
-    """The two endpoints differ in the shape of a choice. `spell` says a token's text, where the teacher can."""
+    """The two endpoints differ in the shape of a choice. `spell` says the text of tokens, where the teacher can."""
 
     prefix: str
     whole_object: str
@@ -32,7 +33,7 @@ class Form(ABC, Generic[RequestType]):
         self.request = request
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self._spell = None if request.return_tokens_as_token_ids else spell
+        self._spell = spell
 
     def head(self, *, chunk: bool) -> dict[str, Any]:
         kind = self.chunk_object if chunk else self.whole_object
@@ -52,7 +53,7 @@ class Form(ABC, Generic[RequestType]):
         text, stopped = self.request.cut(completion.text)
         scores = None
         if self.request.num_logprobs() is not None and completion.logprobs is not None:
-            scores = self.logprobs(TokenLogprobs.unpacked(completion.logprobs))
+            scores = self.logprobs(TokenLogprobs.unpacked(completion.logprobs), len(answer.opening))
         return text, "stop" if stopped else completion.finish_reason, scores
 
     def _ids(self, answer: Written) -> dict[str, Any]:
@@ -63,14 +64,16 @@ class Form(ABC, Generic[RequestType]):
     def _named(self, token: int | str) -> str:
         if isinstance(token, str):
             return token
-        return f"token_id:{token}" if self._spell is None else self._spell(token)
+        if self._spell is None or self.request.return_tokens_as_token_ids:
+            return f"token_id:{token}"
+        return self._spell(token)
 
     def _top(self, pairs: list[Scored]) -> list[Scored]:
         return pairs[: self.request.num_logprobs() or 0]
 
     @abstractmethod
-    def logprobs(self, kept: TokenLogprobs) -> dict[str, Any]:
-        """`logprobs` of a choice."""
+    def logprobs(self, kept: TokenLogprobs, start: int) -> dict[str, Any]:
+        """`logprobs` of a choice, whose tokens wrote its text from `start` on."""
 
     @abstractmethod
     def choice(self, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
@@ -86,17 +89,35 @@ class Form(ABC, Generic[RequestType]):
 class TextForm(Form[CompletionRequest]):
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def logprobs(self, kept: TokenLogprobs) -> dict[str, Any]:
-        names = [self._named(token) for token, _ in kept.sampled]
-        starts = [0]
-        for name in names:
-            starts.append(starts[-1] + len(name))
+    def logprobs(self, kept: TokenLogprobs, start: int) -> dict[str, Any]:
+        tokens = [token for token, _ in kept.sampled]
         return {
-            "tokens": names,
+            "tokens": [self._named(token) for token in tokens],
             "token_logprobs": [logprob for _, logprob in kept.sampled],
             "top_logprobs": [{self._named(token): value for token, value in self._top(top)} for top in kept.top],
-            "text_offset": starts[:-1],
+            "text_offset": self._offsets(tokens, start),
         }
+
+    def _offsets(self, tokens: Sequence[int | str], start: int) -> list[int]:
+        """Where in the text each token begins; one that goes on with another's character begins where that does."""
+        offsets: list[int] = []
+        pending: list[int] = []  # tokens whose last bytes are no character yet
+        whole = 0  # how much of their text is
+        for token in tokens:
+            if isinstance(token, str) or self._spell is None:
+                offsets.append(start)
+                start += len(self._named(token))
+                continue
+            if pending and not self._spell(token).startswith(UNSPELLABLE):  # then it ends none of them
+                start, whole, pending = start + len(self._spell(*pending)), 0, []
+            offsets.append(start + whole)
+            pending.append(token)
+            text = self._spell(*pending)
+            if text.endswith(UNSPELLABLE) and len(pending) < MAX_CHARACTER_BYTES:
+                whole = len(text.rstrip(UNSPELLABLE))
+            else:
+                start, whole, pending = start + len(text), 0, []
+        return offsets
 
     def choice(self, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
@@ -110,7 +131,7 @@ class TextForm(Form[CompletionRequest]):
 class ChatForm(Form[ChatRequest]):
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def logprobs(self, kept: TokenLogprobs) -> dict[str, Any]:
+    def logprobs(self, kept: TokenLogprobs, start: int) -> dict[str, Any]:
         entries = zip(kept.sampled, kept.top, strict=True)
         return {
             "content": [

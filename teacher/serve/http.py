@@ -36,7 +36,7 @@ from distill.errors import PotstillError, Preempted, UserInputError
 from distill.protocols import Teacher
 from distill.records import Sampling
 from teacher.serve.batching import Batcher, Live, LiveTeacher, Written
-from teacher.serve.forms import ChatForm, Form, TextForm, error_body, usage
+from teacher.serve.forms import ChatForm, Form, Spell, TextForm, error_body, usage
 from teacher.serve.messages import ChatRequest, CompletionRequest, Request, TokenizeRequest
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -53,7 +53,18 @@ class Refused(Exception):
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
-        self.response = JSONResponse(error_body(message, kind=kind, param=param, code=code), status)
+        self.status = status
+        self.body = error_body(message, kind=kind, param=param, code=code)
+
+    @classmethod
+    def because_of(cls, fault: PotstillError) -> Refused:
+        """`param` is the request's own field, where it is that which is wrong."""
+        param = fault.field if fault.where is None else None
+        return cls(400 if isinstance(fault, UserInputError) else 500, str(fault), param=param)
+
+    @property
+    def response(self) -> Response:
+        return JSONResponse(self.body, self.status)
 
 
 class Server:
@@ -97,7 +108,7 @@ class Server:
         return JSONResponse({"count": len(tokens), "tokens": tokens})
 
     @property
-    def _spell(self) -> Callable[[int], str] | None:
+    def _spell(self) -> Spell | None:
         return None if self.live is None else self.live.spell
 
     async def _read(self, http: HTTPRequest, form: type[Body]) -> Body:
@@ -134,23 +145,18 @@ class Server:
         except queue.Full as exc:
             raise Refused(429, "too many requests are waiting; try again later") from exc
         except UserInputError as exc:
-            raise Refused(400, str(exc), param=_param(exc)) from exc
+            raise Refused.because_of(exc) from exc
         futures = [asyncio.wrap_future(future) for future in submitted]
         if request.stream:
             return _Stream(form, futures)
         try:
             done = [_with_logprobs(answer, request) for answer in await asyncio.gather(*futures)]
         except PotstillError as exc:
-            raise Refused(400 if isinstance(exc, UserInputError) else 500, str(exc), param=_param(exc)) from exc
+            raise Refused.because_of(exc) from exc
         finally:
             for future in futures:
                 future.cancel()
         return JSONResponse(form.whole(done))
-
-
-def _param(fault: PotstillError) -> str | None:
-    """The request's own field, where it is that which is wrong."""
-    return fault.field if fault.where is None else None
 
 
 def _with_logprobs(answer: Written, request: Request) -> Written:
@@ -199,7 +205,7 @@ class _Stream(Response):
                 answers = [(pending.pop(future), future.result()) for future in sorted(done, key=pending.__getitem__)]
                 piece = "".join(self._events(answers)) if answers else ": keep-alive\n\n"
             except PotstillError as exc:
-                yield f"{_event(error_body(str(exc), kind='server_error'))}data: [DONE]\n\n", False
+                yield f"{_event(Refused.because_of(exc).body)}data: [DONE]\n\n", False
                 return
             if pending:
                 yield piece, True

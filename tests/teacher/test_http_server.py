@@ -196,14 +196,25 @@ def test_what_a_plain_teacher_cannot_do_is_refused_and_not_left_out(client: Test
         ({"return_token_ids": True}, "return_token_ids"),
     ]:
         response = chat(client, **fields)
-        assert (response.status_code, response.json()["error"]["param"]) == (400, param), fields
-    assert (
-        events(chat(client, logprobs=True, stream=True))[-1]["error"]["message"] == "logprobs: this teacher keeps none"
-    )
+        error = response.json()["error"]
+        assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param), fields
     body = {"model": "pico", "prompt": [1, 2, 3]}
     assert client.post("/v1/completions", json=body).json()["error"]["param"] == "prompt"
     text = {"model": "pico", "prompt": "a", "add_special_tokens": False}
     assert client.post("/tokenize", json=text).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"logprobs": True}, "invalid_request_error"),
+        ({"messages": [{"role": "user", "content": "out of memory"}]}, "server_error"),
+    ],
+)
+def test_a_stream_names_a_fault_as_a_whole_answer_does(client: TestClient, fields: dict, kind: str) -> None:
+    (last,) = events(chat(client, stream=True, **fields))
+    assert last["error"] == chat(client, **fields).json()["error"]
+    assert last["error"]["type"] == kind
 
 
 def test_a_long_answer_keeps_its_connection_alive(

@@ -118,6 +118,25 @@ def test_every_way_of_budget_forcing_says_what_the_engine_says(
     assert num_forced >= 3, "the budget ended most of these thoughts"
 
 
+@pytest.mark.parametrize("names", [{}, {"return_tokens_as_token_ids": True}])
+def test_offsets_say_where_in_the_text_each_token_stands(folder: Path, url: str, names: dict[str, bool]) -> None:
+    """The text of an answer to a question begins with what the prompt opened, which none of the tokens wrote."""
+    spell = open_it(folder).spell
+    ids = open_it(folder).encode("<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    for prompt, opening in ("1?", THINK), (ids, ""):
+        body = {"model": "tiny", "prompt": prompt, "logprobs": 1, "max_tokens": 30, "return_token_ids": True, **names}
+        choice = httpx.post(f"{url}/completions", json=body).json()["choices"][0]
+        text, offsets = choice["text"], choice["logprobs"]["text_offset"]
+        tokens = [spell(token) for token in choice["token_ids"]]
+        if choice["finish_reason"] == "stop":
+            assert offsets.pop() == len(text)
+            tokens.pop()
+        assert text.startswith(opening)
+        assert offsets[0] == len(opening)
+        assert [text[offset : offset + len(token)] for offset, token in zip(offsets, tokens, strict=True)] == tokens
+        assert len(tokens) > 5
+
+
 def test_tokens_go_in_and_out(folder: Path, url: str) -> None:
     tokenizer = open_it(folder).tokenizer
     text = "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n<think>\n"
