@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
-import socketserver
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -221,35 +218,3 @@ def test_a_lone_surrogate_does_not_reach_the_ledger(endpoint: ChatEndpoint) -> N
     (completion, _) = teacher(endpoint).generate(requests(1), SAMPLING)
     assert completion.text == "<think>\n? half"
     assert completion.finish_reason == "length"
-
-
-def test_a_proxy_of_the_environment_is_used_and_told_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real proxy on loopback: what it is sent names the endpoint, and its password stands in no URL."""
-    from teacher.backends.openai.client import proxy_of_environment
-
-    for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    assert proxy_of_environment("http://endpoint.test:8000/v1") == {}
-    monkeypatch.setenv("no_proxy", "inside.test")
-    with serving(ChatEndpoint()) as endpoint:
-        config = OpenAITeacher(base_url=endpoint.url, model="pico")
-        teacher = OpenAICompatibleTeacher(config)
-        seen: list[bytes] = []
-
-        class Proxy(socketserver.StreamRequestHandler):
-            def handle(self) -> None:
-                seen.append(self.request.recv(65_536))
-                self.wfile.write(b"HTTP/1.1 403 no\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-
-        with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Proxy) as proxy:
-            threading.Thread(target=proxy.serve_forever, daemon=True).start()
-            address = f"127.0.0.1:{proxy.server_address[1]}"
-            monkeypatch.setenv("http_proxy", f"http://me:p%40ss@{address}")
-            assert proxy_of_environment("http://inside.test/v1") == {}
-            problem = Problem(prompt="1 + 1?", answer="2", grader="math", source="t")
-            with pytest.raises(EnvironmentFault):
-                list(teacher.generate([TraceRequest(problem=problem, sample_index=0)], Sampling(max_tokens=8)))
-            proxy.shutdown()
-    assert seen[0].startswith(f"POST {endpoint.url}/chat/completions HTTP/1.1".encode())
-    assert b"Proxy-Authorization: Basic " + base64.b64encode(b"me:p@ss") in seen[0]
-    assert b"p%40ss" not in seen[0]
