@@ -70,6 +70,8 @@ class OpenAICompatibleTeacher:
             ApiKey(api_key, variable=config.api_key_env) if api_key else ApiKey.of_environment(config.api_key_env)
         )
         self._proxy = Proxy.of_environment(self._base_url)
+        # What aiohttp trusts; httpx alone has its own list. To load it takes 40 ms, so only where there is TLS.
+        self._trusted = ssl.create_default_context() if self._base_url.startswith("https:") else False
         self._backoff_s = backoff_s
         self._gone = gone
         self._control = AdaptiveConcurrency(config.max_concurrency, initial=initial_concurrency, window_s=WINDOW_S)
@@ -171,7 +173,7 @@ class OpenAICompatibleTeacher:
                     timeout=CONNECT_TIMEOUT_S,
                     proxy=self._proxy.for_httpx() if self._proxy else None,
                     trust_env=False,
-                    verify=ssl.create_default_context(),  # what aiohttp trusts; httpx alone has its own list
+                    verify=self._trusted,
                 )
             except httpx.TransportError as exc:
                 said = redacted(str(exc), self._key, self._proxy)
