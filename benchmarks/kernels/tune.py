@@ -29,6 +29,7 @@ from teacher.kernels.tables import table_path
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1_024, 4_096)
 FEW = 64  # rows: up to here the weights' bytes are the bound, and K may be split
 SPLITS = (1, 2, 4, 8)
+FEW_ROWS = ((128, 4), (128, 6), (64, 4), (64, 6))  # columns and stages: two or three programs a multiprocessor, or one
 MARGIN = 1.02  # ours is kept unless the library is faster by more than the measurement's noise
 
 
@@ -96,8 +97,9 @@ def plans(m: int) -> Iterator[GemmPlan]:
     if m <= 4 * FEW:
         rows = min(128, max(16, 1 << (m - 1).bit_length()))
         for splits in SPLITS:
-            for num_warps, num_stages in ((4, 6), (8, 4)):
-                yield GemmPlan(rows, 128, splits, weights_first=True, num_warps=num_warps, num_stages=num_stages)
+            for columns, num_stages in FEW_ROWS:
+                for loader in (False, True):
+                    yield GemmPlan(rows, columns, splits, True, num_stages=num_stages, loader=loader)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@
     3. a token's rows, times their gates, are summed in the order of its choices.
 
 Few tokens an expert are bound by the weights' bytes, and `experts_triton` fuses more; here the tensor cores are the
-bound, which the grouped product alone keeps busiest.
+bound, which the grouped product alone keeps busiest. On Hopper, `experts_gluon` fuses SwiGLU and quantisation into the
+first product, and multiplies an expert's last few rows with the tile before them.
 
 Shape legend: N tokens, D hidden, E routed experts, K experts per token, P = N * K pairs, I expert intermediate, R rows
-with padding, T tiles of 128 rows, B = 128.
+with padding, T tiles of 128 rows, U units, B = 128.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from teacher.kernels.route import Choice
 from teacher.model.fp8 import BLOCK
 
 B = tl.constexpr(BLOCK)
+FULL_UNIT, TAILED_UNIT, HALF_UNIT, UNIT_KINDS = 0, 1, 2, 4
+FULL, TAILED, HALF, KINDS = (tl.constexpr(kind) for kind in (FULL_UNIT, TAILED_UNIT, HALF_UNIT, UNIT_KINDS))
 BYTES_A_STEP = 2_048
 
 
@@ -37,32 +40,70 @@ def routed_experts_prefill(x: Quantised, choice: Choice, weights: ExpertWeights)
     num_tokens, top_k = choice.indices_NK.shape
     num_pairs = num_tokens * top_k
     alignment = align_kernel(choice.indices_NK, choice.load_E, BLOCK)
-    rows, rows_P = _gather_rows(x, alignment, num_pairs, top_k)
-    grouping = Grouping(*alignment, choice.load_E)
-    gate_up_R2I = _grouped(rows, weights.gate_up_E2ID, weights.gate_up_scale_inv, grouping, num_pairs)
-    inner = swiglu_quantise_kernel(gate_up_R2I)
-    down_RD = _grouped(inner, weights.down_EDI, weights.down_scale_inv, grouping, num_pairs)
+    rows, rows_P = gather_rows(x, alignment, num_pairs, top_k)
+    products = _products_hopper if runs_hopper_kernels(x.values_MK.device) else _products
+    down_RD = products(rows, Grouping(*alignment, choice.load_E), weights)
     return sum_choices_kernel(down_RD, top_k, places_P=rows_P, gates_NK=choice.weights_NK)
 
 
-def _grouped(rows: Quantised, weight_ENK: Tensor, scale_inv_EPG: Tensor, grouping: Grouping, num_pairs: int) -> Tensor:
+def _products_hopper(rows: Quantised, grouping: Grouping, weights: ExpertWeights) -> Tensor:
+    from teacher.kernels.experts_gluon import TAIL_ROWS, down_hopper, gate_up_hopper
+
+    units = {"experts_T": grouping.experts_T, "units_U": list_units(grouping, TAIL_ROWS)}
+    inner = gate_up_hopper(rows, weights.gate_up_E2ID, weights.gate_up_scale_inv, **units)
+    out_RD = torch.empty(rows.values_MK.shape, dtype=torch.bfloat16, device=rows.values_MK.device)
+    down_hopper(inner, weights.down_EDI, weights.down_scale_inv, out_RD, **units)
+    return out_RD
+
+
+def _products(rows: Quantised, grouping: Grouping, weights: ExpertWeights) -> Tensor:
+    gate_up_R2I = _grouped(rows, weights.gate_up_E2ID, weights.gate_up_scale_inv, grouping)
+    inner = swiglu_quantise_kernel(gate_up_R2I)
+    return _grouped(inner, weights.down_EDI, weights.down_scale_inv, grouping)
+
+
+def _grouped(rows: Quantised, weight_ENK: Tensor, scale_inv_EPG: Tensor, grouping: Grouping) -> Tensor:
+    from teacher.kernels.grouped_gemm_kernels import m_grouped_fp8_kernel
+
     device = rows.values_MK.device
     out = torch.empty(rows.values_MK.shape[0], weight_ENK.shape[1], dtype=torch.bfloat16, device=device)
-    if runs_hopper_kernels(device):
-        from teacher.kernels.gemm_gluon import grouped_gemm_hopper
-
-        grouped_gemm_hopper(
-            *rows, weight_ENK, scale_inv_EPG, out,
-            experts_T=grouping.experts_T, pairs_M=grouping.pairs_R, num_pairs=num_pairs,
-        )  # fmt: skip
-    else:
-        from teacher.kernels.grouped_gemm_kernels import m_grouped_fp8_kernel
-
-        m_grouped_fp8_kernel(rows, weight_ENK, scale_inv_EPG, grouping, out, to_pairs=False, gates_P=None)
+    m_grouped_fp8_kernel(rows, weight_ENK, scale_inv_EPG, grouping, out, to_pairs=False, gates_P=None)
     return out
 
 
-def _gather_rows(x: Quantised, alignment: Alignment, num_pairs: int, top_k: int) -> tuple[Quantised, Tensor]:
+def list_units(grouping: Grouping, tail_rows: int) -> Tensor:
+    """int32 [1 + T]: how many units of rows there are, then each one's tile of rows times `UNIT_KINDS` plus its kind.
+
+    A tile that holds at most `tail_rows` of an expert which has another before it is part of that one's unit (kind
+    `TAILED_UNIT`); these units come first. `HALF_UNIT` is a tile whose second 64 rows are padding.
+    """
+    num_experts = grouping.load_E.numel()
+    units = torch.empty(1 + grouping.experts_T.numel(), dtype=torch.int32, device=grouping.load_E.device)
+    _list_units[(1,)](
+        grouping.load_E, units, E=num_experts, E_PADDED=triton.next_power_of_2(num_experts), TAIL=tail_rows
+    )
+    return units
+
+
+@triton.jit
+def _list_units(load_ptr, units_ptr, E: tl.constexpr, E_PADDED: tl.constexpr, TAIL: tl.constexpr):
+    experts = tl.arange(0, E_PADDED)
+    load = tl.load(load_ptr + experts, mask=experts < E, other=0)
+    tiles = (load + B - 1) // B
+    first = tl.cumsum(tiles, axis=0) - tiles
+    rest = load % B
+    tailed = ((load > B) & (rest > 0) & (rest <= TAIL)).to(tl.int32)
+    num_tailed = tl.sum(tailed, axis=0)
+    tl.store(units_ptr + tl.cumsum(tailed, axis=0), (first + tiles - 2) * KINDS + TAILED, mask=tailed > 0)
+    others = tiles - 2 * tailed
+    places = units_ptr + 1 + num_tailed + tl.cumsum(others, axis=0) - others
+    for tile in range(tl.max(others, axis=0)):
+        half = (tile == tiles - 1) & (rest > 0) & (rest <= B // 2)
+        tl.store(places + tile, (first + tile) * KINDS + tl.where(half, HALF, FULL), mask=tile < others)
+    tl.store(units_ptr, num_tailed + tl.sum(others, axis=0))
+
+
+def gather_rows(x: Quantised, alignment: Alignment, num_pairs: int, top_k: int) -> tuple[Quantised, Tensor]:
     """(tokens by row, the row of each pair); padding stays unwritten."""
     (length,), (_, hidden) = alignment.pairs_R.shape, x.values_MK.shape
     device, groups = x.values_MK.device, hidden // BLOCK

@@ -34,6 +34,7 @@ class GemmPlan(NamedTuple):
     weights_first: bool = False
     num_warps: int = 4
     num_stages: int = 4
+    loader: bool = False  # on Hopper one more warp that only loads; takes weights first, and 4 warps to multiply
 
 
 HOPPER_COLUMNS = 256
@@ -108,12 +109,16 @@ def _library_gemm(x: Quantised, weight_NK: Tensor, scale_inv_PG: Tensor) -> Tens
 
 
 def default_plan(num_rows: int, num_columns: int, groups: int) -> GemmPlan:
-    """A plan for shapes that nobody has measured: enough tiles for a large GPU's multiprocessors."""
+    """A plan for shapes that nobody has measured: enough tiles for a large GPU's multiprocessors.
+
+    Tiles are small enough for two programs a multiprocessor, so that one loads while the other multiplies.
+    """
     if num_rows > 64:
         return MANY_ROWS
     rows = max(16, 1 << (num_rows - 1).bit_length())
-    tiles = -(-num_columns // 128)
+    columns = 64 if rows == 64 else 128
+    tiles = -(-num_columns // columns)
     splits = 1
     while tiles * splits < 128 and splits * 8 <= groups:
         splits *= 2
-    return GemmPlan(rows=rows, columns=128, splits=splits, weights_first=True)
+    return GemmPlan(rows=rows, columns=columns, splits=splits, weights_first=True)

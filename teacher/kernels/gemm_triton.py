@@ -1,7 +1,8 @@
 """The Triton side of `teacher.kernels.gemm`.
 
-A program computes one tile over one part of K. With several parts, each writes its FP32 sums to a workspace of its own
-and a second kernel adds them in their order: the result does not depend on which part came first.
+A program computes one tile over one part of K. With several parts, each writes its FP32 sums to a workspace, and the
+last program to arrive at the tile adds all of them in their order: the result does not depend on which came first.
+Programs wait for no other.
 
 Shape legend: M rows (tokens), N columns (outputs), K inner, S parts of K, B = 128.
 """
@@ -17,19 +18,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from teacher.kernels.arithmetic_triton import to_dtype
 from teacher.kernels.device import runs_hopper_kernels
 from teacher.kernels.gemm import HOPPER_COLUMNS, MANY_ROWS_PLAIN, GemmPlan
+from teacher.kernels.gemm_arrivals import arrival_counters
 from teacher.kernels.quantise import Quantised
 from teacher.model.fp8 import BLOCK
 
 B = tl.constexpr(BLOCK)
 TILES_A_GROUP = 8  # tiles of M that share a tile of N in the L2 before the next N
-COMBINED = 1_024
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _gemm(
-    x_desc, weight_desc, x_scale_ptr, weight_scale_ptr, out_ptr, num_rows, num_columns, num_groups, groups_a_part,
-    x_scale_stride, tiles_m, tiles_n,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr,
+    x_desc, weight_desc, x_scale_ptr, weight_scale_ptr, out_ptr, parts_ptr, arrivals_ptr, num_rows, num_columns,
+    num_groups, groups_a_part, x_scale_stride, tiles_m, tiles_n,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -61,25 +62,38 @@ def _gemm(
             sums += tl.dot(weight, x.T) * scale[None, :]
         else:
             sums += tl.dot(x, weight.T) * scale[:, None]
-    if SPLIT:
-        out_ptr += part.to(tl.int64) * num_rows * num_columns
-    if WEIGHTS_FIRST:
-        places = rows[None, :].to(tl.int64) * num_columns + columns[:, None]
-        inside = inside_m[None, :] & inside_n[:, None]
-    else:
-        places = rows[:, None].to(tl.int64) * num_columns + columns[None, :]
-        inside = inside_m[:, None] & inside_n[None, :]
-    tl.store(out_ptr + places, to_dtype(sums, out_ptr.dtype.element_ty), mask=inside)
+    complete = True
+    if SPLITS > 1:
+        parts_ptr += tile.to(tl.int64) * SPLITS * ROWS * COLUMNS
+        sums, complete = _add_parts(sums, part, parts_ptr, arrivals_ptr + tile, SPLITS)
+    if complete:
+        if WEIGHTS_FIRST:
+            places = rows[None, :].to(tl.int64) * num_columns + columns[:, None]
+            inside = inside_m[None, :] & inside_n[:, None]
+        else:
+            places = rows[:, None].to(tl.int64) * num_columns + columns[None, :]
+            inside = inside_m[:, None] & inside_n[None, :]
+        tl.store(out_ptr + places, to_dtype(sums, out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _combine(parts_ptr, out_ptr, size, SPLITS: tl.constexpr, COUNT: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
-    inside = places < size
-    total = tl.zeros((COUNT,), tl.float32)
-    for part in tl.static_range(SPLITS):
-        total += tl.load(parts_ptr + part * size + places, mask=inside, other=0.0)
-    tl.store(out_ptr + places, to_dtype(total, out_ptr.dtype.element_ty), mask=inside)
+def _add_parts(sums, part, parts_ptr, arrivals_ptr, SPLITS: tl.constexpr):
+    """(the sum over all parts, True) for the last program that comes here, (its own sums, False) for the others.
+
+    The barrier puts every warp's stores before the count, which releases them and acquires those of the others; past
+    the L1, which might hold another launch's parts.
+    """
+    places = tl.arange(0, sums.shape[0])[:, None] * sums.shape[1] + tl.arange(0, sums.shape[1])[None, :]
+    SIZE: tl.constexpr = sums.shape[0] * sums.shape[1]
+    tl.store(parts_ptr + part * SIZE + places, sums, cache_modifier=".cg")
+    tl.debug_barrier()
+    complete = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == SPLITS - 1
+    if complete:
+        sums = tl.zeros_like(sums)
+        for one in tl.static_range(SPLITS):
+            sums += tl.load(parts_ptr + one * SIZE + places, cache_modifier=".cg")
+        tl.store(arrivals_ptr, 0)  # as the next launch expects it
+    return sums, complete
 
 
 def block_gemm_kernel(
@@ -99,19 +113,25 @@ def block_gemm_kernel(
             block_gemm_hopper(values, x.scale_inv_MG, weight, scales, out)
             return out
         plan = MANY_ROWS_PLAIN
+    if plan.loader and runs_hopper_kernels(values.device):
+        from teacher.kernels.gemm_few_gluon import few_rows_gemm_hopper
+
+        few_rows_gemm_hopper(Quantised(values, x.scale_inv_MG), weight, scales, out, plan)
+        return out
     groups = scale_inv_PG.shape[1]
     groups_a_part = -(-groups // plan.splits)
     splits = -(-groups // groups_a_part)
-    target = out if splits == 1 else torch.empty(splits, num_rows, num_columns, device=values.device)
     tiles_m, tiles_n = triton.cdiv(num_rows, plan.rows), triton.cdiv(num_columns, plan.columns)
+    parts = arrivals = None
+    if splits > 1:
+        parts = torch.empty(tiles_m * tiles_n * splits, plan.rows * plan.columns, device=values.device)
+        arrivals = arrival_counters(values.device, tiles_m * tiles_n)
     _gemm[(tiles_m * tiles_n, splits)](
         TensorDescriptor.from_tensor(values, [plan.rows, BLOCK]),
         TensorDescriptor.from_tensor(weight, [plan.columns, BLOCK]),
-        x.scale_inv_MG, scales, target, num_rows, num_columns, groups, groups_a_part,
+        x.scale_inv_MG, scales, out, parts, arrivals, num_rows, num_columns, groups, groups_a_part,
         x.scale_inv_MG.stride(1), tiles_m, tiles_n,
-        ROWS=plan.rows, COLUMNS=plan.columns, WEIGHTS_FIRST=plan.weights_first, SPLIT=splits > 1, TILES=TILES_A_GROUP,
+        ROWS=plan.rows, COLUMNS=plan.columns, WEIGHTS_FIRST=plan.weights_first, SPLITS=splits, TILES=TILES_A_GROUP,
         num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
-    if splits > 1:
-        _combine[(triton.cdiv(out.numel(), COMBINED),)](target, out, out.numel(), SPLITS=splits, COUNT=COMBINED)
     return out
