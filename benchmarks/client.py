@@ -294,13 +294,15 @@ def generation(num_samples: int) -> dict[str, Any] | None:
 
 def directly(backend: NativeBackend, requests: list[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
     """The same engines as the server's, given everything at once."""
-    finished: queue.SimpleQueue[Completion | PotstillError] = queue.SimpleQueue()
+    from teacher.serve.batching import Asked, Written
+
+    finished: queue.SimpleQueue[Written | PotstillError] = queue.SimpleQueue()
     for request in requests:
-        backend.submit(request, sampling, finished.put)
+        backend.submit(Asked(request), sampling, finished.put)
     for _ in requests:
         outcome = finished.get()
-        assert isinstance(outcome, Completion), outcome
-        yield outcome
+        assert isinstance(outcome, Written), outcome
+        yield outcome.completion
 
 
 def rate(run: Callable[[], Iterator[Any]]) -> dict[str, float]:

@@ -19,11 +19,13 @@ from pydantic import ValidationError
 from distill.errors import DataError
 from distill.manifest import read_manifest
 from distill.records import ScoreCard, StageManifest
+from distill.verify.audit import AuditSummary, SuspectedReference
 from eval.harness import SAMPLES, SCORES, group_outcomes
 from eval.statistics import Difference, paired_difference
 
 LIKE_SIZE = 1.15  # students whose parameter counts differ by less are not a size comparison
 METRIC = "pass@1"
+MAX_SUSPECTS = 20  # suspected references that are shown, replaced ones first; audit.json has all
 DROPPED_FIELDS = ("key", "detail", "question", "completion")  # of an example of what a filter dropped
 
 
@@ -90,6 +92,7 @@ class Comparison:
     size_verdict: str
     families: tuple[str, ...]
     funnel: tuple[Mapping[str, Any], ...]
+    audit: AuditSummary | None
     stages: tuple[Mapping[str, Any], ...]
     manifests: Mapping[str, StageManifest] = field(default_factory=dict)
 
@@ -122,6 +125,7 @@ def compare_run(run_dir: Path) -> Comparison:
         size_verdict=size_verdict(steps),
         families=tuple(families),
         funnel=tuple(_read_funnel(run_dir / "curate" / "funnel.json")),
+        audit=_read_audit(run_dir / "curate" / "audit.json"),
         stages=tuple(stage_costs(run_dir)),
         manifests=stage_manifests(run_dir),
     )
@@ -164,14 +168,15 @@ def size_verdict(steps: Sequence[SizeStep]) -> str:
 
 
 def summary(comparison: Comparison) -> dict[str, Any]:
-    """`summary.json`: stages with their cost, models with their score of each suite, the funnel."""
+    """`summary.json`: stages with their cost, models with their score of each suite, the funnel, the audit."""
     models = []
     for model in comparison.models:
         for card in model.cards:
             if "/" not in card.suite and card.metric == METRIC:
                 models.append(card.model_dump(mode="json"))
     funnel = [{name: step[name] for name in ("filter", "in", "out")} for step in comparison.funnel]
-    return {"stages": list(comparison.stages), "models": models, "funnel": funnel}
+    audit = None if comparison.audit is None else _audit_summary(comparison.audit)
+    return {"stages": list(comparison.stages), "models": models, "funnel": funnel, "audit": audit}
 
 
 def stage_manifests(run_dir: Path) -> dict[str, StageManifest]:
@@ -249,3 +254,27 @@ def _read_funnel(path: Path) -> list[dict[str, Any]]:
         return [_step(step) for step in steps]
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise DataError(f"not a list of filters with counts ({exc!r})", where=path) from exc
+
+
+def suspects_shown(audit: AuditSummary) -> list[SuspectedReference]:
+    return sorted(audit.suspected_references, key=lambda one: not one.relabelled)[:MAX_SUSPECTS]
+
+
+def _audit_summary(audit: AuditSummary) -> dict[str, Any]:
+    """The audit with as many suspected references as the page shows, and the number of all."""
+    return {
+        **audit.model_dump(mode="json"),
+        "suspected_references": [one.model_dump(mode="json") for one in suspects_shown(audit)],
+        "num_suspected_references": len(audit.suspected_references),
+        "num_relabelled_references": len(audit.relabelled),
+        "num_relabelled_samples": audit.num_relabelled_samples,
+    }
+
+
+def _read_audit(path: Path) -> AuditSummary | None:
+    if not path.exists():
+        return None
+    try:
+        return AuditSummary.model_validate_json(path.read_text("utf-8"))
+    except (OSError, ValueError) as exc:
+        raise DataError(f"not an audit ({exc})", where=path) from exc

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from distill.manifest import write_atomically
+from distill.records import Record
+from distill.verify.audit import AuditSummary
 from eval.charts import accuracy_by_family, accuracy_by_parameters, filter_funnel, render, short_count
-from eval.compare import METRIC, Comparison, Model, summary
+from eval.compare import METRIC, Comparison, Model, summary, suspects_shown
 from eval.tasks.processors import NO_VERDICT
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
@@ -100,6 +102,7 @@ def _context(
         "heat_rows": heat_rows,
         "traces": side_by_side(comparison),
         "funnel": [_funnel_step(step, comparison.funnel[0]["in"]) for step in comparison.funnel],
+        "audit": _audit(comparison.audit) if comparison.audit and comparison.audit.answers else None,
         "stages": stages,
         "seconds": sum(stage["seconds"] for stage in stages),
         "lineage": [_lineage(model, comparison.suite) for model in comparison.models],
@@ -185,6 +188,22 @@ def _funnel_step(step: Mapping[str, Any], num_traces: int) -> dict[str, Any]:
         "in_width": f"{100 * step['in'] / num_traces:.2f}" if num_traces else "0",
         "kept_share": f"{100 * step['out'] / num_traces:.1f}" if num_traces else "0",
         "examples": examples,
+    }
+
+
+def _audit(audit: AuditSummary) -> dict[str, Any]:
+    """The second grader's counts and what it says, texts made harmless to show."""
+
+    def shown(record: Record) -> dict[str, Any]:
+        return {name: visible(value) if isinstance(value, str) else value for name, value in record}
+
+    return {
+        **audit.model_dump(),
+        "examples": [shown(one) for one in audit.examples],
+        "suspects": [shown(one) for one in suspects_shown(audit)],
+        "num_suspects": len(audit.suspected_references),
+        "num_relabelled": len(audit.relabelled),
+        "num_relabelled_samples": audit.num_relabelled_samples,
     }
 
 

@@ -16,10 +16,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 from distill.recipe import VerifyConfig
-from distill.records import Problem, VerdictState
+from distill.records import Problem, Record, VerdictState
 
 MAX_EXAMPLES = 20
 MAX_SHOWN = 200  # characters of a question or an answer
@@ -50,6 +50,57 @@ class Suspect(NamedTuple):
     relabelled: bool
 
 
+class Disagreement(Record):
+    """An answer on which both graders have decided, differently. Texts are cut."""
+
+    key: str
+    question: str
+    reference: str
+    answer: str
+    first: Literal["correct", "wrong"]
+    second: Literal["correct", "wrong"]
+
+
+class SuspectedReference(Record):
+    """A `Suspect` with what a person needs to see of it. Texts are cut."""
+
+    problem_id: str
+    question: str
+    reference: str
+    majority: str
+    num_agreeing: int
+    num_answers: int
+    relabelled: bool
+
+
+class AuditSummary(Record):
+    """What audit.json says. `answers` were looked at; a share of those `decided_by_both` is `rate`.
+
+    `relabel` is what the recipe asked for: only "majority" lets a suspected reference be replaced.
+    """
+
+    second_grader: str = "normal form of the text, numbers as exact fractions"
+    answers: int
+    decided_by_both: int
+    disagreements: int
+    accepted_by_the_first_alone: int
+    accepted_by_the_second_alone: int
+    rate: float | None
+    ci95: tuple[float, float] | None
+    relabel: Literal["never", "majority"] = "never"
+    examples: tuple[Disagreement, ...]
+    suspected_references: tuple[SuspectedReference, ...]
+
+    @property
+    def relabelled(self) -> tuple[SuspectedReference, ...]:
+        return tuple(one for one in self.suspected_references if one.relabelled)
+
+    @property
+    def num_relabelled_samples(self) -> int:
+        """Answers that count as correct because their question's reference was replaced."""
+        return sum(one.num_agreeing for one in self.relabelled)
+
+
 class Audit:
     """`add` every verdict once, in any order; some hundred bytes are kept for each question without a right answer."""
 
@@ -58,7 +109,7 @@ class Audit:
         self._config = config
         self._decided = self._seen = 0
         self._disagreements = Counter[str]()
-        self._examples: list[dict[str, Any]] = []
+        self._examples: list[Disagreement] = []
         self._answers: dict[str, Counter[str] | None] = {}  # None: somebody was right
         self._spelled: dict[tuple[str, str], str] = {}
 
@@ -79,7 +130,8 @@ class Audit:
             if len(self._examples) < MAX_EXAMPLES:
                 shown = {"question": problem.prompt, "reference": problem.answer, "answer": extracted}
                 cut = {name: text[:MAX_SHOWN] for name, text in shown.items()}
-                self._examples.append({"key": key, **cut, "first": state, "second": "correct" if second else "wrong"})
+                opinion: Literal["correct", "wrong"] = "correct" if second else "wrong"
+                self._examples.append(Disagreement(key=key, **cut, first=state, second=opinion))
 
     def suspects(self) -> Iterator[Suspect]:
         """Problems with enough answers, none right, most of them the same."""
@@ -93,30 +145,25 @@ class Audit:
             relabelled = config.relabel == "majority" and self._problems[problem_id].grader in RELABELLED
             yield Suspect(problem_id, self._spelled[problem_id, form], count, answers.total(), relabelled)
 
-    def summary(self) -> dict[str, Any]:
-        """What audit.json says."""
+    def summary(self) -> AuditSummary:
         disagreements = self._disagreements.total()
-        suspects = [
-            {
-                **suspect._asdict(),
-                "question": self._problems[suspect.problem_id].prompt[:MAX_SHOWN],
-                "reference": (self._problems[suspect.problem_id].answer or "")[:MAX_SHOWN],
-                "majority": suspect.majority[:MAX_SHOWN],
-            }
-            for suspect in self.suspects()
-        ]
-        return {
-            "second_grader": "normal form of the text, numbers as exact fractions",
-            "answers": self._seen,
-            "decided_by_both": self._decided,
-            "disagreements": disagreements,
-            "accepted_by_the_first_alone": self._disagreements["correct"],
-            "accepted_by_the_second_alone": self._disagreements["wrong"],
-            "rate": disagreements / self._decided if self._decided else None,
-            "ci95": wilson(disagreements, self._decided),
-            "examples": self._examples,
-            "suspected_references": suspects,
-        }
+        return AuditSummary(
+            answers=self._seen,
+            decided_by_both=self._decided,
+            disagreements=disagreements,
+            accepted_by_the_first_alone=self._disagreements["correct"],
+            accepted_by_the_second_alone=self._disagreements["wrong"],
+            rate=disagreements / self._decided if self._decided else None,
+            ci95=wilson(disagreements, self._decided),
+            relabel=self._config.relabel,
+            examples=tuple(self._examples),
+            suspected_references=tuple(map(self._shown, self.suspects())),
+        )
+
+    def _shown(self, suspect: Suspect) -> SuspectedReference:
+        problem = self._problems[suspect.problem_id]
+        texts = {"question": problem.prompt, "reference": problem.answer or "", "majority": suspect.majority}
+        return SuspectedReference(**suspect._asdict() | {name: text[:MAX_SHOWN] for name, text in texts.items()})
 
     def _count(self, problem_id: str, state: VerdictState, extracted: str) -> None:
         answers = self._answers.setdefault(problem_id, Counter())

@@ -33,9 +33,10 @@ def compare(
     inputs = {f"{folder.name}/{name}": folder / name for folder in folders for name in (SCORES, SAMPLES)}
     manifests = [run_dir / name / MANIFEST for name in ("generate", "curate", "distill", "eval")]
     inputs |= {f"stage:{path.parent.name}": path for path in manifests if path.exists()}
-    funnel = run_dir / "curate" / "funnel.json"
-    if funnel.exists():
-        inputs["funnel"] = funnel
+    for name in ("funnel", "audit"):
+        path = run_dir / "curate" / f"{name}.json"
+        if path.exists():
+            inputs[name] = path
     inputs |= {f"code:{name}": Path(report.__file__).parent / name for name in SOURCES}
     outputs: list[str] = []
 

@@ -170,7 +170,7 @@ def _audit(problems: Mapping[str, Problem], config: VerifyConfig, out_dir: Path)
                 detail = f"relabelled: {suspect.num_agreeing} of {suspect.num_answers} samples against the reference"
                 one = one.model_copy(update={"state": "correct", "detail": detail, "relabelled": True})
             writer.write(one)
-    write_atomically(out_dir / AUDIT, json.dumps(audit.summary(), indent=2, ensure_ascii=False) + "\n")
+    write_atomically(out_dir / AUDIT, audit.summary().model_dump_json(indent=2) + "\n")
     new = {name: problems[name].model_copy(update={"answer": suspect.majority}) for name, suspect in replaced.items()}
     return {**problems, **new}
 

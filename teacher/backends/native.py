@@ -24,6 +24,7 @@ from teacher.backends.folder import folder_identity
 from teacher.backends.live import LiveEngine, LocalEngine, WorkerEngines
 from teacher.backends.workers import generate_in_workers
 from teacher.model.checkpoint import count_parameters, load_checkpoint, read_config
+from teacher.serve.batching import Asked, Written
 from teacher.serve.engine import Draw, Engine
 from teacher.serve.sequence import Sequence, ThinkingLimit
 
@@ -82,19 +83,31 @@ class NativeBackend:
         for done in self._finished(sequences, sampling):
             yield self._completion(requests[done.key], prefixes[done.key], done)
 
-    def submit(
-        self, request: TraceRequest, sampling: Sampling, settle: Callable[[Completion | PotstillError], None]
-    ) -> None:
-        """Begin one request; it joins the batch that is running. `settle` is called once, from another thread.
+    def submit(self, asked: Asked, sampling: Sampling, settle: Callable[[Written | PotstillError], None]) -> None:
+        """Begin one sample; it joins the batch that is running. `settle` is called once, from another thread.
 
-        Raises DataError for a prompt too long.
+        Raises DataError for a prompt too long, or with tokens that the model does not have.
         """
-        prefix, sequence = self._begin(next(self._numbers), request, sampling)
+        request, number = asked.request, next(self._numbers)
+        if asked.goes_on:
+            prefix, sequence = "", self._go_on(number, asked, sampling)
+        else:
+            prefix, sequence = self._begin(number, request, sampling)
 
         def done(outcome: Sequence[int] | PotstillError) -> None:
-            settle(outcome if isinstance(outcome, PotstillError) else self._completion(request, prefix, outcome))
+            if isinstance(outcome, PotstillError):
+                settle(outcome)
+            else:
+                completion = self._completion(request, prefix, outcome)
+                settle(Written(completion, outcome.prompt_ids, outcome.generated_ids, prefix))
 
         self._live.submit(sequence, Draw(sampling.temperature, sampling.top_p, sampling.top_logprobs), done)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def spell(self, *token_ids: int) -> str:
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     @cached_property
     def _live(self) -> LiveEngine:
@@ -107,20 +120,35 @@ class NativeBackend:
         """What stands in front of the completion's text, and the sequence that writes the rest."""
         prompt = self._render(request.problem.prompt)
         prefix = THINK if prompt.endswith(THINK) else ""
-        prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=False)
-        if len(prompt_ids) >= self.engine.max_positions:
-            message = f"has {len(prompt_ids)} tokens; the model takes {self.engine.max_positions - 1}"
-            raise DataError(message, where=request.problem.source, field=f"prompt {request.problem.prompt[:40]!r}")
+        prompt_ids = self._checked(self.encode(prompt), request)
         limit = self._thinking_limit(sampling) if prefix else None
         return prefix, Sequence(number, prompt_ids, sampling.max_tokens, request.seed(sampling), thinking=limit)
+
+    def _go_on(self, number: int, asked: Asked, sampling: Sampling) -> Sequence[int]:
+        prompt_ids = list(asked.prompt_ids)
+        if not prompt_ids:
+            prompt = self._render(asked.request.problem.prompt)
+            written = asked.written.removeprefix(THINK) if prompt.endswith(THINK) else asked.written
+            prompt_ids = self.encode(prompt + written)
+        self._checked(prompt_ids, asked.request)
+        return Sequence(number, prompt_ids, sampling.max_tokens, asked.request.seed(sampling))
+
+    def _checked(self, prompt_ids: list[int], request: TraceRequest) -> list[int]:
+        where, field = request.problem.source, f"prompt {request.problem.prompt[:40]!r}"
+        if len(prompt_ids) >= self.engine.max_positions:
+            message = f"has {len(prompt_ids)} tokens; the model takes {self.engine.max_positions - 1}"
+            raise DataError(message, where=where, field=field)
+        if max(prompt_ids) >= len(self.tokenizer):
+            message = f"has the token {max(prompt_ids)}; the model has {len(self.tokenizer)} tokens"
+            raise DataError(message, where=where, field=field)
+        return prompt_ids
 
     def _completion(self, request: TraceRequest, prefix: str, done: Sequence[int]) -> Completion:
         assert done.finish_reason is not None
         written = done.generated_ids[:-1] if done.finish_reason == "stop" else done.generated_ids
-        text = self.tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return Completion(
             request=request,
-            text=prefix + text,
+            text=prefix + self.spell(*written),
             finish_reason=done.finish_reason,
             num_prompt_tokens=len(done.prompt_ids),
             num_tokens=len(done.generated_ids),
@@ -130,12 +158,11 @@ class NativeBackend:
     def _thinking_limit(self, sampling: Sampling) -> ThinkingLimit | None:
         if sampling.max_thinking_tokens is None:
             return None
-        end = self.tokenizer.encode(END_OF_THINKING, add_special_tokens=False)
+        end = self.encode(END_OF_THINKING)
         if len(end) != 1:
             message = f"max_thinking_tokens needs {END_OF_THINKING} as one token; here it is {len(end)}"
             raise CheckpointError(message, where=self.folder / "tokenizer.json")
-        forced = self.tokenizer.encode(FORCED_END, add_special_tokens=False)
-        return ThinkingLimit(sampling.max_thinking_tokens, end[0], tuple(forced))
+        return ThinkingLimit(sampling.max_thinking_tokens, end[0], tuple(self.encode(FORCED_END)))
 
     def _finished(self, sequences: list[Sequence[int]], sampling: Sampling) -> Iterator[Sequence[int]]:
         draw = sampling.model_dump(include={"temperature", "top_p", "top_logprobs"})

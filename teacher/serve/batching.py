@@ -15,28 +15,62 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from distill.errors import EnvironmentFault, PotstillError
+from distill.errors import EnvironmentFault, PotstillError, UserInputError
 from distill.protocols import Teacher
 from distill.records import Completion, Sampling, TraceRequest
+
+
+class Asked(NamedTuple):
+    """One sample that is wanted: the answer to a question, or what goes on from a beginning.
+
+    `written` is what the answer says already; `prompt_ids`, where there are any, are all that stands before the
+    completion, and the question is not read.
+    """
+
+    request: TraceRequest
+    written: str = ""
+    prompt_ids: tuple[int, ...] = ()
+
+    @property
+    def goes_on(self) -> bool:
+        return bool(self.written or self.prompt_ids)
+
+
+class Written(NamedTuple):
+    """A completion and its tokens, where the teacher knows them; the text of one that goes on is what was added.
+
+    `opening` is what of the text stands in the prompt: the tokens wrote the rest.
+    """
+
+    completion: Completion
+    prompt_ids: Sequence[int] = ()
+    token_ids: Sequence[int] = ()
+    opening: str = ""
 
 
 @dataclass(frozen=True)
 class _Waiting:
     request: TraceRequest
     sampling: Sampling
-    future: Future[Completion] = field(default_factory=Future)
+    future: Future[Written] = field(default_factory=Future)
 
 
 @runtime_checkable
 class LiveTeacher(Protocol):
-    """A Teacher that takes requests while others are under way."""
+    """A Teacher that takes requests while others are under way, goes on from any beginning and knows its tokens."""
 
-    def submit(
-        self, request: TraceRequest, sampling: Sampling, settle: Callable[[Completion | PotstillError], None]
-    ) -> None:
-        """Begin one request; `settle` is called once, from any thread. Raises PotstillError for a bad request."""
+    def submit(self, asked: Asked, sampling: Sampling, settle: Callable[[Written | PotstillError], None]) -> None:
+        """Begin one sample; `settle` is called once, from any thread. Raises PotstillError for a bad request."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The text's tokens, with none added for its beginning or end."""
+        ...
+
+    def spell(self, *token_ids: int) -> str:
+        """The text of these tokens alone; U+FFFD for bytes that are no text."""
         ...
 
 
@@ -51,13 +85,13 @@ class Live:
         self._unfinished = 0
         self._lock = threading.Lock()
 
-    def submit(self, requests: Sequence[TraceRequest], sampling: Sampling) -> list[Future[Completion]]:
-        """One future a request, in order. Raises `queue.Full` when too many are unfinished; then none is begun."""
+    def submit(self, asked: Sequence[Asked], sampling: Sampling) -> list[Future[Written]]:
+        """One future a sample, in order. Raises `queue.Full` when too many are unfinished; then none is begun."""
         with self._lock:
-            if self._unfinished + len(requests) > self._max_unfinished:
+            if self._unfinished + len(asked) > self._max_unfinished:
                 raise queue.Full
-            self._unfinished += len(requests)
-        return [self._begin(request, sampling) for request in requests]
+            self._unfinished += len(asked)
+        return [self._begin(one, sampling) for one in asked]
 
     def num_waiting(self) -> int:
         return self._unfinished
@@ -66,16 +100,16 @@ class Live:
         """Finish what was begun, and let go of the teacher."""
         self.teacher.close()
 
-    def _begin(self, request: TraceRequest, sampling: Sampling) -> Future[Completion]:
-        future: Future[Completion] = Future()
+    def _begin(self, asked: Asked, sampling: Sampling) -> Future[Written]:
+        future: Future[Written] = Future()
 
-        def settle(outcome: Completion | PotstillError) -> None:
+        def settle(outcome: Written | PotstillError) -> None:
             with self._lock:
                 self._unfinished -= 1
             _settle(future, outcome)
 
         try:
-            self._live.submit(request, sampling, settle)
+            self._live.submit(asked, sampling, settle)
         except PotstillError as exc:
             settle(exc)
         return future
@@ -96,9 +130,12 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name="potstill-batcher", daemon=True)
         self._thread.start()
 
-    def submit(self, requests: Sequence[TraceRequest], sampling: Sampling) -> list[Future[Completion]]:
-        """One future a request, in order. Raises `queue.Full` when too many wait; then none of them is generated."""
-        waiting = [_Waiting(request, sampling) for request in requests]
+    def submit(self, asked: Sequence[Asked], sampling: Sampling) -> list[Future[Written]]:
+        """One future a sample, in order. Raises `queue.Full` when too many wait (then none of them is generated) and
+        UserInputError for one that goes on from a beginning: the Teacher protocol knows questions alone."""
+        if any(one.goes_on for one in asked):
+            raise UserInputError("this teacher answers questions alone, it goes on from no beginning", field="prompt")
+        waiting = [_Waiting(one.request, sampling) for one in asked]
         for entered, entry in enumerate(waiting):
             try:
                 self._waiting.put_nowait(entry)
@@ -150,7 +187,7 @@ class Batcher:
 
     def _generate(self, entries: Sequence[_Waiting], sampling: Sampling) -> None:
         """Equal requests (same question, index and seed) have equal answers: they are generated once."""
-        futures: dict[str, list[Future[Completion]]] = {}
+        futures: dict[str, list[Future[Written]]] = {}
         requests: dict[str, TraceRequest] = {}
         for entry in entries:
             key = entry.request.key(self.teacher.identity, sampling)
@@ -160,7 +197,7 @@ class Batcher:
         try:
             for completion in self.teacher.generate(list(requests.values()), sampling):
                 for future in futures.pop(completion.request.key(self.teacher.identity, sampling)):
-                    _settle(future, completion)
+                    _settle(future, Written(completion))
         except Exception as exc:  # noqa: BLE001 - one bad batch must not end the server; its requests get the fault
             fault = exc if isinstance(exc, PotstillError) else EnvironmentFault(f"{type(exc).__name__}: {exc}")
         for rest in futures.values():
@@ -168,10 +205,10 @@ class Batcher:
                 _settle(future, fault)
 
 
-def _settle(future: Future[Completion], outcome: Completion | PotstillError) -> None:
+def _settle(future: Future[Written], outcome: Written | PotstillError) -> None:
     """Set a future's outcome, unless its client is gone."""
     try:
-        if isinstance(outcome, Completion):
+        if isinstance(outcome, Written):
             future.set_result(outcome)
         else:
             future.set_exception(outcome)

@@ -1,43 +1,50 @@
-"""An OpenAI-compatible HTTP server over any Teacher, and over nothing but the Teacher protocol.
+"""An OpenAI-compatible HTTP server over any Teacher.
 
     GET  /health   /version   /v1/models
     POST /v1/completions   /v1/chat/completions      (streaming and not)
+    POST /tokenize                                   (a LiveTeacher's)
 
-A Teacher yields whole completions, so a stream carries each sample in one piece when it is finished; the text keeps the
-opening `<think>` that the chat template wrote. There is no authentication: bind to a loopback address, or put a proxy
-in front.
+A Teacher yields whole completions, so a stream carries each sample in one piece when it is finished, and a comment now
+and then while it is not, so that whoever waits can tell a long answer from a dead server. The text keeps the opening
+`<think>` that the chat template wrote. Going on from a beginning and token ids take a `LiveTeacher`, which the native
+one is. There is no authentication: bind to a loopback address, or put a proxy in front.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.metadata
 import itertools
 import json
 import queue
 import socket
 import time
-import uuid
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from distill.errors import PotstillError, Preempted, UserInputError
 from distill.protocols import Teacher
-from distill.records import Completion, Sampling
-from teacher.serve.batching import Batcher, Live, LiveTeacher
-from teacher.serve.messages import ChatRequest, CompletionRequest, Request, error_body, usage
+from distill.records import Sampling
+from teacher.serve.batching import Batcher, Live, LiveTeacher, Written
+from teacher.serve.forms import ChatForm, Form, Spell, TextForm, error_body, usage
+from teacher.serve.messages import ChatRequest, CompletionRequest, Request, TokenizeRequest
 
 MAX_BODY_BYTES = 8 * 2**20
 SHUTDOWN_S = 60
+# Clients and proxies give a silent connection up after a minute or more.
+KEEP_ALIVE_S = 15.0
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class Refused(Exception):
@@ -46,7 +53,18 @@ class Refused(Exception):
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
-        self.response = JSONResponse(error_body(message, kind=kind, param=param, code=code), status)
+        self.status = status
+        self.body = error_body(message, kind=kind, param=param, code=code)
+
+    @classmethod
+    def because_of(cls, fault: PotstillError) -> Refused:
+        """`param` is the request's own field, where it is that which is wrong."""
+        param = fault.field if fault.where is None else None
+        return cls(400 if isinstance(fault, UserInputError) else 500, str(fault), param=param)
+
+    @property
+    def response(self) -> Response:
+        return JSONResponse(self.body, self.status)
 
 
 class Server:
@@ -56,7 +74,8 @@ class Server:
         self.model = model
         self.sampling = sampling
         self.batcher: Batcher | Live
-        if isinstance(teacher, LiveTeacher):
+        self.live = teacher if isinstance(teacher, LiveTeacher) else None
+        if self.live is not None:
             self.batcher = Live(teacher, max_unfinished=max_waiting + max_batch)
         else:
             self.batcher = Batcher(teacher, max_batch=max_batch, max_waiting=max_waiting)
@@ -74,12 +93,25 @@ class Server:
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def completions(self, http: HTTPRequest) -> Response:
-        return await self._answer(await self._read(http, CompletionRequest), _TextForm)
+        request = await self._read(http, CompletionRequest)
+        return await self._answer(request, TextForm(request, self._spell))
 
     async def chat_completions(self, http: HTTPRequest) -> Response:
-        return await self._answer(await self._read(http, ChatRequest), _ChatForm)
+        request = await self._read(http, ChatRequest)
+        return await self._answer(request, ChatForm(request, self._spell))
 
-    async def _read(self, http: HTTPRequest, form: type[Request]) -> Request:
+    async def tokenize(self, http: HTTPRequest) -> Response:
+        request = await self._read(http, TokenizeRequest)
+        if self.live is None:
+            raise Refused(404, "this teacher does not tell its tokens")
+        tokens = self.live.encode(request.prompt)
+        return JSONResponse({"count": len(tokens), "tokens": tokens})
+
+    @property
+    def _spell(self) -> Spell | None:
+        return None if self.live is None else self.live.spell
+
+    async def _read(self, http: HTTPRequest, form: type[Body]) -> Body:
         body = bytearray()
         async for piece in http.stream():
             body += piece
@@ -93,127 +125,113 @@ class Server:
             fault = exc.errors()[0]
             param = ".".join(str(part) for part in fault["loc"]) or None
             raise Refused(400, f"{param}: {fault['msg']}" if param else fault["msg"], param=param) from exc
-        if request.model != self.model:
-            raise Refused(
-                404,
-                f"model: {request.model!r} is not served, {self.model!r} is",
-                param="model",
-                code="model_not_found",
-            )
+        model: str = request.model  # type: ignore[attr-defined]  # every form has it
+        if model != self.model:
+            message = f"model: {model!r} is not served, {self.model!r} is"
+            raise Refused(404, message, param="model", code="model_not_found")
         return request
 
-    async def _answer(self, request: Request, form: type[_Form]) -> Response:
-        wanted = request.trace_requests(0)
+    async def _answer(self, request: Request, form: Form[Any]) -> Response:
+        if request.return_token_ids and self.live is None:
+            raise Refused(400, "return_token_ids: this teacher does not tell its tokens", param="return_token_ids")
+        wanted = request.asked(0)
         if request.seed is None:
             first = next(self._indices)
             for _ in wanted[1:]:
                 next(self._indices)
-            wanted = request.trace_requests(first)
+            wanted = request.asked(first)
         try:
             submitted = self.batcher.submit(wanted, request.sampling(self.sampling))
         except queue.Full as exc:
             raise Refused(429, "too many requests are waiting; try again later") from exc
+        except UserInputError as exc:
+            raise Refused.because_of(exc) from exc
         futures = [asyncio.wrap_future(future) for future in submitted]
-        writer = form(request)
         if request.stream:
-            return StreamingResponse(_events(writer, futures), media_type="text/event-stream")
+            return _Stream(form, futures)
         try:
-            done = await asyncio.gather(*futures)
+            done = [_with_logprobs(answer, request) for answer in await asyncio.gather(*futures)]
         except PotstillError as exc:
-            raise Refused(400 if isinstance(exc, UserInputError) else 500, str(exc)) from exc
+            raise Refused.because_of(exc) from exc
         finally:
             for future in futures:
                 future.cancel()
-        return JSONResponse(writer.whole(done))
+        return JSONResponse(form.whole(done))
 
 
-async def _events(writer: _Form, futures: list[asyncio.Future[Completion]]) -> AsyncIterator[str]:
-    """Server-sent events: every sample as it finishes, then the usage if it was asked for, then `[DONE]`."""
-
-    async def numbered(index: int, future: asyncio.Future[Completion]) -> tuple[int, Completion]:
-        return index, await future
-
-    finished: dict[int, Completion] = {}
-    tasks = [asyncio.ensure_future(numbered(index, future)) for index, future in enumerate(futures)]
-    try:
-        for task in asyncio.as_completed(tasks):
-            index, completion = await task
-            finished[index] = completion
-            for chunk in writer.chunks(index, completion):
-                yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-        options = writer.request.stream_options
-        if options is not None and options.include_usage:
-            counts = usage([finished[index] for index in sorted(finished)], n=writer.request.n)
-            yield f"data: {json.dumps({**writer.head(chunk=True), 'choices': [], 'usage': counts})}\n\n"
-    except PotstillError as exc:
-        yield f"data: {json.dumps(error_body(str(exc), kind='server_error'))}\n\n"
-    finally:
-        for task in tasks:
-            task.cancel()
-    yield "data: [DONE]\n\n"
+def _with_logprobs(answer: Written, request: Request) -> Written:
+    """The answer, if it has the logprobs that were asked for."""
+    if request.num_logprobs() is not None and answer.completion.logprobs is None:
+        raise UserInputError("this teacher keeps none", field="logprobs")
+    return answer
 
 
-class _Form(ABC):
-    """How one answer is written down; the two endpoints differ in the shape of a choice."""
+class _Stream(Response):
+    """Server-sent events: every sample as it finishes, then the usage if it was asked for, then `[DONE]`.
 
-    prefix: str
-    whole_object: str
-    chunk_object: str
+    What is ready goes out as one piece: each piece costs this process and the client a system call and a wake-up.
+    starlette's own streams cost three times as much (a task group a request, `LOG.md`).
+    """
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
+    def __init__(self, form: Form[Any], futures: list[asyncio.Future[Written]]) -> None:
+        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
+        del self.headers["content-length"]
+        self._form = form
+        self._futures = futures
 
-    def head(self, *, chunk: bool) -> dict[str, Any]:
-        kind = self.chunk_object if chunk else self.whole_object
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        left = asyncio.ensure_future(_left(receive))
+        left.add_done_callback(lambda _: self._cancel())
+        try:
+            async for piece, more in self._pieces():
+                await send({"type": "http.response.body", "body": piece.encode(), "more_body": more})
+        finally:
+            left.cancel()
+            self._cancel()
 
-    def whole(self, completions: list[Completion]) -> dict[str, Any]:
-        choices = [self.choice(index, *self._text(completion)) for index, completion in enumerate(completions)]
-        return {**self.head(chunk=False), "choices": choices, "usage": usage(completions, n=self.request.n)}
+    def _cancel(self) -> None:
+        for future in self._futures:
+            future.cancel()
 
-    def chunks(self, index: int, completion: Completion) -> list[dict[str, Any]]:
-        return [
-            {**self.head(chunk=True), "choices": [choice]} for choice in self.deltas(index, *self._text(completion))
-        ]
+    async def _pieces(self) -> AsyncIterator[tuple[str, bool]]:
+        """Text to send, and whether more follows; ends early where the client has gone."""
+        pending = {future: index for index, future in enumerate(self._futures)}
+        while pending:
+            done, _ = await asyncio.wait(pending, timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+            if any(future.cancelled() for future in done):
+                return
+            try:
+                answers = [(pending.pop(future), future.result()) for future in sorted(done, key=pending.__getitem__)]
+                piece = "".join(self._events(answers)) if answers else ": keep-alive\n\n"
+            except PotstillError as exc:
+                yield f"{_event(Refused.because_of(exc).body)}data: [DONE]\n\n", False
+                return
+            if pending:
+                yield piece, True
+        yield f"{piece}{self._usage()}data: [DONE]\n\n", False
 
-    def _text(self, completion: Completion) -> tuple[str, str]:
-        text, stopped = self.request.cut(completion.text)
-        return text, "stop" if stopped else completion.finish_reason
+    def _events(self, answers: list[tuple[int, Written]]) -> Iterator[str]:
+        for index, answer in answers:
+            for chunk in self._form.chunks(index, _with_logprobs(answer, self._form.request)):
+                yield _event(chunk)
 
-    @abstractmethod
-    def choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
-        """One entry of `choices` in an answer that comes whole."""
-
-    @abstractmethod
-    def deltas(self, index: int, text: str, finish_reason: str) -> list[dict[str, Any]]:
-        """The entries of `choices` that a stream sends for it, one chunk each."""
-
-
-class _TextForm(_Form):
-    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
-
-    def choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
-
-    def deltas(self, index: int, text: str, finish_reason: str) -> list[dict[str, Any]]:
-        return [self.choice(index, text, finish_reason)]
+    def _usage(self) -> str:
+        options = self._form.request.stream_options
+        if options is None or not options.include_usage:
+            return ""
+        counts = usage([future.result() for future in self._futures], n=self._form.request.n)
+        return _event({**self._form.head(chunk=True), "choices": [], "usage": counts})
 
 
-class _ChatForm(_Form):
-    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+def _event(tree: dict[str, Any]) -> str:
+    return f"data: {json.dumps(tree, ensure_ascii=False)}\n\n"
 
-    def choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
 
-    def deltas(self, index: int, text: str, finish_reason: str) -> list[dict[str, Any]]:
-        delta = {"role": "assistant", "content": text}
-        return [
-            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None},
-            {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason},
-        ]
+async def _left(receive: Receive) -> None:
+    """Return once the client has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def build_app(
@@ -246,6 +264,7 @@ def build_app(
             Route("/health", server.health),
             Route("/version", server.version),
             Route("/v1/models", server.models),
+            Route("/tokenize", server.tokenize, methods=["POST"]),
             Route("/v1/completions", server.completions, methods=["POST"]),
             Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
         ],
@@ -266,8 +285,15 @@ def serve(app: Starlette, listener: socket.socket, *, ready: Callable[[], object
     class Ready(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
+            # What has been imported and loaded stays: every full collection would look through it all again, which
+            # is 0.3 s with torch and transformers.
+            gc.collect()
+            gc.freeze()
             ready()
 
     server = Ready(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_S))
-    with suppress(KeyboardInterrupt, Preempted):  # uvicorn raises the signal again after its orderly end
-        server.run([listener])
+    try:
+        with suppress(KeyboardInterrupt, Preempted):  # uvicorn raises the signal again after its orderly end
+            server.run([listener])
+    finally:
+        gc.unfreeze()

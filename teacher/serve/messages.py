@@ -1,8 +1,10 @@
-"""What the HTTP API reads and writes: OpenAI's completions and chat completions, as far as a Teacher can honour them.
+"""What the HTTP API reads: OpenAI's completions and chat completions, as far as a Teacher can honour them.
 
-A field that would change the answer and is not honoured is refused with 400, never ignored: log-probabilities, tools,
-penalties, token ids as prompts, more than one user message. `stop` is applied to the finished text.
-`thinking_token_budget` is budget forcing, under vLLM's name for it.
+A field that would change the answer and is not honoured is refused with 400, never ignored: tools, penalties, system
+messages, more than one question. `stop` is applied to the finished text. Beside OpenAI's fields there are those that
+budget forcing and logit distillation use, under vLLM's names: `thinking_token_budget`, `return_token_ids`,
+`return_tokens_as_token_ids`, prompts of token ids, and `continue_final_message`, with which the answer goes on from the
+assistant message that ends the conversation.
 """
 
 from __future__ import annotations
@@ -10,12 +12,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from distill.records import Completion, Problem, Sampling, TraceRequest
+from distill.records import Problem, Sampling, TraceRequest, content_id
+from teacher.serve.batching import Asked
 
+MAX_LOGPROBS = 20
 StopStrings = str | Annotated[list[str], Field(max_length=16)] | None
 Zero = Annotated[float, Field(ge=0, le=0)] | None
+Text = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
 
 
 class StreamOptions(BaseModel):
@@ -42,33 +48,41 @@ class Request(BaseModel, ABC):
     frequency_penalty: Zero = None
     user: str | None = None
     thinking_token_budget: int | None = Field(None, ge=1)
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
 
     @abstractmethod
-    def prompts(self) -> list[str]:
-        """The questions; each is answered `n` times."""
+    def beginnings(self) -> list[Asked]:
+        """What each answer begins from, as sample 0; each is answered `n` times."""
+
+    @abstractmethod
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told at every position; None: no logprobs at all."""
 
     def limit(self) -> int | None:
         return self.max_tokens
 
     def sampling(self, default: Sampling) -> Sampling:
         """`default` with what the request says otherwise."""
+        wanted = self.num_logprobs()
         said = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "max_tokens": self.limit(),
             "seed": self.seed,
             "max_thinking_tokens": self.thinking_token_budget,
+            # A token's own logprob is kept only beside at least one of the likeliest.
+            "top_logprobs": None if wanted is None else max(1, wanted),
         }
         return default.model_copy(update={name: value for name, value in said.items() if value is not None})
 
-    def trace_requests(self, first_index: int) -> list[TraceRequest]:
-        """`n` requests a prompt. A seeded request starts at index 0, so that it can be repeated; one without a seed
+    def asked(self, first_index: int) -> list[Asked]:
+        """`n` samples a beginning. A seeded request starts at index 0, so that it can be repeated; one without a seed
         gets indices of its own, so that it differs from every other and still shares their batch."""
         start = 0 if self.seed is not None else first_index
-        problems = [Problem(prompt=text, answer=None, grader="math", source="http") for text in self.prompts()]
         return [
-            TraceRequest(problem=problem, sample_index=start + index)
-            for number, problem in enumerate(problems)
+            one._replace(request=TraceRequest(problem=one.request.problem, sample_index=start + index))
+            for number, one in enumerate(self.beginnings())
             for index in range(number * self.n, (number + 1) * self.n)
         ]
 
@@ -81,19 +95,37 @@ class Request(BaseModel, ABC):
         ends = [place for place in (text.find(stop) for stop in self.stops()) if place >= 0]
         return (text[: min(ends)], True) if ends else (text, False)
 
+    @model_validator(mode="after")
+    def _stops_leave_the_tokens_whole(self) -> Request:
+        if self.stops() and (self.return_token_ids or self.num_logprobs() is not None):
+            raise ValueError("stop: cuts the text, not its tokens; it goes with neither logprobs nor return_token_ids")
+        return self
+
 
 class CompletionRequest(Request):
-    """`/v1/completions`. Each prompt is a question: the teacher's own chat template is put around it."""
+    """`/v1/completions`. A prompt of text is a question: the teacher's own chat template is put around it. A prompt of
+    token ids is taken as it is, and its completion goes on from there."""
 
     prompt: (
-        Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+        Text | TokenIds | Annotated[list[Text], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
     )
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
-    logprobs: Literal[None] = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
-    def prompts(self) -> list[str]:
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+    def beginnings(self) -> list[Asked]:
+        single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        prompts: list[Any] = [self.prompt] if single else list(self.prompt)
+        return [_question(one) if isinstance(one, str) else _tokens(one) for one in prompts]
+
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @model_validator(mode="after")
+    def _a_budget_needs_a_question(self) -> CompletionRequest:
+        if self.thinking_token_budget is not None and any(one.prompt_ids for one in self.beginnings()):
+            raise ValueError("thinking_token_budget: where a prompt of token ids thinks cannot be seen")
+        return self
 
 
 class TextPart(BaseModel):
@@ -106,7 +138,7 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    role: Literal["user"]
+    role: Literal["user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
 
@@ -122,25 +154,65 @@ class Message(BaseModel):
 
 
 class ChatRequest(Request):
-    """`/v1/chat/completions`. A teacher answers one question: exactly one user message, no system message."""
+    """`/v1/chat/completions`. A teacher answers one question: one user message, no system message; behind it, with
+    `continue_final_message`, what the assistant has written so far."""
 
-    messages: list[Message] = Field(min_length=1, max_length=1)
+    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
+    messages: list[Message] = Field(min_length=1, max_length=2)
     max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: Literal[False] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
-    def prompts(self) -> list[str]:
-        return [self.messages[0].text]
+    @field_validator("messages")
+    @classmethod
+    def _one_question_and_what_is_written(cls, messages: list[Message], info: ValidationInfo) -> list[Message]:
+        continued = bool(info.data.get("continue_final_message"))
+        wanted = ["user", "assistant"] if continued else ["user"]
+        if [message.role for message in messages] != wanted:
+            allowed = "a user message, then the assistant message to continue" if continued else "one user message"
+            raise ValueError(f"must be {allowed}, got {', '.join(message.role for message in messages)}")
+        return messages
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ChatRequest:
+        if self.add_generation_prompt is not None and self.add_generation_prompt == self.continue_final_message:
+            raise ValueError("add_generation_prompt: must be the opposite of continue_final_message")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs to be true")
+        if self.continue_final_message and self.thinking_token_budget is not None:
+            raise ValueError("thinking_token_budget: cannot be counted in a message that goes on")
+        return self
+
+    def beginnings(self) -> list[Asked]:
+        written = self.messages[1].text if self.continue_final_message else ""
+        return [_question(self.messages[0].text)._replace(written=written)]
+
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def limit(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
-def usage(completions: list[Completion], *, n: int) -> dict[str, int]:
-    """Token counts; the prompt of `n` samples counts once."""
-    prompt = sum(completion.num_prompt_tokens for completion in completions[::n])
-    written = sum(completion.num_tokens for completion in completions)
-    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+class TokenizeRequest(BaseModel):
+    """`/tokenize`, as vLLM has it, for text. A chat template, if it is wanted, must be in the text already."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    prompt: str
+    add_special_tokens: Literal[False]
 
 
-def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+def _question(text: str) -> Asked:
+    return Asked(_sample(text))
+
+
+def _tokens(ids: list[int]) -> Asked:
+    """The problem stands for the seed alone, which every prompt must have to itself."""
+    return Asked(_sample(f"tokens {content_id(ids)}"), prompt_ids=tuple(ids))
+
+
+def _sample(text: str) -> TraceRequest:
+    return TraceRequest(problem=Problem(prompt=text, answer=None, grader="math", source="http"), sample_index=0)

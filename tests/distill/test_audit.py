@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from distill.recipe import VerifyConfig
 from distill.records import Problem
-from distill.verify.audit import Audit, second_opinion, wilson
+from distill.verify.audit import Audit, AuditSummary, second_opinion, wilson
 
 
 @pytest.mark.parametrize(
@@ -81,11 +81,11 @@ def test_disagreements_are_counted_both_ways() -> None:
         (0, "wrong", None),
     ]
     summary = audited([problem(0)], rows).summary()
-    assert [summary[name] for name in ("answers", "decided_by_both", "disagreements")] == [10, 9, 2]
-    assert [summary[f"accepted_by_the_{which}_alone"] for which in ("first", "second")] == [1, 1]
-    assert summary["rate"] == pytest.approx(2 / 9)
-    assert summary["ci95"] == wilson(2, 9)
-    assert [(one["key"], one["first"], one["second"]) for one in summary["examples"]] == [
+    assert [summary.answers, summary.decided_by_both, summary.disagreements] == [10, 9, 2]
+    assert [summary.accepted_by_the_first_alone, summary.accepted_by_the_second_alone] == [1, 1]
+    assert summary.rate == pytest.approx(2 / 9)
+    assert summary.ci95 == wilson(2, 9)
+    assert [(one.key, one.first, one.second) for one in summary.examples] == [
         ("k6", "correct", "wrong"),
         ("k7", "wrong", "correct"),
     ]
@@ -117,5 +117,8 @@ def test_a_reference_that_nobody_agrees_with_is_suspected() -> None:
     assert (first.majority, first.num_agreeing, first.num_answers, first.relabelled) == ("5", 4, 5, False)
     on_request = audited(problems, rows, relabel="majority")
     assert [one.relabelled for one in on_request.suspects()] == [True, False]  # a procedural one stays
-    assert len(on_request.summary()["suspected_references"]) == 2
+    said = on_request.summary()
+    assert (len(said.suspected_references), len(said.relabelled), said.num_relabelled_samples) == (2, 1, 4)
+    assert (said.relabel, audited(problems, rows).summary().relabel) == ("majority", "never")
+    assert AuditSummary.model_validate_json(said.model_dump_json()) == said
     assert not list(audited(problems, rows, suspect_min_share=0.9, suspect_min_samples=5).suspects())

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from distill.manifest import MANIFEST, run_stage
 from distill.recipe import VerifyConfig
-from distill.records import ScoreCard
+from distill.records import Problem, ScoreCard
+from distill.verify.audit import Audit, AuditSummary
 from eval.harness import SAMPLES, SCORES, Subject, _write_rows, score_rows
 
 FAMILIES = [
@@ -116,3 +117,19 @@ def _write_stages(run_dir: Path) -> None:
     steps = [{"filter": name, "in": before, "out": after, "examples": []} for name, before, after in funnel]
     steps[3] |= {"examples": [example, {**example, "key": "fedc"}]}
     (run_dir / "curate" / "funnel.json").write_text(json.dumps(steps))
+    (run_dir / "curate" / "audit.json").write_text(synthetic_audit().model_dump_json())
+
+
+def synthetic_audit() -> AuditSummary:
+    """Twelve answers to three questions, by the code that curation runs: two disagreements, one reference replaced."""
+    problems = [
+        Problem(prompt="</pre><script>1</script>\u202e?", answer="7", grader="math", source="s"),
+        Problem(prompt="What is 4 + 4?", answer="9", grader="math", source="s"),
+        Problem(prompt="What is <b>5 + 5</b>?", answer="11", grader="reasoning_gym", source="s"),
+    ]
+    audit = Audit({one.id: one for one in problems}, VerifyConfig(relabel="majority"))
+    rows = [(0, "correct", "7"), (0, "correct", "8"), (0, "wrong", "7.0")]
+    rows += [(1, "wrong", answer) for answer in ("8", "8.0", "8", "x=8", "7")] + [(2, "wrong", "10")] * 4
+    for number, (which, state, answer) in enumerate(rows):
+        audit.add(problems[which].id, f"{number:016x}", state, answer)  # type: ignore[arg-type]
+    return audit.summary()

@@ -15,7 +15,7 @@ def comparison(tmp_path_factory):
 
 def test_summary_has_the_agreed_form(comparison):
     got = summary(comparison)
-    assert set(got) == {"stages", "models", "funnel"}
+    assert set(got) == {"stages", "models", "funnel", "audit"}
     assert [stage["name"] for stage in got["stages"]] == ["generate", "curate", "distill", "eval"]
     assert all(set(stage) == {"name", "seconds", "peak_rss_bytes"} for stage in got["stages"])
     assert got["stages"][2]["seconds"] == 8 * 21.0, "students trained one by one are one stage"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from distill.recipe import VerifyConfig
+from distill.verify.audit import Audit, AuditSummary
 from eval.charts import short_count
 from eval.compare import compare_run
 from eval.report import duration, visible, write_report
@@ -97,6 +99,65 @@ def test_the_funnel_says_what_each_filter_dropped(report):
     assert widths == [f"width: {100 * kept / 8192:.2f}%" for kept in (7804, 7804, 7790, 7700, 7410)]
     summary = json.loads((report / "summary.json").read_text())
     assert summary["funnel"][3] == {"filter": "decontaminate", "in": 7790, "out": 7700}
+
+
+def test_the_audit_says_how_often_the_graders_differ_and_what_was_relabelled(report):
+    page = Page((report / "index.html").read_text())
+    words = " ".join(" ".join(page.words).split())
+    assert "went over 12 graded answers of the teacher's and could decide 12." in words
+    cells = words[words.index("rate of disagreement") :]
+    assert cells.startswith("rate of disagreement 12 12 2 1 1 16.67% 4.70 – 44.80 ")
+    assert "2 questions have answers that agree with each other and never with the reference." in words
+    asked = (
+        "The recipe asked for it ( verify.relabel: majority ): the majority's answer took the place of 1 reference, "
+    )
+    assert f"{asked}so that 4 samples count as correct." in words
+    assert "first: correct, second: wrong 000000000000 </pre><script>1</script>\\u202e? reference: 7 answer: 8" in words
+    assert "first: wrong, second: correct" in words
+    assert words.index("4 of 5 answers agree relabelled What is 4 + 4? reference: 9 majority: 8") < words.index(
+        "4 of 4 answers agree kept What is <b>5 + 5</b>? reference: 11 majority: 10"
+    )
+    assert ("a", {"href": "#audit"}) in page.tags
+    audit = json.loads((report / "summary.json").read_text())["audit"]
+    wanted = {"answers": 12, "decided_by_both": 12, "disagreements": 2, "relabel": "majority"}
+    wanted |= {"num_suspected_references": 2, "num_relabelled_references": 1, "num_relabelled_samples": 4}
+    assert {name: audit[name] for name in wanted} == wanted
+    assert audit["rate"] == pytest.approx(1 / 6)
+    assert [(one["answer"], one["first"]) for one in audit["examples"]] == [("8", "correct"), ("7.0", "wrong")]
+    assert [(one["majority"], one["relabelled"]) for one in audit["suspected_references"]] == [
+        ("8", True),
+        ("10", False),
+    ]
+
+
+def test_what_was_not_relabelled_is_said_to_be_nobodys_wish(tmp_path):
+    run = write_synthetic_run(tmp_path / "pico", questions=1)
+    path = run / "curate" / "audit.json"
+    audit = AuditSummary.model_validate_json(path.read_text())
+    kept = [one.model_copy(update={"relabelled": False}) for one in audit.suspected_references]
+    many = tuple(kept[number % 2].model_copy(update={"problem_id": str(number)}) for number in range(1_234))
+    changed = {"relabel": "never", "suspected_references": many}
+    path.write_text(audit.model_copy(update=changed).model_dump_json())
+    write_report(compare_run(run), run / "report", elapsed_s=lambda: 1.0, peak_rss_bytes=1)
+    words = " ".join(" ".join(Page((run / "report/index.html").read_text()).words).split())
+    assert "Nothing was relabelled: the recipe did not ask for it ( verify.relabel: never )." in words
+    assert "1,234 questions have answers" in words
+    assert words.count("answers agree kept") == 20
+    said = json.loads((run / "report/summary.json").read_text())["audit"]
+    assert (len(said["suspected_references"]), said["num_suspected_references"]) == (20, 1_234)
+
+
+@pytest.mark.parametrize("left", ["no file", "nothing to audit"])
+def test_where_nothing_was_audited_there_is_no_section(tmp_path, left):
+    run = write_synthetic_run(tmp_path / "pico", questions=1)
+    path = run / "curate" / "audit.json"
+    path.unlink() if left == "no file" else path.write_text(Audit({}, VerifyConfig()).summary().model_dump_json())
+    write_report(compare_run(run), run / "report", elapsed_s=lambda: 1.0, peak_rss_bytes=1)
+    text = (run / "report" / "index.html").read_text()
+    assert "second grader" not in text
+    assert "#audit" not in text
+    audit = json.loads((run / "report/summary.json").read_text())["audit"]
+    assert audit is None if left == "no file" else (audit["answers"], audit["rate"]) == (0, None)
 
 
 def test_pictures_are_pictures(report):

@@ -57,9 +57,10 @@ def test_nothing_scored_is_one_line_and_nothing_written(tmp_path):
     assert not (tmp_path / "pico" / "report").exists()
 
 
-def test_a_broken_funnel_leaves_no_manifest(run_dir):
+@pytest.mark.parametrize("name", ["funnel.json", "audit.json"])
+def test_a_broken_file_of_curation_leaves_no_manifest(run_dir, name):
     compare(RECIPE, run_dir)
-    (run_dir / "curate" / "funnel.json").write_text("{")
-    with pytest.raises(DataError, match=r"funnel.json"):
+    (run_dir / "curate" / name).write_text("{")
+    with pytest.raises(DataError, match=name):
         compare(RECIPE, run_dir)
     assert read_manifest(run_dir / "report") is None

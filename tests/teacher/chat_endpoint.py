@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -48,6 +49,7 @@ class ChatEndpoint:
         self.payloads: list[dict[str, Any]] = []
         self.running = self.most_running = 0
         self.url = ""
+        self.port = 0
 
     def more_routes(self) -> list[Route]:
         return []
@@ -120,8 +122,8 @@ class ChatEndpoint:
 
 
 @contextmanager
-def serving(endpoint: ChatEndpoint) -> Iterator[ChatEndpoint]:
-    """Run the endpoint on a free port of loopback, on a thread, until the block ends."""
+def serving(endpoint: ChatEndpoint, *, tls: tuple[Path, Path] | None = None) -> Iterator[ChatEndpoint]:
+    """Run the endpoint on a free port of loopback, on a thread, until the block ends. `tls`: key and certificate."""
     app = Starlette(
         routes=[
             Route("/v1/models", endpoint.models),
@@ -130,7 +132,8 @@ def serving(endpoint: ChatEndpoint) -> Iterator[ChatEndpoint]:
             *endpoint.more_routes(),
         ]
     )
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical")
+    key, made = tls or (None, None)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", ssl_keyfile=key, ssl_certfile=made)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -138,8 +141,8 @@ def serving(endpoint: ChatEndpoint) -> Iterator[ChatEndpoint]:
     while not server.started:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    endpoint.url = f"http://127.0.0.1:{port}/v1"
+    endpoint.port = server.servers[0].sockets[0].getsockname()[1]
+    endpoint.url = f"http://127.0.0.1:{endpoint.port}/v1"
     try:
         yield endpoint
     finally:

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from distill.errors import EnvironmentFault
 from distill.records import Completion, Problem, Sampling, TeacherIdentity, TraceRequest
-from teacher.serve.batching import Batcher
+from teacher.serve.batching import Asked, Batcher
 from teacher.serve.http import build_app
 
 DEFAULTS = Sampling(temperature=0.6, top_p=0.95, max_tokens=100, seed=3)
@@ -151,7 +151,10 @@ def test_requests_that_wait_together_are_one_batch(client: TestClient, teacher: 
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "system", "content": "be brief"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages.0"),
-        ({"logprobs": True}, "logprobs"),
+        ({"messages": [{"role": "assistant", "content": "4"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "2"}] * 2}, "messages"),
+        ({"continue_final_message": True}, "messages"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         ({"tools": []}, "tools"),
         ({"presence_penalty": 1.0}, "presence_penalty"),
     ],
@@ -163,6 +166,68 @@ def test_bad_fields_are_named(client: TestClient, teacher: SpellingTeacher, fiel
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     assert not teacher.batches
+
+
+BOTH = [{"role": "user", "content": "what is 2 + 2"}, {"role": "assistant", "content": "<think>\nso"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"top_logprobs": 2}, "top_logprobs: needs logprobs"),
+        ({"logprobs": True, "stop": "x"}, "stop: cuts the text, not its tokens"),
+        ({"add_generation_prompt": False}, "add_generation_prompt: must be the opposite"),
+        (
+            {"messages": BOTH, "continue_final_message": True, "thinking_token_budget": 3},
+            "thinking_token_budget: cannot be counted",
+        ),
+    ],
+)
+def test_fields_that_contradict_each_other(client: TestClient, fields: dict, said: str) -> None:
+    response = chat(client, **fields)
+    assert (response.status_code, said in response.json()["error"]["message"]) == (400, True), response.text
+
+
+def test_what_a_plain_teacher_cannot_do_is_refused_and_not_left_out(client: TestClient) -> None:
+    """It knows questions alone, and neither its tokens nor their logprobs."""
+    for fields, param in [
+        ({"messages": BOTH, "continue_final_message": True}, "prompt"),
+        ({"logprobs": True}, "logprobs"),
+        ({"return_token_ids": True}, "return_token_ids"),
+    ]:
+        response = chat(client, **fields)
+        error = response.json()["error"]
+        assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param), fields
+    body = {"model": "pico", "prompt": [1, 2, 3]}
+    assert client.post("/v1/completions", json=body).json()["error"]["param"] == "prompt"
+    text = {"model": "pico", "prompt": "a", "add_special_tokens": False}
+    assert client.post("/tokenize", json=text).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"logprobs": True}, "invalid_request_error"),
+        ({"messages": [{"role": "user", "content": "out of memory"}]}, "server_error"),
+    ],
+)
+def test_a_stream_names_a_fault_as_a_whole_answer_does(client: TestClient, fields: dict, kind: str) -> None:
+    (last,) = events(chat(client, stream=True, **fields))
+    assert last["error"] == chat(client, **fields).json()["error"]
+    assert last["error"]["type"] == kind
+
+
+def test_a_long_answer_keeps_its_connection_alive(
+    client: TestClient, teacher: SpellingTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teacher.serve.http.KEEP_ALIVE_S", 0.02)
+    teacher.hold.clear()
+    threading.Timer(0.3, teacher.hold.set).start()
+    text = chat(client, stream=True).text
+    comments = [part for part in text.split("\n\n") if part.startswith(":")]
+    assert set(comments) == {": keep-alive"}
+    assert text.index(": keep-alive") < text.index("data: ")
+    assert text.endswith("data: [DONE]\n\n")
 
 
 def test_other_bad_requests(client: TestClient) -> None:
@@ -202,7 +267,7 @@ def test_closing_fails_what_still_waits(teacher: SpellingTeacher) -> None:
     batcher = Batcher(teacher, max_batch=1)
     teacher.hold.clear()
     problem = Problem(prompt="1 + 1", answer=None, grader="math", source="test")
-    requests = [TraceRequest(problem=problem, sample_index=index) for index in range(3)]
+    requests = [Asked(TraceRequest(problem=problem, sample_index=index)) for index in range(3)]
     futures = batcher.submit(requests[:1], DEFAULTS)
     wait_until(lambda: len(teacher.batches) == 1)
     closing = threading.Thread(target=batcher.close)
@@ -210,7 +275,7 @@ def test_closing_fails_what_still_waits(teacher: SpellingTeacher) -> None:
     late = batcher.submit(requests[1:], DEFAULTS)
     teacher.hold.set()
     closing.join(30)
-    assert futures[0].result(30).request == requests[0]
+    assert futures[0].result(30).completion.request == requests[0].request
     for future in late:
         outcome = future.exception(30)
         assert outcome is None or isinstance(outcome, EnvironmentFault)

@@ -13,9 +13,10 @@ from test_native_backend import SAMPLING, open_it, requests
 from v3_models import tiny_config, write_model_folder
 
 from distill.errors import DataError, EnvironmentFault
-from distill.records import Completion, Problem, Sampling, TraceRequest
+from distill.records import Problem, Sampling, TraceRequest
 from teacher.backends.live import LocalEngine
 from teacher.backends.native import NativeBackend
+from teacher.serve.batching import Asked, Written
 from teacher.serve.engine import Draw
 from teacher.serve.http import build_app
 from teacher.serve.loop import EngineLoop, Job
@@ -45,12 +46,13 @@ def test_what_joins_a_running_batch_is_what_it_is_alone(folder: Path, workers: i
     outcomes: queue.SimpleQueue[tuple[Sampling, Any]] = queue.SimpleQueue()
     for sampling in samplings:
         for request in requests(count=6):
-            live.submit(request, sampling, lambda outcome, sampling=sampling: outcomes.put((sampling, outcome)))
+            live.submit(Asked(request), sampling, lambda outcome, sampling=sampling: outcomes.put((sampling, outcome)))
     found = {}
     for _ in wanted:
         sampling, outcome = outcomes.get(timeout=250)
-        assert isinstance(outcome, Completion), outcome
-        found[outcome.request.key(alone.identity, sampling)] = outcome
+        assert isinstance(outcome, Written), outcome
+        assert len(outcome.token_ids) == outcome.completion.num_tokens
+        found[outcome.completion.request.key(alone.identity, sampling)] = outcome.completion
     live.close()
     assert found.keys() == wanted.keys()
     for key, completion in found.items():
@@ -115,7 +117,7 @@ def test_a_worker_that_dies_settles_what_it_had(folder: Path) -> None:
     outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
     long = SAMPLING.model_copy(update={"max_tokens": 100})
     for request in requests(count=8):
-        live.submit(request, long, outcomes.put)
+        live.submit(Asked(request), long, outcomes.put)
     for worker in live._live._crew:  # type: ignore[attr-defined]
         worker._process.kill()
     settled = [outcomes.get(timeout=250) for _ in requests(count=8)]
@@ -144,5 +146,5 @@ def _question(text: str) -> Problem:
 def test_a_prompt_too_long_is_raised_at_once(folder: Path) -> None:
     with pytest.raises(DataError, match="the model takes 127"):
         teacher(folder, workers=1).submit(
-            TraceRequest(problem=_question("x" * 200), sample_index=0), SAMPLING, lambda outcome: None
+            Asked(TraceRequest(problem=_question("x" * 200), sample_index=0)), SAMPLING, lambda outcome: None
         )

@@ -29,6 +29,7 @@ from distill.errors import EnvironmentFault, PotstillError, RecipeError
 from distill.recipe import OpenAITeacher
 from teacher.backends.openai.answers import Answer, Garbled, NoCounts, said_in
 from teacher.backends.openai.concurrency import AdaptiveConcurrency
+from teacher.backends.openai.proxy import Proxy
 from teacher.backends.openai.secrets import ApiKey
 from teacher.backends.openai.streaming import DONE, EventDecoder
 
@@ -111,6 +112,7 @@ class Client:
         self,
         config: OpenAITeacher,
         key: ApiKey,
+        proxy: Proxy | None,
         control: AdaptiveConcurrency,
         spent: Spent,
         *,
@@ -120,21 +122,23 @@ class Client:
         self.config = config
         self.base_url = config.base_url.rstrip("/")
         self.key = key
+        self.proxy = proxy
         self.spent = spent
         self._backoff_s = backoff_s
         self._gone = gone
         self._gate = Gate(control)
         self._control = control
         self._clock = asyncio.get_running_loop().time
+        # With every request and not with the session: aiohttp shows a session's headers to the proxy.
+        headers = {**key.headers(), "Content-Type": "application/json"}
+        self._route = proxy.for_aiohttp(headers) if proxy else {"headers": headers}
 
     async def __aenter__(self) -> Self:
         idle = self.config.idle_timeout_s if self.config.stream else None
         self._session = aiohttp.ClientSession(
-            headers={**self.key.headers(), "Content-Type": "application/json"},
             connector=aiohttp.TCPConnector(limit=0, socket_factory=_kept_alive),
             timeout=aiohttp.ClientTimeout(total=self.config.timeout_s, sock_connect=CONNECT_TIMEOUT_S, sock_read=idle),
             read_bufsize=2**20,
-            trust_env=True,
         )
         return self
 
@@ -161,7 +165,7 @@ class Client:
             if self._gone():
                 raise EnvironmentFault("the server has ended", where=self.base_url)
             if attempt >= self.config.max_retries:
-                said = self.key.redacted(str(trouble))
+                said = redacted(str(trouble), self.key, self.proxy)
                 message = f"no completion after {attempt + 1} attempts ({said}); run the same command again"
                 raise Refused(EnvironmentFault(message, where=self.base_url))
             bound = min(MAX_BACKOFF_S, self._backoff_s * 2.0**attempt)
@@ -172,7 +176,7 @@ class Client:
         answer = Answer()
         counted = 0
         try:
-            async with self._session.post(url, data=body, allow_redirects=False) as response:
+            async with self._session.post(url, data=body, allow_redirects=False, **self._route) as response:
                 if response.status != 200:
                     raise self._trouble(response, await response.content.read(MAX_ERROR_BYTES))
                 if response.content_type == "text/event-stream":
@@ -213,13 +217,20 @@ class Client:
         if status in RETRIED:
             wait_s = min(retry_after_s(response.headers.get("Retry-After", "")), self.config.timeout_s)
             return Passing(f"HTTP {status}", overload=status in OVERLOADED, retry_after_s=wait_s)
-        fault = status_fault(self.config, self.key, status, body.decode("utf-8", "replace"))
-        return Refused(fault) if 400 <= status < 500 and status not in (401, 403, 404) else fault
+        fault = status_fault(self.config, self.key, self.proxy, status, body.decode("utf-8", "replace"))
+        return Refused(fault) if 400 <= status < 500 and status not in (401, 403, 404, 407) else fault
 
 
-def status_fault(config: OpenAITeacher, key: ApiKey, status: int, body: str) -> PotstillError:
+def redacted(text: str, key: ApiKey, proxy: Proxy | None) -> str:
+    """What may be said of it: neither the key nor the proxy's password. The key's part cuts, so it comes last."""
+    return key.redacted(proxy.redacted(text) if proxy else text)
+
+
+def status_fault(config: OpenAITeacher, key: ApiKey, proxy: Proxy | None, status: int, body: str) -> PotstillError:
     """What an answer that no repetition will change means."""
-    where, said = config.base_url.rstrip("/"), key.redacted(said_in(body))
+    where, said = config.base_url.rstrip("/"), redacted(said_in(body), key, proxy)
+    if status == 407 and proxy is not None:
+        return EnvironmentFault(f"the proxy {proxy.url} refuses user and password (HTTP 407: {said})", where=where)
     if status in (401, 403):
         which = f"the key in ${key.variable}" if key else f"no key (${key.variable})"
         return EnvironmentFault(f"refused {which} (HTTP {status}: {said})", where=where)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +26,13 @@ from teacher.backends.openai.client import (
     Client,
     Refused,
     Spent,
+    redacted,
     retry_after_s,
     status_fault,
 )
 from teacher.backends.openai.completing import FORCED_END, Asker
 from teacher.backends.openai.concurrency import AdaptiveConcurrency
+from teacher.backends.openai.proxy import Proxy
 from teacher.backends.openai.secrets import ApiKey
 
 # Where growth starts, and how long each step is watched.
@@ -44,7 +47,7 @@ Result = Completion | BaseException | None
 class OpenAICompatibleTeacher:
     """A `distill.protocols.Teacher` over `/chat/completions`.
 
-    Raises on construction: EnvironmentFault (the endpoint cannot be reached, the key is refused), RecipeError (the
+    Raises on construction: EnvironmentFault (the endpoint cannot be reached, key or proxy is refused), RecipeError (the
     endpoint does not serve this model). `backoff_s` bounds the first pause before asking again; the bound doubles each
     time. `api_key` stands for the one in the environment. Where `gone` says that the endpoint will not come back (its
     process has ended), nothing is asked again: EnvironmentFault at once.
@@ -66,6 +69,9 @@ class OpenAICompatibleTeacher:
         self._key = (
             ApiKey(api_key, variable=config.api_key_env) if api_key else ApiKey.of_environment(config.api_key_env)
         )
+        self._proxy = Proxy.of_environment(self._base_url)
+        # What aiohttp trusts; httpx alone has its own list. To load it takes 40 ms, so only where there is TLS.
+        self._trusted = ssl.create_default_context() if self._base_url.startswith("https:") else False
         self._backoff_s = backoff_s
         self._gone = gone
         self._control = AdaptiveConcurrency(config.max_concurrency, initial=initial_concurrency, window_s=WINDOW_S)
@@ -111,7 +117,15 @@ class OpenAICompatibleTeacher:
 
     def client(self) -> Client:
         """For the loop that runs this."""
-        return Client(self.config, self._key, self._control, self.spent, backoff_s=self._backoff_s, gone=self._gone)
+        return Client(
+            self.config,
+            self._key,
+            self._proxy,
+            self._control,
+            self.spent,
+            backoff_s=self._backoff_s,
+            gone=self._gone,
+        )
 
     def _ask_identity(self) -> TeacherIdentity:
         config = self.config
@@ -152,10 +166,18 @@ class OpenAICompatibleTeacher:
         while True:
             try:
                 response = httpx.request(
-                    method, url, json=payload, headers=self._key.headers(), timeout=CONNECT_TIMEOUT_S
+                    method,
+                    url,
+                    json=payload,
+                    headers=self._key.headers(),
+                    timeout=CONNECT_TIMEOUT_S,
+                    proxy=self._proxy.for_httpx() if self._proxy else None,
+                    trust_env=False,
+                    verify=self._trusted,
                 )
             except httpx.TransportError as exc:
-                message = f"cannot be reached ({type(exc).__name__}: {self._key.redacted(str(exc))})"
+                said = redacted(str(exc), self._key, self._proxy)
+                message = f"cannot be reached ({type(exc).__name__}: {said})"
                 raise EnvironmentFault(message, where=self._base_url) from None  # the cause may quote headers
             except httpx.InvalidURL as exc:
                 raise RecipeError(f"not a URL ({exc})", where="teacher.base_url") from exc
@@ -166,8 +188,8 @@ class OpenAICompatibleTeacher:
                 threading.Event().wait(bound + min(60.0, retry_after_s(response.headers.get("Retry-After", ""))))
                 attempt += 1
                 continue
-            if response.status_code in (401, 403):
-                raise status_fault(self.config, self._key, response.status_code, response.text)
+            if response.status_code in (401, 403, 407):
+                raise status_fault(self.config, self._key, self._proxy, response.status_code, response.text)
             try:
                 return response.json() if response.is_success else None
             except ValueError:
