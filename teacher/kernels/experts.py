@@ -81,8 +81,12 @@ def routed_experts_fp8(
 def default_plan(num_pairs: int, num_experts: int) -> ExpertsPlan:
     """A plan for numbers that nobody has measured, by the mean load of an expert."""
     mean = num_pairs / num_experts
-    if mean <= 32:
-        return ExpertsPlan(rows=16 if mean <= 8 else 32, weights_first=True)
+    if mean <= 2:  # few experts are met: many loads in flight
+        return ExpertsPlan(rows=16, weights_first=True)
+    if mean <= 24:
+        return ExpertsPlan(rows=16 if mean <= 8 else 32, weights_first=True, num_stages=3)
+    if mean <= 40:
+        return ExpertsPlan(rows=64, weights_first=False, num_stages=2, down_stages=3)
     return ExpertsPlan(rows=128, weights_first=False, fused=False)
 
 

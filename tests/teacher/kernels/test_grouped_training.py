@@ -96,7 +96,7 @@ def as_twin(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradients_are_as_exact_as_the_twins(
     device: str, routing: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for num_tokens in (1, 150) if device == "cpu" else (1, 5, 130, 4_096):
+    for num_tokens in (150,) if device == "cpu" else (1, 5, 130, 4_096):
         given = case(num_tokens, routing, device)
         wanted = exact(given)
         got = run(given, precision)
@@ -133,7 +133,7 @@ def fill_empty_with_nan(patch: pytest.MonkeyPatch) -> None:
 def test_nothing_unwritten_is_read(
     device: str, routing: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for num_tokens in (1, 5) if device == "cpu" else (1, 5, 130, 4_096):
+    for num_tokens in (1,) if device == "cpu" else (1, 5, 130, 4_096):
         given = case(num_tokens, routing, device)
         clean = run(given, precision)
         with monkeypatch.context() as patch:

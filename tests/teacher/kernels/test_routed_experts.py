@@ -25,7 +25,7 @@ from teacher.model.fp8 import BLOCK, dequantise_blocks
 
 NUM_EXPERTS, HIDDEN, INNER, TOP_K = 8, 256, 128, 3
 ROUTES = Routes(TOP_K, 2, 1, True, 2.5)
-PLANS = [None, ExpertsPlan(16, True), ExpertsPlan(32, False), ExpertsPlan(128, False, fused=False)]
+PLANS = [None, ExpertsPlan(16, True), ExpertsPlan(64, False, 4, 2, 3), ExpertsPlan(128, False, fused=False)]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_the_kernels_equal_the_twin(
     device: str, weights: ExpertWeights, plan: ExpertsPlan | None, concentrated: bool
 ) -> None:
     # 400 tokens fill tiles of 128 rows, halves of them and tails; interpreted, they would take minutes.
-    for num_tokens in (1, 5, 70) if device == "cpu" else (1, 5, 70, 345, 400):
+    for num_tokens in (1, 70) if device == "cpu" else (1, 5, 70, 345, 400):
         x, choice = tokens(num_tokens, device, concentrated=concentrated)
         wanted = routed_experts_twin(x, choice, weights)
         got = routed_experts_fp8(x, choice, weights, plan=plan)
