@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ def from_vllm(device: torch.device, **places: str) -> SimpleNamespace | PeerMiss
         return PeerMissing("needs a GPU")
     if importlib.util.find_spec("vllm") is None:
         return PeerMissing("vllm is not installed")
+    # Where vLLM finds DeepGEMM it rounds every scale to a power of two, for its Triton kernels too: another result.
+    os.environ.setdefault("VLLM_USE_DEEP_GEMM", "0")
     try:
         return SimpleNamespace(
             **{
