@@ -16,7 +16,7 @@ from test_openai_backend import SAMPLING, check_all, collect, requests, teacher
 
 from distill.errors import EnvironmentFault, RecipeError
 from distill.records import Completion
-from teacher.backends.openai.answers import Answer, Garbled
+from teacher.backends.openai.answers import Answer, Reported
 from teacher.backends.openai.client import retry_after_s
 from teacher.backends.openai.secrets import ApiKey
 from teacher.backends.openai.streaming import EventDecoder
@@ -80,11 +80,42 @@ def test_a_stream_that_stalls_is_given_up_and_asked_for_again(endpoint: ChatEndp
     assert len(endpoint.payloads) >= 4
 
 
-def test_an_error_inside_a_stream_is_garbled() -> None:
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        ({"message": "out of\nmemory"}, 500),
+        ({"message": "out of\nmemory", "type": "invalid_request_error", "code": "context_length_exceeded"}, 400),
+        ({"message": "out of\nmemory", "type": "BadRequestError", "code": 422}, 422),
+        ({"message": "out of\nmemory", "type": "rate_limit_error", "code": None}, 429),
+        ("out of memory", 500),
+    ],
+)
+def test_an_error_inside_a_stream_says_what_it_amounts_to(error: Any, status: int) -> None:
     answer = Answer()
     answer.take(json.dumps({"choices": [{"index": 0, "delta": {"content": "x"}}]}))
-    with pytest.raises(Garbled, match="broke off with the error 'out of memory'"):
-        answer.take(json.dumps({"error": {"message": "out of\nmemory"}}))
+    with pytest.raises(Reported, match="broke off with the error 'out of memory'") as caught:
+        answer.take(json.dumps({"error": error}))
+    assert caught.value.status == status
+
+
+def _streamed(error: dict[str, Any]) -> Response:
+    return Response(f"data: {json.dumps({'error': error})}\n\ndata: [DONE]\n\n", media_type="text/event-stream")
+
+
+def test_a_request_refused_inside_a_stream_is_not_asked_again(endpoint: ChatEndpoint) -> None:
+    refusal = {"message": "the prompt is too long", "type": "invalid_request_error", "code": None}
+    endpoint.fault = lambda number, payload: _streamed(refusal)
+    with pytest.raises(RecipeError, match=r"refused the request \(HTTP 400: the prompt is too long\)"):
+        list(teacher(endpoint).generate(requests(1), SAMPLING))
+    assert len(endpoint.payloads) == 2, "once a sample"
+
+
+def test_a_fault_inside_a_stream_is_asked_again(endpoint: ChatEndpoint) -> None:
+    asked = requests(1)
+    fault = {"message": "EngineCore encountered an issue", "type": "InternalServerError", "code": 500}
+    endpoint.fault = lambda number, payload: _streamed(fault) if number <= 2 else None
+    check_all(list(teacher(endpoint, max_retries=5).generate(asked, SAMPLING)), asked)
+    assert len(endpoint.payloads) == len(asked) + 2
 
 
 # --- many requests ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ tokens must have been a tie: their logits, in FP32 after the common prefix, diff
 import contextlib
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import time
@@ -152,6 +153,26 @@ def test_vllm_logprobs_agree_with_ours(teacher, folder, prompts):
         assert (torch.tensor(theirs) - wanted).abs().median() < 0.05
 
 
+def test_a_dead_engine_is_replaced_and_no_sample_is_lost(teacher):
+    """vLLM computes in a process behind the one that answers: SIGKILL to it, with samples in flight."""
+    requests = [TraceRequest(problem=problem, sample_index=i) for problem in questions(12) for i in range(4)]
+    server = teacher._server
+    first_keeper = server._keeper.pid
+    engines = [pid for pid in below(first_keeper) if b"EngineCore" in command_line(pid)]
+    assert len(engines) == 1
+    stream = teacher.generate(requests, Sampling(temperature=0.6, max_tokens=MAX_TOKENS, seed=3))
+    arrived = [next(stream)]
+    os.kill(engines[0], signal.SIGKILL)
+    arrived += stream
+    assert len(arrived) == 48
+    assert {(c.request.problem.id, c.request.sample_index) for c in arrived} == {
+        (r.problem.id, r.sample_index) for r in requests
+    }
+    assert server.alive
+    assert server._keeper.pid != first_keeper
+    assert not Path(f"/proc/{engines[0]}").exists()
+
+
 def test_only_what_generation_needs_is_answered(teacher):
     """vLLM's key covers /v1 alone; its other routes are not there at all."""
     headers = {"Authorization": f"Bearer {teacher.key}"}
@@ -213,6 +234,25 @@ def test_generate_keeps_its_samples_and_leaves_no_server_when_it_is_killed(tmp_p
     assert {"vllm.log", "ledger.sqlite", "manifest.json"} <= {path.name for path in written}
     assert not [path for path in written if CANARY.encode() in path.read_bytes()]
     assert CANARY not in killed.stdout.read() + result.stdout + result.stderr
+
+
+def below(root):
+    """The process ids of all that `root` has started, at any depth."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit():
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {root}
+
+
+def command_line(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def command_lines_with(text):

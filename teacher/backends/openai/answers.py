@@ -15,10 +15,29 @@ from distill.records import FinishReason
 THINK, END_OF_THINKING = "<think>", "</think>"
 # How vLLM writes a token where it is asked for ids (`return_tokens_as_token_ids`).
 ID_PREFIX = "token_id:"
+# Errors inside a stream come after status 200: vLLM gives the status as `code`, OpenAI and others a type alone.
+STATUS_OF_TYPE = {
+    "invalid_request_error": 400,
+    "BadRequestError": 400,
+    "authentication_error": 401,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "NotFoundError": 404,
+    "rate_limit_error": 429,
+}
 
 
 class Garbled(Exception):
     """The endpoint answered, but not with a completion."""
+
+
+class Reported(Garbled):
+    """The endpoint broke off with an error of its own; `status` is the HTTP status that it amounts to."""
+
+    def __init__(self, body: str, status: int) -> None:
+        super().__init__(f"broke off with the error {said_in(body)!r}")
+        self.body = body
+        self.status = status
 
 
 class NoCounts(Exception):
@@ -65,7 +84,7 @@ class Answer:
     def take(self, text: str) -> int:
         """One JSON object: a whole answer, or one piece of a stream. Returns how many tokens it seems to bring.
 
-        Raises Garbled, and EndpointError's message within it, for anything else.
+        Raises Reported for an error, Garbled for anything else.
         """
         try:
             body = json.loads(text)
@@ -75,7 +94,7 @@ class Answer:
 
     def _take(self, body: dict[str, Any]) -> int:
         if body.get("error"):
-            raise Garbled(f"broke off with the error {said_in(text=json.dumps(body))!r}")
+            raise Reported(json.dumps(body), _status_of(body["error"]))
         self.prompt_token_ids += body.get("prompt_token_ids") or []
         if usage := body.get("usage"):
             self.num_prompt_tokens, self.num_tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
@@ -130,6 +149,16 @@ def said_in(text: str) -> str:
     except ValueError:
         pass
     return " ".join(text.split()) or "no message"
+
+
+def _status_of(error: Any) -> int:
+    """The HTTP status that an error object stands for; 500 where it does not say."""
+    if isinstance(error, dict):
+        code = error.get("code")
+        if str(code).isdecimal() and 400 <= int(code) < 600:
+            return int(code)
+        return STATUS_OF_TYPE.get(str(error.get("type")), 500)
+    return 500
 
 
 def whole_text(reasoning: str, content: str, *, think_prefilled: bool) -> str:

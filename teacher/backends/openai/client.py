@@ -27,7 +27,7 @@ import aiohttp
 
 from distill.errors import EnvironmentFault, PotstillError, RecipeError
 from distill.recipe import OpenAITeacher
-from teacher.backends.openai.answers import Answer, Garbled, NoCounts, said_in
+from teacher.backends.openai.answers import Answer, Garbled, NoCounts, Reported, said_in
 from teacher.backends.openai.concurrency import AdaptiveConcurrency
 from teacher.backends.openai.proxy import Proxy
 from teacher.backends.openai.secrets import ApiKey
@@ -178,7 +178,8 @@ class Client:
         try:
             async with self._session.post(url, data=body, allow_redirects=False, **self._route) as response:
                 if response.status != 200:
-                    raise self._trouble(response, await response.content.read(MAX_ERROR_BYTES))
+                    said = (await response.content.read(MAX_ERROR_BYTES)).decode("utf-8", "replace")
+                    raise self._trouble(response.status, said, response.headers.get("Retry-After", ""))
                 if response.content_type == "text/event-stream":
                     decoder, done = EventDecoder(), False
                     async for piece in response.content.iter_any():
@@ -195,6 +196,10 @@ class Client:
         except NoCounts:
             remedy = "set teacher.stream to false" if self.config.stream else "it cannot be used"
             raise RecipeError(f"sends no token counts; {remedy}", where=self.base_url, field="teacher") from None
+        except Reported as exc:
+            if exc.status in RETRIED:
+                raise Passing(str(exc), overload=exc.status == 429) from None
+            raise self._trouble(exc.status, exc.body) from None
         except (Garbled, UnicodeDecodeError) as exc:
             raise Passing(f"{type(exc).__name__}: {exc}", overload=False) from None
         except TimeoutError as exc:  # aiohttp's own are both
@@ -212,12 +217,11 @@ class Client:
         self._control.produced(self._clock(), tokens)
         self._gate.wake()
 
-    def _trouble(self, response: aiohttp.ClientResponse, body: bytes) -> Exception:
-        status = response.status
+    def _trouble(self, status: int, body: str, retry_after: str = "") -> Exception:
         if status in RETRIED:
-            wait_s = min(retry_after_s(response.headers.get("Retry-After", "")), self.config.timeout_s)
+            wait_s = min(retry_after_s(retry_after), self.config.timeout_s)
             return Passing(f"HTTP {status}", overload=status in OVERLOADED, retry_after_s=wait_s)
-        fault = status_fault(self.config, self.key, self.proxy, status, body.decode("utf-8", "replace"))
+        fault = status_fault(self.config, self.key, self.proxy, status, body)
         return Refused(fault) if 400 <= status < 500 and status not in (401, 403, 404, 407) else fault
 
 
