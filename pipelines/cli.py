@@ -109,8 +109,9 @@ def push_traces(
 def serve(
     recipe: RecipePath,
     set_: Overrides = [],
-    host: Annotated[str, typer.Option(help="address to bind; a native server has no authentication")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="address to bind; others need $POTSTILL_API_KEY")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free one")] = 8000,
+    max_waiting: Annotated[int, typer.Option(min=1, help="samples that may wait; more are refused with 429")] = 4096,
     node_rank: Annotated[int, typer.Option(min=0, help="which node of a vLLM plan this one is")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every node's vLLM command, start nothing")] = False,
 ) -> None:
@@ -123,7 +124,9 @@ def serve(
                 typer.echo(command)
         else:
             loaded = _load(recipe, set_)
-            serve_teacher(loaded, host=host, port=port, announce=typer.echo, node_rank=node_rank)
+            serve_teacher(
+                loaded, host=host, port=port, max_waiting=max_waiting, announce=typer.echo, node_rank=node_rank
+            )
 
 
 @app.command()

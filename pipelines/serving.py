@@ -12,14 +12,24 @@ from distill.errors import EnvironmentFault, Preempted, RecipeError
 from distill.recipe import NativeTeacher, Recipe, VllmTeacher
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# The key that a native server asks for; a vLLM one has the variable that its recipe names.
+API_KEY_ENV = "POTSTILL_API_KEY"
 
 
 def serve_teacher(
-    recipe: Recipe, *, host: str, port: int, announce: Callable[[str], object], node_rank: int = 0
+    recipe: Recipe,
+    *,
+    host: str,
+    port: int,
+    max_waiting: int,
+    announce: Callable[[str], object],
+    node_rank: int = 0,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; `announce` is told the address. `node_rank`: which node of a vLLM plan this is.
+    """Serve until SIGINT or SIGTERM; `announce` is told the address. `node_rank`: which node of a vLLM plan this is;
+    `max_waiting` is a native server's alone (vLLM queues without a bound).
 
-    Raises RecipeError for a teacher that is itself an endpoint, EnvironmentFault where the address cannot be bound.
+    Raises RecipeError for a teacher that is itself an endpoint and for an address that others reach without a key set,
+    EnvironmentFault where the address cannot be bound.
     """
     config = recipe.teacher
     if isinstance(config, VllmTeacher):
@@ -29,6 +39,7 @@ def serve_teacher(
         raise RecipeError("only a native or a vllm teacher can be served", where="recipe", field="teacher.backend")
     if node_rank:
         raise RecipeError(f"a native teacher has one node, got {node_rank}", where="--node-rank")
+    key = _key(API_KEY_ENV, host)
     listener = _bind(host, port)
 
     from teacher.backends import open_teacher
@@ -36,7 +47,9 @@ def serve_teacher(
 
     name = Path(config.model).name
     teacher = open_teacher(config, base_dir=Path.cwd())
-    app = build_app(teacher, model=name, sampling=recipe.generate.sampling, max_batch=config.batch_size)
+    sampling = recipe.generate.sampling
+    batch_size = config.batch_size
+    app = build_app(teacher, model=name, sampling=sampling, max_batch=batch_size, max_waiting=max_waiting, api_key=key)
     address = f"{host}:{listener.getsockname()[1]}"
     serve(app, listener, ready=lambda: announce(f"serving {name!r} on http://{address}/v1"))
 
@@ -68,10 +81,7 @@ def _serve_vllm(
     version = installed_version()
     if node_rank >= config.num_nodes:
         raise RecipeError(f"the plan has nodes 0 to {config.num_nodes - 1}, got {node_rank}", where="--node-rank")
-    key = os.environ.get(config.api_key_env, "")
-    if host not in LOOPBACK and not key and node_rank == 0:
-        message = f"{host} can be reached from outside: set a key in ${config.api_key_env}"
-        raise RecipeError(message, where="--host")
+    key = os.environ.get(config.api_key_env, "") if node_rank else _key(config.api_key_env, host)
     if node_rank == 0 and port:
         _bind(host, port).close()
     config = located(config, Path.cwd())
@@ -87,6 +97,14 @@ def _serve_vllm(
         pass
     finally:
         server.stop()
+
+
+def _key(variable: str, host: str) -> str:
+    """The key that the server asks for; without one it answers this machine alone."""
+    key = os.environ.get(variable, "")
+    if host not in LOOPBACK and not key:
+        raise RecipeError(f"{host} can be reached from outside: set a key in ${variable}", where="--host")
+    return key
 
 
 def _bind(host: str, port: int) -> socket.socket:

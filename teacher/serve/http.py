@@ -1,13 +1,13 @@
 """An OpenAI-compatible HTTP server over any Teacher.
 
-    GET  /health   /version   /v1/models
+    GET  /health   /version   /v1/models   /metrics
     POST /v1/completions   /v1/chat/completions      (streaming and not)
     POST /tokenize                                   (a LiveTeacher's)
 
 A Teacher yields whole completions, so a stream carries each sample in one piece when it is finished, and a comment now
 and then while it is not, so that whoever waits can tell a long answer from a dead server. The text keeps the opening
 `<think>` that the chat template wrote. Going on from a beginning and token ids take a `LiveTeacher`, which the native
-one is. There is no authentication: bind to a loopback address, or put a proxy in front.
+one is. Errors have OpenAI's shape. With a key, every route but `/health` asks for it (`teacher.serve.guard`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import json
 import queue
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -37,10 +38,19 @@ from distill.protocols import Teacher
 from distill.records import Sampling
 from teacher.serve.batching import Batcher, Live, LiveTeacher, Written
 from teacher.serve.forms import ChatForm, Form, Spell, TextForm, error_body, usage
+from teacher.serve.guard import GuardedProtocol, Keyed
 from teacher.serve.messages import ChatRequest, CompletionRequest, Request, TokenizeRequest
+from teacher.serve.metrics import Metrics
 
-MAX_BODY_BYTES = 8 * 2**20
+# A prompt of 128k token ids is one megabyte of JSON.
+MAX_BODY_BYTES = 4 * 2**20
+BODY_S = 60.0
+# How long an answer may lie unread.
+UNREAD_S = 60.0
 SHUTDOWN_S = 60
+RETRY_AFTER_S = 1
+# What nginx writes down where the client has closed the connection; nobody reads it.
+GONE = 499
 # Clients and proxies give a silent connection up after a minute or more.
 KEEP_ALIVE_S = 15.0
 
@@ -52,7 +62,7 @@ class Refused(Exception):
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+        kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
         self.status = status
         self.body = error_body(message, kind=kind, param=param, code=code)
 
@@ -64,7 +74,8 @@ class Refused(Exception):
 
     @property
     def response(self) -> Response:
-        return JSONResponse(self.body, self.status)
+        headers = {"retry-after": str(RETRY_AFTER_S)} if self.status == 429 else None
+        return JSONResponse(self.body, self.status, headers)
 
 
 class Server:
@@ -79,6 +90,8 @@ class Server:
             self.batcher = Live(teacher, max_unfinished=max_waiting + max_batch)
         else:
             self.batcher = Batcher(teacher, max_batch=max_batch, max_waiting=max_waiting)
+        self.most_samples = max_waiting + max_batch
+        self.metrics = Metrics(self.batcher.num_waiting)
         self.started = int(time.time())
         self._indices = itertools.count()
 
@@ -92,13 +105,16 @@ class Server:
         entry = {"id": self.model, "object": "model", "created": self.started, "owned_by": "potstill"}
         return JSONResponse({"object": "list", "data": [entry]})
 
+    async def metrics_text(self, _: HTTPRequest) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
     async def completions(self, http: HTTPRequest) -> Response:
         request = await self._read(http, CompletionRequest)
-        return await self._answer(request, TextForm(request, self._spell))
+        return await self._answer(http, request, TextForm(request, self._spell))
 
     async def chat_completions(self, http: HTTPRequest) -> Response:
         request = await self._read(http, ChatRequest)
-        return await self._answer(request, ChatForm(request, self._spell))
+        return await self._answer(http, request, ChatForm(request, self._spell))
 
     async def tokenize(self, http: HTTPRequest) -> Response:
         request = await self._read(http, TokenizeRequest)
@@ -112,17 +128,15 @@ class Server:
         return None if self.live is None else self.live.spell
 
     async def _read(self, http: HTTPRequest, form: type[Body]) -> Body:
-        body = bytearray()
-        async for piece in http.stream():
-            body += piece
-            if len(body) > MAX_BODY_BYTES:
-                raise Refused(413, f"the body is over {MAX_BODY_BYTES} bytes")
+        body = await _body(http)
         try:
-            request = form.model_validate(json.loads(body))
+            request = form.model_validate(json.loads(body, parse_constant=_no_number))
+        except RecursionError as exc:
+            raise Refused(400, "the body is nested too deeply") from exc
         except (ValueError, UnicodeDecodeError) as exc:
             if not isinstance(exc, ValidationError):
                 raise Refused(400, f"the body is not JSON: {exc}") from exc
-            fault = exc.errors()[0]
+            fault = exc.errors(include_url=False, include_input=False)[0]
             param = ".".join(str(part) for part in fault["loc"]) or None
             raise Refused(400, f"{param}: {fault['msg']}" if param else fault["msg"], param=param) from exc
         model: str = request.model  # type: ignore[attr-defined]  # every form has it
@@ -131,9 +145,31 @@ class Server:
             raise Refused(404, message, param="model", code="model_not_found")
         return request
 
-    async def _answer(self, request: Request, form: Form[Any]) -> Response:
+    async def _answer(self, http: HTTPRequest, request: Request, form: Form[Any]) -> Response:
         if request.return_token_ids and self.live is None:
             raise Refused(400, "return_token_ids: this teacher does not tell its tokens", param="return_token_ids")
+        futures = self._submit(request)
+        if request.stream:
+            return _Stream(form, futures, self._count)
+        left = asyncio.ensure_future(_left(http.receive))
+        left.add_done_callback(lambda _: _cancel(futures))
+        try:
+            done = [_with_logprobs(answer, request) for answer in await asyncio.gather(*futures)]
+        except PotstillError as exc:
+            raise Refused.because_of(exc) from exc
+        except asyncio.CancelledError:
+            if left.done():
+                return Response(status_code=GONE)
+            raise
+        finally:
+            left.cancel()
+            _cancel(futures)
+        self._count(done)
+        return JSONResponse(form.whole(done))
+
+    def _submit(self, request: Request) -> list[asyncio.Future[Written]]:
+        if (num_samples := request.num_samples()) > self.most_samples:
+            raise Refused(400, f"n: {num_samples} samples are more than the {self.most_samples} that fit", param="n")
         wanted = request.asked(0)
         if request.seed is None:
             first = next(self._indices)
@@ -146,17 +182,39 @@ class Server:
             raise Refused(429, "too many requests are waiting; try again later") from exc
         except UserInputError as exc:
             raise Refused.because_of(exc) from exc
-        futures = [asyncio.wrap_future(future) for future in submitted]
-        if request.stream:
-            return _Stream(form, futures)
-        try:
-            done = [_with_logprobs(answer, request) for answer in await asyncio.gather(*futures)]
-        except PotstillError as exc:
-            raise Refused.because_of(exc) from exc
-        finally:
-            for future in futures:
-                future.cancel()
-        return JSONResponse(form.whole(done))
+        return [asyncio.wrap_future(future) for future in submitted]
+
+    def _count(self, answers: Sequence[Written]) -> None:
+        completions = [answer.completion for answer in answers]
+        self.metrics.count_tokens(
+            prompt=sum(completion.num_prompt_tokens for completion in completions),
+            completion=sum(completion.num_tokens for completion in completions),
+        )
+
+
+async def _body(http: HTTPRequest) -> bytes:
+    if int(http.headers.get("content-length", "0")) > MAX_BODY_BYTES:
+        raise Refused(413, f"the body is over {MAX_BODY_BYTES} bytes")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for piece in http.stream():
+                body += piece
+                if len(body) > MAX_BODY_BYTES:
+                    raise Refused(413, f"the body is over {MAX_BODY_BYTES} bytes")
+    except TimeoutError as exc:
+        raise Refused(408, f"the body took over {BODY_S:g} s") from exc
+    return bytes(body)
+
+
+def _no_number(name: str) -> NoReturn:
+    """JSON has no NaN and no Infinity; Python's reader takes them unless it is told."""
+    raise ValueError(f"{name} is no number")
+
+
+def _cancel(futures: Sequence[asyncio.Future[Written]]) -> None:
+    for future in futures:
+        future.cancel()
 
 
 def _with_logprobs(answer: Written, request: Request) -> Written:
@@ -173,26 +231,31 @@ class _Stream(Response):
     starlette's own streams cost three times as much (a task group a request, `LOG.md`).
     """
 
-    def __init__(self, form: Form[Any], futures: list[asyncio.Future[Written]]) -> None:
+    def __init__(
+        self,
+        form: Form[Any],
+        futures: list[asyncio.Future[Written]],
+        finished: Callable[[Sequence[Written]], object],
+    ) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
         del self.headers["content-length"]
         self._form = form
         self._futures = futures
+        self._finished = finished
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         left = asyncio.ensure_future(_left(receive))
-        left.add_done_callback(lambda _: self._cancel())
+        left.add_done_callback(lambda _: _cancel(self._futures))
         try:
             async for piece, more in self._pieces():
-                await send({"type": "http.response.body", "body": piece.encode(), "more_body": more})
+                async with asyncio.timeout(UNREAD_S):
+                    await send({"type": "http.response.body", "body": piece.encode(), "more_body": more})
+        except TimeoutError:
+            pass  # uvicorn closes the connection of an answer without an end
         finally:
             left.cancel()
-            self._cancel()
-
-    def _cancel(self) -> None:
-        for future in self._futures:
-            future.cancel()
+            _cancel(self._futures)
 
     async def _pieces(self) -> AsyncIterator[tuple[str, bool]]:
         """Text to send, and whether more follows; ends early where the client has gone."""
@@ -212,6 +275,7 @@ class _Stream(Response):
         yield f"{piece}{self._usage()}data: [DONE]\n\n", False
 
     def _events(self, answers: list[tuple[int, Written]]) -> Iterator[str]:
+        self._finished([answer for _, answer in answers])
         for index, answer in answers:
             for chunk in self._form.chunks(index, _with_logprobs(answer, self._form.request)):
                 yield _event(chunk)
@@ -235,12 +299,19 @@ async def _left(receive: Receive) -> None:
 
 
 def build_app(
-    teacher: Teacher, *, model: str, sampling: Sampling, max_batch: int = 64, max_waiting: int = 4096
+    teacher: Teacher,
+    *,
+    model: str,
+    sampling: Sampling,
+    max_batch: int = 64,
+    max_waiting: int = 4096,
+    api_key: str = "",
 ) -> Starlette:
     """The ASGI application; it owns `teacher` and closes it when it ends.
 
     `model` is the name that requests must give, `sampling` what they get where they say nothing, `max_batch` how many
-    samples are generated together, `max_waiting` how many may wait before more are refused with 429.
+    samples are generated together, `max_waiting` how many may wait before more are refused with 429. With `api_key`
+    every route but `/health` asks for it.
     """
     server = Server(teacher, model=model, sampling=sampling, max_batch=max_batch, max_waiting=max_waiting)
 
@@ -259,16 +330,26 @@ def build_app(
         assert isinstance(exc, HTTPException)
         return JSONResponse(error_body(exc.detail, kind="invalid_request_error"), exc.status_code, exc.headers)
 
+    async def failed(_: HTTPRequest, exc: Exception) -> Response:
+        return JSONResponse(error_body(f"{type(exc).__name__} in the server", kind="server_error"), 500)
+
+    routes = [
+        Route("/health", server.health),
+        Route("/version", server.version),
+        Route("/metrics", server.metrics_text),
+        Route("/v1/models", server.models),
+        Route("/tokenize", server.tokenize, methods=["POST"]),
+        Route("/v1/completions", server.completions, methods=["POST"]),
+        Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
+    ]
+    known = frozenset(route.path for route in routes)
+    middleware = [Middleware(server.metrics.middleware, known)]  # the outermost: it counts what is refused
+    if api_key:
+        middleware.append(Middleware(Keyed, api_key))
     app = Starlette(
-        routes=[
-            Route("/health", server.health),
-            Route("/version", server.version),
-            Route("/v1/models", server.models),
-            Route("/tokenize", server.tokenize, methods=["POST"]),
-            Route("/v1/completions", server.completions, methods=["POST"]),
-            Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
-        ],
-        exception_handlers={Refused: refused, HTTPException: not_found},
+        routes=routes,
+        middleware=middleware,
+        exception_handlers={Refused: refused, HTTPException: not_found, Exception: failed},
         lifespan=lifespan,
     )
     app.state.batcher = server.batcher
@@ -291,7 +372,9 @@ def serve(app: Starlette, listener: socket.socket, *, ready: Callable[[], object
             gc.freeze()
             ready()
 
-    server = Ready(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_S))
+    server = Ready(
+        uvicorn.Config(app, log_level="error", http=GuardedProtocol, ws="none", timeout_graceful_shutdown=SHUTDOWN_S)
+    )
     try:
         with suppress(KeyboardInterrupt, Preempted):  # uvicorn raises the signal again after its orderly end
             server.run([listener])

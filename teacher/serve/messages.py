@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
 from distill.records import Problem, Sampling, TraceRequest, content_id
 from teacher.serve.batching import Asked
@@ -20,8 +20,28 @@ from teacher.serve.batching import Asked
 MAX_LOGPROBS = 20
 StopStrings = str | Annotated[list[str], Field(max_length=16)] | None
 Zero = Annotated[float, Field(ge=0, le=0)] | None
-Text = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+MAX_PROMPTS, MAX_PROMPT_TOKENS = 1_024, 2**18
+
+
+def _prompt(given: Any) -> Any:
+    """A text, tokens, or a list of either. By hand: pydantic's union tries every form on every entry of a long list."""
+    many = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
+    prompts = given if many else [given]
+    if len(prompts) > MAX_PROMPTS:
+        raise ValueError(f"must be at most {MAX_PROMPTS} prompts, got {len(prompts)}")
+    if any(len(one) > MAX_PROMPT_TOKENS for one in prompts if isinstance(one, list)):
+        raise ValueError(f"must have at most {MAX_PROMPT_TOKENS} tokens")
+    if not all(_is_text(one) for one in prompts) and not all(_is_tokens(one) for one in prompts):
+        raise ValueError("must be a text, a list of token ids, or a list of several of the one or the other")
+    return given
+
+
+def _is_text(prompt: Any) -> bool:
+    return isinstance(prompt, str) and bool(prompt)
+
+
+def _is_tokens(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(type(token) is int and token >= 0 for token in prompt)
 
 
 class StreamOptions(BaseModel):
@@ -58,6 +78,10 @@ class Request(BaseModel, ABC):
     @abstractmethod
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens are told at every position; None: no logprobs at all."""
+
+    def num_samples(self) -> int:
+        """How many answers are asked for, without making any of them."""
+        return self.n
 
     def limit(self) -> int | None:
         return self.max_tokens
@@ -106,17 +130,21 @@ class CompletionRequest(Request):
     """`/v1/completions`. A prompt of text is a question: the teacher's own chat template is put around it. A prompt of
     token ids is taken as it is, and its completion goes on from there."""
 
-    prompt: (
-        Text | TokenIds | Annotated[list[Text], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
-    )
+    prompt: Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     def beginnings(self) -> list[Asked]:
-        single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        prompts: list[Any] = [self.prompt] if single else list(self.prompt)
+        prompts: list[Any] = [self.prompt] if self._is_single else list(self.prompt)
         return [_question(one) if isinstance(one, str) else _tokens(one) for one in prompts]
+
+    def num_samples(self) -> int:
+        return self.n if self._is_single else self.n * len(self.prompt)
+
+    @property
+    def _is_single(self) -> bool:
+        return isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
 
     def num_logprobs(self) -> int | None:
         return self.logprobs

@@ -59,3 +59,27 @@ def test_an_endpoint_cannot_be_served() -> None:
     assert result.stderr.startswith(
         "potstill: pipelines/recipes/r1-openai.yaml: teacher.backend: only a native or a vllm"
     )
+
+
+def test_an_address_that_others_reach_needs_a_key() -> None:
+    result = potstill("serve", PICO, "--host", "0.0.0.0", "--port", "0")
+    assert result.returncode == 2
+    assert result.stderr == "potstill: --host: 0.0.0.0 can be reached from outside: set a key in $POTSTILL_API_KEY\n"
+
+
+def test_with_a_key_in_the_environment_the_server_asks_for_it() -> None:
+    command = [*COMMAND, "serve", PICO, "--port", "0", "--host", "0.0.0.0"]
+    environment = {**ENVIRONMENT, "POTSTILL_API_KEY": "sk-canary-0917"}
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            address = process.stdout.readline().split()[-1].replace("0.0.0.0", "127.0.0.1")
+            assert httpx.get(f"{address}/models").status_code == 401
+            answer = httpx.get(f"{address}/models", headers={"authorization": "Bearer sk-canary-0917"})
+            assert answer.json()["data"][0]["id"] == "pico"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+            assert "sk-canary" not in process.stderr.read()
+        finally:
+            process.kill()
