@@ -193,7 +193,7 @@ def _work(job: dict[str, Any], output: IO[str]) -> None:
 
 
 def _work_live(lines: IO[str], output: IO[str]) -> None:
-    """The first line holds the settings, every other one a sequence, or the key of one that is withdrawn; the end of the
+    """The first line holds the settings, every other one a sequence or the key of one that is withdrawn; the end of the
     lines ends the work."""
     engine = _engine(json.loads(lines.readline()))
     from teacher.serve.loop import EngineLoop, Withdrawn

@@ -107,9 +107,9 @@ class BlockManager:
 
     def _place(self, after: int | None) -> int:
         if self.extent > 1:
-            if after is not None and (after + 1) % self.extent and after + 1 < self.num_pages:
-                if self._state[after + 1] != _LIVE:
-                    return after + 1
+            following = self.num_pages if after is None else after + 1
+            if following < self.num_pages and following % self.extent and self._state[following] != _LIVE:
+                return following
             lowest = self._live_in_extent.find(0)
             if lowest >= 0:
                 return lowest * self.extent

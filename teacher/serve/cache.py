@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from teacher.kernels.mla_cache import PAGE
 from teacher.model.config import DeepseekV3Config
@@ -22,7 +21,13 @@ _CUDA_SHARE = 0.8  # of what is free once the weights are there; the rest is for
 
 
 class LatentCache:
-    def __init__(self, config: DeepseekV3Config, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Pages are there in whole extents: attention over a shorter piece may read to the end of its extent, masked."""
+
+    def __init__(
+        self, config: DeepseekV3Config, num_pages: int, dtype: torch.dtype, device: torch.device, *, extent: int = 1
+    ) -> None:
+        self._extent = extent
+        num_pages = -(-num_pages // extent) * extent
         width = config.kv_lora_rank + config.qk_rope_head_dim
         shape = config.num_hidden_layers, num_pages, PAGE, width
         self.entries_LPSE = torch.empty(shape, dtype=dtype, device=device)
@@ -37,6 +42,7 @@ class LatentCache:
 
     def clear(self, num_pages: int) -> None:
         """Make sure that the first pages hold numbers: a masked place counts zero times, but zero times NaN is NaN."""
+        num_pages = -(-num_pages // self._extent) * self._extent
         if num_pages > self._num_clear:
             self.entries_LPSE[:, self._num_clear : num_pages] = 0
             self._num_clear = num_pages

@@ -22,7 +22,7 @@ from teacher.serve.weights import fuse_weights
 
 __all__ = ["Draw", "Engine"]
 
-# Tokens a step: enough to keep matrix products busy, few enough that who decodes does not wait long for others' prompts.
+# Tokens a step: enough to keep matrix products busy, few enough that others' prompts do not delay who decodes.
 _CPU_STEP_TOKENS = 512
 _CUDA_STEP_TOKENS = 4096
 
@@ -66,7 +66,7 @@ class Engine:
         )
 
     def add(self, sequence: Sequence[Key]) -> None:
-        """Let a sequence wait for its turn. One whose prompt can never fit gets a `fault`; the next step gives it back."""
+        """Let a sequence wait for its turn. One that can never fit gets a `fault`, and the next step returns it."""
         if len(sequence.prompt_ids) >= self.max_positions:
             room = self.max_positions - 1
             sequence.fault = f"the prompt has {len(sequence.prompt_ids)} tokens; the engine takes {room}"

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teacher.kernels.mla_cache import PAGE
 from teacher.kernels.mla_decode import mla_decode, mla_decode_twin, num_shares
 from teacher.kernels.mla_prefill import mla_prefill, mla_prefill_twin
 from teacher.kernels.mla_schedule import DecodeSchedule, schedule_decode

@@ -34,7 +34,7 @@ class Operations(Protocol):
         ...
 
     def decode(self, query_BHE: Tensor, cache_PSE: Tensor, plan: Any) -> Tensor:
-        """Absorbed attention of one query a sequence, [B, H, C]. The softmax scale is in the queries, here and below."""
+        """Absorbed attention of one query a sequence, [B, H, C]. Queries hold the softmax scale, here and below."""
         ...
 
     def absorbed(self, query_THE: Tensor, cache_PSE: Tensor, chunk: PromptChunk) -> Tensor:

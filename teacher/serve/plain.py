@@ -1,7 +1,7 @@
 """A step's parts in plain torch operations, for a CPU.
 
-Decoding reads the cache in place: gathering pages first would copy every latent for a single use (measured twice to five
-times slower, LOG.md). torch's fused attention takes a batch of keys that lie evenly in memory, so pages of one sequence
+Decoding reads the cache in place: gathering pages first would copy every latent for a single use (1.7 to 4.8 times the
+time, LOG.md). torch's fused attention takes a batch of keys that lie evenly in memory, so pages of one sequence
 that follow each other make a piece, and pieces that follow each other at the distance of an extent make one call, the
 shorter ones masked. A page that several sequences share is one piece with all their queries. Where a sequence has
 several pieces, their results are joined by their log-sum-exps (FlashDecoding; FlashAttention arXiv 2205.14135 s.3.1).
@@ -27,7 +27,7 @@ from teacher.serve.step import Decodes, PromptChunk, Step
 from teacher.serve.weights import AttentionWeights, InferenceWeights, MoEWeights
 
 EXTENT = 4
-# What a call costs beside its arithmetic, in positions of one sequence: 15 us against 0.3 us a position at pico's widths.
+# What a call costs beside its arithmetic, in positions of one sequence: 15 us and 0.3 us at pico's widths.
 _CALL_POSITIONS = 48
 
 

@@ -33,7 +33,8 @@ class ModelRunner:
         self.config = config = weights.config
         self.device = weights.embedding.device
         self.operations = operations or operations_for(weights)
-        self.cache = LatentCache(config, num_pages, weights.embedding.dtype, self.device)
+        dtype, extent = weights.embedding.dtype, self.operations.extent
+        self.cache = LatentCache(config, num_pages, dtype, self.device, extent=extent)
         self._widths = Widths(
             num_heads=config.num_attention_heads,
             nope=config.qk_nope_head_dim,

@@ -1,7 +1,8 @@
 """Which tokens the next step computes.
 
-Sequences that decode come first, a token each: no prompt delays them. What is left of the step's budget goes to prompts,
-chunk by chunk, in the order of their arrival, so that each step brings the first of them forward and none starves.
+Sequences that decode come first, a token each: no prompt delays them. What is left of the step's budget goes to
+prompts, chunk by chunk, in the order of their arrival, so that each step brings the first of them forward and none
+starves.
 
 A sequence is admitted when the pages of all its tokens are there, and one more for every sequence that runs. When they
 run out nevertheless, the newest lets go of its own and waits at the head of the queue, with its text and its random
@@ -42,7 +43,9 @@ class Chunk(Generic[Key]):
 class Scheduler(Generic[Key]):
     def __init__(self, blocks: BlockManager, *, max_running: int, max_step_tokens: int, max_chunk: int) -> None:
         if max_step_tokens < max_running:
-            raise ValueError(f"max_step_tokens must be at least {max_running}, a token a sequence; got {max_step_tokens}")
+            raise ValueError(
+                f"max_step_tokens must be at least {max_running}, a token a sequence; got {max_step_tokens}"
+            )
         self.blocks = blocks
         self.waiting: deque[Sequence[Key]] = deque()
         self.running: list[Sequence[Key]] = []  # in the order of admission

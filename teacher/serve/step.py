@@ -88,4 +88,4 @@ def build_step(chunks: list[Chunk[Any]], device: torch.device) -> Step:
         if chunk.ends_text:
             sampled.append(len(token_ids) - 1)
     table = torch.tensor([token_ids, positions, slots], device=device)
-    return Step(*table, decodes, prompts, torch.tensor(sampled, device=device), highest + 1)
+    return Step(*table, decodes, prompts, torch.tensor(sampled, dtype=torch.long, device=device), highest + 1)
