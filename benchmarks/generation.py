@@ -32,7 +32,7 @@ from teacher.model.config import DeepseekV3Config, YarnScaling
 from teacher.model.counts import count_parameters
 from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
-from teacher.serve.engine import Engine
+from teacher.serve.engine import Draw, Engine
 from teacher.serve.sequence import Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,13 +175,14 @@ class Bench:
 
     def ours(self, prompts: list[list[int]], temperature: float, num_threads: int) -> None:
         new_tokens, batch = self.arguments.new_tokens, self.arguments.batch
-        sequences = [Sequence(i, prompt, max_tokens=new_tokens, seed=i) for i, prompt in enumerate(prompts)]
+        draw = Draw(temperature, top_p=0.95)
+        sequences = [Sequence(i, prompt, max_tokens=new_tokens, seed=i, draw=draw) for i, prompt in enumerate(prompts)]
         if num_threads == 1:
             engine = Engine(self.model, batch_size=batch, eos_token_ids=())
-            done = list(engine.run(sequences, temperature=temperature, top_p=0.95))
+            done = list(engine.run(sequences))
         else:
             limits = {"num_workers": num_threads, "batch_size": batch, "eos_token_ids": frozenset()}
-            done = list(generate_in_workers(self.folder, sequences, **limits, temperature=temperature, top_p=0.95))
+            done = list(generate_in_workers(self.folder, sequences, **limits))
         assert sum(len(sequence.generated_ids) for sequence in done) == len(prompts) * new_tokens
 
     def theirs(self, prompts: list[list[int]], temperature: float) -> None:

@@ -12,22 +12,28 @@ import json
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from distill.errors import EnvironmentFault, PotstillError
-from teacher.backends.workers import LiveWorker
+from distill.errors import DataError, EnvironmentFault, PotstillError
+from teacher.backends.workers import LiveWorker, take_generated
 from teacher.serve.engine import Draw, Engine
-from teacher.serve.loop import EngineLoop, Job
+from teacher.serve.loop import EngineLoop, Withdrawn
 from teacher.serve.sequence import Sequence
 
 Done = Callable[[Sequence[int] | PotstillError], None]
 ENDED = "the engine has ended"
+WITHDRAWN = "the request was withdrawn"
 
 
 class LiveEngine(Protocol):
     def submit(self, sequence: Sequence[int], draw: Draw, done: Done) -> None:
         """Begin a sequence. `done` is called once, with it when it is finished, or with what went wrong."""
+        ...
+
+    def withdraw(self, key: int) -> None:
+        """Nobody wants the sequence any more: its `done` hears so now, unless it is finished, and it ends."""
         ...
 
     def close(self) -> None:
@@ -54,9 +60,20 @@ class _Begun:
         done(self._fault)
         return False
 
-    def finish(self, key: int) -> tuple[Sequence[int], Done]:
+    def finish(self, key: int, take: Callable[[Sequence[int]], object] = lambda _: None) -> None:
+        """Settle a sequence, unless it was withdrawn, once `take` has written into it what was generated."""
         with self._lock:
-            return self._by_key.pop(key)
+            sequence, done = self._by_key.pop(key, (None, None))
+        if sequence is not None and done is not None:
+            take(sequence)
+            done(sequence if sequence.fault is None else DataError(sequence.fault))
+
+    def withdraw(self, key: int) -> bool:
+        with self._lock:
+            _, done = self._by_key.pop(key, (None, None))
+        if done is not None:
+            done(EnvironmentFault(WITHDRAWN))
+        return done is not None
 
     def fail(self, fault: PotstillError) -> None:
         """Everything under way, and all that is begun from now on."""
@@ -70,14 +87,19 @@ class _Begun:
 class LocalEngine:
     def __init__(self, engine: Engine) -> None:
         self._begun = _Begun()
-        self._jobs: queue.SimpleQueue[Job[int] | None] = queue.SimpleQueue()
-        self._loop = EngineLoop(engine, self._jobs, self._finished)
+        self._jobs: queue.SimpleQueue[Sequence[int] | Withdrawn[int] | None] = queue.SimpleQueue()
+        self._loop = EngineLoop(engine, self._jobs, lambda sequence: self._begun.finish(sequence.key))
         self._thread = threading.Thread(target=self._run, name="potstill-engine", daemon=True)
         self._thread.start()
 
     def submit(self, sequence: Sequence[int], draw: Draw, done: Done) -> None:
+        sequence.draw = draw
         if self._begun.begin(sequence, done):
-            self._jobs.put(Job(sequence, draw))
+            self._jobs.put(sequence)
+
+    def withdraw(self, key: int) -> None:
+        if self._begun.withdraw(key):
+            self._jobs.put(Withdrawn(key))
 
     def close(self) -> None:
         self._jobs.put(None)
@@ -90,10 +112,6 @@ class LocalEngine:
         except Exception as exc:  # noqa: BLE001 - whoever waits for a sequence must hear of it
             fault = EnvironmentFault(f"{ENDED}: {type(exc).__name__}: {exc}")
         self._begun.fail(fault)
-
-    def _finished(self, sequence: Sequence[int]) -> None:
-        _, done = self._begun.finish(sequence.key)
-        done(sequence)
 
 
 class WorkerEngines:
@@ -108,10 +126,17 @@ class WorkerEngines:
             thread.start()
 
     def submit(self, sequence: Sequence[int], draw: Draw, done: Done) -> None:
+        sequence.draw = draw
         with self._lock:
             number = min(range(len(self._crew)), key=lambda n: len(self._begun[n]))
             if self._begun[number].begin(sequence, done):
-                self._crew[number].send(sequence, draw)
+                self._crew[number].send(sequence)
+
+    def withdraw(self, key: int) -> None:
+        with self._lock:
+            for worker, begun in zip(self._crew, self._begun, strict=True):
+                if begun.withdraw(key):
+                    worker.withdraw(key)
 
     def close(self) -> None:
         for worker in self._crew:
@@ -122,10 +147,8 @@ class WorkerEngines:
 
     def _read(self, number: int) -> None:
         worker, begun = self._crew[number], self._begun[number]
-        for key, generated_ids, finish_reason, logprobs in worker.finished():
-            sequence, done = begun.finish(key)
-            sequence.generated_ids, sequence.finish_reason, sequence.logprobs = generated_ids, finish_reason, logprobs
-            done(sequence)
+        for key, *generated in worker.finished():
+            begun.finish(key, partial(take_generated, generated=generated))
         fault: PotstillError = EnvironmentFault(ENDED)
         try:
             worker.check()

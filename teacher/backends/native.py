@@ -80,13 +80,18 @@ class NativeBackend:
         for number, request in enumerate(requests):
             prefixes[number], sequence = self._begin(number, request, sampling)
             sequences.append(sequence)
-        for done in self._finished(sequences, sampling):
+        for done in self._finished(sequences):
+            if done.fault is not None:
+                problem = requests[done.key].problem
+                raise DataError(done.fault, where=problem.source, field=f"prompt {problem.prompt[:40]!r}")
             yield self._completion(requests[done.key], prefixes[done.key], done)
 
-    def submit(self, asked: Asked, sampling: Sampling, settle: Callable[[Written | PotstillError], None]) -> None:
+    def submit(
+        self, asked: Asked, sampling: Sampling, settle: Callable[[Written | PotstillError], None]
+    ) -> Callable[[], None]:
         """Begin one sample; it joins the batch that is running. `settle` is called once, from another thread.
 
-        Raises DataError for a prompt too long, or with tokens that the model does not have.
+        Returns what withdraws it. Raises DataError for a prompt too long, or with tokens that the model does not have.
         """
         request, number = asked.request, next(self._numbers)
         if asked.goes_on:
@@ -101,7 +106,8 @@ class NativeBackend:
                 completion = self._completion(request, prefix, outcome)
                 settle(Written(completion, outcome.prompt_ids, outcome.generated_ids, prefix))
 
-        self._live.submit(sequence, Draw(sampling.temperature, sampling.top_p, sampling.top_logprobs), done)
+        self._live.submit(sequence, sequence.draw, done)
+        return lambda: self._live.withdraw(number)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -122,7 +128,8 @@ class NativeBackend:
         prefix = THINK if prompt.endswith(THINK) else ""
         prompt_ids = self._checked(self.encode(prompt), request)
         limit = self._thinking_limit(sampling) if prefix else None
-        return prefix, Sequence(number, prompt_ids, sampling.max_tokens, request.seed(sampling), thinking=limit)
+        seed, draw = request.seed(sampling), _draw(sampling)
+        return prefix, Sequence(number, prompt_ids, sampling.max_tokens, seed, draw, thinking=limit)
 
     def _go_on(self, number: int, asked: Asked, sampling: Sampling) -> Sequence[int]:
         prompt_ids = list(asked.prompt_ids)
@@ -131,7 +138,7 @@ class NativeBackend:
             written = asked.written.removeprefix(THINK) if prompt.endswith(THINK) else asked.written
             prompt_ids = self.encode(prompt + written)
         self._checked(prompt_ids, asked.request)
-        return Sequence(number, prompt_ids, sampling.max_tokens, asked.request.seed(sampling))
+        return Sequence(number, prompt_ids, sampling.max_tokens, asked.request.seed(sampling), _draw(sampling))
 
     def _checked(self, prompt_ids: list[int], request: TraceRequest) -> list[int]:
         where, field = request.problem.source, f"prompt {request.problem.prompt[:40]!r}"
@@ -164,14 +171,13 @@ class NativeBackend:
             raise CheckpointError(message, where=self.folder / "tokenizer.json")
         return ThinkingLimit(sampling.max_thinking_tokens, end[0], tuple(self.encode(FORCED_END)))
 
-    def _finished(self, sequences: list[Sequence[int]], sampling: Sampling) -> Iterator[Sequence[int]]:
-        draw = sampling.model_dump(include={"temperature", "top_p", "top_logprobs"})
+    def _finished(self, sequences: list[Sequence[int]]) -> Iterator[Sequence[int]]:
         # A worker for every full batch: fewer requests than that are not worth starting processes for.
         num_workers = min(self.max_workers, len(sequences) // self.engine.batch_size)
         if num_workers < 2:
-            return self.engine.run(sequences, **draw)
+            return self.engine.run(sequences)
         limits = {"batch_size": self.engine.batch_size, "eos_token_ids": self.engine.eos_token_ids}
-        return generate_in_workers(self.folder, sequences, num_workers=num_workers, **limits, **draw)
+        return generate_in_workers(self.folder, sequences, num_workers=num_workers, **limits)
 
     def close(self) -> None:
         """Finish what was submitted, free weights and cache; the teacher cannot be used afterwards."""
@@ -182,6 +188,10 @@ class NativeBackend:
     def _render(self, question: str) -> str:
         message = [{"role": "user", "content": question}]
         return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+
+
+def _draw(sampling: Sampling) -> Draw:
+    return Draw(sampling.temperature, sampling.top_p, sampling.top_logprobs)
 
 
 def _logprobs(sequence: Sequence[int]) -> str:

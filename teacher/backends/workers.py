@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from distill.errors import EnvironmentFault
+from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Sequence, ThinkingLimit
 
 if TYPE_CHECKING:
-    from teacher.serve.engine import Draw, Engine
+    from teacher.serve.engine import Engine
 
 
 def generate_in_workers(
@@ -34,9 +35,6 @@ def generate_in_workers(
     num_workers: int,
     batch_size: int,
     eos_token_ids: frozenset[int],
-    temperature: float,
-    top_p: float,
-    top_logprobs: int = 0,
 ) -> Iterator[Sequence[int]]:
     """Yield the sequences, finished, in the order in which that happens. Raises EnvironmentFault if a worker dies.
 
@@ -44,7 +42,6 @@ def generate_in_workers(
     """
     by_key = {sequence.key: sequence for sequence in sequences}
     settings = {"folder": str(folder.resolve()), "batch_size": batch_size, "eos_token_ids": sorted(eos_token_ids)}
-    settings |= {"draw": {"temperature": temperature, "top_p": top_p, "top_logprobs": top_logprobs}}
     lines: queue.SimpleQueue[tuple[_Worker, str | None]] = queue.SimpleQueue()
     with contextlib.ExitStack() as stack:
         for number in range(num_workers):
@@ -57,9 +54,9 @@ def generate_in_workers(
                 worker.check()
                 running -= 1
                 continue
-            key, generated_ids, finish_reason, logprobs = json.loads(line)
+            key, *generated = json.loads(line)
             sequence = by_key.pop(key)
-            sequence.generated_ids, sequence.finish_reason, sequence.logprobs = generated_ids, finish_reason, logprobs
+            take_generated(sequence, generated)
             yield sequence
     if by_key:
         raise EnvironmentFault(f"{len(by_key)} sequences did not come back", where="generation worker")
@@ -113,8 +110,11 @@ class LiveWorker:
         self._process.wait()
         self._stderr.close()
 
-    def send(self, sequence: Sequence[int], draw: Draw) -> None:
-        self._write(json.dumps([draw.as_arguments(), _packed(sequence)]))
+    def send(self, sequence: Sequence[int]) -> None:
+        self._write(json.dumps(_packed(sequence)))
+
+    def withdraw(self, key: int) -> None:
+        self._write(json.dumps([key]))
 
     def end(self) -> None:
         """It finishes what it has, and ends."""
@@ -122,7 +122,7 @@ class LiveWorker:
             self._process.stdin.close()
 
     def finished(self) -> Iterator[list[Any]]:
-        """Key, tokens, finish reason and logprobs of every sequence, until the worker ends."""
+        """Of every sequence its key and what `take_generated` takes, until the worker ends."""
         for line in self._process.stdout:
             yield json.loads(line)
 
@@ -151,16 +151,23 @@ def _check(process: subprocess.Popen[str], stderr: IO[bytes]) -> None:
         raise EnvironmentFault(message, where="generation worker")
 
 
+def take_generated(sequence: Sequence[int], generated: list[Any]) -> None:
+    """Write into a sequence what a worker made of it."""
+    sequence.generated_ids, sequence.finish_reason, sequence.logprobs, sequence.fault = generated
+
+
 def _packed(sequence: Sequence[int]) -> list[Any]:
     limit = sequence.thinking
     thinking = None if limit is None else [limit.max_tokens, limit.end_token, limit.forced_ids]
-    return [sequence.key, list(sequence.prompt_ids), sequence.max_tokens, sequence.seed, thinking]
+    draw = sequence.draw.as_arguments()
+    return [sequence.key, list(sequence.prompt_ids), sequence.max_tokens, sequence.seed, draw, thinking]
 
 
 def _unpacked(row: list[Any]) -> Sequence[int]:
-    key, prompt_ids, max_tokens, seed, thinking = row
+    key, prompt_ids, max_tokens, seed, draw, thinking = row
+    draw["logit_bias"] = tuple((token, value) for token, value in draw["logit_bias"])
     limit = None if thinking is None else ThinkingLimit(thinking[0], thinking[1], tuple(thinking[2]))
-    return Sequence(key, prompt_ids, max_tokens=max_tokens, seed=seed, thinking=limit)
+    return Sequence(key, prompt_ids, max_tokens=max_tokens, seed=seed, draw=Draw(**draw), thinking=limit)
 
 
 def _engine(settings: dict[str, Any]) -> Engine:
@@ -175,28 +182,28 @@ def _engine(settings: dict[str, Any]) -> Engine:
 
 
 def _write(done: Sequence[int], output: IO[str]) -> None:
-    output.write(json.dumps([done.key, done.generated_ids, done.finish_reason, done.logprobs]) + "\n")
+    output.write(json.dumps([done.key, done.generated_ids, done.finish_reason, done.logprobs, done.fault]) + "\n")
     output.flush()
 
 
 def _work(job: dict[str, Any], output: IO[str]) -> None:
     engine = _engine(job)
-    for done in engine.run([_unpacked(row) for row in job["sequences"]], **job["draw"]):
+    for done in engine.run([_unpacked(row) for row in job["sequences"]]):
         _write(done, output)
 
 
 def _work_live(lines: IO[str], output: IO[str]) -> None:
-    """The first line holds the settings, every other one a sequence; the end of the lines ends the work."""
+    """The first line holds the settings, every other one a sequence or the key of one that is withdrawn; the end of the
+    lines ends the work."""
     engine = _engine(json.loads(lines.readline()))
-    from teacher.serve.engine import Draw
-    from teacher.serve.loop import EngineLoop, Job
+    from teacher.serve.loop import EngineLoop, Withdrawn
 
-    jobs: queue.SimpleQueue[Job[int] | None] = queue.SimpleQueue()
+    jobs: queue.SimpleQueue[Sequence[int] | Withdrawn[int] | None] = queue.SimpleQueue()
 
     def read() -> None:
         for line in lines:
-            draw, row = json.loads(line)
-            jobs.put(Job(_unpacked(row), Draw(**draw)))
+            row = json.loads(line)
+            jobs.put(Withdrawn(row[0]) if len(row) == 1 else _unpacked(row))
         jobs.put(None)
 
     threading.Thread(target=read, daemon=True).start()

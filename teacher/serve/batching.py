@@ -61,8 +61,13 @@ class _Waiting:
 class LiveTeacher(Protocol):
     """A Teacher that takes requests while others are under way, goes on from any beginning and knows its tokens."""
 
-    def submit(self, asked: Asked, sampling: Sampling, settle: Callable[[Written | PotstillError], None]) -> None:
-        """Begin one sample; `settle` is called once, from any thread. Raises PotstillError for a bad request."""
+    def submit(
+        self, asked: Asked, sampling: Sampling, settle: Callable[[Written | PotstillError], None]
+    ) -> Callable[[], None]:
+        """Begin one sample; `settle` is called once, from any thread. Raises PotstillError for a bad request.
+
+        What is returned withdraws the sample: `settle` then hears that it was, and what it holds is freed.
+        """
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -109,9 +114,11 @@ class Live:
             _settle(future, outcome)
 
         try:
-            self._live.submit(asked, sampling, settle)
+            withdraw = self._live.submit(asked, sampling, settle)
         except PotstillError as exc:
             settle(exc)
+        else:
+            future.add_done_callback(lambda done: withdraw() if done.cancelled() else None)
         return future
 
 

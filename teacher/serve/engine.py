@@ -1,122 +1,144 @@
-"""Continuous batching: as soon as sequences end, waiting ones take their slots."""
+"""Continuous batching: every step reads a piece of the prompts that wait and writes a token of each that is read."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from teacher.kernels.mla_cache import PAGE
 from teacher.model.transformer import DeepseekV3
+from teacher.serve.block_manager import BlockManager
+from teacher.serve.cache import default_num_pages
+from teacher.serve.operations import Operations, operations_for
 from teacher.serve.runner import ModelRunner
-from teacher.serve.sampler import sample, score
+from teacher.serve.sampler import Draw, sample, score
+from teacher.serve.scheduler import Chunk, Scheduler
 from teacher.serve.sequence import Key, Sequence
+from teacher.serve.step import in_order
 from teacher.serve.weights import fuse_weights
 
-# A prefill costs memory in proportion to its padded tokens; longer prompts go in fewer at a time.
-_MAX_PREFILL_TOKENS = 8_192
-# Admitting one by one would run a prefill every few steps: wait until this share of the slots is free.
-_ADMIT_SHARE = 1 / 16
+__all__ = ["Draw", "Engine"]
 
-
-@dataclass(frozen=True)
-class Draw:
-    """How the tokens of one run are drawn, and how many logprobs are kept of each."""
-
-    temperature: float
-    top_p: float
-    top_logprobs: int = 0
-
-    def as_arguments(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "top_p": self.top_p, "top_logprobs": self.top_logprobs}
+# Tokens a step: enough to keep matrix products busy, few enough that others' prompts do not delay who decodes.
+_CPU_STEP_TOKENS = 512
+_CUDA_STEP_TOKENS = 4096
 
 
 class Engine:
     """Generates for many sequences at once with one model.
 
-    `batch_size` is the number of sequences decoded together. Each `run` draws with one temperature and top_p. A
-    sequence that reaches the model's last position ends with finish reason "length".
+    `batch_size` is the number of sequences in progress together. The cache has `num_pages` of 64 tokens (None: what
+    `default_num_pages` says), a step at most `max_step_tokens` tokens and `max_chunk` of one prompt. A sequence that
+    reaches `max_positions`, the model's last one or all that the cache can hold, ends with finish reason "length".
     """
 
-    def __init__(self, model: DeepseekV3, *, batch_size: int, eos_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        model: DeepseekV3,
+        *,
+        batch_size: int,
+        eos_token_ids: Iterable[int],
+        num_pages: int | None = None,
+        max_step_tokens: int | None = None,
+        max_chunk: int | None = None,
+        prefix_caching: bool = True,
+        operations: Operations | None = None,
+    ) -> None:
+        weights = fuse_weights(model)
+        device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.batch_size = batch_size
-        self.max_positions = model.config.max_position_embeddings
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.dtype = next(model.parameters()).dtype
-        self.runner = ModelRunner(fuse_weights(model), batch_size)
+        if num_pages is None:
+            num_pages = default_num_pages(model.config, batch_size, self.dtype, device)
+        self.max_positions = min(model.config.max_position_embeddings, num_pages * PAGE)
+        self.num_computed_tokens = 0
+        self._refused: list[Sequence[Any]] = []
+        step_tokens = max_step_tokens or (_CPU_STEP_TOKENS if device.type == "cpu" else _CUDA_STEP_TOKENS)
+        step_tokens = max(step_tokens, batch_size)
+        operations = operations or operations_for(weights)
+        self.runner = ModelRunner(weights, num_pages, operations)
+        self.blocks = BlockManager(num_pages, extent=operations.extent, caching=prefix_caching)
+        self.scheduler: Scheduler[Any] = Scheduler(
+            self.blocks, max_running=batch_size, max_step_tokens=step_tokens, max_chunk=max_chunk or step_tokens
+        )
+
+    def add(self, sequence: Sequence[Key]) -> None:
+        """Let a sequence wait for its turn. One that can never fit gets a `fault`, and the next step returns it."""
+        if len(sequence.prompt_ids) >= self.max_positions:
+            room = self.max_positions - 1
+            sequence.fault = f"the prompt has {len(sequence.prompt_ids)} tokens; the engine takes {room}"
+        elif not sequence.prompt_ids:
+            sequence.fault = "the prompt has no tokens"
+        (self.scheduler.waiting if sequence.fault is None else self._refused).append(sequence)
+
+    def cancel(self, key: object) -> None:
+        """Forget a sequence and free its pages; one that is not here (any more) is no matter."""
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            if sequence.key == key:
+                self.scheduler.remove(sequence)
+                return
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.scheduler.running or self.scheduler.waiting or self._refused)
+
+    def step(self) -> list[Sequence[Any]]:
+        """Compute and sample once; returns the sequences that are finished."""
+        chunks = in_order(self.scheduler.schedule())
+        if chunks:
+            logits_ZV = self.runner.run(chunks, self.blocks.take_copies())
+            self._take(chunks, logits_ZV)
+        return self._retire()
 
     def run(
-        self,
-        sequences: Iterable[Sequence[Key]],
-        *,
-        temperature: float,
-        top_p: float,
-        top_logprobs: int = 0,
-        more: Callable[[], Iterable[Sequence[Key]]] = tuple,
+        self, sequences: Iterable[Sequence[Key]], *, more: Callable[[], Iterable[Sequence[Key]]] = tuple
     ) -> Iterator[Sequence[Key]]:
-        """Yield each sequence once it is finished. Prompts must be shorter than the model's last position.
+        """Yield each sequence once it is finished, with its `fault` where it has one.
 
-        With `top_logprobs` each sequence's `logprobs` say how likely its tokens and that many best ones were. `more` is
-        asked before every step which sequences have come since; the run ends when it has none and all are finished.
+        `more` is asked before every step which sequences have come since; the run ends when it has none and all are
+        finished. Whoever abandons the run abandons its sequences.
         """
-        waiting = deque(sequences)
-        running: list[Sequence[Key]] = []
-        draw = Draw(temperature, top_p, top_logprobs)
-        while waiting or running:
-            if waiting and self._should_admit(len(waiting), len(running)):
-                self._admit(waiting, running, draw)
-            else:
-                self._step(running, draw)
-            yield from self._retire(running)
-            waiting.extend(more())
+        try:
+            for sequence in sequences:
+                self.add(sequence)
+            while not self.is_idle:
+                yield from self.step()
+                for sequence in more():
+                    self.add(sequence)
+        finally:
+            for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+                self.scheduler.remove(sequence)
 
-    def _should_admit(self, num_waiting: int, num_running: int) -> bool:
-        free = self.batch_size - num_running
-        return free >= min(num_waiting, max(1, int(self.batch_size * _ADMIT_SHARE)))
-
-    def _admit(self, waiting: deque[Sequence[Key]], running: list[Sequence[Key]], draw: Draw) -> None:
-        """Prefill as many waiting sequences as fit; equal prompts are computed once."""
-        groups: dict[tuple[int, ...], list[Sequence[Key]]] = {}
-        longest = admitted = 0
-        while waiting and len(running) + admitted < self.batch_size:
-            prompt = tuple(waiting[0].prompt_ids)
-            longest = max(longest, len(prompt))
-            if groups and longest * (len(groups) + (prompt not in groups)) > _MAX_PREFILL_TOKENS:
-                break
-            groups.setdefault(prompt, []).append(waiting.popleft())
-            admitted += 1
-        slots: list[list[int]] = []
-        rows: list[int] = []
-        for row, group in enumerate(groups.values()):
-            slots.append(list(range(len(running), len(running) + len(group))))
-            rows += [row] * len(group)
-            running += group
-        logits = self.runner.prefill([list(prompt) for prompt in groups], slots)
-        self._take(running[len(running) - admitted :], logits[rows], draw)
-
-    def _step(self, running: list[Sequence[Key]], draw: Draw) -> None:
-        logits = self.runner.decode([seq.generated_ids[-1] for seq in running], [seq.num_cached for seq in running])
-        self._take(running, logits, draw)
-
-    def _take(self, sequences: list[Sequence[Key]], logits_NV: Tensor, draw: Draw) -> None:
-        sampled = sample(logits_NV, [s.draw() for s in sequences], temperature=draw.temperature, top_p=draw.top_p)
-        tokens = [s.append(token, self.eos_token_ids) for s, token in zip(sequences, sampled, strict=True)]
-        for sequence in sequences:
-            if sequence.finish_reason is None and sequence.num_cached >= self.max_positions:
+    def _take(self, chunks: list[Chunk[Any]], logits_ZV: Tensor) -> None:
+        """What was computed counts, and whose text is in the cache gets a token."""
+        ready = [chunk.sequence for chunk in chunks if chunk.ends_text]
+        for chunk in chunks:
+            self.num_computed_tokens += chunk.count
+            self.scheduler.computed(chunk)
+        if not ready:
+            return
+        sampled = sample(logits_ZV, [s.uniform() for s in ready], [s.draw for s in ready])
+        tokens = [s.append(token, self.eos_token_ids) for s, token in zip(ready, sampled, strict=True)]
+        self._score(ready, tokens, logits_ZV)
+        for sequence in ready:
+            if sequence.finish_reason is None and sequence.num_computed >= self.max_positions:
                 sequence.finish_reason = "length"
-        if draw.top_logprobs:
-            for sequence, entry in zip(sequences, score(logits_NV, tokens, draw.top_logprobs), strict=True):
-                sequence.logprobs.append(entry)
 
-    def _retire(self, running: list[Sequence[Key]]) -> Iterator[Sequence[Key]]:
-        """Remove finished sequences; the last live one moves into each freed slot."""
-        for slot in range(len(running) - 1, -1, -1):
-            if running[slot].finish_reason is None:
-                continue
-            finished, last = running[slot], running.pop()
-            if last is not finished:
-                running[slot] = last
-                self.runner.cache.move(len(running), slot, last.num_cached)
-            yield finished
+    def _score(self, sequences: list[Sequence[Any]], tokens: list[int], logits_ZV: Tensor) -> None:
+        rows = [row for row, sequence in enumerate(sequences) if sequence.draw.top_logprobs]
+        if not rows:
+            return
+        most = max(sequences[row].draw.top_logprobs for row in rows)
+        scores = score(logits_ZV[torch.tensor(rows, device=logits_ZV.device)], [tokens[row] for row in rows], most)
+        for row, (taken, best) in zip(rows, scores, strict=True):
+            sequences[row].logprobs.append((taken, best[: sequences[row].draw.top_logprobs]))
+
+    def _retire(self) -> list[Sequence[Any]]:
+        finished = [sequence for sequence in self.scheduler.running if sequence.finish_reason is not None]
+        for sequence in finished:
+            self.scheduler.remove(sequence)
+        refused, self._refused = self._refused, []
+        return refused + finished

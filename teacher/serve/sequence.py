@@ -9,6 +9,8 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
+from teacher.serve.sampler import Draw
+
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -27,21 +29,30 @@ class Sequence(Generic[Key]):
 
     `seed` alone decides the random numbers, so a request draws the same tokens whatever else is in the batch (up to
     rounding in the logits). `key` is the caller's. `thinking` is the limit that still holds; None: none, or past it.
+    `fault` says why a sequence ended without an answer.
     """
 
     key: Key
     prompt_ids: Tokens[int]
     max_tokens: int
     seed: int
+    draw: Draw = Draw()  # noqa: RUF009 - frozen
     generated_ids: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
+    fault: str | None = None
     thinking: ThinkingLimit | None = None
     # One entry a generated token: its own logprob, and the likeliest tokens with theirs.
     logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    # The engine's: pages of the cache in order, how many tokens have their latents there, the keys of full pages, and
+    # that of the prompt's last one where it is not full.
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    page_keys: list[bytes] = field(default_factory=list)
+    tail_key: bytes | None = None
     _forced: deque[int] = field(default_factory=deque)
     _random: random.Random | None = None
 
-    def draw(self) -> float:
+    def uniform(self) -> float:
         """The next uniform number in [0, 1) of this sequence. Python's generator is the same in every version."""
         if self._random is None:
             self._random = random.Random(self.seed)
@@ -66,6 +77,17 @@ class Sequence(Generic[Key]):
         return token
 
     @property
-    def num_cached(self) -> int:
-        """Tokens whose latents are in the cache: all but the newest."""
-        return len(self.prompt_ids) + max(len(self.generated_ids) - 1, 0)
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.generated_ids)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens whose latents are not in the cache: one while decoding, more while the prompt is read."""
+        return len(self.prompt_ids) + len(self.generated_ids) - self.num_computed
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Of prompt and generated text together."""
+        length = len(self.prompt_ids)
+        if start >= length:
+            return self.generated_ids[start - length : end - length]
+        return [*self.prompt_ids[start:end], *self.generated_ids[: max(end - length, 0)]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from distill.errors import DataError, EnvironmentFault
 from distill.records import Problem, Sampling, TraceRequest
 from teacher.backends.live import LocalEngine
 from teacher.backends.native import NativeBackend
-from teacher.serve.batching import Asked, Written
+from teacher.serve.batching import Asked, Live, Written
 from teacher.serve.engine import Draw
 from teacher.serve.http import build_app
-from teacher.serve.loop import EngineLoop, Job
+from teacher.serve.loop import EngineLoop, Withdrawn
 from teacher.serve.sequence import Sequence
 
 
@@ -64,36 +63,53 @@ def test_what_joins_a_running_batch_is_what_it_is_alone(folder: Path, workers: i
 
 
 class _Runs:
-    """Stands where the engine does, and remembers what it was given in which run."""
+    """Stands where the engine does: finishes what it runs one by one, and remembers in which run it was."""
 
     batch_size = 8
 
     def __init__(self) -> None:
         self.runs: list[list[int]] = []
-        self.step = threading.Semaphore(0)
+        self.cancelled: list[int] = []
 
-    def run(self, sequences: list[Sequence[int]], *, more: Any, **draw: Any) -> Any:
-        running = [s.key for s in sequences]
-        self.runs.append(list(running))
+    def cancel(self, key: int) -> None:
+        self.cancelled.append(key)
+
+    def run(self, sequences: list[Sequence[int]], *, more: Any) -> Any:
+        running = list(sequences)
+        self.runs.append([s.key for s in running])
         while running:
-            assert self.step.acquire(timeout=60)
-            yield Sequence(running.pop(0), [1], max_tokens=1, seed=0)
-            joined = [s.key for s in more()]
-            self.runs[-1] += joined
+            yield running.pop(0)
+            joined = more()
+            self.runs[-1] += [s.key for s in joined]
             running += joined
 
 
-def test_other_settings_wait_until_the_run_has_drained_and_nothing_overtakes_them() -> None:
+def test_what_comes_joins_the_run_whatever_its_settings_and_what_is_withdrawn_leaves_it() -> None:
     engine, jobs, done = _Runs(), queue.SimpleQueue(), []
     hot, cold = Draw(1.0, 1.0), Draw(0.0, 1.0)
-    for key, draw in enumerate([hot, hot, cold, hot, cold]):
-        jobs.put(Job(Sequence(key, [1], max_tokens=1, seed=0), draw))
+    for key, draw in enumerate([hot, hot, cold, hot]):
+        jobs.put(Sequence(key, [1], max_tokens=1, seed=0, draw=draw))
+    jobs.put(Withdrawn(2))
     jobs.put(None)
-    for _ in range(5):
-        engine.step.release()
-    EngineLoop(engine, jobs, lambda sequence: done.append(sequence.key)).run()
-    assert engine.runs == [[0, 1], [2], [3], [4]]
-    assert done == [0, 1, 2, 3, 4]
+    EngineLoop(engine, jobs, lambda sequence: done.append(sequence.key)).run()  # type: ignore[arg-type]
+    assert engine.runs == [[0, 1, 3]]
+    assert done == [0, 1, 3]
+    assert engine.cancelled == [2]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_client_that_leaves_frees_its_places(folder: Path, workers: int) -> None:
+    """Four places, eight long answers: the others could not be written while the first four are."""
+    backend = teacher(folder, workers=workers)
+    live = Live(backend, max_unfinished=16)
+    endless = SAMPLING.model_copy(update={"max_tokens": 100, "temperature": 0.0})
+    left = live.submit([Asked(request) for request in requests(count=4)], endless)
+    for future in left:
+        assert future.cancel()
+    assert live.num_waiting() == 0
+    (answer,) = live.submit([Asked(requests(count=1)[0])], SAMPLING)
+    assert answer.result(timeout=250).completion.num_tokens
+    live.close()
 
 
 def test_a_broken_engine_settles_all_that_wait_and_all_that_come(folder: Path) -> None:

@@ -5,10 +5,12 @@ import torch
 import transformers
 from v3_models import random_model, tiny_config
 
-from teacher.serve.engine import Engine
+from teacher.serve.engine import Draw, Engine
 from teacher.serve.runner import ModelRunner
 from teacher.serve.sampler import sample
+from teacher.serve.scheduler import Chunk
 from teacher.serve.sequence import Sequence
+from teacher.serve.step import in_order
 from teacher.serve.weights import fuse_weights
 
 CONFIGS = {"all": {}, "no_q_lora": {"q_lora_rank": None}, "no_yarn": {"rope_scaling": None, "first_k_dense_replace": 0}}
@@ -20,10 +22,11 @@ def prompts(count, seed=0, longest=20):
     return [torch.randint(0, 64, (length,), generator=generator).tolist() for length in lengths]
 
 
-def run(model, sequences, *, batch_size=4, temperature=0.0, top_p=1.0, eos=()):
+def run(model, sequences, *, batch_size=4, eos=(), **draw):
     engine = Engine(model, batch_size=batch_size, eos_token_ids=eos)
-    finished = list(engine.run(sequences, temperature=temperature, top_p=top_p))
-    return {sequence.key: sequence for sequence in finished}
+    for sequence in sequences:
+        sequence.draw = Draw(**draw)
+    return {sequence.key: sequence for sequence in engine.run(sequences)}
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=list(CONFIGS))
@@ -34,15 +37,19 @@ def model(request):
 def test_prefill_and_decode_equal_the_training_forward(model):
     rows = prompts(3, longest=9)
     runner = ModelRunner(fuse_weights(model), 3)
+    sequences = [Sequence(i, row, max_tokens=9, seed=0, pages=[2 - i]) for i, row in enumerate(rows)]
+    logits = {sequence.key: [] for sequence in sequences}
+    for step in range(7):
+        chunks = in_order([Chunk(sequence, sequence.num_left) for sequence in sequences])
+        for chunk, row in zip(chunks, runner.run(chunks, []), strict=True):
+            logits[chunk.sequence.key].append(row)
+        for sequence in sequences:
+            sequence.num_computed = sequence.num_tokens
+            sequence.generated_ids.append(7 + step)
     with torch.no_grad():
-        logits = [runner.prefill(rows, [[0], [1], [2]])]
-        for step in range(6):
-            token = 7 + step
-            logits.append(runner.decode([token] * 3, [len(row) for row in rows]))
-            rows = [[*row, token] for row in rows]
         for index, row in enumerate(rows):
-            wanted = model(torch.tensor([row]), with_mtp=False).logits_BTV[0, -7:]
-            torch.testing.assert_close(torch.stack([part[index] for part in logits]), wanted, atol=2e-5, rtol=0)
+            wanted = model(torch.tensor([row + [7 + i for i in range(6)]]), with_mtp=False).logits_BTV[0, -7:]
+            torch.testing.assert_close(torch.stack(logits[index]), wanted, atol=2e-5, rtol=0)
 
 
 def test_greedy_tokens_equal_transformers_generate(model):
@@ -63,11 +70,11 @@ def test_cache_holds_the_latent_and_the_rope_key_alone(model):
     per_layer = config.kv_lora_rank + config.qk_rope_head_dim
     assert runner.cache.bytes_per_token == config.num_hidden_layers * per_layer * 4
     with torch.no_grad():
-        runner.prefill([[1, 2, 3]], [[0]])
+        runner.run([Chunk(Sequence(0, [1, 2, 3], max_tokens=1, seed=0, pages=[1]), 3)], [])
         attention = model.model.layers[0].self_attn
         x = model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.tensor([1, 2, 3])))
         latent = attention.kv_a_layernorm(attention.kv_a_proj_with_mqa(x)[:, : config.kv_lora_rank])
-    torch.testing.assert_close(runner.cache.live(0, 1, 3)[0, :, : config.kv_lora_rank], latent, atol=1e-6, rtol=0)
+    torch.testing.assert_close(runner.cache.entries_LPSE[0, 1, :3, : config.kv_lora_rank], latent, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16, 40])
@@ -104,7 +111,7 @@ def test_ends_at_eos_at_max_tokens_and_at_the_last_position():
     assert (stopped.finish_reason, stopped.generated_ids) == ("stop", free.generated_ids[: first + 1])
 
 
-def test_cache_grows_past_its_first_capacity():
+def test_text_goes_on_over_many_pages_and_extents():
     config = tiny_config(max_position_embeddings=600, rope_scaling=None)
     model = random_model(config).eval()
     done = run(model, [Sequence(i, row, max_tokens=150 + i, seed=i) for i, row in enumerate(prompts(5))], batch_size=3)
@@ -139,7 +146,8 @@ def test_sampler_draws_the_nucleus_distribution(num_tokens, temperature, top_p):
     wanted = nucleus((logits / temperature).double().softmax(0).tolist(), top_p)
     count = 20_000
     grid = [(i + 0.5) / count for i in range(count)]  # an even grid instead of luck
-    drawn = torch.tensor(sample(logits.expand(count, -1), grid, temperature=temperature, top_p=top_p))
+    draw = Draw(temperature=temperature, top_p=top_p)
+    drawn = torch.tensor(sample(logits.expand(count, -1), grid, [draw] * count))
     shares = (torch.bincount(drawn, minlength=num_tokens) / count).tolist()
     for token, share in enumerate(shares):
         assert share == pytest.approx(wanted.get(token, 0.0), abs=2e-4)
@@ -150,10 +158,10 @@ def test_wide_rows_do_not_change_narrow_ones():
     narrow[0, 7] = 10.0
     both = torch.cat((narrow, torch.zeros(1, 300)))
     for uniform in (0.0, 0.3, 0.999):
-        drawn = [sample(rows, [uniform] * len(rows), temperature=1.0, top_p=0.9)[0] for rows in (narrow, both)]
+        drawn = [sample(rows, [uniform] * len(rows), [Draw(1.0, 0.9)] * len(rows))[0] for rows in (narrow, both)]
         assert drawn[0] == drawn[1]
 
 
 def test_temperature_zero_is_greedy():
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 0.0, 0.0, 0.0]])
-    assert sample(logits, [0.9, 0.9], temperature=0, top_p=0.5) == [1, 0]
+    assert sample(logits, [0.9, 0.9], [Draw(0, 0.5)] * 2) == [1, 0]

@@ -85,7 +85,7 @@ def native_tokens(folder, prompts):
     model = load_checkpoint(folder)
     engine = Engine(model, batch_size=16, eos_token_ids=model.config.eos_token_ids)
     sequences = [Sequence(i, prompt, max_tokens=MAX_TOKENS, seed=0) for i, prompt in enumerate(prompts)]
-    done = {sequence.key: sequence for sequence in engine.run(sequences, temperature=0.0, top_p=1.0)}
+    done = {sequence.key: sequence for sequence in engine.run(sequences)}
     return [done[i].generated_ids for i in range(len(prompts))]
 
 

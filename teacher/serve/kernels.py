@@ -1,0 +1,107 @@
+"""A step's parts by the project's kernels (`teacher.kernels`), for a GPU.
+
+Their tiles are powers of two wide. What a model of other widths, or a GPU without FP8, cannot run is computed by the
+kernel's twin in plain torch: right, and slow.
+
+Shape legend: as in `teacher.serve.operations`; Q pages a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from teacher.kernels.mla_decode import mla_decode, mla_decode_twin, num_shares
+from teacher.kernels.mla_prefill import mla_prefill, mla_prefill_twin
+from teacher.kernels.mla_schedule import DecodeSchedule, schedule_decode
+from teacher.kernels.rope_cache import rotate_queries, rotate_queries_twin, write_latent, write_latent_twin
+from teacher.kernels.route import Routes, route
+from teacher.model.mla import LATENT_NORM_EPS
+from teacher.serve.block_manager import num_pages_for
+from teacher.serve.step import Decodes, PromptChunk, Step
+from teacher.serve.weights import AttentionWeights, InferenceWeights, MoEWeights
+
+
+@dataclass(frozen=True)
+class Plan:
+    pages_BQ: Tensor
+    lengths_B: Tensor
+    schedule: DecodeSchedule | None
+
+
+class KernelOperations:
+    extent = 1
+
+    def __init__(self, weights: InferenceWeights) -> None:
+        config = self._config = weights.config
+        self._rotation = weights.cos, weights.sin
+        self._latent = config.kv_lora_rank
+        self._device = weights.embedding.device
+        widths = config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim
+        self._fits = all(_is_power_of_two(width) for width in widths) and min(widths) >= 16
+        self._routes = Routes(
+            num_experts_per_tok=config.num_experts_per_tok,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            norm_topk_prob=config.norm_topk_prob,
+            routed_scaling_factor=config.routed_scaling_factor,
+        )
+        experts, groups = config.n_routed_experts, config.n_group
+        self._routes_fit = _is_power_of_two(experts) and _is_power_of_two(groups) and experts >= 2 * groups
+
+    def plan(self, decodes: Decodes) -> Plan:
+        widest = max(len(pages) for pages in decodes.pages)
+        pages_BQ = torch.tensor([pages + [0] * (widest - len(pages)) for pages in decodes.pages], dtype=torch.int32)
+        lengths_B = torch.tensor(decodes.lengths, dtype=torch.int32).to(self._device)
+        return Plan(pages_BQ.to(self._device), lengths_B, self._schedule(lengths_B, num_queries=1))
+
+    def rotate(self, query_MHD: Tensor, step: Step) -> None:
+        apart = query_MHD.shape[-1] - self._config.qk_rope_head_dim
+        turn = rotate_queries if self._fits else rotate_queries_twin
+        interleave = self._config.rope_interleave
+        turn(query_MHD, self._rotation, step.positions_M, latent=apart, interleave=interleave)
+
+    def write(self, projected_ME: Tensor, weights: AttentionWeights, step: Step, cache_PSE: Tensor) -> None:
+        put = write_latent if self._fits else write_latent_twin
+        given = projected_ME, weights.kv_norm, LATENT_NORM_EPS, self._rotation, step.positions_M, step.slots_M
+        put(*given, cache_PSE, interleave=self._config.rope_interleave)
+
+    def decode(self, query_BHE: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
+        return self._attend(query_BHE[:, None], cache_PSE, plan)[:, 0]
+
+    def absorbed(self, query_THE: Tensor, cache_PSE: Tensor, chunk: PromptChunk) -> Tensor:
+        lengths_B = torch.tensor([chunk.context], dtype=torch.int32).to(self._device)
+        pages_BQ = chunk.pages[None, : num_pages_for(chunk.context)].to(torch.int32)
+        schedule = self._schedule(lengths_B, num_queries=chunk.num_queries)
+        return self._attend(query_THE[None], cache_PSE, Plan(pages_BQ, lengths_B, schedule))[0]
+
+    def expanded(self, query_THD: Tensor, key_UHD: Tensor, value_UHV: Tensor) -> Tensor:
+        attend = mla_prefill if self._fits else mla_prefill_twin
+        return attend(query_THD[None], key_UHD[None], value_UHV[None], scale=1.0)[0]
+
+    def route(self, x_MX: Tensor, weights: MoEWeights) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._routes_fit:
+            indices_MK, gates_MK, _ = weights.router(x_MX)
+            load_E = torch.bincount(indices_MK.flatten(), minlength=weights.down_EID.shape[0])
+            return indices_MK, gates_MK, load_E.cumsum(0).to(torch.int32)
+        logits_ME = torch.nn.functional.linear(x_MX.float(), weights.router.weight.float())
+        choice = route(logits_ME, weights.router.e_score_correction_bias, self._routes)
+        return choice.indices_NK, choice.weights_NK, choice.load_E.cumsum(0).to(torch.int32)
+
+    def _schedule(self, lengths_B: Tensor, *, num_queries: int) -> DecodeSchedule | None:
+        if not self._fits:
+            return None
+        heads = self._config.num_attention_heads
+        return schedule_decode(lengths_B, num_shares(self._device, num_queries, heads))
+
+    def _attend(self, query_BSHE: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
+        given = query_BSHE, cache_PSE, plan.pages_BQ, plan.lengths_B
+        if not self._fits:
+            return mla_decode_twin(*given, scale=1.0, latent=self._latent)
+        return mla_decode(*given, scale=1.0, latent=self._latent, schedule=plan.schedule)
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0

@@ -1,0 +1,65 @@
+"""The seam between the engine and how its parts are computed: plain torch operations on a CPU, kernels on a GPU.
+
+The runner knows what a step is; an `Operations` knows one device's way to write latents, to attend and to route. Both
+read and write the cache as the block manager laid it out, and agree up to rounding.
+
+Shape legend: M rows, B decoding sequences, T queries of a chunk, U its context, H heads, C latent, R rope, E = C + R,
+D query and key width, V value width, P pages, S places a page, K experts a token, X hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from teacher.serve.step import Decodes, PromptChunk, Step
+from teacher.serve.weights import AttentionWeights, InferenceWeights, MoEWeights
+
+
+class Operations(Protocol):
+    extent: int  # pages of one sequence that lie together, where the block manager can have it so
+
+    def plan(self, decodes: Decodes) -> Any:
+        """What `decode` needs besides, made once a step for all layers."""
+        ...
+
+    def rotate(self, query_MHD: Tensor, step: Step) -> None:
+        """Rotate the last R of D dimensions in place."""
+        ...
+
+    def write(self, projected_ME: Tensor, weights: AttentionWeights, step: Step, cache_PSE: Tensor) -> None:
+        """Norm latents, rotate rope keys and put both where the step says."""
+        ...
+
+    def decode(self, query_BHE: Tensor, cache_PSE: Tensor, plan: Any) -> Tensor:
+        """Absorbed attention of one query a sequence, [B, H, C]. Queries hold the softmax scale, here and below."""
+        ...
+
+    def absorbed(self, query_THE: Tensor, cache_PSE: Tensor, chunk: PromptChunk) -> Tensor:
+        """Absorbed attention of a chunk over its context, [T, H, C]."""
+        ...
+
+    def expanded(self, query_THD: Tensor, key_UHD: Tensor, value_UHV: Tensor) -> Tensor:
+        """Causal attention of the last T of U tokens, [T, H, V]."""
+        ...
+
+    def route(self, x_MX: Tensor, weights: MoEWeights) -> tuple[Tensor, Tensor, Tensor]:
+        """Experts int [M, K], their gates [M, K], and the end of each expert's rows once sorted by it, int32."""
+        ...
+
+
+def operations_for(weights: InferenceWeights) -> Operations:
+    if weights.embedding.is_cuda:
+        from teacher.serve.kernels import KernelOperations
+
+        return KernelOperations(weights)
+    from teacher.serve.plain import PlainOperations
+
+    return PlainOperations(weights)
+
+
+def gathered(cache_PSE: Tensor, chunk: PromptChunk) -> Tensor:
+    """The entries of a chunk's context, [U, E]."""
+    return torch.index_select(cache_PSE, 0, chunk.pages).flatten(0, 1)[: chunk.context]
