@@ -106,7 +106,7 @@ def sum_copies(rows_CD: Tensor, places_NK: Tensor) -> Tensor:
     dtype = torch.promote_types(rows_CD.dtype, torch.float32)
     total_ND = rows_CD.new_zeros(places_NK.shape[0], rows_CD.shape[1], dtype=dtype)
     if not rows_CD.shape[0]:
-        return total_ND
+        return total_ND + rows_CD.sum()  # of nothing: zero, and a part of the graph that others' backwards wait for
     for places_N in places_NK.unbind(1):
         rows_ND = rows_CD[places_N.clamp_min(0)].to(dtype)
         total_ND = total_ND + torch.where((places_N >= 0).unsqueeze(1), rows_ND, 0.0)
