@@ -34,7 +34,7 @@ from teacher.parallel.low_latency import Arrived, LowLatency
 
 
 class SymmetricMailbox:
-    """Memory that peers store to. `peers_R`: int64, on the device, the address of each rank's `inbox_QB`."""
+    """Memory that peers store to. `distances_R`: bytes from this inbox to each rank's, int64, on the device."""
 
     def __init__(self, ranks: Ranks, capacity: int, row_bytes: int) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
@@ -52,10 +52,9 @@ class SymmetricMailbox:
             message = f"these {ranks.num_ranks} ranks cannot share memory: {str(exc).splitlines()[0]}"
             raise EnvironmentFault(message, where=str(ranks.device)) from exc
         starts = [self._handle.get_buffer(rank, (1,), torch.uint8).data_ptr() for rank in range(ranks.num_ranks)]
-        # The inbox may begin anywhere within its allocation: every rank's begins at the same place of it.
-        offset = self.inbox_QB.data_ptr() - starts[ranks.rank]
-        addresses = [start + offset for start in starts]
-        self.peers_R = torch.tensor(addresses, dtype=torch.int64, device=ranks.device)
+        # Inboxes begin at the same place of their allocations on every rank, so that these lie as far apart as those.
+        distances = [start - starts[ranks.rank] for start in starts]
+        self.distances_R = torch.tensor(distances, dtype=torch.int64, device=ranks.device)
         self.deliver()  # nobody stores into an inbox that is still being zeroed
 
     def deliver(self) -> None:
@@ -84,7 +83,9 @@ class SymmetricLowLatency(LowLatency):
 
         if x_ND.shape[0] > self.max_tokens:
             raise ValueError(f"{x_ND.shape[0]} tokens, at most {self.max_tokens} fit")
-        lot = kernels.Lot(self._parts, self.capacity, self.ranks.rank, self.ranks.num_ranks, self._out.peers_R)
+        lot = kernels.Lot(
+            self._parts, self.capacity, self.ranks.rank, self.ranks.num_ranks, self._out.inbox_QB, self._out.distances_R
+        )
         planned = kernels.plan_kernel(indices_NK, self._tables, self.placement.slots_per_rank, lot)
         kernels.dispatch_kernel(x_ND.to(torch.bfloat16).contiguous(), weights_NK, planned, lot)
         return planned.places_NK
@@ -102,7 +103,14 @@ class SymmetricLowLatency(LowLatency):
     def send_back(self, out_QD: Tensor, arrived: Arrived) -> None:
         from teacher.parallel import symmetric_triton as kernels
 
-        lot = kernels.Lot(self._back, self.capacity, self.ranks.rank, self.ranks.num_ranks, self._returned.peers_R)
+        lot = kernels.Lot(
+            self._back,
+            self.capacity,
+            self.ranks.rank,
+            self.ranks.num_ranks,
+            self._returned.inbox_QB,
+            self._returned.distances_R,
+        )
         kernels.return_kernel(out_QD.contiguous(), arrived.rows_QB, self._parts, lot)
 
     def summed(self, places_NK: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The Triton side of `teacher.parallel.symmetric`: stores to peers' memory by address, no atomics, no host.
 
-Addresses come as integers from a table. Buffers and rows begin at multiples of 16 bytes, which the compiler is told: it
-then stores in vectors.
+A peer's inbox is this rank's own inbox plus a distance out of a table. So, and not as an address of its own, the
+compiler knows what 16 divides (buffers and rows begin at multiples of 16 bytes) and stores vectors of 16 bytes: from addresses
+made of integers it made stores of single numbers.
 
 Shape legend: as `teacher.parallel.low_latency`; C copies of the most replicated expert.
 """
@@ -25,13 +26,14 @@ RECEIVE_BLOCK = 64
 
 
 class Lot(NamedTuple):
-    """A mailbox as a sender sees it."""
+    """A mailbox as a sender sees it: its own inbox, and the distance in bytes to each rank's, int64."""
 
     parts: Layout
     capacity: int
     rank: int
     num_ranks: int
-    peers_R: Tensor
+    inbox_QB: Tensor
+    distances_R: Tensor
 
 
 class Planned(NamedTuple):
@@ -42,14 +44,19 @@ class Planned(NamedTuple):
 
 
 @triton.jit
-def _row_address(peers_ptr, peer, row, ROW_BYTES: tl.constexpr):
-    address = tl.multiple_of(tl.load(peers_ptr + peer), 16)
-    return address + row.to(tl.int64) * ROW_BYTES
+def _row(inbox_ptr, distances_ptr, peer, row, ROW_BYTES: tl.constexpr):
+    distance = tl.multiple_of(tl.load(distances_ptr + peer), 16)
+    return inbox_ptr + (distance + row.to(tl.int64) * ROW_BYTES)
 
 
 @triton.jit
+def _as(row_ptr, dtype: tl.constexpr):
+    return row_ptr.to(tl.pointer_type(dtype), bitcast=True)
+
+
+@triton.jit(do_not_specialize=["rank", "capacity"])
 def _plan(
-    indices_ptr, slots_of_ptr, num_copies_ptr, places_ptr, slots_ptr, peers_ptr,
+    indices_ptr, slots_of_ptr, num_copies_ptr, places_ptr, slots_ptr, inbox_ptr, distances_ptr,
     num_tokens, per_token, most_copies, slots_per_rank, rank, num_ranks, capacity,
     TOKENS: tl.constexpr, CHOICES: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -72,17 +79,17 @@ def _plan(
         place = tl.where(first, peer * capacity + nth[:, None], place)
         count = tl.sum(token)
         overflowed = tl.maximum(overflowed, (count > capacity).to(tl.int32))
-        address = _row_address(peers_ptr, peer, rank * capacity, ROW_BYTES) + TAIL
-        tl.store(address.to(tl.pointer_type(tl.int32)), count)
+        row = _row(inbox_ptr, distances_ptr, peer, rank * capacity, ROW_BYTES) + TAIL
+        tl.store(_as(row, tl.int32), count)
     for peer in range(num_ranks):
-        address = _row_address(peers_ptr, peer, rank * capacity, ROW_BYTES) + TAIL + 4
-        tl.store(address.to(tl.pointer_type(tl.int32)), overflowed)
+        row = _row(inbox_ptr, distances_ptr, peer, rank * capacity, ROW_BYTES) + TAIL + 4
+        tl.store(_as(row, tl.int32), overflowed)
     tl.store(places_ptr + pairs, place, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank", "capacity"])
 def _dispatch(
-    x_ptr, slots_ptr, weights_ptr, places_ptr, peers_ptr, rank, capacity, per_token,
+    x_ptr, slots_ptr, weights_ptr, places_ptr, inbox_ptr, distances_ptr, rank, capacity, per_token,
     HIDDEN: tl.constexpr, GROUPS: tl.constexpr, CHOICES: tl.constexpr, ROW_BYTES: tl.constexpr,
     NUMBERS: tl.constexpr, SCALES: tl.constexpr, SLOTS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +97,7 @@ def _dispatch(
     place = tl.load(places_ptr + pair)
     if place >= 0:
         token = pair // per_token
-        address = _row_address(peers_ptr, place // capacity, rank * capacity + place % capacity, ROW_BYTES)
+        row = _row(inbox_ptr, distances_ptr, place // capacity, rank * capacity + place % capacity, ROW_BYTES)
         groups = tl.arange(0, GROUPS)
         columns = groups[:, None] * TILE + tl.arange(0, TILE)[None, :]
         inside = columns < HIDDEN
@@ -98,17 +105,17 @@ def _dispatch(
         if FP8:
             x = x.to(tl.float32)
             scale_inv, scale = _scales(tl.maximum(tl.max(tl.abs(x), axis=1), LEAST), False)
-            tl.store(address.to(tl.pointer_type(tl.float8e4nv)) + columns, to_e4m3(x * scale[:, None]), mask=inside)
-            scales_ptr = (address + NUMBERS).to(tl.pointer_type(tl.float32))
+            tl.store(_as(row, tl.float8e4nv) + columns, to_e4m3(x * scale[:, None]), mask=inside)
+            scales_ptr = _as(row + NUMBERS, tl.float32)
             tl.store(scales_ptr + groups, scale_inv, mask=groups * TILE < HIDDEN)
         else:
-            tl.store(address.to(tl.pointer_type(tl.bfloat16)) + columns, x, mask=inside)
+            tl.store(_as(row, tl.bfloat16) + columns, x, mask=inside)
         k = tl.arange(0, CHOICES)
         real = k < per_token
         slots = tl.load(slots_ptr + token * per_token + k, mask=real)
         weights = tl.load(weights_ptr + token * per_token + k, mask=real)
-        tl.store((address + SCALES).to(tl.pointer_type(tl.int32)) + k, slots, mask=real)
-        tl.store((address + SLOTS).to(tl.pointer_type(tl.float32)) + k, weights, mask=real)
+        tl.store(_as(row + SCALES, tl.int32) + k, slots, mask=real)
+        tl.store(_as(row + SLOTS, tl.float32) + k, weights, mask=real)
 
 
 @triton.jit
@@ -139,9 +146,9 @@ def _receive(
         tl.store(overflowed_ptr, tl.maximum(before, tl.max(flags, axis=0)).to(tl.int8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank", "capacity"])
 def _return(
-    out_ptr, rows_ptr, peers_ptr, rank, capacity,
+    out_ptr, rows_ptr, inbox_ptr, distances_ptr, rank, capacity,
     HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, ROW_WORDS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
@@ -149,8 +156,8 @@ def _return(
     if nth < tl.load(rows_ptr + (peer * capacity).to(tl.int64) * ROW_WORDS + TAIL):
         columns = tl.arange(0, COLUMNS)
         out = tl.load(out_ptr + place.to(tl.int64) * HIDDEN + columns, mask=columns < HIDDEN)
-        address = _row_address(peers_ptr, peer, rank * capacity + nth, HIDDEN * 2)
-        target = address.to(tl.pointer_type(tl.bfloat16))
+        row = _row(inbox_ptr, distances_ptr, peer, rank * capacity + nth, HIDDEN * 2)
+        target = _as(row, tl.bfloat16)
         tl.store(target + columns, to_dtype(out.to(tl.float32), tl.bfloat16), mask=columns < HIDDEN)
 
 
@@ -173,8 +180,8 @@ def plan_kernel(indices_NK: Tensor, tables: SlotTables, slots_per_rank: int, lot
     places_NK = torch.empty(num_tokens, per_token, dtype=torch.int64, device=indices_NK.device)
     slots_NK = torch.empty(num_tokens, per_token, dtype=torch.int32, device=indices_NK.device)
     _plan[(1,)](
-        indices_NK.contiguous(), tables.slots_EC, tables.num_copies_E, places_NK, slots_NK, lot.peers_R,
-        num_tokens, per_token, tables.slots_EC.shape[1], slots_per_rank, lot.rank, lot.num_ranks, lot.capacity,
+        indices_NK.contiguous(), tables.slots_EC, tables.num_copies_E, places_NK, slots_NK,
+        lot.inbox_QB, lot.distances_R, num_tokens, per_token, tables.slots_EC.shape[1], slots_per_rank, lot.rank, lot.num_ranks, lot.capacity,
         TOKENS=triton.next_power_of_2(max(1, num_tokens)), CHOICES=triton.next_power_of_2(per_token),
         ROW_BYTES=lot.parts.row_bytes, TAIL=lot.parts.weights, num_warps=8,
     )  # fmt: skip
@@ -186,7 +193,7 @@ def dispatch_kernel(x_ND: Tensor, weights_NK: Tensor, planned: Planned, lot: Lot
     parts, (num_tokens, per_token) = lot.parts, weights_NK.shape
     if num_tokens:
         _dispatch[(num_tokens * per_token,)](
-            x_ND, planned.slots_NK, weights_NK.float().contiguous(), planned.places_NK, lot.peers_R,
+            x_ND, planned.slots_NK, weights_NK.float().contiguous(), planned.places_NK, lot.inbox_QB, lot.distances_R,
             lot.rank, lot.capacity, per_token,
             HIDDEN=parts.hidden, GROUPS=triton.next_power_of_2(triton.cdiv(parts.hidden, TILE.value)),
             CHOICES=triton.next_power_of_2(per_token), ROW_BYTES=parts.row_bytes, NUMBERS=parts.numbers,
@@ -216,7 +223,7 @@ def return_kernel(out_QD: Tensor, rows_QB: Tensor, parts: Layout, lot: Lot) -> N
     """Filled places' results to the ranks they came from, in BF16."""
     num_places, hidden = out_QD.shape
     _return[(num_places,)](
-        out_QD, rows_QB.view(torch.int32), lot.peers_R, lot.rank, lot.capacity,
+        out_QD, rows_QB.view(torch.int32), lot.inbox_QB, lot.distances_R, lot.rank, lot.capacity,
         HIDDEN=hidden, COLUMNS=triton.next_power_of_2(hidden), ROW_WORDS=parts.row_bytes // 4,
         TAIL=parts.weights // 4, num_warps=8,
     )  # fmt: skip

@@ -37,7 +37,8 @@ class Mailbox:
     def __init__(self, ranks: Ranks, capacity: int, inboxes: list[torch.Tensor]) -> None:
         self.rank, self.capacity, self.inboxes = ranks.rank, capacity, inboxes
         self.inbox_QB = inboxes[ranks.rank]
-        self.peers_R = torch.tensor([inbox.data_ptr() for inbox in inboxes], device=self.inbox_QB.device)
+        distances = [inbox.data_ptr() - self.inbox_QB.data_ptr() for inbox in inboxes]
+        self.distances_R = torch.tensor(distances, device=self.inbox_QB.device)
 
     def put(self, rows_NB, sources_P, places_P, *, offset=0) -> None:
         for source, place in zip(sources_P.tolist(), places_P.tolist(), strict=True):
