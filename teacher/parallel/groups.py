@@ -54,6 +54,8 @@ def opened_ranks(
     if num_ranks % per_node:
         raise EnvironmentFault(f"{num_ranks} ranks are no whole number of nodes with {per_node} ranks each")
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
     try:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",

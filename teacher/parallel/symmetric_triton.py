@@ -1,8 +1,8 @@
 """The Triton side of `teacher.parallel.symmetric`: stores to peers' memory by address, no atomics, no host.
 
 A peer's inbox is this rank's own inbox plus a distance out of a table. So, and not as an address of its own, the
-compiler knows what 16 divides (buffers and rows begin at multiples of 16 bytes) and stores vectors of 16 bytes: from addresses
-made of integers it made stores of single numbers.
+compiler knows what 16 divides (buffers and rows begin at multiples of 16 bytes) and stores vectors of 16 bytes: from
+addresses made of integers it made stores of single numbers.
 
 Shape legend: as `teacher.parallel.low_latency`; C copies of the most replicated expert.
 """
@@ -181,7 +181,8 @@ def plan_kernel(indices_NK: Tensor, tables: SlotTables, slots_per_rank: int, lot
     slots_NK = torch.empty(num_tokens, per_token, dtype=torch.int32, device=indices_NK.device)
     _plan[(1,)](
         indices_NK.contiguous(), tables.slots_EC, tables.num_copies_E, places_NK, slots_NK,
-        lot.inbox_QB, lot.distances_R, num_tokens, per_token, tables.slots_EC.shape[1], slots_per_rank, lot.rank, lot.num_ranks, lot.capacity,
+        lot.inbox_QB, lot.distances_R,
+        num_tokens, per_token, tables.slots_EC.shape[1], slots_per_rank, lot.rank, lot.num_ranks, lot.capacity,
         TOKENS=triton.next_power_of_2(max(1, num_tokens)), CHOICES=triton.next_power_of_2(per_token),
         ROW_BYTES=lot.parts.row_bytes, TAIL=lot.parts.weights, num_warps=8,
     )  # fmt: skip
