@@ -63,13 +63,17 @@ class Exchange:
                 f"these are {ranks.num_ranks} in nodes of {ranks.ranks_per_node}"
             )
         self.ranks, self.placement = ranks, placement
-        self.wire = wire or Wire()
+        self.wire, self.two_hops = wire or Wire(), two_hops
         self._tables = placement.tables(ranks.device)
         hops = [Hop(ranks.world, plan.direct(placement))]
         if two_hops and ranks.rail is not None:  # on a single node the second hop is all there is
             within = Hop(ranks.node, plan.within_node(placement, ranks.rank))
             hops = [Hop(ranks.rail, plan.to_nodes(placement)), within]
         self.hops = [Hop(group, table.to(ranks.device)) for group, table in hops]
+
+    def placed(self, placement: Placement) -> Exchange:
+        """The same for another placement."""
+        return Exchange(self.ranks, placement, wire=self.wire, two_hops=self.two_hops)
 
     def dispatch(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Dispatched:
         """Rows for this rank's experts. Raises EnvironmentFault where ranks are lost, ValueError for widths that the

@@ -87,14 +87,14 @@ def _grouped(rank: int, num_ranks: int, per_node: int, device: torch.device) -> 
 def exchange(rows_CB: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """Rows to the members of `group` in their order, and theirs here, [M, B]. Raises EnvironmentFault for lost ones."""
     received_MB = rows_CB.new_empty(sum(receive), *rows_CB.shape[1:])
-    with _lost_peers(group):
+    with lost_peers(group):
         dist.all_to_all_single(received_MB, rows_CB.contiguous(), list(receive), list(send), group=group)
     return received_MB
 
 
 def exchange_evenly(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> None:
     """The same for equal parts, into a tensor that is there already: no host synchronisation."""
-    with _lost_peers(group):
+    with lost_peers(group):
         dist.all_to_all_single(received, sent, group=group)
 
 
@@ -107,7 +107,8 @@ def exchange_counts(counts_R: Tensor, group: dist.ProcessGroup) -> tuple[list[in
 
 
 @contextmanager
-def _lost_peers(group: dist.ProcessGroup) -> Iterator[None]:
+def lost_peers(group: dist.ProcessGroup) -> Iterator[None]:
+    """What torch says of an exchange that failed, as an EnvironmentFault of one line."""
     try:
         yield
     except RuntimeError as exc:

@@ -12,6 +12,7 @@ Shape legend: N tokens here, D hidden, K experts per token, R ranks, Q = R * cap
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from teacher.parallel import plan, wire
 from teacher.parallel.dispatch import Exchange
 from teacher.parallel.groups import Ranks
 from teacher.parallel.mailbox import AllToAllMailbox, Mailbox
+from teacher.parallel.placement import Placement
 from teacher.parallel.plan import NOWHERE
 
 MakeMailbox = Callable[[Ranks, int, int], Mailbox]
@@ -65,17 +67,27 @@ class LowLatency:
         self.capacity = max_tokens if capacity is None else capacity
         if self.capacity < 1:
             raise ValueError(f"a pair of ranks needs a place at least, got a capacity of {self.capacity}")
-        self.ranks, self.placement, self.max_tokens = exchange.ranks, exchange.placement, max_tokens
+        self.ranks, self.max_tokens = exchange.ranks, max_tokens
         self._parts = wire.layout(hidden, per_token, exchange.wire.out)
         self._back = wire.layout(hidden, 0, exchange.wire.back)
-        self._tables = self.placement.tables(self.ranks.device)
-        self._rank_of_slot_S1 = plan.direct(self.placement).to(self.ranks.device)
+        self._place(exchange.placement)
         self._out = make_mailbox(self.ranks, self.capacity, self._parts.row_bytes)
         self._returned = make_mailbox(self.ranks, self.capacity, self._back.scales)
         places_Q = torch.arange(self.ranks.num_ranks * self.capacity, device=self.ranks.device)
         self._places_Q, self._first_R = places_Q, places_Q[:: self.capacity]
         self._ranks_R = torch.arange(self.ranks.num_ranks, device=self.ranks.device)
         self.overflowed = torch.zeros((), dtype=torch.bool, device=self.ranks.device)
+
+    def _place(self, placement: Placement) -> None:
+        self.placement = placement
+        self._tables = placement.tables(self.ranks.device)
+        self._rank_of_slot_S1 = plan.direct(placement).to(self.ranks.device)
+
+    def placed(self, exchange: Exchange) -> LowLatency:
+        """The same, buffers too, for the placement of `exchange`: layers placed differently take turns with them."""
+        other = copy.copy(self)
+        other._place(exchange.placement)
+        return other
 
     def take_overflow(self) -> bool:
         """Whether any dispatch since the last call overflowed on any rank, the same on every rank. The host waits."""

@@ -107,7 +107,10 @@ def local_experts(
 
 
 def shard_experts(model: DeepseekV3, exchange: Exchange, decode: LowLatency | None = None) -> DeepseekV3:
-    """Keep only this rank's experts in every MoE layer, in place; all layers share `decode`'s buffers."""
+    """Keep only this rank's experts in every MoE layer, in place; all layers share `decode`'s buffers.
+
+    Layers are placed alike at first; `teacher.parallel.migrate.relocate` then moves each by its own loads.
+    """
     holders = [module for module in model.modules() if isinstance(getattr(module, "experts", None), Experts)]
     for holder in holders:
         holder.experts = ExpertParallelExperts(holder.experts, exchange, decode)
