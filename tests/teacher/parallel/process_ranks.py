@@ -55,7 +55,7 @@ def run_ranks(
         assert path.exists(), f"rank {rank} ended without a result, exit code {processes[rank].exitcode}"
         results.append(pickle.loads(path.read_bytes()))
     failures = [result for result in results if isinstance(result, str) and result.startswith("Traceback")]
-    assert not failures, failures[0]
+    assert not failures, "\n".join(failures)
     return results
 
 
