@@ -15,15 +15,22 @@ from benchmarks import parallel
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.slow
-def test_the_program_prints_a_table_and_writes_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.parallel", "--dry-run", "--out", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("only", "whats"),
+    [
+        ("throughput", {"throughput, dispatch", "throughput, combine"}),
+        pytest.param(
+            "", {"all-to-all", "low latency, exchange", "throughput, dispatch", "throughput, combine"},
+            marks=pytest.mark.torture,
+        ),
+    ],
+)  # fmt: skip
+def test_the_program_prints_a_table_and_writes_it(tmp_path: Path, only: str, whats: set[str]) -> None:
+    command = [sys.executable, "-m", "benchmarks.parallel", "--dry-run", "--only", only, "--out", str(tmp_path)]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stdout[-2_000:] + result.stderr[-2_000:]
     written = json.loads((tmp_path / "parallel.json").read_text())
-    assert {row["what"] for row in written["rows"]} == {
-        "all-to-all", "low latency, exchange", "throughput, dispatch", "throughput, combine"
-    }  # fmt: skip
+    assert {row["what"] for row in written["rows"]} == whats
     for row in written["rows"]:
         assert row["us"] > 0
         assert f"{row['what']} " in result.stdout

@@ -99,7 +99,7 @@ def everything(ranks: Ranks) -> dict[tuple, list[torch.Tensor]]:
 
 @pytest.mark.parametrize(
     ("num_ranks", "ranks_per_node"),
-    [(2, 2), (4, 2), pytest.param(8, 4, marks=pytest.mark.slow), pytest.param(8, 2, marks=pytest.mark.torture)],
+    [(2, 2), (4, 2), pytest.param(8, 4, marks=pytest.mark.torture), pytest.param(8, 2, marks=pytest.mark.torture)],
 )
 def test_experts_over_ranks_compute_what_one_process_does(tmp_path, num_ranks, ranks_per_node) -> None:
     of_ranks = run_ranks(everything, num_ranks, tmp_path, ranks_per_node=ranks_per_node)
@@ -142,7 +142,7 @@ def decoding(ranks: Ranks) -> dict[str, list]:
     return results
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_ranks", [2, 4, pytest.param(8, marks=pytest.mark.torture)])
 def test_decoding_without_host_synchronisation_drops_nothing(tmp_path, num_ranks) -> None:
     of_ranks = run_ranks(decoding, num_ranks, tmp_path)
     for name, routing in (("room", "skewed"), ("overflow", "one"), ("replicas", "one"), ("one place", "random")):

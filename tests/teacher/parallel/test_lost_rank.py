@@ -36,7 +36,7 @@ def exchanging(ranks: Ranks, how: str) -> tuple[str, float]:
 @pytest.mark.parametrize(("how", "num_ranks"), [("killed", 3), ("hung", 2)])
 def test_the_others_end_within_a_minute_and_say_why(tmp_path, how, num_ranks) -> None:
     started = time.monotonic()
-    results = run_ranks(exchanging, num_ranks, tmp_path, how, timeout_s=10.0, lost=(1,), wait_for_lost=False)
+    results = run_ranks(exchanging, num_ranks, tmp_path, how, timeout_s=4.0, lost=(1,), wait_for_lost=False)
     assert time.monotonic() - started < 60
     for rank, result in enumerate(results):
         if rank != 1:

@@ -81,7 +81,7 @@ def travelled(world: World, *, hops: int):
     )[:2]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(worlds(), st.sampled_from([1, 2]))
 def test_each_token_reaches_each_of_its_experts_once_and_each_rank_once(world: World, hops: int) -> None:
     received, slots = travelled(world, hops=hops)
@@ -102,7 +102,7 @@ def test_each_token_reaches_each_of_its_experts_once_and_each_rank_once(world: W
     assert sorted(served) == sorted(wanted)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(worlds())
 def test_traffic_counts_what_travels(world: World) -> None:
     slots = chosen(world)
@@ -141,7 +141,7 @@ def test_node_limited_routing_bounds_the_copies_between_nodes() -> None:
     assert direct_crossing > 1.5 * two_hop_crossing  # what forwarding over NVLink saves on InfiniBand
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(worlds(), st.integers(1, 3))
 def test_copies_come_back_as_their_sum(world: World, width: int) -> None:
     table = plan.direct(world.placement)
