@@ -85,12 +85,12 @@ def test_two_processes_learn_what_one_does(tmp_path, steps) -> None:
     of_ranks = run_ranks(piped, 2, tmp_path, steps)
     for schedule in SCHEDULES:
         (losses,) = (of_rank[schedule][0] for of_rank in of_ranks if of_rank[schedule][0])
-        # The same sums but for the order of the micro-batches, whose FP32 roundings the steps carry along.
-        assert losses == pytest.approx(wanted, rel=1e-5 if steps == 3 else 1e-4), schedule
+        # The same sums in the same order; measured 1e-7, the rounding of the mean over micro-batches.
+        assert losses == pytest.approx(wanted, rel=1e-5), schedule
         trained = {name: tensor for of_rank in of_ranks for name, tensor in of_rank[schedule][1].items()}
         assert set(trained) == {name for name in weights if "correction_bias" not in name}
         for name, tensor in trained.items():
-            torch.testing.assert_close(tensor, weights[name], atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=1e-5)
 
 
 def test_blocks_of_any_number_compute_what_the_model_does() -> None:
