@@ -1,0 +1,117 @@
+"""Process groups of expert parallelism, and the exchanges over them: gloo on CPUs, NCCL on GPUs.
+
+A rank that dies ends the others. Over gloo the next exchange fails when its connection closes, at the latest after
+`timeout_s`, and raises EnvironmentFault. NCCL's watchdog ends the process after `timeout_s` and says so on stderr: a
+kernel that waits on a GPU cannot raise.
+
+Shape legend: C rows sent, M rows received, B columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distill.errors import EnvironmentFault
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others. `node`: the ranks of its node; `rail`: those with its local index, one a node
+    (None where there is one node)."""
+
+    rank: int
+    num_ranks: int
+    ranks_per_node: int
+    device: torch.device
+    world: dist.ProcessGroup
+    rail: dist.ProcessGroup | None
+    node: dist.ProcessGroup
+
+
+@contextmanager
+def opened_ranks(
+    *,
+    rank: int,
+    num_ranks: int,
+    init_method: str,
+    ranks_per_node: int | None = None,
+    device: torch.device | str = "cpu",
+    timeout_s: float = 30.0,
+) -> Iterator[Ranks]:
+    """Join the others at `init_method` (torch's: tcp://host:port, file:///path); leaves them at the end.
+
+    Raises EnvironmentFault where they do not come within `timeout_s`.
+    """
+    device = torch.device(device)
+    per_node = ranks_per_node or num_ranks
+    if num_ranks % per_node:
+        raise EnvironmentFault(f"{num_ranks} ranks are no whole number of nodes with {per_node} ranks each")
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method=init_method,
+            rank=rank,
+            world_size=num_ranks,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if on_gpu else None,
+        )
+    except (RuntimeError, ValueError) as exc:
+        raise EnvironmentFault(f"the {num_ranks} ranks did not meet: {exc}", where=init_method) from exc
+    try:
+        yield _grouped(rank, num_ranks, per_node, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _grouped(rank: int, num_ranks: int, per_node: int, device: torch.device) -> Ranks:
+    world = dist.group.WORLD
+    assert world is not None
+    if per_node == num_ranks:
+        return Ranks(rank, num_ranks, per_node, device, world, None, world)
+    # Every rank takes part in making every group, in the same order.
+    nodes = [dist.new_group(list(range(first, first + per_node))) for first in range(0, num_ranks, per_node)]
+    rails = [dist.new_group(list(range(local, num_ranks, per_node))) for local in range(per_node)]
+    return Ranks(rank, num_ranks, per_node, device, world, rails[rank % per_node], nodes[rank // per_node])
+
+
+def exchange(rows_CB: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Rows to the members of `group` in their order, and theirs here, [M, B]. Raises EnvironmentFault for lost ones."""
+    received_MB = rows_CB.new_empty(sum(receive), *rows_CB.shape[1:])
+    with lost_peers(group):
+        dist.all_to_all_single(received_MB, rows_CB.contiguous(), list(receive), list(send), group=group)
+    return received_MB
+
+
+def exchange_evenly(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> None:
+    """The same for equal parts, into a tensor that is there already: no host synchronisation."""
+    with lost_peers(group):
+        dist.all_to_all_single(received, sent, group=group)
+
+
+def exchange_counts(counts_R: Tensor, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
+    """(what I send, what I receive) from what each rank sends. The host waits for it."""
+    received_R = torch.empty_like(counts_R)
+    exchange_evenly(received_R, counts_R, group)
+    send, receive = torch.stack((counts_R, received_R)).tolist()
+    return send, receive
+
+
+@contextmanager
+def lost_peers(group: dist.ProcessGroup) -> Iterator[None]:
+    """What torch says of an exchange that failed, as an EnvironmentFault of one line."""
+    try:
+        yield
+    except RuntimeError as exc:
+        first_line = str(exc).splitlines()[0]
+        message = f"rank {dist.get_rank()} lost its peers in an exchange among {group.size()} ranks: {first_line}"
+        raise EnvironmentFault(message) from exc

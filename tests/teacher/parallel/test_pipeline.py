@@ -1,0 +1,133 @@
+"""A pipeline of two gloo processes trains as one process does, whatever the schedule."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from process_ranks import run_ranks
+from torch.distributed.pipelining import ScheduleDualPipeV
+
+from teacher.model.config import DeepseekV3Config
+from teacher.model.initialise import initialise
+from teacher.model.transformer import DeepseekV3
+from teacher.parallel.groups import Ranks
+from teacher.parallel.pipeline import Pipeline, next_token_loss, pipeline_blocks
+from teacher.parallel.schedules import dual_pipe_v
+
+MICROBATCHES, POSITIONS, BALANCE = 8, 12, 0.05
+SCHEDULES = ("1f1b", "zbv", "dualpipev")
+
+
+def model(**changes) -> DeepseekV3:
+    fields = {
+        "vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8,
+        "num_hidden_layers": 4, "num_attention_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 4, "v_head_dim": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1, "max_position_embeddings": 16,
+    }  # fmt: skip
+    config = DeepseekV3Config.model_validate(fields | changes)
+    return initialise(DeepseekV3(config), std=0.1, generator=torch.Generator().manual_seed(0))
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences that count upwards by 1, 2 or 3: there is something to learn."""
+    generator = torch.Generator().manual_seed(step)
+    start, stride = (
+        torch.randint(low, high, (MICROBATCHES * 2, 1), generator=generator) for low, high in ((0, 24), (1, 4))
+    )
+    tokens = (start + stride * torch.arange(POSITIONS + 1)) % 24
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def alone(steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of every step, and the weights at the end, of one process that adds up the same micro-batches."""
+    whole = model()
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.3, momentum=0.9)
+    losses = []
+    for step in range(steps):
+        total = 0.0
+        for ids, targets in zip(*(part.chunk(MICROBATCHES) for part in batch(step)), strict=True):
+            out = whole(ids, experts="sorted")
+            loss = next_token_loss(out.logits_BTV, targets)
+            ((loss + BALANCE * out.balance_loss) / MICROBATCHES).backward()
+            total += float(loss.detach()) / MICROBATCHES
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, whole.state_dict()
+
+
+def piped(ranks: Ranks, steps: int) -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]:
+    results = {}
+    for schedule in SCHEDULES:
+        whole = model()
+        pipeline = Pipeline(whole, ranks, schedule=schedule, microbatches=MICROBATCHES, balance_weight=BALANCE)
+        optimizer = torch.optim.SGD(pipeline.blocks.parameters(), lr=0.3, momentum=0.9)
+        losses = []
+        for step in range(steps):
+            loss = pipeline.step(*batch(step))
+            optimizer.step()
+            optimizer.zero_grad()
+            losses += [] if loss is None else [float(loss)]
+        held = {id(parameter) for parameter in pipeline.blocks.parameters()}
+        state = {name: parameter.detach() for name, parameter in whole.named_parameters() if id(parameter) in held}
+        results[schedule] = losses, state
+    return results
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("steps", [3, pytest.param(50, marks=pytest.mark.torture)])
+def test_two_processes_learn_what_one_does(tmp_path, steps) -> None:
+    wanted, weights = alone(steps)
+    assert wanted[-1] < wanted[0] * (0.5 if steps == 30 else 1.0)  # there was something to learn
+    of_ranks = run_ranks(piped, 2, tmp_path, steps)
+    for schedule in SCHEDULES:
+        (losses,) = (of_rank[schedule][0] for of_rank in of_ranks if of_rank[schedule][0])
+        # The same sums in the same order; measured 1e-7, the rounding of the mean over micro-batches.
+        assert losses == pytest.approx(wanted, rel=1e-5), schedule
+        trained = {name: tensor for of_rank in of_ranks for name, tensor in of_rank[schedule][1].items()}
+        assert set(trained) == {name for name in weights if "correction_bias" not in name}
+        for name, tensor in trained.items():
+            torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_of_any_number_compute_what_the_model_does() -> None:
+    whole = model()
+    ids, _ = batch(0)
+    wanted = whole(ids, experts="sorted").logits_BTV
+    for num_stages in (1, 2, 3, 4):
+        hidden = ids
+        for block in pipeline_blocks(whole, num_stages):
+            hidden = block(hidden)
+        assert torch.equal(hidden, wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_stages", "message"),
+    [({}, 5, "4 layers make 1 to 4 stages"), ({"num_nextn_predict_layers": 1}, 2, "MTP")],
+)
+def test_models_that_cannot_be_cut_say_why(changes, num_stages, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline_blocks(model(**changes), num_stages)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("extra", [0, 3])
+def test_our_dualpipev_is_torchs(num_ranks, extra) -> None:
+    microbatches = 2 * num_ranks + extra
+    torchs = SimpleNamespace(pp_group_size=num_ranks, _n_microbatches=microbatches)
+    for rank, actions in enumerate(dual_pipe_v(num_ranks, microbatches).actions_by_rank):
+        theirs = ScheduleDualPipeV._calculate_single_rank_operations(torchs, rank)
+        ours = [[(one.kind, one.stage, one.microbatch) for one in action] for action in actions]
+        kinds = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+        said = [
+            [
+                (kinds[part.computation_type.name], part.stage_index, part.microbatch_index)
+                for part in action.sub_actions or [action]
+            ]
+            for action in theirs
+            if action is not None
+        ]
+        assert ours == said

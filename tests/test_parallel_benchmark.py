@@ -1,0 +1,62 @@
+"""The benchmark of expert parallelism at toy sizes: what it prints and writes, also where a section fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import parallel
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    ("only", "whats"),
+    [
+        ("throughput", {"throughput, dispatch", "throughput, combine"}),
+        pytest.param(
+            "", {"all-to-all", "low latency, exchange", "throughput, dispatch", "throughput, combine"},
+            marks=pytest.mark.torture,
+        ),
+    ],
+)  # fmt: skip
+def test_the_program_prints_a_table_and_writes_it(tmp_path: Path, only: str, whats: set[str]) -> None:
+    command = [sys.executable, "-m", "benchmarks.parallel", "--dry-run", "--only", only, "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
+    assert result.returncode == 0, result.stdout[-2_000:] + result.stderr[-2_000:]
+    written = json.loads((tmp_path / "parallel.json").read_text())
+    assert {row["what"] for row in written["rows"]} == whats
+    for row in written["rows"]:
+        assert row["us"] > 0
+        assert f"{row['what']} " in result.stdout
+        if row["what"] != "all-to-all":
+            assert row["floor_us"] > 0
+            assert row["peers"]["all-to-all"] > 0
+            assert 0 <= row["error"] <= parallel.ERROR
+
+
+def test_a_pattern_that_matches_nothing_is_an_error() -> None:
+    command = [sys.executable, "-m", "benchmarks.parallel", "--dry-run", "--only", "no such section"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert "no section matches" in result.stderr
+
+
+def test_a_section_that_fails_is_a_row_that_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    (row,) = parallel.section_rows("no such section", 1, toy=True)
+    assert row.us is None
+    assert "KeyError" in row.failed
+    parallel.print_table({"device": "x", "torch": "y", "nccl": None, "sizes": "toy"}, [row])
+    assert "FAILED: " in capfd.readouterr().out
+
+
+def test_a_wrong_result_has_no_time() -> None:
+    x, weights = torch.ones(2, 128, dtype=torch.bfloat16), torch.full((2, 2), 0.5)
+    assert parallel.wrong_by(x, weights, x.float()) == 0
+    with pytest.raises(RuntimeError, match="the result is wrong"):
+        parallel.wrong_by(x, weights, 1.02 * x.float())
