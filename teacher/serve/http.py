@@ -28,6 +28,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -202,6 +203,8 @@ async def _body(http: HTTPRequest) -> bytes:
                 body += piece
                 if len(body) > MAX_BODY_BYTES:
                     raise Refused(413, f"the body is over {MAX_BODY_BYTES} bytes")
+    except ClientDisconnect as exc:
+        raise Refused(GONE, "the client has left") from exc
     except TimeoutError as exc:
         raise Refused(408, f"the body took over {BODY_S:g} s") from exc
     return bytes(body)

@@ -41,6 +41,9 @@ class KernelOperations:
         self._device = weights.embedding.device
         widths = config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim
         self._fits = all(_is_power_of_two(width) for width in widths) and min(widths) >= 16
+        # A multiprocessor has no room for FP32 pages beside FP32 queries.
+        roomy = not weights.embedding.is_cuda or weights.embedding.element_size() == 2
+        self._decode_fits = self._fits and roomy
         self._routes = Routes(
             num_experts_per_tok=config.num_experts_per_tok,
             n_group=config.n_group,
@@ -91,14 +94,14 @@ class KernelOperations:
         return choice.indices_NK, choice.weights_NK, choice.load_E.cumsum(0).to(torch.int32)
 
     def _schedule(self, lengths_B: Tensor, *, num_queries: int) -> DecodeSchedule | None:
-        if not self._fits:
+        if not self._decode_fits:
             return None
         heads = self._config.num_attention_heads
         return schedule_decode(lengths_B, num_shares(self._device, num_queries, heads))
 
     def _attend(self, query_BSHE: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
         given = query_BSHE, cache_PSE, plan.pages_BQ, plan.lengths_B
-        if not self._fits:
+        if not self._decode_fits:
             return mla_decode_twin(*given, scale=1.0, latent=self._latent)
         return mla_decode(*given, scale=1.0, latent=self._latent, schedule=plan.schedule)
 
