@@ -33,7 +33,7 @@ END_OF_THINKING = "</think>"
 # What stands between thinking and answer in R1's format; written in the model's place when its budget is used up.
 FORCED_END = f"\n{END_OF_THINKING}\n\n"
 # Part of every sample's key. Raise it when the same weights, request and seed would give another text.
-ENGINE_VERSION = "1"
+ENGINE_VERSION = "2"
 # Models up to this size generate in one process a core, each with a copy of the weights (FP32: 0.4 GB).
 _WORKER_PARAMETERS = 100_000_000
 

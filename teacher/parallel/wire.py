@@ -121,7 +121,8 @@ def quantised(rows_NB: Tensor, parts: Layout) -> Quantised:
 def _write_numbers(rows_NB: Tensor, x_ND: Tensor, parts: Layout) -> None:
     if parts.form == "fp8":
         values_ND, scale_inv_NG = quantise(x_ND)
-        rows_NB[:, : parts.numbers].copy_(values_ND.view(torch.uint8))
+        # In words: single bytes would be copied one a thread.
+        rows_NB[:, : parts.numbers].view(torch.int32).copy_(values_ND.view(torch.int32))
         rows_NB[:, parts.numbers : parts.scales].view(torch.float32).copy_(scale_inv_NG)
     else:
         rows_NB[:, : parts.numbers].view(DTYPES[parts.form]).copy_(x_ND)
