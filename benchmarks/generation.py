@@ -32,7 +32,8 @@ from teacher.model.config import DeepseekV3Config, YarnScaling
 from teacher.model.counts import count_parameters
 from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
-from teacher.serve.engine import Draw, Engine
+from teacher.serve.engine import Engine
+from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Sequence
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -111,7 +111,9 @@ def serve(
     set_: Overrides = [],
     host: Annotated[str, typer.Option(help="address to bind; others need $POTSTILL_API_KEY")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free one")] = 8000,
-    max_waiting: Annotated[int, typer.Option(min=1, help="samples that may wait; more are refused with 429")] = 4096,
+    max_waiting: Annotated[
+        int | None, typer.Option(min=1, help="samples that may wait at a native server; more are refused with 429")
+    ] = None,
     node_rank: Annotated[int, typer.Option(min=0, help="which node of a vLLM plan this one is")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every node's vLLM command, start nothing")] = False,
 ) -> None:

@@ -21,18 +21,20 @@ def serve_teacher(
     *,
     host: str,
     port: int,
-    max_waiting: int,
+    max_waiting: int | None = None,
     announce: Callable[[str], object],
     node_rank: int = 0,
 ) -> None:
     """Serve until SIGINT or SIGTERM; `announce` is told the address. `node_rank`: which node of a vLLM plan this is;
-    `max_waiting` is a native server's alone (vLLM queues without a bound).
+    `max_waiting` bounds a native server's queue (None: as `build_app` does).
 
-    Raises RecipeError for a teacher that is itself an endpoint and for an address that others reach without a key set,
-    EnvironmentFault where the address cannot be bound.
+    Raises RecipeError for a teacher that is itself an endpoint, for an address that others reach without a key set, and
+    for `max_waiting` with vLLM; EnvironmentFault where the address cannot be bound.
     """
     config = recipe.teacher
     if isinstance(config, VllmTeacher):
+        if max_waiting is not None:
+            raise RecipeError("vLLM's queue has no bound", where="--max-waiting")
         _serve_vllm(config, host=host, port=port, announce=announce, node_rank=node_rank)
         return
     if not isinstance(config, NativeTeacher):
@@ -47,9 +49,9 @@ def serve_teacher(
 
     name = Path(config.model).name
     teacher = open_teacher(config, base_dir=Path.cwd())
+    limits = {} if max_waiting is None else {"max_waiting": max_waiting}
     sampling = recipe.generate.sampling
-    batch_size = config.batch_size
-    app = build_app(teacher, model=name, sampling=sampling, max_batch=batch_size, max_waiting=max_waiting, api_key=key)
+    app = build_app(teacher, model=name, sampling=sampling, max_batch=config.batch_size, api_key=key, **limits)
     address = f"{host}:{listener.getsockname()[1]}"
     serve(app, listener, ready=lambda: announce(f"serving {name!r} on http://{address}/v1"))
 

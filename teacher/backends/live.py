@@ -18,7 +18,7 @@ from typing import Protocol
 
 from distill.errors import DataError, EnvironmentFault, PotstillError
 from teacher.backends.workers import LiveWorker, take_generated
-from teacher.serve.engine import Draw, Engine
+from teacher.serve.engine import Engine
 from teacher.serve.loop import EngineLoop, Withdrawn
 from teacher.serve.sequence import Sequence
 
@@ -28,7 +28,7 @@ WITHDRAWN = "the request was withdrawn"
 
 
 class LiveEngine(Protocol):
-    def submit(self, sequence: Sequence[int], draw: Draw, done: Done) -> None:
+    def submit(self, sequence: Sequence[int], done: Done) -> None:
         """Begin a sequence. `done` is called once, with it when it is finished, or with what went wrong."""
         ...
 
@@ -92,8 +92,7 @@ class LocalEngine:
         self._thread = threading.Thread(target=self._run, name="potstill-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, sequence: Sequence[int], draw: Draw, done: Done) -> None:
-        sequence.draw = draw
+    def submit(self, sequence: Sequence[int], done: Done) -> None:
         if self._begun.begin(sequence, done):
             self._jobs.put(sequence)
 
@@ -125,8 +124,7 @@ class WorkerEngines:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, sequence: Sequence[int], draw: Draw, done: Done) -> None:
-        sequence.draw = draw
+    def submit(self, sequence: Sequence[int], done: Done) -> None:
         with self._lock:
             number = min(range(len(self._crew)), key=lambda n: len(self._begun[n]))
             if self._begun[number].begin(sequence, done):

@@ -25,7 +25,8 @@ from teacher.backends.live import LiveEngine, LocalEngine, WorkerEngines
 from teacher.backends.workers import generate_in_workers
 from teacher.model.checkpoint import count_parameters, load_checkpoint, read_config
 from teacher.serve.batching import Asked, Written
-from teacher.serve.engine import Draw, Engine
+from teacher.serve.engine import Engine
+from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Sequence, ThinkingLimit
 
 THINK = "<think>\n"
@@ -106,7 +107,7 @@ class NativeBackend:
                 completion = self._completion(request, prefix, outcome)
                 settle(Written(completion, outcome.prompt_ids, outcome.generated_ids, prefix))
 
-        self._live.submit(sequence, sequence.draw, done)
+        self._live.submit(sequence, done)
         return lambda: self._live.withdraw(number)
 
     def encode(self, text: str) -> list[int]:

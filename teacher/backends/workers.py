@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -159,7 +160,7 @@ def take_generated(sequence: Sequence[int], generated: list[Any]) -> None:
 def _packed(sequence: Sequence[int]) -> list[Any]:
     limit = sequence.thinking
     thinking = None if limit is None else [limit.max_tokens, limit.end_token, limit.forced_ids]
-    draw = sequence.draw.as_arguments()
+    draw = asdict(sequence.draw)
     return [sequence.key, list(sequence.prompt_ids), sequence.max_tokens, sequence.seed, draw, thinking]
 
 

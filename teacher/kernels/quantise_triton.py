@@ -38,7 +38,7 @@ FEW_ROWS, FEW_ROWS_CUT = 512, Cut(1, 2, 1)
 
 
 @triton.jit
-def _scales(largest, UE8M0: tl.constexpr):
+def scales_of(largest, UE8M0: tl.constexpr):
     scale_inv = tl.math.div_rn(largest, MAX)
     if UE8M0:
         bits = scale_inv.to(tl.int32, bitcast=True)
@@ -64,7 +64,7 @@ def _quantise(
         up = tl.load(x_ptr + places + num_groups * TILE, mask=inside[:, :, None], other=0.0).to(tl.float32)
         x = x * sigmoid(x) * up
     largest = tl.maximum(tl.max(tl.abs(x), axis=2), LEAST)
-    scale_inv, scale = _scales(largest, UE8M0)
+    scale_inv, scale = scales_of(largest, UE8M0)
     values = to_e4m3(x * scale[:, :, None])
     width = num_groups * TILE
     tl.store(values_ptr + rows[:, None, None] * width + columns[None, :, :], values, mask=inside[:, :, None])
@@ -95,7 +95,7 @@ def _rms_norm_quantise(
     if KEEP:
         tl.store(normed_ptr + row * width + columns, to_dtype(normed, normed_ptr.dtype.element_ty), mask=inside)
     largest = tl.maximum(tl.max(tl.abs(normed), axis=1), LEAST)
-    scale_inv, scale = _scales(largest, UE8M0)
+    scale_inv, scale = scales_of(largest, UE8M0)
     tl.store(values_ptr + row * width + columns, to_e4m3(normed * scale[:, None]), mask=inside)
     tl.store(scale_ptr + groups * scale_stride + row, scale_inv, mask=groups < GROUPS)
 

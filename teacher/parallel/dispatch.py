@@ -103,17 +103,8 @@ def _back(rows_MD: Tensor, sent: tuple[Sent, ...], dtype: torch.dtype) -> Tensor
     """Sums along the hops in reverse, FP32; rounded to `dtype` wherever they travel."""
     for hop in reversed(sent):
         returned_CD = exchange(rows_MD.to(dtype), hop.receive, hop.send, hop.group)
-        rows_MD = _sum(returned_CD, hop.places_NK)
+        rows_MD = plan.summed(returned_CD, hop.places_NK)
     return rows_MD
-
-
-def _sum(rows_CD: Tensor, places_NK: Tensor) -> Tensor:
-    """As `plan.sum_copies`; on a GPU in one launch, where the twin would move every row eight times over."""
-    if rows_CD.is_cuda and rows_CD.shape[0] and rows_CD.dtype != torch.float64:
-        from teacher.parallel.symmetric_triton import sum_kernel
-
-        return sum_kernel(rows_CD, places_NK)
-    return plan.sum_copies(rows_CD, places_NK)
 
 
 class _Dispatch(torch.autograd.Function):

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.errors import EnvironmentFault
+from distill.errors import DataError, EnvironmentFault
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ def opened_ranks(
 ) -> Iterator[Ranks]:
     """Join the others at `init_method` (torch's: tcp://host:port, file:///path); leaves them at the end.
 
-    Raises EnvironmentFault where they do not come within `timeout_s`.
+    Raises EnvironmentFault where they do not come within `timeout_s`, DataError for nodes that are not whole.
     """
     device = torch.device(device)
     per_node = ranks_per_node or num_ranks
     if num_ranks % per_node:
-        raise EnvironmentFault(f"{num_ranks} ranks are no whole number of nodes with {per_node} ranks each")
+        raise DataError(f"{num_ranks} ranks are no whole number of nodes with {per_node} ranks each")
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)

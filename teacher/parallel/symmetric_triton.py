@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from teacher.kernels.arithmetic_triton import to_dtype, to_e4m3
-from teacher.kernels.quantise_triton import EXACT, LEAST, TILE, _scales
+from teacher.kernels.quantise_triton import EXACT, LEAST, TILE, scales_of
 from teacher.parallel.placement import SlotTables
 from teacher.parallel.wire import Layout
 
@@ -104,7 +104,7 @@ def _dispatch(
         x = tl.load(x_ptr + token.to(tl.int64) * HIDDEN + columns, mask=inside, other=0.0)
         if FP8:
             x = x.to(tl.float32)
-            scale_inv, scale = _scales(tl.maximum(tl.max(tl.abs(x), axis=1), LEAST), False)
+            scale_inv, scale = scales_of(tl.maximum(tl.max(tl.abs(x), axis=1), LEAST), False)
             tl.store(_as(row, tl.float8e4nv) + columns, to_e4m3(x * scale[:, None]), mask=inside)
             scales_ptr = _as(row + NUMBERS, tl.float32)
             tl.store(scales_ptr + groups, scale_inv, mask=groups * TILE < HIDDEN)

@@ -14,13 +14,11 @@ from teacher.serve.block_manager import BlockManager
 from teacher.serve.cache import default_num_pages
 from teacher.serve.operations import Operations, operations_for
 from teacher.serve.runner import ModelRunner
-from teacher.serve.sampler import Draw, sample, score
+from teacher.serve.sampler import sample, score
 from teacher.serve.scheduler import Chunk, Scheduler
 from teacher.serve.sequence import Key, Sequence
 from teacher.serve.step import in_order
 from teacher.serve.weights import fuse_weights
-
-__all__ = ["Draw", "Engine"]
 
 # Tokens a step: enough to keep matrix products busy, few enough that others' prompts do not delay who decodes.
 _CPU_STEP_TOKENS = 512

@@ -85,13 +85,13 @@ class Server:
     def __init__(self, teacher: Teacher, *, model: str, sampling: Sampling, max_batch: int, max_waiting: int) -> None:
         self.model = model
         self.sampling = sampling
+        self.most_samples = max_waiting + max_batch
         self.batcher: Batcher | Live
         self.live = teacher if isinstance(teacher, LiveTeacher) else None
         if self.live is not None:
-            self.batcher = Live(teacher, max_unfinished=max_waiting + max_batch)
+            self.batcher = Live(teacher, max_unfinished=self.most_samples)
         else:
             self.batcher = Batcher(teacher, max_batch=max_batch, max_waiting=max_waiting)
-        self.most_samples = max_waiting + max_batch
         self.metrics = Metrics(self.batcher.num_waiting)
         self.started = int(time.time())
         self._indices = itertools.count()

@@ -6,8 +6,8 @@ Shape legend: N rows, V vocabulary, J likeliest tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,9 +31,6 @@ class Draw:
     top_k: int = 0
     min_p: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
-
-    def as_arguments(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class _Limits(NamedTuple):

@@ -67,6 +67,11 @@ def test_an_address_that_others_reach_needs_a_key() -> None:
     assert result.stderr == "potstill: --host: 0.0.0.0 can be reached from outside: set a key in $POTSTILL_API_KEY\n"
 
 
+def test_a_bound_that_would_not_hold_is_refused() -> None:
+    result = potstill("serve", "pipelines/recipes/r1-node-latency.yaml", "--max-waiting", "5")
+    assert (result.returncode, result.stderr) == (2, "potstill: --max-waiting: vLLM's queue has no bound\n")
+
+
 def test_with_a_key_in_the_environment_the_server_asks_for_it() -> None:
     command = [*COMMAND, "serve", PICO, "--port", "0", "--host", "0.0.0.0"]
     environment = {**ENVIRONMENT, "POTSTILL_API_KEY": "sk-canary-0917"}

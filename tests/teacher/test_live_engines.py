@@ -16,9 +16,9 @@ from distill.records import Problem, Sampling, TraceRequest
 from teacher.backends.live import LocalEngine
 from teacher.backends.native import NativeBackend
 from teacher.serve.batching import Asked, Live, Written
-from teacher.serve.engine import Draw
 from teacher.serve.http import build_app
 from teacher.serve.loop import EngineLoop, Withdrawn
+from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Sequence
 
 
@@ -120,7 +120,7 @@ def test_a_broken_engine_settles_all_that_wait_and_all_that_come(folder: Path) -
     local = LocalEngine(Broken())  # type: ignore[arg-type]
     outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for key in range(3):
-        local.submit(Sequence(key, [1], max_tokens=1, seed=0), Draw(1.0, 1.0), outcomes.put)
+        local.submit(Sequence(key, [1], max_tokens=1, seed=0), outcomes.put)
     for _ in range(3):
         outcome = outcomes.get(timeout=60)
         assert isinstance(outcome, EnvironmentFault)

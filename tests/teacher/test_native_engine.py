@@ -5,9 +5,9 @@ import torch
 import transformers
 from v3_models import random_model, tiny_config
 
-from teacher.serve.engine import Draw, Engine
+from teacher.serve.engine import Engine
 from teacher.serve.runner import ModelRunner
-from teacher.serve.sampler import sample
+from teacher.serve.sampler import Draw, sample
 from teacher.serve.scheduler import Chunk
 from teacher.serve.sequence import Sequence
 from teacher.serve.step import in_order

@@ -19,10 +19,10 @@ from teacher.model.checkpoint import load_checkpoint
 from teacher.model.config import DeepseekV3Config
 from teacher.model.transformer import DeepseekV3
 from teacher.serve.block_manager import num_pages_for
-from teacher.serve.engine import Draw, Engine
+from teacher.serve.engine import Engine
 from teacher.serve.kernels import KernelOperations
 from teacher.serve.plain import EXTENT, Piece, PlainOperations, find_pieces, group_pieces
-from teacher.serve.sampler import sample
+from teacher.serve.sampler import Draw, sample
 from teacher.serve.sequence import Sequence
 from teacher.serve.step import Decodes
 from teacher.serve.weights import fuse_weights

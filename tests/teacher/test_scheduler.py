@@ -171,15 +171,15 @@ def play(case: Case) -> World:
     world = World(case)
     world.run()
     world.check_end()
+    fitting = {n for n, job in enumerate(case.jobs) if 0 < len(job.prompt(n)) <= case.num_pages * PAGE - 1}
+    assert world.finished.keys() | world.cancelled == fitting
     return world
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases)
 def test_every_request_ends_as_if_alone_and_no_page_is_lost(case: Case) -> None:
-    world = play(case)
-    fitting = {n for n, job in enumerate(case.jobs) if 0 < len(job.prompt(n)) <= case.num_pages * PAGE - 1}
-    assert world.finished.keys() | world.cancelled == fitting
+    play(case)
 
 
 @pytest.mark.torture

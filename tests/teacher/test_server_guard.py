@@ -106,6 +106,33 @@ def test_heads_that_are_none(address: tuple[str, int], sent: bytes, status: int)
     assert (got, is_openai_error(body)) == (status, True)
 
 
+def test_a_body_that_does_not_come_is_given_up(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teacher.serve.http.BODY_S", 0.5)
+    with socket.create_connection(address, timeout=20) as connection:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 100\r\n\r\n"
+        connection.sendall(head + b"{")
+        status, body = said(connection)
+    assert (status, is_openai_error(body)) == (408, True)
+
+
+def test_an_answer_that_nobody_reads_is_given_up(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teacher.serve.http.UNREAD_S", 0.5)
+    question = {"model": "pico", "messages": [{"role": "user", "content": "x" * 500_000}], "n": 64, "stream": True}
+    body = json.dumps(question).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        connection.settimeout(20)
+        connection.connect(address)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        time.sleep(2)
+        read = 0
+        while piece := connection.recv(1 << 20):
+            read += len(piece)
+    assert 0 < read < 64 * 500_000, "the connection was closed before all of it was read"
+    assert httpx.get(f"http://{address[0]}:{address[1]}/health").status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_is_not_worked_for(
     address: tuple[str, int], teacher: SpellingTeacher, stream: bool

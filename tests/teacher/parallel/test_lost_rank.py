@@ -10,7 +10,7 @@ import pytest
 import torch
 from process_ranks import run_ranks
 
-from distill.errors import EnvironmentFault
+from distill.errors import DataError, EnvironmentFault
 from teacher.parallel.dispatch import Exchange
 from teacher.parallel.groups import Ranks, opened_ranks
 from teacher.parallel.placement import Placement
@@ -52,3 +52,8 @@ def test_ranks_that_do_not_come_are_an_error(tmp_path) -> None:
         opened_ranks(rank=0, num_ranks=2, init_method=f"file://{tmp_path / 'store'}", timeout_s=1.0),
     ):
         pass
+
+
+def test_nodes_that_are_not_whole_are_refused_before_anybody_waits() -> None:
+    with pytest.raises(DataError, match="3 ranks are no whole number of nodes"):
+        opened_ranks(rank=0, num_ranks=3, ranks_per_node=2, init_method="tcp://127.0.0.1:1").__enter__()
