@@ -33,6 +33,7 @@ from teacher.model.counts import count_parameters
 from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
 from teacher.serve.engine import Engine
+from teacher.serve.latent_model import LatentModel
 from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Sequence
 
@@ -179,7 +180,7 @@ class Bench:
         draw = Draw(temperature, top_p=0.95)
         sequences = [Sequence(i, prompt, max_tokens=new_tokens, seed=i, draw=draw) for i, prompt in enumerate(prompts)]
         if num_threads == 1:
-            engine = Engine(self.model, batch_size=batch, eos_token_ids=())
+            engine = Engine(LatentModel.of(self.model), batch_size=batch, eos_token_ids=())
             done = list(engine.run(sequences))
         else:
             limits = {"num_workers": num_threads, "batch_size": batch, "eos_token_ids": frozenset()}

@@ -26,6 +26,7 @@ from teacher.backends.workers import generate_in_workers
 from teacher.model.checkpoint import count_parameters, load_checkpoint, read_config
 from teacher.serve.batching import Asked, Written
 from teacher.serve.engine import Engine
+from teacher.serve.latent_model import LatentModel
 from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Sequence, ThinkingLimit
 
@@ -52,7 +53,7 @@ def open_native(folder: Path, *, batch_size: int) -> NativeBackend:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model = load_checkpoint(folder, dtype).to(device)
     small = device == "cpu" and count_parameters(config).total <= _WORKER_PARAMETERS
-    engine = Engine(model, batch_size=batch_size, eos_token_ids=eos_token_ids)
+    engine = Engine(LatentModel.of(model), batch_size=batch_size, eos_token_ids=eos_token_ids)
     return NativeBackend(folder, tokenizer, engine, max_workers=torch.get_num_threads() if small else 1)
 
 

@@ -176,10 +176,11 @@ def _engine(settings: dict[str, Any]) -> Engine:
 
     from teacher.model.checkpoint import load_checkpoint
     from teacher.serve.engine import Engine
+    from teacher.serve.latent_model import LatentModel
 
     torch.set_num_threads(1)
     model = load_checkpoint(settings["folder"])
-    return Engine(model, batch_size=settings["batch_size"], eos_token_ids=settings["eos_token_ids"])
+    return Engine(LatentModel.of(model), batch_size=settings["batch_size"], eos_token_ids=settings["eos_token_ids"])
 
 
 def _write(done: Sequence[int], output: IO[str]) -> None:

@@ -1,9 +1,9 @@
-"""The native engine: batched generation over the latent cache; and any teacher over HTTP.
+"""The native engine: batched generation over a paged cache; and any teacher over HTTP.
 
 `engine` adds, steps and retires sequences; `scheduler` chooses what a step computes, `block_manager` who holds which
-pages, `step` is that as tensors, `runner` computes it; `operations` is the seam to a device (`plain` for a CPU,
-`kernels` for a GPU); `cache` holds the latents; `weights` is the model laid out for inference; `sampler` draws tokens,
-each sequence's by settings of its own. `loop` feeds an engine while it runs. `http` speaks OpenAI's protocol, with
-`messages` for its bodies, `forms` for its answers, `guard` before it, `metrics` beside it, and `batching` between it
-and a teacher.
+pages, `step` is that as tensors, `runner` has a model compute it over the `cache`. `architecture` is what it asks of a
+model, `latent_model` the teacher's; its `operations` are the seam to a device (`plain` for a CPU, `kernels` for a GPU),
+its `weights` the checkpoint's laid out for inference. `sampler` draws tokens, each sequence's by settings of its own.
+`loop` feeds an engine while it runs. `http` speaks OpenAI's protocol, with `messages` for its bodies, `forms` for its
+answers, `guard` before it, `metrics` beside it, and `batching` between it and a teacher.
 """

@@ -1,44 +1,47 @@
-"""The latent cache: kv_lora_rank numbers and one rotated rope key a token and layer, and nothing else (V2 s.2.1).
+"""The paged cache: pages of 64 tokens, for each layer the E numbers that its attention keeps of a token.
 
-Pages of 64 tokens, in the layout that the decoding kernels read. On a CPU memory is touched page by page as it is
-first needed; on a GPU all of it is claimed at once.
+MLA keeps kv_lora_rank numbers and one rotated rope key, and nothing else (DeepSeek-V2 s.2.1). On a CPU memory is
+touched page by page as it is first needed; on a GPU all of it is claimed at once.
 
-Shape legend: L layers, P pages, S places a page, E = C + R latent and rope key.
+Shape legend: L layers, P pages, S places a page, E numbers a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
 from teacher.kernels.mla_cache import PAGE
-from teacher.model.config import DeepseekV3Config
 from teacher.serve.block_manager import Copy
 
 _CPU_BYTES = 1 << 30
 _CUDA_SHARE = 0.8  # of what is free once the weights are there; the rest is for a step's own tensors
 
 
-class LatentCache:
+class CacheShape(NamedTuple):
+    """What a model's cache keeps of a token: `width` numbers in each layer."""
+
+    num_layers: int
+    width: int
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        return self.num_layers * self.width * dtype.itemsize
+
+
+class PagedCache:
     """Pages are there in whole extents: attention over a shorter piece may read to the end of its extent, masked."""
 
     def __init__(
-        self, config: DeepseekV3Config, num_pages: int, dtype: torch.dtype, device: torch.device, *, extent: int = 1
+        self, shape: CacheShape, num_pages: int, dtype: torch.dtype, device: torch.device, *, extent: int = 1
     ) -> None:
         self._extent = extent
         num_pages = -(-num_pages // extent) * extent
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        shape = config.num_hidden_layers, num_pages, PAGE, width
-        self.entries_LPSE = torch.empty(shape, dtype=dtype, device=device)
+        self.entries_LPSE = torch.empty(shape.num_layers, num_pages, PAGE, shape.width, dtype=dtype, device=device)
         self._num_clear = 0
         if device.type != "cpu":
             self.clear(num_pages)
-
-    @property
-    def bytes_per_token(self) -> int:
-        num_layers, _, _, width = self.entries_LPSE.shape
-        return num_layers * width * self.entries_LPSE.element_size()
 
     def clear(self, num_pages: int) -> None:
         """Make sure that the first pages hold numbers: a masked place counts zero times, but zero times NaN is NaN."""
@@ -53,9 +56,10 @@ class LatentCache:
             self.entries_LPSE[:, target] = self.entries_LPSE[:, source]
 
 
-def default_num_pages(config: DeepseekV3Config, batch_size: int, dtype: torch.dtype, device: torch.device) -> int:
+def default_num_pages(
+    shape: CacheShape, batch_size: int, max_positions: int, dtype: torch.dtype, device: torch.device
+) -> int:
     """Pages for `batch_size` sequences of the greatest length, or what memory allows, but for one of them at least."""
-    a_sequence = -(-config.max_position_embeddings // PAGE)
-    page_bytes = config.num_hidden_layers * PAGE * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize
+    a_sequence = -(-max_positions // PAGE)
     allowed = _CPU_BYTES if device.type == "cpu" else int(_CUDA_SHARE * torch.cuda.mem_get_info(device)[0])
-    return min(batch_size * a_sequence, max(allowed // page_bytes, a_sequence))
+    return min(batch_size * a_sequence, max(allowed // (PAGE * shape.bytes_per_token(dtype)), a_sequence))

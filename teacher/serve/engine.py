@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from teacher.kernels.mla_cache import PAGE
-from teacher.model.transformer import DeepseekV3
+from teacher.serve.architecture import Architecture
 from teacher.serve.block_manager import BlockManager
 from teacher.serve.cache import default_num_pages
-from teacher.serve.operations import Operations, operations_for
 from teacher.serve.runner import ModelRunner
 from teacher.serve.sampler import sample, score
 from teacher.serve.scheduler import Chunk, Scheduler
 from teacher.serve.sequence import Key, Sequence
 from teacher.serve.step import in_order
-from teacher.serve.weights import fuse_weights
 
 # Tokens a step: enough to keep matrix products busy, few enough that others' prompts do not delay who decodes.
 _CPU_STEP_TOKENS = 512
@@ -35,7 +33,7 @@ class Engine:
 
     def __init__(
         self,
-        model: DeepseekV3,
+        model: Architecture,
         *,
         batch_size: int,
         eos_token_ids: Iterable[int],
@@ -43,22 +41,19 @@ class Engine:
         max_step_tokens: int | None = None,
         max_chunk: int | None = None,
         prefix_caching: bool = True,
-        operations: Operations | None = None,
     ) -> None:
-        weights = fuse_weights(model)
-        device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        device, self.dtype = model.device, model.dtype
         self.batch_size = batch_size
         self.eos_token_ids = frozenset(eos_token_ids)
         if num_pages is None:
-            num_pages = default_num_pages(model.config, batch_size, self.dtype, device)
-        self.max_positions = min(model.config.max_position_embeddings, num_pages * PAGE)
+            num_pages = default_num_pages(model.cache_shape, batch_size, model.max_positions, self.dtype, device)
+        self.max_positions = min(model.max_positions, num_pages * PAGE)
         self.num_computed_tokens = 0
         self._refused: list[Sequence[Any]] = []
         step_tokens = max_step_tokens or (_CPU_STEP_TOKENS if device.type == "cpu" else _CUDA_STEP_TOKENS)
         step_tokens = max(step_tokens, batch_size)
-        operations = operations or operations_for(weights)
-        self.runner = ModelRunner(weights, num_pages, operations)
-        self.blocks = BlockManager(num_pages, extent=operations.extent, caching=prefix_caching)
+        self.runner = ModelRunner(model, num_pages)
+        self.blocks = BlockManager(num_pages, extent=model.extent, caching=prefix_caching)
         self.scheduler: Scheduler[Any] = Scheduler(
             self.blocks, max_running=batch_size, max_step_tokens=step_tokens, max_chunk=max_chunk or step_tokens
         )

@@ -12,6 +12,7 @@ from teacher.model.experts import routed_experts
 from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
 from teacher.serve.engine import Engine
+from teacher.serve.latent_model import LatentModel
 from teacher.serve.sequence import Sequence
 
 PICO = Path(__file__).resolve().parents[2] / "teacher" / "pico"
@@ -77,7 +78,7 @@ def test_the_engine_on_cuda_writes_what_it_writes_on_the_cpu():
     prompts = [[1, 3, *range(20 + i, 40 + i), 4] for i in range(12)]
     written = []
     for device in ("cpu", "cuda"):
-        engine = Engine(load_checkpoint(PICO).to(device), batch_size=4, eos_token_ids=(2,))
+        engine = Engine(LatentModel.of(load_checkpoint(PICO).to(device)), batch_size=4, eos_token_ids=(2,))
         sequences = [Sequence(i, prompt, max_tokens=24, seed=i) for i, prompt in enumerate(prompts)]
         done = engine.run(sequences)
         written.append({sequence.key: sequence.generated_ids for sequence in done})

@@ -5,13 +5,14 @@ import torch
 import transformers
 from v3_models import random_model, tiny_config
 
+from teacher.kernels.mla_cache import PAGE
 from teacher.serve.engine import Engine
+from teacher.serve.latent_model import LatentModel
 from teacher.serve.runner import ModelRunner
 from teacher.serve.sampler import Draw, sample
 from teacher.serve.scheduler import Chunk
 from teacher.serve.sequence import Sequence
 from teacher.serve.step import in_order
-from teacher.serve.weights import fuse_weights
 
 CONFIGS = {"all": {}, "no_q_lora": {"q_lora_rank": None}, "no_yarn": {"rope_scaling": None, "first_k_dense_replace": 0}}
 
@@ -23,7 +24,7 @@ def prompts(count, seed=0, longest=20):
 
 
 def run(model, sequences, *, batch_size=4, eos=(), **draw):
-    engine = Engine(model, batch_size=batch_size, eos_token_ids=eos)
+    engine = Engine(LatentModel.of(model), batch_size=batch_size, eos_token_ids=eos)
     for sequence in sequences:
         sequence.draw = Draw(**draw)
     return {sequence.key: sequence for sequence in engine.run(sequences)}
@@ -36,7 +37,7 @@ def model(request):
 
 def test_prefill_and_decode_equal_the_training_forward(model):
     rows = prompts(3, longest=9)
-    runner = ModelRunner(fuse_weights(model), 3)
+    runner = ModelRunner(LatentModel.of(model), 3)
     sequences = [Sequence(i, row, max_tokens=9, seed=0, pages=[2 - i]) for i, row in enumerate(rows)]
     logits = {sequence.key: [] for sequence in sequences}
     for step in range(7):
@@ -66,9 +67,10 @@ def test_greedy_tokens_equal_transformers_generate(model):
 
 def test_cache_holds_the_latent_and_the_rope_key_alone(model):
     config = model.config
-    runner = ModelRunner(fuse_weights(model), 2)
+    runner = ModelRunner(LatentModel.of(model), 2)
     per_layer = config.kv_lora_rank + config.qk_rope_head_dim
-    assert runner.cache.bytes_per_token == config.num_hidden_layers * per_layer * 4
+    assert runner.model.cache_shape.bytes_per_token(torch.float32) == config.num_hidden_layers * per_layer * 4
+    assert runner.cache.entries_LPSE.shape == (config.num_hidden_layers, 4, PAGE, per_layer)  # a whole extent
     with torch.no_grad():
         runner.run([Chunk(Sequence(0, [1, 2, 3], max_tokens=1, seed=0, pages=[1]), 3)], [])
         attention = model.model.layers[0].self_attn

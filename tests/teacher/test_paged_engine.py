@@ -21,6 +21,7 @@ from teacher.model.transformer import DeepseekV3
 from teacher.serve.block_manager import num_pages_for
 from teacher.serve.engine import Engine
 from teacher.serve.kernels import KernelOperations
+from teacher.serve.latent_model import LatentModel
 from teacher.serve.plain import EXTENT, Piece, PlainOperations, find_pieces, group_pieces
 from teacher.serve.sampler import Draw, sample
 from teacher.serve.sequence import Sequence
@@ -62,7 +63,7 @@ def written(engine: Engine, sequences: list[Sequence[int]]) -> dict[int, Any]:
 
 @pytest.fixture(scope="module")
 def alone(model: DeepseekV3) -> dict[int, Any]:
-    engine = Engine(model, batch_size=1, eos_token_ids=[5], prefix_caching=False)
+    engine = Engine(LatentModel.of(model), batch_size=1, eos_token_ids=[5], prefix_caching=False)
     return {n: written(engine, [sequence])[n] for n, sequence in enumerate(requests())}
 
 
@@ -82,7 +83,7 @@ def alone(model: DeepseekV3) -> dict[int, Any]:
 def test_every_feature_leaves_the_text_as_it_is(
     model: DeepseekV3, alone: dict[int, Any], features: dict[str, Any]
 ) -> None:
-    engine = Engine(model, **{"batch_size": 16, "eos_token_ids": [5]} | features)
+    engine = Engine(LatentModel.of(model), **{"batch_size": 16, "eos_token_ids": [5]} | features)
     engine.runner.cache.entries_LPSE.fill_(float("nan"))  # what memory may hold before it is cleared
     assert written(engine, requests()) == alone
     if "num_pages" in features:
@@ -91,7 +92,7 @@ def test_every_feature_leaves_the_text_as_it_is(
 
 
 def test_a_text_met_again_is_read_from_the_cache(model: DeepseekV3) -> None:
-    engine = Engine(model, batch_size=2, eos_token_ids=())
+    engine = Engine(LatentModel.of(model), batch_size=2, eos_token_ids=())
     first, again = Sequence(0, [7] * 150, max_tokens=50, seed=0), Sequence(1, [7] * 150, max_tokens=50, seed=0)
     assert written(engine, [first])[0] == written(engine, [again])[1]
     # The page with the end of the prompt is full by now, so it stayed: the last token alone is read again.
@@ -103,7 +104,7 @@ def test_a_text_met_again_is_read_from_the_cache(model: DeepseekV3) -> None:
 
 
 def test_sixteen_samples_cost_one_prefill(model: DeepseekV3) -> None:
-    engine = Engine(model, batch_size=16, eos_token_ids=())
+    engine = Engine(LatentModel.of(model), batch_size=16, eos_token_ids=())
     samples = [Sequence(n, [9] * 100, max_tokens=5, seed=n, draw=Draw(1.0)) for n in range(16)]
     texts = written(engine, samples)
     # The first reads the prompt, every other one its last token; the fifth token of each is never an input.
@@ -120,7 +121,7 @@ def test_greedy_tokens_of_the_bundled_teacher_equal_transformers(tmp_path: Path)
     chats = [[{"role": "user", "content": question}] for question in questions]
     texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    engine = Engine(model, batch_size=3, eos_token_ids=(), max_chunk=33)
+    engine = Engine(LatentModel.of(model), batch_size=3, eos_token_ids=(), max_chunk=33)
     ours = written(engine, [Sequence(n, prompt, max_tokens=24, seed=0) for n, prompt in enumerate(prompts)])
     for n, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
@@ -133,7 +134,7 @@ def test_greedy_tokens_of_the_bundled_teacher_equal_transformers(tmp_path: Path)
 
 
 def test_a_prompt_that_never_fits_is_told_so_and_the_others_go_on(model: DeepseekV3) -> None:
-    engine = Engine(model, batch_size=4, eos_token_ids=(), num_pages=2)
+    engine = Engine(LatentModel.of(model), batch_size=4, eos_token_ids=(), num_pages=2)
     rows = {0: [1] * 128, 1: [1, 2, 3], 2: [], 3: [1] * 127}
     done = {s.key: s for s in engine.run([Sequence(key, row, max_tokens=9, seed=0) for key, row in rows.items()])}
     assert done[0].fault == "the prompt has 128 tokens; the engine takes 127"
@@ -143,7 +144,7 @@ def test_a_prompt_that_never_fits_is_told_so_and_the_others_go_on(model: Deepsee
 
 
 def test_cancelled_and_abandoned_sequences_free_their_pages(model: DeepseekV3) -> None:
-    engine = Engine(model, batch_size=4, eos_token_ids=(), prefix_caching=False)
+    engine = Engine(LatentModel.of(model), batch_size=4, eos_token_ids=(), prefix_caching=False)
     for n in range(6):
         engine.add(Sequence(n, [n + 1] * 70, max_tokens=90, seed=n))
     engine.step()
@@ -171,9 +172,9 @@ def agrees_with_plain(config: DeepseekV3Config, num_prompts: int = 5, num_tokens
     logits: list[list[torch.Tensor]] = []
     texts = []
     for form in (PlainOperations, KernelOperations):
-        engine = Engine(
-            model, batch_size=4, eos_token_ids=(), max_chunk=40, operations=form(fuse_weights(model)), num_pages=16
-        )
+        weights = fuse_weights(model)
+        served = LatentModel(weights, form(weights))
+        engine = Engine(served, batch_size=4, eos_token_ids=(), max_chunk=40, num_pages=16)
         run, seen = engine.runner.run, []
         engine.runner.run = lambda *given, run=run, seen=seen: seen.append(run(*given)) or seen[-1]
         prompts = [[7] * 90, [7] * 90, [*[7] * 64, 1, 2], [3, 4], [5] * 70][:num_prompts]
@@ -269,7 +270,7 @@ def test_limits_cut_in_the_order_of_transformers(num_tokens: int) -> None:
 
 
 def test_bias_moves_choices_but_not_logprobs(model: DeepseekV3) -> None:
-    engine = Engine(model, batch_size=4, eos_token_ids=())
+    engine = Engine(LatentModel.of(model), batch_size=4, eos_token_ids=())
     draws = [Draw(top_logprobs=1), Draw(top_logprobs=3, logit_bias=((11, 1e4),)), Draw()]
     done = {s.key: s for s in engine.run([Sequence(n, [7, 8], 3, 0, draw=draw) for n, draw in enumerate(draws)])}
     assert done[1].generated_ids == [11, 11, 11]

@@ -27,6 +27,7 @@ from distill.verify import extract_answer
 from teacher.backends import open_teacher
 from teacher.model.checkpoint import load_checkpoint
 from teacher.serve.engine import Engine
+from teacher.serve.latent_model import LatentModel
 from teacher.serve.sequence import Sequence
 from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, potstill
 
@@ -83,7 +84,7 @@ def _rendered(tokenizer, prompt):
 
 def native_tokens(folder, prompts):
     model = load_checkpoint(folder)
-    engine = Engine(model, batch_size=16, eos_token_ids=model.config.eos_token_ids)
+    engine = Engine(LatentModel.of(model), batch_size=16, eos_token_ids=model.config.eos_token_ids)
     sequences = [Sequence(i, prompt, max_tokens=MAX_TOKENS, seed=0) for i, prompt in enumerate(prompts)]
     done = {sequence.key: sequence for sequence in engine.run(sequences)}
     return [done[i].generated_ids for i in range(len(prompts))]

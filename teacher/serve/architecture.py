@@ -1,0 +1,35 @@
+"""What the engine asks of a model: how much of a token its cache keeps, and one forward pass over a step.
+
+Shape legend: M rows of a step, Z rows whose logits are wanted, D hidden, L layers, P pages, S places a page, E numbers
+that a layer's cache keeps of a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from teacher.serve.cache import CacheShape
+from teacher.serve.step import Decodes, Step
+
+
+class Architecture(Protocol):
+    device: torch.device
+    dtype: torch.dtype  # of activations and of the cache
+    max_positions: int
+    cache_shape: CacheShape
+    extent: int  # pages of one sequence that lie together, where the block manager can have it so
+
+    def plan(self, decodes: Decodes) -> Any:
+        """What attention needs of a step's decoding sequences, made once for all layers."""
+        ...
+
+    def hidden(self, step: Step, entries_LPSE: Tensor) -> Tensor:
+        """Put the step's tokens into the cache and return their last hidden states, [M, D], before the last norm."""
+        ...
+
+    def logits(self, x_ZD: Tensor) -> Tensor:
+        """FP32 [Z, vocabulary]."""
+        ...
