@@ -16,6 +16,7 @@ from torch import Tensor
 
 from teacher.kernels.device import runs_kernels
 from teacher.kernels.exponential import sigmoid
+from teacher.model.config import DeepseekV3Config
 
 LEAST_SUM = 1e-20
 
@@ -36,6 +37,10 @@ class Routes(NamedTuple):
     topk_group: int
     norm_topk_prob: bool
     routed_scaling_factor: float
+
+    @classmethod
+    def of(cls, config: DeepseekV3Config) -> Routes:
+        return cls(*(getattr(config, name) for name in cls._fields))
 
 
 def route(logits_NE: Tensor, bias_E: Tensor, routes: Routes) -> Choice:

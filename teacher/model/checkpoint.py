@@ -21,7 +21,7 @@ from distill.manifest import environment_faults, write_atomically
 from teacher.model.config import DeepseekV3Config, read_config, read_config_json
 from teacher.model.counts import ParameterCounts, count_parameters
 from teacher.model.fp8 import BLOCK, QUANTIZATION_CONFIG, dequantise_blocks, quantise_blocks, scale_shape
-from teacher.model.names import Shape, checkpoint_tensors, empty_model, is_quantised, mtp_copies, places
+from teacher.model.names import Place, Shape, checkpoint_tensors, empty_model, is_quantised, mtp_copies, places
 from teacher.model.shards import INDEX, SINGLE, StoredTensor, read_tensors, stored_tensors, weight_files
 from teacher.model.transformer import DeepseekV3
 
@@ -47,13 +47,9 @@ def load_checkpoint(folder: Path | str, dtype: torch.dtype = torch.float32) -> D
     """
     folder = Path(folder)
     config = read_config(folder)
-    _check_quantization(folder)
-    stored = stored_tensors(folder)
     model = empty_model(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wanted = places(config, shapes)
-    _check_names(folder, config, stored, {name: shape for name, (_, shape) in wanted.items()})
-
+    stored, wanted = judged(folder, config, shapes)
     copies = mtp_copies(config)
     state = {
         name: torch.empty(shape, dtype=torch.float32 if "correction_bias" in name else dtype)
@@ -73,6 +69,17 @@ def load_checkpoint(folder: Path | str, dtype: torch.dtype = torch.float32) -> D
             raise CheckpointError(message, where=stored[name].file, field=name)
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def judged(
+    folder: Path, config: DeepseekV3Config, shapes: dict[str, Shape]
+) -> tuple[dict[str, StoredTensor], dict[str, tuple[Place, Shape]]]:
+    """The folder's tensors, and the place of each in a model with entries of these shapes, by the headers alone."""
+    _check_quantization(folder)
+    stored = stored_tensors(folder)
+    wanted = places(config, shapes)
+    _check_names(folder, config, stored, {name: shape for name, (_, shape) in wanted.items()})
+    return stored, wanted
 
 
 def save_checkpoint(
@@ -203,15 +210,15 @@ def _dequantised(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]
     """Every tensor in the type in which it is stored, FP8 as FP32; values checked."""
     scales = dict(read_tensors({name: tensor for name, tensor in stored.items() if name.endswith(SCALE)}))
     for name, scale_inv in scales.items():
-        _check_finite(stored, name, scale_inv)
+        check_finite(stored, name, scale_inv)
     for name, tensor in read_tensors({name: tensor for name, tensor in stored.items() if name not in scales}):
         if tensor.dtype == torch.float8_e4m3fn:
             tensor = dequantise_blocks(tensor, scales[name + SCALE])
-        _check_finite(stored, name, tensor)
+        check_finite(stored, name, tensor)
         yield name, tensor
 
 
-def _check_finite(stored: dict[str, StoredTensor], name: str, tensor: Tensor) -> None:
+def check_finite(stored: dict[str, StoredTensor], name: str, tensor: Tensor) -> None:
     if not torch.isfinite(tensor).all():
         count = int((~torch.isfinite(tensor)).sum())
         message = f"holds {count} values that are not finite"

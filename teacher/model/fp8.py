@@ -9,6 +9,8 @@ Shape legend: R rows, C columns, P = ceil(R / 128), Q = ceil(C / 128).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,27 @@ QUANTIZATION_CONFIG = {
     "quant_method": "fp8",
     "weight_block_size": [BLOCK, BLOCK],
 }
+
+
+class BlockMatrix(NamedTuple):
+    """E4M3 [..., R, C] and the FP32 factors of its blocks [..., P, Q]."""
+
+    values: Tensor
+    scale_inv: Tensor
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], device: torch.device) -> BlockMatrix:
+        *stack, num_rows, num_columns = shape
+        scales = *stack, *scale_shape((num_rows, num_columns))
+        values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        return cls(values, torch.empty(scales, dtype=torch.float32, device=device))
+
+    def rows(self, rows: slice) -> BlockMatrix:
+        """A view of whole blocks' rows, of a matrix that is not stacked."""
+        start, stop, _ = rows.indices(self.values.shape[0])
+        assert start % BLOCK == 0
+        assert stop % BLOCK == 0 or stop == self.values.shape[0]
+        return BlockMatrix(self.values[start:stop], self.scale_inv[start // BLOCK : -(-stop // BLOCK)])
 
 
 def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:

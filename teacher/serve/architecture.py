@@ -1,6 +1,7 @@
 """What the engine asks of a model: how much of a token its cache keeps, and one forward pass over a step.
 
-Shape legend: M rows of a step, Z rows whose logits are wanted, D hidden, L layers, P pages, S places a page, E numbers
+Shape legend: M rows of a step, B sequences that decode, Q pages of each, Z rows whose logits are wanted, D hidden,
+L layers, P pages, S places a page, E numbers
 that a layer's cache keeps of a token.
 """
 
@@ -24,6 +25,13 @@ class Architecture(Protocol):
 
     def plan(self, decodes: Decodes) -> Any:
         """What attention needs of a step's decoding sequences, made once for all layers."""
+        ...
+
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Any:
+        """The same from int32 tensors, without a look at their numbers: a CUDA graph holds for any of them.
+
+        A length of zero is a row of padding. Only a model on a GPU needs it.
+        """
         ...
 
     def hidden(self, step: Step, entries_LPSE: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class Engine:
         max_step_tokens: int | None = None,
         max_chunk: int | None = None,
         prefix_caching: bool = True,
+        cuda_graphs: bool = True,
     ) -> None:
         device, self.dtype = model.device, model.dtype
         self.batch_size = batch_size
@@ -52,7 +53,7 @@ class Engine:
         self._refused: list[Sequence[Any]] = []
         step_tokens = max_step_tokens or (_CPU_STEP_TOKENS if device.type == "cpu" else _CUDA_STEP_TOKENS)
         step_tokens = max(step_tokens, batch_size)
-        self.runner = ModelRunner(model, num_pages)
+        self.runner = ModelRunner(model, num_pages, max_graphed=batch_size if cuda_graphs else 0)
         self.blocks = BlockManager(num_pages, extent=model.extent, caching=prefix_caching)
         self.scheduler: Scheduler[Any] = Scheduler(
             self.blocks, max_running=batch_size, max_step_tokens=step_tokens, max_chunk=max_chunk or step_tokens

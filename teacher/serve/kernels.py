@@ -44,21 +44,18 @@ class KernelOperations:
         # A multiprocessor has no room for FP32 pages beside FP32 queries.
         roomy = not weights.embedding.is_cuda or weights.embedding.element_size() == 2
         self._decode_fits = self._fits and roomy
-        self._routes = Routes(
-            num_experts_per_tok=config.num_experts_per_tok,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-            norm_topk_prob=config.norm_topk_prob,
-            routed_scaling_factor=config.routed_scaling_factor,
-        )
+        self._routes = Routes.of(config)
         experts, groups = config.n_routed_experts, config.n_group
         self._routes_fit = _is_power_of_two(experts) and _is_power_of_two(groups) and experts >= 2 * groups
 
     def plan(self, decodes: Decodes) -> Plan:
         widest = max(len(pages) for pages in decodes.pages)
         pages_BQ = torch.tensor([pages + [0] * (widest - len(pages)) for pages in decodes.pages], dtype=torch.int32)
-        lengths_B = torch.tensor(decodes.lengths, dtype=torch.int32).to(self._device)
-        return Plan(pages_BQ.to(self._device), lengths_B, self._schedule(lengths_B, num_queries=1))
+        lengths_B = torch.tensor(decodes.lengths, dtype=torch.int32)
+        return self.plan_on_device(pages_BQ.to(self._device), lengths_B.to(self._device))
+
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Plan:
+        return Plan(pages_BQ, lengths_B, self._schedule(lengths_B, num_queries=1))
 
     def rotate(self, query_MHD: Tensor, step: Step) -> None:
         apart = query_MHD.shape[-1] - self._config.qk_rope_head_dim

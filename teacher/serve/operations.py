@@ -25,6 +25,10 @@ class Operations(Protocol):
         """What `decode` needs besides, made once a step for all layers."""
         ...
 
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Any:
+        """The same from int32 tensors on the device, which stay there; zero lengths are padding."""
+        ...
+
     def rotate(self, query_MHD: Tensor, step: Step) -> None:
         """Rotate the last R of D dimensions in place."""
         ...

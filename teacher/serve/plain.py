@@ -80,6 +80,9 @@ class PlainOperations:
         in_place = rows == list(range(len(decodes)))
         return Plan([call for call, _ in calls], None if in_place else torch.tensor(rows))
 
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Plan:
+        raise NotImplementedError("attention on a CPU is planned by the pages' numbers")
+
     def rotate(self, query_MHD: Tensor, step: Step) -> None:
         rope = query_MHD[..., -self._config.qk_rope_head_dim :]
         cos, sin = (table[step.positions_M][:, None] for table in self._tables)
