@@ -38,7 +38,7 @@ class LatentModel:
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.max_positions = config.max_position_embeddings
         self.cache_shape = CacheShape(config.num_hidden_layers, config.kv_lora_rank + config.qk_rope_head_dim)
-        self.extent = self.operations.extent
+        self.extent, self.graphable = self.operations.extent, self.operations.graphable
         self._widths = Widths(
             num_heads=config.num_attention_heads,
             nope=config.qk_nope_head_dim,

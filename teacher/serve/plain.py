@@ -66,6 +66,7 @@ class Plan:
 
 
 class PlainOperations:
+    graphable = False
     extent = EXTENT
 
     def __init__(self, weights: InferenceWeights) -> None:

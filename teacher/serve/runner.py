@@ -23,7 +23,7 @@ class ModelRunner:
         self.model = model
         self.cache = PagedCache(model.cache_shape, num_pages, model.dtype, model.device, extent=model.extent)
         self._graphs: DecodeGraphs | None = None
-        if max_graphed and model.device.type == "cuda":
+        if max_graphed and model.graphable:
             self._graphs = DecodeGraphs(model, self.cache.entries_LPSE, max_graphed)
 
     @torch.inference_mode()
