@@ -17,6 +17,11 @@ from teacher.serve.step import Decodes, Step
 
 
 class Architecture(Protocol):
+    @property
+    def precision(self) -> str:
+        """Of the products: float32, bfloat16 or fp8."""
+        ...
+
     device: torch.device
     dtype: torch.dtype  # of activations and of the cache
     max_positions: int

@@ -43,15 +43,15 @@ class Engine:
         prefix_caching: bool = True,
         cuda_graphs: bool = True,
     ) -> None:
-        device, self.dtype = model.device, model.dtype
+        self.precision = model.precision
         self.batch_size = batch_size
         self.eos_token_ids = frozenset(eos_token_ids)
         if num_pages is None:
-            num_pages = default_num_pages(model.cache_shape, batch_size, model.max_positions, self.dtype, device)
+            num_pages = default_num_pages(model.cache_shape, batch_size, model.max_positions, model.dtype, model.device)
         self.max_positions = min(model.max_positions, num_pages * PAGE)
         self.num_computed_tokens = 0
         self._refused: list[Sequence[Any]] = []
-        step_tokens = max_step_tokens or (_CPU_STEP_TOKENS if device.type == "cpu" else _CUDA_STEP_TOKENS)
+        step_tokens = max_step_tokens or (_CPU_STEP_TOKENS if model.device.type == "cpu" else _CUDA_STEP_TOKENS)
         step_tokens = max(step_tokens, batch_size)
         self.runner = ModelRunner(model, num_pages, max_graphed=batch_size if cuda_graphs else 0)
         self.blocks = BlockManager(num_pages, extent=model.extent, caching=prefix_caching)
