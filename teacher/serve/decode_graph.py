@@ -4,19 +4,23 @@ A graph is captured for each of a few numbers of sequences, the first time that 
 number with rows of padding: their length is zero, so they attend to nothing, and their slot is -1, so they are written
 nowhere. Everything else that changes from step to step lies in tensors whose place does not.
 
-Shape legend: B sequences, padding included; Q pages a sequence.
+With drafts a sequence has two rows, and a second graph lets the draft layers read what the first one has computed. What
+does not fit, a sequence that has no draft, is not graphed.
+
+Shape legend: B sequences, padding included; M rows, one or two of each; Q pages a sequence, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
 
 from teacher.kernels.mla_cache import PAGE
-from teacher.serve.architecture import Architecture
+from teacher.serve.architecture import Architecture, DraftingArchitecture
 from teacher.serve.scheduler import Chunk
 from teacher.serve.step import Decodes, Step
 
@@ -32,68 +36,115 @@ def padded(num_sequences: int) -> int:
     return next(size for size in _SIZES if size >= num_sequences)
 
 
-class DecodeGraphs:
-    """Of one model over one cache. All graphs share their inputs and one pool of memory."""
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    hidden_MD: Tensor
+    logits: Tensor
 
-    def __init__(self, model: Architecture, entries_LPSE: Tensor, max_sequences: int) -> None:
+
+class DecodeGraphs:
+    """Of one model over one cache. All graphs share their inputs and one pool of memory.
+
+    `draft_entries` are the draft layers' part of the cache; None: without drafts.
+    """
+
+    def __init__(
+        self, model: Architecture, entries_LPSE: Tensor, max_sequences: int, draft_entries_LPSE: Tensor | None = None
+    ) -> None:
         self._model = model
         self._entries_LPSE = entries_LPSE
+        self._draft_entries_LPSE = draft_entries_LPSE
+        self._num_queries = 1 if draft_entries_LPSE is None else 2
         most, device = padded(max_sequences), model.device
         num_pages = min(-(-model.max_positions // PAGE), entries_LPSE.shape[1])
-        # Rows of `numbers`: token, position, slot, length.
-        self._numbers_4B = torch.zeros(4, most, dtype=torch.int32, device=device)
+        # Of every row token, position, slot and next token; of every sequence its length and the row to draft at.
+        self._rows_4M = torch.zeros(4, most * self._num_queries, dtype=torch.int32, device=device)
+        self._sequences_2B = torch.zeros(2, most, dtype=torch.int32, device=device)
         self._pages_BQ = torch.zeros(most, num_pages, dtype=torch.int32, device=device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[int, _Captured] = {}
+        self._draft_graphs: dict[int, _Captured] = {}
+        self._last = 0  # the size that was run last
         self._pool = torch.cuda.graph_pool_handle()
 
+    def fit(self, chunks: list[Chunk[Any]]) -> bool:
+        return all(chunk.count == 1 and chunk.num_rows == self._num_queries for chunk in chunks)
+
     def run(self, chunks: list[Chunk[Any]]) -> Tensor:
-        """Logits of a token each, FP32 [sequences, vocabulary]; they hold until the next run."""
-        size = padded(len(chunks))
+        """Logits behind each row, FP32 [M, V]; they hold until the next run."""
+        self._last = size = padded(len(chunks))
         self._put(chunks, size)
         if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
-        graph, logits_BV = self._graphs[size]
-        graph.replay()
-        return logits_BV[: len(chunks)]
+            self._graphs[size] = self._capture(lambda: self._compute(size))
+        captured = self._graphs[size]
+        captured.graph.replay()
+        return captured.logits[: len(chunks) * self._num_queries]
+
+    def draft(self, next_ids: list[int], rows: list[int]) -> Tensor:
+        """Logits of what comes after `next_ids`, which follow the rows of the last run: FP32 [rows, V]."""
+        size, device = self._last, self._model.device
+        self._rows_4M[3, : len(next_ids)] = torch.tensor(next_ids, dtype=torch.int32).to(device, non_blocking=True)
+        self._sequences_2B[1, : len(rows)] = torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
+        if size not in self._draft_graphs:
+            self._draft_graphs[size] = self._capture(lambda: self._compute_draft(size))
+        captured = self._draft_graphs[size]
+        captured.graph.replay()
+        return captured.logits[: len(rows)]
 
     def _put(self, chunks: list[Chunk[Any]], size: int) -> None:
         """Everything in one transfer."""
         widest = max(len(chunk.sequence.pages) for chunk in chunks)
-        host = torch.zeros(4 * size + size * widest, dtype=torch.int32, pin_memory=True)
-        numbers = host[: 4 * size].view(4, size).numpy()
-        pages = host[4 * size :].view(size, widest).numpy()
-        numbers[2] = -1
-        for row, chunk in enumerate(chunks):
-            sequence, place = chunk.sequence, chunk.sequence.num_computed
-            slot = sequence.pages[place // PAGE] * PAGE + place % PAGE
-            numbers[:, row] = *sequence.tokens(place, place + 1), place, slot, place + 1
-            pages[row, : len(sequence.pages)] = numpy.asarray(sequence.pages, dtype=numpy.int32)
-        there = host.to(self._model.device, non_blocking=True)
-        self._numbers_4B[:, :size] = there[: 4 * size].view(4, size)
-        self._pages_BQ[:size, :widest] = there[4 * size :].view(size, widest)
+        num_rows = size * self._num_queries
+        host = torch.zeros(3 * num_rows + size + size * widest, dtype=torch.int32, pin_memory=True)
+        parts = host.split((3 * num_rows, size, size * widest))
+        rows, lengths = parts[0].view(3, num_rows).numpy(), parts[1].numpy()
+        pages = parts[2].view(size, widest).numpy()
+        rows[2] = -1
+        for number, chunk in enumerate(chunks):
+            held = chunk.sequence.pages
+            lengths[number] = chunk.end
+            pages[number, : len(held)] = numpy.asarray(held, dtype=numpy.int32)
+            first = number * self._num_queries
+            for ahead, token in enumerate(chunk.token_ids):
+                place = chunk.start + ahead
+                rows[:, first + ahead] = token, place, held[place // PAGE] * PAGE + place % PAGE
+        there = host.to(self._model.device, non_blocking=True).split((3 * num_rows, size, size * widest))
+        self._rows_4M[:3, :num_rows] = there[0].view(3, num_rows)
+        self._sequences_2B[0, :size] = there[1]
+        self._pages_BQ[:size, :widest] = there[2].view(size, widest)
 
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> _Captured:
         stream = torch.cuda.Stream(self._model.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_RUNS):  # what they write into the cache, the graph's run writes again
-                self._compute(size)
+                compute()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            logits_BV = self._compute(size)
-        return graph, logits_BV
+            outputs = compute()
+        return _Captured(graph, *outputs)
 
-    def _compute(self, size: int) -> Tensor:
-        token_ids, positions, slots, lengths = self._numbers_4B[:, :size]
-        step = Step(
+    def _compute(self, size: int) -> tuple[Tensor, Tensor]:
+        hidden_MD = self._model.hidden(self._step(size), self._entries_LPSE)
+        return hidden_MD, self._model.logits(hidden_MD)
+
+    def _compute_draft(self, size: int) -> tuple[Tensor, Tensor]:
+        assert isinstance(self._model, DraftingArchitecture)
+        assert self._draft_entries_LPSE is not None
+        next_ids_M = self._rows_4M[3, : size * self._num_queries].long()
+        hidden_MD = self._graphs[size].hidden_MD
+        drafted_MD = self._model.draft_hidden(hidden_MD, next_ids_M, self._step(size), self._draft_entries_LPSE)
+        return drafted_MD, self._model.logits(drafted_MD[self._sequences_2B[1, :size].long()])
+
+    def _step(self, size: int) -> Step:
+        token_ids, positions, slots = self._rows_4M[:3, : size * self._num_queries]
+        plan = self._model.plan_on_device(self._pages_BQ[:size], self._sequences_2B[0, :size], self._num_queries)
+        return Step(
             token_ids_M=token_ids.long(),
             positions_M=positions.long(),
             slots_M=slots.long(),
-            decodes=Decodes([[]] * size, [0] * size),
+            decodes=[Decodes([[]] * size, [0] * size, self._num_queries, plan)],
             chunks=[],
             sampled=torch.empty(0, device=self._model.device),
             num_pages=0,
-            plan=self._model.plan_on_device(self._pages_BQ[:size], lengths),
         )
-        return self._model.logits(self._model.hidden(step, self._entries_LPSE))

@@ -12,10 +12,11 @@ from teacher.kernels.mla_cache import PAGE
 from teacher.serve.architecture import Architecture
 from teacher.serve.block_manager import BlockManager
 from teacher.serve.cache import default_num_pages
-from teacher.serve.runner import ModelRunner
+from teacher.serve.runner import ModelRunner, with_drafts
 from teacher.serve.sampler import sample, score
 from teacher.serve.scheduler import Chunk, Scheduler
 from teacher.serve.sequence import Key, Sequence
+from teacher.serve.speculation import draft, take
 from teacher.serve.step import in_order
 
 # Tokens a step: enough to keep matrix products busy, few enough that others' prompts do not delay who decodes.
@@ -29,6 +30,9 @@ class Engine:
     `batch_size` is the number of sequences in progress together. The cache has `num_pages` of 64 tokens (None: what
     `default_num_pages` says), a step at most `max_step_tokens` tokens and `max_chunk` of one prompt. A sequence that
     reaches `max_positions`, the model's last one or all that the cache can hold, ends with finish reason "length".
+
+    With `speculate` a step writes up to two tokens of a sequence (`teacher.serve.speculation`), the same ones; raises
+    ValueError for a model that has no layer to draft with.
     """
 
     def __init__(
@@ -42,18 +46,23 @@ class Engine:
         max_chunk: int | None = None,
         prefix_caching: bool = True,
         cuda_graphs: bool = True,
+        speculate: bool = False,
     ) -> None:
         self.precision = model.precision
         self.batch_size = batch_size
+        self.speculate = speculate
         self.eos_token_ids = frozenset(eos_token_ids)
         if num_pages is None:
-            num_pages = default_num_pages(model.cache_shape, batch_size, model.max_positions, model.dtype, model.device)
+            shape = with_drafts(model) if speculate else model.cache_shape
+            num_pages = default_num_pages(shape, batch_size, model.max_positions, model.dtype, model.device)
         self.max_positions = min(model.max_positions, num_pages * PAGE)
-        self.num_computed_tokens = 0
+        self.num_computed_tokens = 0  # drafts among them
+        self.num_drafts = self.num_accepted = 0
         self._refused: list[Sequence[Any]] = []
         step_tokens = max_step_tokens or (_CPU_STEP_TOKENS if model.device.type == "cpu" else _CUDA_STEP_TOKENS)
-        step_tokens = max(step_tokens, batch_size)
-        self.runner = ModelRunner(model, num_pages, max_graphed=batch_size if cuda_graphs else 0)
+        step_tokens = max(step_tokens, batch_size * (1 + speculate))
+        graphed = batch_size if cuda_graphs else 0
+        self.runner = ModelRunner(model, num_pages, max_graphed=graphed, drafts=speculate)
         self.blocks = BlockManager(num_pages, extent=model.extent, caching=prefix_caching)
         self.scheduler: Scheduler[Any] = Scheduler(
             self.blocks, max_running=batch_size, max_step_tokens=step_tokens, max_chunk=max_chunk or step_tokens
@@ -85,6 +94,8 @@ class Engine:
         if chunks:
             logits_ZV = self.runner.run(chunks, self.blocks.take_copies())
             self._take(chunks, logits_ZV)
+            if self.speculate:
+                draft(self.runner, chunks, self.max_positions)
         return self._retire()
 
     def run(
@@ -107,28 +118,36 @@ class Engine:
                 self.scheduler.remove(sequence)
 
     def _take(self, chunks: list[Chunk[Any]], logits_ZV: Tensor) -> None:
-        """What was computed counts, and whose text is in the cache gets a token."""
-        ready = [chunk.sequence for chunk in chunks if chunk.ends_text]
+        """What was computed counts, and whose text is in the cache gets a token, or two where its draft came true."""
+        places = [(chunk.sequence, ahead) for chunk in chunks for ahead in range(chunk.num_sampled)]
+        sampled: list[int] = []
+        if places:
+            sampled = sample(logits_ZV, [s.uniform(ahead) for s, ahead in places], [s.draw for s, _ in places])
+        taken: dict[int, int] = {}  # row of the logits: token
+        row = 0
         for chunk in chunks:
-            self.num_computed_tokens += chunk.count
-            self.scheduler.computed(chunk)
-        if not ready:
-            return
-        sampled = sample(logits_ZV, [s.uniform() for s in ready], [s.draw for s in ready])
-        tokens = [s.append(token, self.eos_token_ids) for s, token in zip(ready, sampled, strict=True)]
-        self._score(ready, tokens, logits_ZV)
-        for sequence in ready:
-            if sequence.finish_reason is None and sequence.num_computed >= self.max_positions:
+            sequence, num_new = chunk.sequence, 0
+            if chunk.ends_text:
+                tokens = take(chunk, sampled[row : row + chunk.num_sampled], self.eos_token_ids)
+                self.num_drafts += chunk.draft is not None
+                self.num_accepted += chunk.draft == tokens[0]
+                taken.update(enumerate(tokens, start=row))
+                num_new = len(tokens) - 1
+            row += chunk.num_sampled
+            self.num_computed_tokens += chunk.num_rows
+            self.scheduler.computed(sequence, chunk.count + num_new)
+            if chunk.ends_text and sequence.finish_reason is None and sequence.num_computed >= self.max_positions:
                 sequence.finish_reason = "length"
+        self._score([sequence for sequence, _ in places], taken, logits_ZV)
 
-    def _score(self, sequences: list[Sequence[Any]], tokens: list[int], logits_ZV: Tensor) -> None:
-        rows = [row for row, sequence in enumerate(sequences) if sequence.draw.top_logprobs]
+    def _score(self, sequences: list[Sequence[Any]], taken: dict[int, int], logits_ZV: Tensor) -> None:
+        rows = [row for row in taken if sequences[row].draw.top_logprobs]
         if not rows:
             return
         most = max(sequences[row].draw.top_logprobs for row in rows)
-        scores = score(logits_ZV[torch.tensor(rows, device=logits_ZV.device)], [tokens[row] for row in rows], most)
-        for row, (taken, best) in zip(rows, scores, strict=True):
-            sequences[row].logprobs.append((taken, best[: sequences[row].draw.top_logprobs]))
+        scores = score(logits_ZV[torch.tensor(rows, device=logits_ZV.device)], [taken[row] for row in rows], most)
+        for row, (own, best) in zip(rows, scores, strict=True):
+            sequences[row].logprobs.append((own, best[: sequences[row].draw.top_logprobs]))
 
     def _retire(self) -> list[Sequence[Any]]:
         finished = [sequence for sequence in self.scheduler.running if sequence.finish_reason is not None]

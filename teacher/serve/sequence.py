@@ -49,20 +49,37 @@ class Sequence(Generic[Key]):
     num_computed: int = 0
     page_keys: list[bytes] = field(default_factory=list)
     tail_key: bytes | None = None
+    # A guess at the next token, and how many were made and how many of them came true.
+    draft: int | None = None
+    num_drafts: int = 0
+    num_accepted: int = 0
     _forced: deque[int] = field(default_factory=deque)
     _random: random.Random | None = None
+    _uniforms: deque[float] = field(default_factory=deque)  # drawn for tokens that are not there yet
 
-    def uniform(self) -> float:
-        """The next uniform number in [0, 1) of this sequence. Python's generator is the same in every version."""
+    def uniform(self, ahead: int = 0) -> float:
+        """The number in [0, 1) that decides the next token, or the one `ahead` tokens later; `append` uses one up.
+
+        Python's generator is the same in every version.
+        """
         if self._random is None:
             self._random = random.Random(self.seed)
-        return self._random.random()
+        while len(self._uniforms) <= ahead:
+            self._uniforms.append(self._random.random())
+        return self._uniforms[ahead]
+
+    @property
+    def forced(self) -> int | None:
+        """What the next token will be, whatever is sampled."""
+        return self._forced[0] if self._forced else None
 
     def append(self, sampled: int, eos_token_ids: frozenset[int]) -> int:
         """Take a sampled token, or the next forced one in its place, and return it.
 
         An end token is kept in `generated_ids` and ends the sequence.
         """
+        if self._uniforms:
+            self._uniforms.popleft()
         token = self._forced.popleft() if self._forced else sampled
         self.generated_ids.append(token)
         if token in eos_token_ids:

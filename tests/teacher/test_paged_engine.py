@@ -229,7 +229,7 @@ def test_decode_in_place_equals_attention_over_gathered_pages() -> None:
     lengths = [330, 320, 65, 128, 100, 1, 64, 300]
     assert all(len(row) == num_pages_for(length) for row, length in zip(pages, lengths, strict=True))
     query_BHE = torch.randn(len(pages), config.num_attention_heads, width, generator=generator)
-    out = operations.decode(query_BHE, cache_PSE, operations.plan(Decodes(pages, lengths)))
+    out = operations.decode(query_BHE[:, None], cache_PSE, operations.plan(Decodes(pages, lengths)))[:, 0]
     for row, length, query_HE, found in zip(pages, lengths, query_BHE, out, strict=True):
         entries_UE = cache_PSE[row].flatten(0, 1)[:length]
         wanted = (query_HE @ entries_UE.T).softmax(dim=-1) @ entries_UE[:, : config.kv_lora_rank]

@@ -119,7 +119,7 @@ class World:
             self.compute(chunk.sequence, chunk.end)
         for chunk in chunks:
             sequence, ends = chunk.sequence, chunk.ends_text
-            self.scheduler.computed(chunk)
+            self.scheduler.computed(chunk.sequence, chunk.count)
             if ends:
                 sequence.append(hash((sequence.seed, sequence.num_tokens, sequence.uniform())) % 5, frozenset())
                 if sequence.finish_reason is None and sequence.num_computed >= self.case.num_pages * PAGE:
