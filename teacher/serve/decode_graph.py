@@ -15,14 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
 from teacher.kernels.mla_cache import PAGE
 from teacher.serve.architecture import Architecture, DraftingArchitecture
 from teacher.serve.scheduler import Chunk
-from teacher.serve.step import Decodes, Step
+from teacher.serve.step import Decodes, Step, with_expected
 
 # Of padded batches: close together where a row of padding is a large part of the work.
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -61,6 +60,7 @@ class DecodeGraphs:
         self._rows_4M = torch.zeros(4, most * self._num_queries, dtype=torch.int32, device=device)
         self._sequences_2B = torch.zeros(2, most, dtype=torch.int32, device=device)
         self._pages_BQ = torch.zeros(most, num_pages, dtype=torch.int32, device=device)
+        self._before_Z = torch.zeros(most * self._num_queries, dtype=torch.int64, device=device)
         self._graphs: dict[int, _Captured] = {}
         self._draft_graphs: dict[int, _Captured] = {}
         self._last = 0  # the size that was run last
@@ -69,10 +69,12 @@ class DecodeGraphs:
     def fit(self, chunks: list[Chunk[Any]]) -> bool:
         return all(chunk.count == 1 and chunk.num_rows == self._num_queries for chunk in chunks)
 
-    def run(self, chunks: list[Chunk[Any]]) -> Tensor:
-        """Logits behind each row, FP32 [M, V]; they hold until the next run."""
+    def run(self, chunks: list[Chunk[Any]], before_Z: Tensor | None = None) -> Tensor:
+        """Logits behind each row, FP32 [M, V]; they hold until the next run. `before` as `ModelRunner.run` takes it."""
         self._last = size = padded(len(chunks))
         self._put(chunks, size)
+        if before_Z is not None:
+            self._before_Z[: len(before_Z)] = before_Z
         if size not in self._graphs:
             self._graphs[size] = self._capture(lambda: self._compute(size))
         captured = self._graphs[size]
@@ -98,15 +100,17 @@ class DecodeGraphs:
         parts = host.split((3 * num_rows, size, size * widest))
         rows, lengths = parts[0].view(3, num_rows).numpy(), parts[1].numpy()
         pages = parts[2].view(size, widest).numpy()
-        rows[2] = -1
+        tokens, positions, slots = [], [], []
         for number, chunk in enumerate(chunks):
             held = chunk.sequence.pages
             lengths[number] = chunk.end
-            pages[number, : len(held)] = numpy.asarray(held, dtype=numpy.int32)
-            first = number * self._num_queries
-            for ahead, token in enumerate(chunk.token_ids):
-                place = chunk.start + ahead
-                rows[:, first + ahead] = token, place, held[place // PAGE] * PAGE + place % PAGE
+            pages[number, : len(held)] = held
+            tokens += chunk.token_ids
+            for place in range(chunk.start, chunk.end):
+                positions.append(place)
+                slots.append(held[place // PAGE] * PAGE + place % PAGE)
+        rows[:, : len(tokens)] = tokens, positions, slots
+        rows[2, len(tokens) :] = -1
         there = host.to(self._model.device, non_blocking=True).split((3 * num_rows, size, size * widest))
         self._rows_4M[:3, :num_rows] = there[0].view(3, num_rows)
         self._sequences_2B[0, :size] = there[1]
@@ -140,7 +144,7 @@ class DecodeGraphs:
         token_ids, positions, slots = self._rows_4M[:3, : size * self._num_queries]
         plan = self._model.plan_on_device(self._pages_BQ[:size], self._sequences_2B[0, :size], self._num_queries)
         return Step(
-            token_ids_M=token_ids.long(),
+            token_ids_M=with_expected(token_ids.long(), self._before_Z),
             positions_M=positions.long(),
             slots_M=slots.long(),
             decodes=[Decodes([[]] * size, [0] * size, self._num_queries, plan)],

@@ -16,7 +16,7 @@ from teacher.serve.block_manager import Copy
 from teacher.serve.cache import CacheShape, PagedCache
 from teacher.serve.decode_graph import DecodeGraphs
 from teacher.serve.scheduler import Chunk
-from teacher.serve.step import Step, build_step
+from teacher.serve.step import Step, build_step, with_expected
 
 
 class ModelRunner:
@@ -37,16 +37,19 @@ class ModelRunner:
             self._graphs = DecodeGraphs(model, self._entries, max_graphed, self._draft_entries if drafts else None)
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk[Any]], copies: list[Copy]) -> Tensor:
+    def run(self, chunks: list[Chunk[Any]], copies: list[Copy], before_Z: Tensor | None = None) -> Tensor:
         """Make the copies of pages, then compute chunks that are `in_order` and put their entries into the cache.
 
+        `before` are the tokens that the step before has drawn, int64, to which expected ones refer (`Sequence.expect`).
         Returns logits behind each chunk that ends its sequence's text, and behind its draft, FP32 [Z, vocabulary].
         """
         self.cache.copy(copies)
         self._last = None
         if self._graphs is not None and self._graphs.fit(chunks):
-            return self._graphs.run(chunks)
+            return self._graphs.run(chunks, before_Z)
         step = build_step(chunks, self.model.device)
+        if before_Z is not None and len(before_Z):
+            step = replace(step, token_ids_M=with_expected(step.token_ids_M, before_Z))
         self.cache.clear(step.num_pages)
         step = replace(step, decodes=[replace(group, plan=self.model.plan(group)) for group in step.decodes])
         x_MD = self.model.hidden(step, self._entries)

@@ -104,11 +104,16 @@ def written_on_cuda(model: LatentModel, **features: object) -> dict[int, list[in
 def test_graphs_write_what_kernel_by_kernel_launches_write(fp8: bool, features: dict[str, int]) -> None:
     """Batches shrink as sequences end, so several graphs serve. Padding takes other products: near ties may turn."""
     if fp8:
-        model = LatentModel(fuse_entries(*load_blocks(PICO, torch.device("cuda"))))
+        model = LatentModel.load(PICO, torch.device("cuda"), with_mtp=True)
+        assert model.precision == "fp8"
     else:
-        model = LatentModel.of(load_checkpoint(PICO, torch.bfloat16).to("cuda"))
+        model = LatentModel.of(load_checkpoint(PICO, torch.bfloat16).to("cuda"), with_mtp=True)
     with_graphs, without = (written_on_cuda(model, cuda_graphs=on, **features) for on in (True, False))
     assert sum(with_graphs[key] == without[key] for key in without) >= len(without) - 2
+    waiting = written_on_cuda(model, run_ahead=False, **features)
+    assert waiting == with_graphs
+    drafting = written_on_cuda(model, speculate=True, **features)
+    assert sum(drafting[key] == without[key] for key in without) >= len(without) - 4  # two rows: other products again
 
 
 def test_fp8_on_cuda_writes_what_its_twins_write() -> None:

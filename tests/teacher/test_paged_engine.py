@@ -77,6 +77,10 @@ def alone(model: DeepseekV3) -> dict[int, Any]:
         {"max_chunk": 65, "num_pages": 8},
         {"num_pages": 8, "prefix_caching": False},
         {"num_pages": 8, "max_step_tokens": 20},
+        {"run_ahead": True},
+        {"run_ahead": True, "batch_size": 3, "max_chunk": 7},
+        {"run_ahead": True, "max_chunk": 65, "num_pages": 8},
+        {"run_ahead": True, "num_pages": 8, "max_step_tokens": 20, "prefix_caching": False},
     ],
     ids=str,
 )
