@@ -83,9 +83,15 @@ class DecodeGraphs:
 
     def draft(self, next_ids: list[int], rows: list[int]) -> Tensor:
         """Logits of what comes after `next_ids`, which follow the rows of the last run: FP32 [rows, V]."""
-        size, device = self._last, self._model.device
-        self._rows_4M[3, : len(next_ids)] = torch.tensor(next_ids, dtype=torch.int32).to(device, non_blocking=True)
-        self._sequences_2B[1, : len(rows)] = torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
+        size = self._last
+        num_rows = size * self._num_queries
+        host = torch.zeros(num_rows + size, dtype=torch.int32, pin_memory=True)
+        numbers = host.numpy()
+        numbers[: len(next_ids)] = next_ids
+        numbers[num_rows : num_rows + len(rows)] = rows
+        there = host.to(self._model.device, non_blocking=True)
+        self._rows_4M[3, :num_rows] = there[:num_rows]
+        self._sequences_2B[1, :size] = there[num_rows:]  # padding drafts at the first row, whatever it held before
         if size not in self._draft_graphs:
             self._draft_graphs[size] = self._capture(lambda: self._compute_draft(size))
         captured = self._draft_graphs[size]
