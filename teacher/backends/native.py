@@ -23,7 +23,7 @@ from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
 from teacher.backends.folder import folder_identity
 from teacher.backends.live import LiveEngine, LocalEngine, WorkerEngines
 from teacher.backends.workers import generate_in_workers
-from teacher.model.checkpoint import count_parameters, load_checkpoint, read_config
+from teacher.model.checkpoint import count_parameters, read_config
 from teacher.serve.batching import Asked, Written
 from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
@@ -50,10 +50,9 @@ def open_native(folder: Path, *, batch_size: int) -> NativeBackend:
     eos_token_ids = _eos_token_ids(folder) or config.eos_token_ids
     if not eos_token_ids:
         raise CheckpointError("required, but not given", where=folder / "config.json", field="eos_token_id")
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    model = load_checkpoint(folder, dtype).to(device)
-    small = device == "cpu" and count_parameters(config).total <= _WORKER_PARAMETERS
-    engine = Engine(LatentModel.of(model), batch_size=batch_size, eos_token_ids=eos_token_ids)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    small = device.type == "cpu" and count_parameters(config).total <= _WORKER_PARAMETERS
+    engine = Engine(LatentModel.load(folder, device), batch_size=batch_size, eos_token_ids=eos_token_ids)
     return NativeBackend(folder, tokenizer, engine, max_workers=torch.get_num_threads() if small else 1)
 
 
@@ -66,13 +65,13 @@ class NativeBackend:
         self.folder = folder
         self.tokenizer = tokenizer
         self.engine = engine
-        self._dtype = engine.dtype  # part of the identity, which outlives the engine
+        self._precision = engine.precision  # part of the identity, which outlives the engine
         self.max_workers = max_workers
         self._numbers = itertools.count()
 
     @cached_property
     def identity(self) -> TeacherIdentity:
-        version = ENGINE_VERSION if self._dtype == torch.float32 else f"{ENGINE_VERSION}-{self._dtype}"
+        version = ENGINE_VERSION if self._precision == "float32" else f"{ENGINE_VERSION}-{self._precision}"
         return folder_identity(self.folder, backend="native", backend_version=version)
 
     def generate(self, requests: Many[TraceRequest], sampling: Sampling) -> Iterator[Completion]:

@@ -17,10 +17,16 @@ from teacher.serve.step import Decodes, Step
 
 
 class Architecture(Protocol):
+    @property
+    def precision(self) -> str:
+        """Of the products: float32, bfloat16 or fp8."""
+        ...
+
     device: torch.device
     dtype: torch.dtype  # of activations and of the cache
     max_positions: int
     cache_shape: CacheShape
+    graphable: bool  # a step in which all sequences decode can be a CUDA graph
     extent: int  # pages of one sequence that lie together, where the block manager can have it so
 
     def plan(self, decodes: Decodes) -> Any:
@@ -30,7 +36,7 @@ class Architecture(Protocol):
     def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor, num_queries: int) -> Any:
         """The same from int32 tensors, without a look at their numbers: a CUDA graph holds for any of them.
 
-        A length of zero is a row of padding. Only a model on a GPU needs it.
+        A length of zero is a row of padding. Only what is `graphable` needs it.
         """
         ...
 

@@ -48,18 +48,18 @@ class Engine:
         cuda_graphs: bool = True,
         speculate: bool = False,
     ) -> None:
-        device, self.dtype = model.device, model.dtype
+        self.precision = model.precision
         self.batch_size = batch_size
         self.speculate = speculate
         self.eos_token_ids = frozenset(eos_token_ids)
         if num_pages is None:
             shape = with_drafts(model) if speculate else model.cache_shape
-            num_pages = default_num_pages(shape, batch_size, model.max_positions, self.dtype, device)
+            num_pages = default_num_pages(shape, batch_size, model.max_positions, model.dtype, model.device)
         self.max_positions = min(model.max_positions, num_pages * PAGE)
         self.num_computed_tokens = 0  # drafts among them
         self.num_drafts = self.num_accepted = 0
         self._refused: list[Sequence[Any]] = []
-        step_tokens = max_step_tokens or (_CPU_STEP_TOKENS if device.type == "cpu" else _CUDA_STEP_TOKENS)
+        step_tokens = max_step_tokens or (_CPU_STEP_TOKENS if model.device.type == "cpu" else _CUDA_STEP_TOKENS)
         step_tokens = max(step_tokens, batch_size * (1 + speculate))
         graphed = batch_size if cuda_graphs else 0
         self.runner = ModelRunner(model, num_pages, max_graphed=graphed, drafts=speculate)

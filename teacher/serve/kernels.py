@@ -48,6 +48,10 @@ class KernelOperations:
         experts, groups = config.n_routed_experts, config.n_group
         self._routes_fit = _is_power_of_two(experts) and _is_power_of_two(groups) and experts >= 2 * groups
 
+    @property
+    def graphable(self) -> bool:
+        return self._device.type == "cuda" and self._decode_fits and self._routes_fit
+
     def plan(self, decodes: Decodes) -> Plan:
         widest = max(len(pages) for pages in decodes.pages)
         pages_BQ = torch.tensor([pages + [0] * (widest - len(pages)) for pages in decodes.pages], dtype=torch.int32)

@@ -11,20 +11,32 @@ N nope, R rope, C latent, E = C + R, V value, K experts a token, Z sampled rows.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from teacher.kernels.device import has_fp8
 from teacher.kernels.mla_prefill import Widths, prefers_absorbed
+from teacher.model.block_checkpoint import load_blocks, unfit_for_fp8
+from teacher.model.checkpoint import is_fp8_folder, load_checkpoint
+from teacher.model.config import read_config
 from teacher.model.mla import LATENT_NORM_EPS
 from teacher.model.transformer import DeepseekV3
 from teacher.serve.cache import CacheShape
 from teacher.serve.operations import Operations, gathered, operations_for
 from teacher.serve.products import fp32_product, products_for
 from teacher.serve.step import Decodes, PromptChunk, Step
-from teacher.serve.weights import AttentionWeights, InferenceWeights, LayerWeights, MLPWeights, fuse_weights
+from teacher.serve.weights import (
+    AttentionWeights,
+    InferenceWeights,
+    LayerWeights,
+    MLPWeights,
+    fuse_entries,
+    fuse_weights,
+)
 
 
 class LatentModel:
@@ -39,7 +51,7 @@ class LatentModel:
         self.max_positions = config.max_position_embeddings
         self.cache_shape = CacheShape(config.num_hidden_layers, config.kv_lora_rank + config.qk_rope_head_dim)
         self.num_draft_layers = 0 if weights.mtp is None else 1
-        self.extent = self.operations.extent
+        self.extent, self.graphable = self.operations.extent, self.operations.graphable
         self._widths = Widths(
             num_heads=config.num_attention_heads,
             nope=config.qk_nope_head_dim,
@@ -51,6 +63,20 @@ class LatentModel:
     @classmethod
     def of(cls, model: DeepseekV3, *, with_mtp: bool = False) -> LatentModel:
         return cls(fuse_weights(model, with_mtp=with_mtp))
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> LatentModel:
+        """A checkpoint folder: in FP32 on a CPU; on a GPU in FP8 if folder, widths and GPU are for it, else in BF16."""
+        if device.type == "cpu":
+            return cls.of(load_checkpoint(folder))
+        if has_fp8(device) and is_fp8_folder(folder) and unfit_for_fp8(read_config(folder)) is None:
+            return cls(fuse_entries(*load_blocks(folder, device)))
+        return cls.of(load_checkpoint(folder, torch.bfloat16).to(device))
+
+    @property
+    def precision(self) -> str:
+        """Of products: float32, bfloat16 or fp8."""
+        return "fp8" if self.weights.is_fp8 else str(self.dtype).removeprefix("torch.")
 
     def plan(self, decodes: Decodes) -> Any:
         return self.operations.plan(decodes)
@@ -129,9 +155,12 @@ class LatentModel:
 
     def _absorb(self, w: AttentionWeights, q_MHD: Tensor) -> Tensor:
         """q.(W_UK c) = (W_UK^T q).c: attention runs on the cache itself, all heads sharing one key of C + R numbers."""
-        q_nope, q_rope = q_MHD.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=2)
-        q_HMC = torch.bmm(q_nope.transpose(0, 1), w.w_uk_HNC)
-        return torch.cat((q_HMC.transpose(0, 1), q_rope), dim=2)
+        config = self.config
+        q_nope, q_rope = q_MHD.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=2)
+        query_MHE = q_MHD.new_empty(*q_MHD.shape[:2], config.kv_lora_rank + config.qk_rope_head_dim)
+        torch.bmm(q_nope.transpose(0, 1), w.w_uk_HNC, out=query_MHE[..., : config.kv_lora_rank].transpose(0, 1))
+        query_MHE[..., config.kv_lora_rank :] = q_rope
+        return query_MHE
 
     def _unabsorb(self, w: AttentionWeights, out_MHC: Tensor) -> Tensor:
         num_rows, num_heads, _ = out_MHC.shape

@@ -19,6 +19,7 @@ from teacher.serve.weights import AttentionWeights, InferenceWeights, MoEWeights
 
 
 class Operations(Protocol):
+    graphable: bool  # nothing of a step of decoding sequences waits for the device, or depends on its numbers
     extent: int  # pages of one sequence that lie together, where the block manager can have it so
 
     def plan(self, decodes: Decodes) -> Any:

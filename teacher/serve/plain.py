@@ -73,6 +73,7 @@ class Plan:
 
 
 class PlainOperations:
+    graphable = False
     extent = EXTENT
 
     def __init__(self, weights: InferenceWeights) -> None:

@@ -33,7 +33,7 @@ class ModelRunner:
         self._entries, self._draft_entries = self.cache.entries_LPSE.split((num_layers, shape.num_layers - num_layers))
         self._last: tuple[Step, Tensor] | None = None  # the step that was computed, and its hidden states
         self._graphs: DecodeGraphs | None = None
-        if max_graphed and model.device.type == "cuda":
+        if max_graphed and model.graphable:
             self._graphs = DecodeGraphs(model, self._entries, max_graphed, self._draft_entries if drafts else None)
 
     @torch.inference_mode()
