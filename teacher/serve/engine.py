@@ -12,8 +12,8 @@ from teacher.kernels.mla_cache import PAGE
 from teacher.serve.architecture import Architecture
 from teacher.serve.block_manager import BlockManager
 from teacher.serve.cache import default_num_pages
-from teacher.serve.runner import ModelRunner, with_drafts
-from teacher.serve.sampler import choose, score
+from teacher.serve.runner import ModelRunner, Outcome, with_drafts
+from teacher.serve.sampler import score
 from teacher.serve.scheduler import Chunk, Scheduler
 from teacher.serve.sequence import Key, Sequence
 from teacher.serve.speculation import draft, take
@@ -112,7 +112,7 @@ class Engine:
         elif launched is not None:
             self._take(launched)
             if self.speculate:
-                draft(self.runner, chunks, self.max_positions)
+                draft(self.runner, chunks, self.max_positions, launched.drafts())
         ended, self._ended = self._ended, []
         return ended
 
@@ -141,18 +141,16 @@ class Engine:
         self.scheduler.remove(sequence)
 
     def _launch(self, chunks: list[Chunk[Any]]) -> _Launched:
-        before = None if self._under_way is None else self._under_way.tokens_Z
-        logits_ZV = self.runner.run(chunks, self.blocks.take_copies(), before)
-        places = [(chunk.sequence, ahead) for chunk in chunks for ahead in range(chunk.num_sampled)]
-        uniform = [sequence.uniform(ahead + sequence.num_expected) for sequence, ahead in places]
-        tokens_Z = choose(logits_ZV, uniform, [sequence.draw for sequence, _ in places])
+        before = None if self._under_way is None else self._under_way.outcome.tokens_Z
+        outcome = self.runner.run(chunks, self.blocks.take_copies(), before)
         runs_ahead = self._runs_ahead and all(chunk.sequence.may_run_ahead for chunk in chunks)
         if runs_ahead:
-            for row, (sequence, _) in enumerate(places):
+            writing = [chunk.sequence for chunk in chunks if chunk.ends_text]
+            for row, sequence in enumerate(writing):
                 sequence.expect(row)
             for chunk in chunks:
                 chunk.sequence.num_computed += chunk.count
-        return _Launched(chunks, logits_ZV, tokens_Z, runs_ahead)
+        return _Launched(chunks, outcome, runs_ahead)
 
     def _take(self, launched: _Launched) -> None:
         """What was computed counts, and whose text is in the cache gets a token, or two where its draft came true."""
@@ -180,7 +178,8 @@ class Engine:
                 self.scheduler.remove(sequence)
                 self._ended.append(sequence)
         if rows:
-            self._score(launched.logits_ZV, rows, tokens_of_rows)
+            assert launched.outcome.logits_ZV is not None
+            self._score(launched.outcome.logits_ZV, rows, tokens_of_rows)
 
     def _score(self, logits_ZV: Tensor, rows: list[tuple[int, Sequence[Any]]], tokens: list[int]) -> None:
         most = max(sequence.draw.top_logprobs for _, sequence in rows)
@@ -190,22 +189,27 @@ class Engine:
 
 
 class _Launched:
-    """A step whose tokens are on their way to the host."""
+    """A step whose tokens are on their way to the host. Logits of a graph hold until another step is launched."""
 
-    def __init__(self, chunks: list[Chunk[Any]], logits_ZV: Tensor, tokens_Z: Tensor, runs_ahead: bool) -> None:
+    def __init__(self, chunks: list[Chunk[Any]], outcome: Outcome, runs_ahead: bool) -> None:
         self.chunks = chunks
-        self.logits_ZV = logits_ZV  # of a graph: as long as no other step is launched
-        self.tokens_Z = tokens_Z
+        self.outcome = outcome
         self.runs_ahead = runs_ahead
+        tokens_Z, _, drafts_B = outcome
+        self._numbers = tokens_Z if drafts_B is None else torch.cat((tokens_Z, drafts_B))
         self._arrived: torch.cuda.Event | None = None
-        self._host = tokens_Z
         if tokens_Z.is_cuda:
-            self._host = torch.empty(tokens_Z.shape, dtype=tokens_Z.dtype, pin_memory=True)
-            self._host.copy_(tokens_Z, non_blocking=True)
+            on_device = self._numbers
+            self._numbers = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+            self._numbers.copy_(on_device, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
     def token_ids(self) -> list[int]:
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._host.tolist()
+        return self._numbers[: len(self.outcome.tokens_Z)].tolist()
+
+    def drafts(self) -> list[int] | None:
+        """A guess for each chunk's sequence, where the device has made them; to be asked for after the tokens."""
+        return None if self.outcome.drafts_B is None else self._numbers[len(self.outcome.tokens_Z) :].tolist()
