@@ -77,6 +77,10 @@ def alone(model: DeepseekV3) -> dict[int, Any]:
         {"max_chunk": 65, "num_pages": 8},
         {"num_pages": 8, "prefix_caching": False},
         {"num_pages": 8, "max_step_tokens": 20},
+        {"run_ahead": True},
+        {"run_ahead": True, "batch_size": 3, "max_chunk": 7},
+        {"run_ahead": True, "max_chunk": 65, "num_pages": 8},
+        {"run_ahead": True, "num_pages": 8, "max_step_tokens": 20, "prefix_caching": False},
     ],
     ids=str,
 )
@@ -177,8 +181,8 @@ def agrees_with_plain(
         weights = fuse_weights(model, with_mtp=speculate)
         served = LatentModel(weights, form(weights))
         engine = Engine(served, batch_size=4, eos_token_ids=(), max_chunk=40, num_pages=16, speculate=speculate)
-        run, seen = engine.runner.run, []
-        engine.runner.run = lambda *given, run=run, seen=seen: seen.append(run(*given)) or seen[-1]
+        logits_of, seen = engine.runner.logits, []
+        engine.runner.logits = lambda *given, f=logits_of, seen=seen: seen.append(f(*given)) or seen[-1]
         prompts = [[7] * 90, [7] * 90, [*[7] * 64, 1, 2], [3, 4], [5] * 70][:num_prompts]
         texts.append(
             written(engine, [Sequence(n, prompt, max_tokens=num_tokens, seed=0) for n, prompt in enumerate(prompts)])
