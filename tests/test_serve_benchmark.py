@@ -36,7 +36,7 @@ def test_the_program_prints_a_table_and_writes_it(tmp_path: Path) -> None:
 
 
 def test_the_floor_of_a_step_counts_what_must_be_read() -> None:
-    """By hand for one sequence: attention, a dense layer, eight experts and the shared one of an MoE layer, the head."""
+    """By hand for one sequence: attention, a dense layer, nine experts of each MoE layer, latents, the head."""
     scale = v3.scale(moe_layers=2, batches=[1], toy=False)
     attention = 7168 * (1536 + 576) + 1536 * 128 * 192 + 128 * 128 * 7168 + 2 * 128 * 512 * 256
     expert = 3 * 7168 * 2048
