@@ -44,13 +44,13 @@ class Planned(NamedTuple):
 
 
 @triton.jit
-def _row(inbox_ptr, distances_ptr, peer, row, ROW_BYTES: tl.constexpr):
+def peer_row(inbox_ptr, distances_ptr, peer, row, ROW_BYTES: tl.constexpr):
     distance = tl.multiple_of(tl.load(distances_ptr + peer), 16)
     return inbox_ptr + (distance + row.to(tl.int64) * ROW_BYTES)
 
 
 @triton.jit
-def _as(row_ptr, dtype: tl.constexpr):
+def typed(row_ptr, dtype: tl.constexpr):
     return row_ptr.to(tl.pointer_type(dtype), bitcast=True)
 
 
@@ -79,11 +79,11 @@ def _plan(
         place = tl.where(first, peer * capacity + nth[:, None], place)
         count = tl.sum(token)
         overflowed = tl.maximum(overflowed, (count > capacity).to(tl.int32))
-        row = _row(inbox_ptr, distances_ptr, peer, rank * capacity, ROW_BYTES) + TAIL
-        tl.store(_as(row, tl.int32), count)
+        row = peer_row(inbox_ptr, distances_ptr, peer, rank * capacity, ROW_BYTES) + TAIL
+        tl.store(typed(row, tl.int32), count)
     for peer in range(num_ranks):
-        row = _row(inbox_ptr, distances_ptr, peer, rank * capacity, ROW_BYTES) + TAIL + 4
-        tl.store(_as(row, tl.int32), overflowed)
+        row = peer_row(inbox_ptr, distances_ptr, peer, rank * capacity, ROW_BYTES) + TAIL + 4
+        tl.store(typed(row, tl.int32), overflowed)
     tl.store(places_ptr + pairs, place, mask=inside)
 
 
@@ -97,7 +97,7 @@ def _dispatch(
     place = tl.load(places_ptr + pair)
     if place >= 0:
         token = pair // per_token
-        row = _row(inbox_ptr, distances_ptr, place // capacity, rank * capacity + place % capacity, ROW_BYTES)
+        row = peer_row(inbox_ptr, distances_ptr, place // capacity, rank * capacity + place % capacity, ROW_BYTES)
         groups = tl.arange(0, GROUPS)
         columns = groups[:, None] * TILE + tl.arange(0, TILE)[None, :]
         inside = columns < HIDDEN
@@ -105,17 +105,17 @@ def _dispatch(
         if FP8:
             x = x.to(tl.float32)
             scale_inv, scale = scales_of(tl.maximum(tl.max(tl.abs(x), axis=1), LEAST), False)
-            tl.store(_as(row, tl.float8e4nv) + columns, to_e4m3(x * scale[:, None]), mask=inside)
-            scales_ptr = _as(row + NUMBERS, tl.float32)
+            tl.store(typed(row, tl.float8e4nv) + columns, to_e4m3(x * scale[:, None]), mask=inside)
+            scales_ptr = typed(row + NUMBERS, tl.float32)
             tl.store(scales_ptr + groups, scale_inv, mask=groups * TILE < HIDDEN)
         else:
-            tl.store(_as(row, tl.bfloat16) + columns, x, mask=inside)
+            tl.store(typed(row, tl.bfloat16) + columns, x, mask=inside)
         k = tl.arange(0, CHOICES)
         real = k < per_token
         slots = tl.load(slots_ptr + token * per_token + k, mask=real)
         weights = tl.load(weights_ptr + token * per_token + k, mask=real)
-        tl.store(_as(row + SCALES, tl.int32) + k, slots, mask=real)
-        tl.store(_as(row + SLOTS, tl.float32) + k, weights, mask=real)
+        tl.store(typed(row + SCALES, tl.int32) + k, slots, mask=real)
+        tl.store(typed(row + SLOTS, tl.float32) + k, weights, mask=real)
 
 
 @triton.jit
@@ -156,8 +156,8 @@ def _return(
     if nth < tl.load(rows_ptr + (peer * capacity).to(tl.int64) * ROW_WORDS + TAIL):
         columns = tl.arange(0, COLUMNS)
         out = tl.load(out_ptr + place.to(tl.int64) * HIDDEN + columns, mask=columns < HIDDEN)
-        row = _row(inbox_ptr, distances_ptr, peer, rank * capacity + nth, HIDDEN * 2)
-        target = _as(row, tl.bfloat16)
+        row = peer_row(inbox_ptr, distances_ptr, peer, rank * capacity + nth, HIDDEN * 2)
+        target = typed(row, tl.bfloat16)
         tl.store(target + columns, to_dtype(out.to(tl.float32), tl.bfloat16), mask=columns < HIDDEN)
 
 
