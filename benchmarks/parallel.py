@@ -4,7 +4,8 @@
 
 DeepSeek-V3's layer: hidden 7,168, 256 experts, eight a token, FP8 out and BF16 back. `low latency` (128 tokens a rank)
 runs in CUDA graphs, stored to peers' memory (symmetric) or by exchanges of a fixed size; `throughput` (4,096 tokens a
-rank) as it is called, or stored to peers' memory in CUDA graphs. Results are checked before they are timed: experts that give each token back times its weight.
+rank) as it is called, or, stored to peers' memory, in CUDA graphs. Results are checked before they are timed: experts
+that give each token back times its weight.
 Times are medians on the slowest rank. The floor is the bytes that leave a rank at the speed of a large NCCL all-to-all,
 measured in the same run. Peers are NCCL's all-to-all, once each way, of the very same bytes.
 
