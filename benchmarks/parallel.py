@@ -369,7 +369,7 @@ def elapsed_us(device: torch.device, run: Callable[[], object]) -> float:
 
 def print_table(result: dict[str, Any], rows: list[Row]) -> None:
     print(f"\n{result['device']}, torch {result['torch']}, NCCL {result['nccl']}, {result['sizes']} sizes")
-    form = "{:26s} {:>5s}  {:26s} {:>10s} {:>9s} {:>7s} {:>8s}  {}"
+    form = "{:30s} {:>5s}  {:26s} {:>10s} {:>9s} {:>7s} {:>8s}  {}"
     print(form.format("what", "ranks", "shape", "us", "floor us", "GB/s", "error", "peers (us)"))
     for row in rows:
         cells = [f"{value:.1f}" if value else "-" for value in (row.us, row.floor_us, row.gb_per_s)]

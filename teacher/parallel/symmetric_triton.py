@@ -130,7 +130,8 @@ def _dispatch(
     groups = tl.arange(0, GROUPS)
     columns = groups[:, None] * TILE + tl.arange(0, TILE)[None, :]
     inside = columns < HIDDEN
-    x = tl.load(x_ptr + token.to(tl.int64) * HIDDEN + columns, mask=inside & (token + columns * 0 < num_tokens), other=0.0)
+    there = inside & (token + columns * 0 < num_tokens)
+    x = tl.load(x_ptr + token.to(tl.int64) * HIDDEN + columns, mask=there, other=0.0)
     if FP8:
         scale_inv, scale = scales_of(tl.maximum(tl.max(tl.abs(x.to(tl.float32)), axis=1), LEAST), False)
         numbers = to_e4m3(x.to(tl.float32) * scale[:, None])
