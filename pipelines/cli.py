@@ -114,6 +114,10 @@ def serve(
     max_waiting: Annotated[
         int | None, typer.Option(min=1, help="samples that may wait at a native server; more are refused with 429")
     ] = None,
+    reasoning_parser: Annotated[
+        str | None, typer.Option(metavar="NAME", help="deepseek_r1: a native server's answers have reasoning_content")
+    ] = None,
+    end_loops: Annotated[bool, typer.Option("--end-loops", help="a native server ends texts that loop")] = False,
     node_rank: Annotated[int, typer.Option(min=0, help="which node of a vLLM plan this one is")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every node's vLLM command, start nothing")] = False,
 ) -> None:
@@ -125,9 +129,15 @@ def serve(
             for command in launch_plan(_load(recipe, set_), host=host, port=port):
                 typer.echo(command)
         else:
-            loaded = _load(recipe, set_)
             serve_teacher(
-                loaded, host=host, port=port, max_waiting=max_waiting, announce=typer.echo, node_rank=node_rank
+                _load(recipe, set_),
+                host=host,
+                port=port,
+                max_waiting=max_waiting,
+                reasoning_parser=reasoning_parser,
+                end_loops=end_loops,
+                announce=typer.echo,
+                node_rank=node_rank,
             )
 
 
