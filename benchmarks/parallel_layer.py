@@ -55,7 +55,7 @@ def fixed_places(ranks: Ranks, sizes: Sizes, form: FixedPlaces) -> Iterator[Row]
     ):
         in_bytes = [[count * num_bytes for count in of_peers] for of_peers in counts]
         peers = {
-            "all-to-all": all_to_all_us(ranks, *in_bytes, graph=False),
+            "all-to-all": all_to_all_us(ranks, *in_bytes, graph=True),
             "without a graph": slowest_us(ranks, run, graph=False),
         }
         leaving = sum(in_bytes[0]) - in_bytes[0][ranks.rank]
