@@ -5,9 +5,9 @@ from the end, so that the first and the last stage, with embedding and head, sha
 is torch's own; `teacher.parallel.schedules.dual_pipe_v` is the same order, for reckoning before a run.
 
 The sequence-wise balance loss (DeepSeek-V3 eq. 17-20) arises in every MoE layer, but the loss only at the end: each
-stage adds its layers' share to the gradients on the way back, so that what is optimised is the sum of the micro-batches'
-losses plus `balance_weight` times that of the balance losses. Without functions for overlapped steps torch runs a forward and a
-backward that `dualpipev` pairs one after the other.
+stage adds its layers' share to the gradients on the way back, so that what is optimised is the sum of the
+micro-batches' losses plus `balance_weight` times that of the balance losses. Without functions for overlapped steps
+torch runs a forward and a backward that `dualpipev` pairs one after the other.
 
 Shape legend: B sequences of a micro-batch, T positions, D hidden, V vocabulary.
 """

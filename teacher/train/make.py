@@ -22,8 +22,9 @@ from teacher.model.config import DeepseekV3Config
 from teacher.model.counts import count_parameters
 from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
+from teacher.train.config import PretrainConfig
 from teacher.train.corpus import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, PAD, USER, build_corpus, make_tokenizer
-from teacher.train.pretrain import PretrainConfig, Pretraining
+from teacher.train.pretrain import Pretraining
 from teacher.train.sample import sampled_accuracy
 
 RECIPE = Path(__file__).with_name("pico.yaml")

@@ -28,9 +28,10 @@ from teacher.model.checkpoint import load_checkpoint
 from teacher.model.config import DeepseekV3Config
 from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
+from teacher.train.config import PretrainConfig
 from teacher.train.corpus import ASSISTANT, BOS, EOS, PAD, USER, build_corpus, make_tokenizer
 from teacher.train.make import load_pretrain_config, make_teacher
-from teacher.train.pretrain import PretrainConfig, Pretraining
+from teacher.train.pretrain import Pretraining
 from teacher.train.sample import sampled_accuracy
 
 VOCAB_SIZE = 512
