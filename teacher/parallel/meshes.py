@@ -25,7 +25,7 @@ class Meshes:
 
     `pipeline`: ranks that differ in the stage alone; `replicas`: those of the stage, (copy, expert rank) in order;
     `copies`: those with the same experts; `experts`: the expert group; `ends`: the pipeline's first and last rank,
-    where this is one of two. `by_replica` is the mesh of `replicas` [dp * ep], `by_expert` that of the same ranks
+    where this is one of them and they are two. `by_replica` is the mesh of `replicas` [dp * ep], `by_expert` that of the same ranks
     as [dp, ep].
     """
 
@@ -86,7 +86,7 @@ def formed(layout: Layout, ranks: Ranks, *, timeout_s: float) -> Meshes:
     replicas = own(grid.flatten(1))
     at = layout.coordinates(ranks.rank)
     ends = None
-    if layout.pp > 1:
+    if layout.num_stages == layout.pp > 1:  # in a V both ends are on one rank
         pairs = grid[[0, -1]].flatten(1).T.tolist()
         for pair in pairs:
             group = dist.new_group(pair, timeout=timedelta(seconds=timeout_s))
