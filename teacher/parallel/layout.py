@@ -98,8 +98,7 @@ class Layout(Config):
             "layout.microbatches": rows_per_step % (self.num_replicas * self.microbatches)
             and f"rows_per_step {rows_per_step} does not divide among dp {self.dp} x ep {self.ep} x "
             f"{self.microbatches} micro-batches",
-            "layout.schedule": STAGES_PER_RANK[self.schedule] > 1
-            and self.microbatches < self.num_stages
+            "layout.schedule": self.microbatches < self.num_stages
             and f"{self.schedule} needs a micro-batch a stage, {self.num_stages}, got {self.microbatches}",
             "layout.dispatch": self.dispatch == "fp8"
             and model.hidden_size % 128

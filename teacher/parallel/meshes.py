@@ -25,8 +25,8 @@ class Meshes:
 
     `pipeline`: ranks that differ in the stage alone; `replicas`: those of the stage, (copy, expert rank) in order;
     `copies`: those with the same experts; `experts`: the expert group; `ends`: the pipeline's first and last rank,
-    where this is one of them and they are two. `by_replica` is the mesh of `replicas` [dp * ep], `by_expert` that of the same ranks
-    as [dp, ep].
+    where this is one of them and they are two. `by_replica` is the mesh of `replicas` [dp * ep], `by_expert` that of
+    the same ranks as [dp, ep].
     """
 
     layout: Layout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,25 +79,48 @@ def spread_run(ranks: Ranks, config: PretrainConfig, folder: Path | None = None)
     return SpreadPretraining(part, rows(), config, meshes, checkpoint_dir=folder, log_every=1)
 
 
-def trained(
-    ranks: Ranks, config: PretrainConfig, folder: Path | None = None
-) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """Log, this rank's weights and biases, and its parts of the moments."""
+class Trained(NamedTuple):
+    """What a rank has at the end: its log, its weights and biases, and its parts of the moments."""
+
+    log: list[dict[str, float]]
+    held: dict[str, torch.Tensor]
+    moments: dict[str, tuple[slice, torch.Tensor, torch.Tensor]]
+
+
+def trained(ranks: Ranks, config: PretrainConfig, folder: Path | None = None) -> Trained:
     run = spread_run(ranks, config, folder)
     run.run(silent())
+    return state_of(run)
+
+
+def state_of(run: SpreadPretraining) -> Trained:
     held = {name: tensor.clone() for name, tensor in run.model.state_dict().items() if not tensor.is_meta}
-    return run.log, held, {part.name: (part.exp_avg, part.exp_avg_sq) for part in run.optimizer.parts}
+    parts = {part.name: (part.own, part.exp_avg.clone(), part.exp_avg_sq.clone()) for part in run.optimizer.parts}
+    return Trained(run.log, held, parts)
 
 
-def joined(layout: Layout, held: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def joined(layout: Layout, results: list[Trained]) -> dict[str, torch.Tensor]:
     """The whole model's weights out of those of all ranks; what several hold must be the same to the last bit."""
     whole: dict[str, torch.Tensor] = {}
     stacks: dict[str, dict[int, torch.Tensor]] = {}
-    for rank, of_rank in enumerate(held):
-        for name, tensor in of_rank.items():
-            known, key = (
-                (stacks.setdefault(name, {}), layout.coordinates(rank).ep) if ".experts." in name else (whole, name)
-            )
+    for rank, of_rank in enumerate(results):
+        ep = layout.coordinates(rank).ep
+        for name, tensor in of_rank.held.items():
+            known, key = (stacks.setdefault(name, {}), ep) if ".experts." in name else (whole, name)
             assert key not in known or torch.equal(known[key], tensor), f"{name} on rank {rank}"
             known[key] = tensor
     return whole | {name: torch.cat([of[ep] for ep in sorted(of)]) for name, of in stacks.items()}
+
+
+def joined_moments(layout: Layout, results: list[Trained]) -> dict[str, torch.Tensor]:
+    """Both moments of every parameter, [2, rows, columns], out of the parts; every number must be there."""
+    shapes = {name: tensor.shape for name, tensor in joined(layout, results).items()}
+    whole: dict[str, torch.Tensor] = {}
+    for rank, of_rank in enumerate(results):
+        for name, (columns, *moments) in of_rank.moments.items():
+            num_rows = shapes[name][0] if ".experts." in name else 1
+            target = whole.setdefault(name, torch.full((2, num_rows, shapes[name].numel() // num_rows), torch.nan))
+            first = layout.coordinates(rank).ep * len(moments[0]) if ".experts." in name else 0
+            target[:, first : first + len(moments[0]), columns] = torch.stack(moments).float()
+    assert not any(tensor.isnan().any() for tensor in whole.values())
+    return whole

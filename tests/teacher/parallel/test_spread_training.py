@@ -31,11 +31,11 @@ def test_any_layout_learns_what_one_process_does(tmp_path, layout, wanted) -> No
     results = run_ranks(trained, config.layout.num_ranks, tmp_path, config)
     log, weights = wanted
     assert log[-1]["loss"] < 0.6 * log[0]["loss"]  # there was something to learn
-    for of_rank, _, _ in results:
-        for row, one in zip(of_rank, log, strict=True):
+    for of_rank in results:
+        for row, one in zip(of_rank.log, log, strict=True):
             for key in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
                 assert row[key] == pytest.approx(one[key], rel=1e-3, abs=2e-4), (row["step"], key)
-    whole = joined(config.layout, [held for _, held, _ in results])
+    whole = joined(config.layout, results)
     assert set(whole) == set(weights)
     for name, tensor in whole.items():
         torch.testing.assert_close(tensor, weights[name], atol=2e-3, rtol=1e-3, msg=name)
