@@ -20,7 +20,7 @@ def runs_kernels(tensor: Tensor) -> bool:
         return False
     if os.environ.get("TRITON_INTERPRET") == "1":
         return True
-    return tensor.is_cuda and _has_fp8(tensor.device.index)
+    return has_fp8(tensor.device)
 
 
 @cache
@@ -45,5 +45,5 @@ def _has_triton() -> bool:
 
 
 @cache
-def _has_fp8(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= FP8_CAPABILITY
+def has_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY

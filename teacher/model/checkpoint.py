@@ -72,6 +72,11 @@ def load_checkpoint(folder: Path | str, dtype: torch.dtype = torch.float32) -> D
     return model.eval()
 
 
+def is_fp8_folder(folder: Path | str) -> bool:
+    """Whether its config.json says that matrices are in blocks of FP8."""
+    return read_config_json(Path(folder)).get("quantization_config") is not None
+
+
 def judged(
     folder: Path, config: DeepseekV3Config, shapes: dict[str, Shape]
 ) -> tuple[dict[str, StoredTensor], dict[str, tuple[Place, Shape]]]:

@@ -6,8 +6,8 @@ that follow each other make a piece, and pieces that follow each other at the di
 shorter ones masked. A page that several sequences share is one piece with all their queries. Where a sequence has
 several pieces, their results are joined by their log-sum-exps (FlashDecoding; FlashAttention arXiv 2205.14135 s.3.1).
 
-Shape legend: B sequences, H heads, C latent, R rope, E = C + R, P pages, S places a page, N pieces of a call, W
-sequences that share a piece, U positions.
+Shape legend: B sequences, T queries of each, H heads, C latent, R rope, E = C + R, P pages, S places a page, N pieces
+of a call, W sequences that share a piece, U positions.
 """
 
 from __future__ import annotations
@@ -29,25 +29,32 @@ from teacher.serve.weights import AttentionWeights, InferenceWeights, MoEWeights
 EXTENT = 4
 # What a call costs beside its arithmetic, in positions of one sequence: 15 us and 0.3 us at pico's widths.
 _CALL_POSITIONS = 48
+# Finite, since a sequence's first query may see nothing of its last piece: minus infinity would give it no number, and
+# this gives it a weight of zero where pieces are joined.
+_HIDDEN = -1e30
 
 
 class Piece(NamedTuple):
-    """Positions that lie in consecutive pages of one extent, and the sequences (rows) that attend to them."""
+    """Positions that lie in consecutive pages of one extent, and the sequences (rows) that attend to them.
+
+    The last `num_hidden` of them are later than a sequence's first query.
+    """
 
     page: int
     length: int
     rows: tuple[int, ...]
+    num_hidden: int = 0
 
 
 @dataclass(frozen=True)
 class Call:
-    """Attention of [N, W * H] queries over N pieces, an extent apart; `bias` hides what is beyond a piece's length."""
+    """Attention of [N, W * T * H] queries over N pieces, an extent apart; `bias` hides what a query must not see."""
 
     page: int
     num_pieces: int
     num_positions: int
     rows: slice | Tensor
-    bias_N11U: Tensor | None
+    bias_N1XU: Tensor | None  # X is W * T * H, or 1 where it is the same for all
 
     def keys(self, cache_PSE: Tensor) -> Tensor:
         """A view, [N, 1, U, E]."""
@@ -66,6 +73,7 @@ class Plan:
 
 
 class PlainOperations:
+    graphable = False
     extent = EXTENT
 
     def __init__(self, weights: InferenceWeights) -> None:
@@ -75,12 +83,12 @@ class PlainOperations:
         self._dtype = weights.embedding.dtype
 
     def plan(self, decodes: Decodes) -> Plan:
-        calls = [self._call(group) for group in group_pieces(find_pieces(decodes))]
+        calls = [self._call(group, decodes.num_queries) for group in group_pieces(find_pieces(decodes))]
         rows = [row for group in calls for row in group[1]]
         in_place = rows == list(range(len(decodes)))
         return Plan([call for call, _ in calls], None if in_place else torch.tensor(rows))
 
-    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Plan:
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor, num_queries: int) -> Plan:
         raise NotImplementedError("attention on a CPU is planned by the pages' numbers")
 
     def rotate(self, query_MHD: Tensor, step: Step) -> None:
@@ -95,13 +103,15 @@ class PlainOperations:
         latent = F.rms_norm(latent, (self._latent,), weights.kv_norm, LATENT_NORM_EPS)
         cache_PSE.flatten(0, 1).index_copy_(0, step.slots_M, torch.cat((latent, k_rope), dim=1))
 
-    def decode(self, query_BHE: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
+    def decode(self, query_BTHE: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
+        query_BHE = query_BTHE.flatten(1, 2)  # to a piece a sequence's queries are so many heads more
         parts = [self._attend(call, query_BHE, cache_PSE) for call in plan.calls]
-        outs_ZHE = torch.cat([out for out, _ in parts]) if len(parts) > 1 else parts[0][0]
-        if plan.rows is None:
-            return outs_ZHE[..., : self._latent]
-        lses_ZH = torch.cat([lse for _, lse in parts]) if len(parts) > 1 else parts[0][1]
-        return _join(outs_ZHE[..., : self._latent], lses_ZH, plan.rows, len(query_BHE))
+        out = torch.cat([out for out, _ in parts]) if len(parts) > 1 else parts[0][0]
+        out = out[..., : self._latent]
+        if plan.rows is not None:
+            lses_ZH = torch.cat([lse for _, lse in parts]) if len(parts) > 1 else parts[0][1]
+            out = _join(out, lses_ZH, plan.rows, len(query_BHE))
+        return out.unflatten(1, query_BTHE.shape[1:3])
 
     def absorbed(self, query_THE: Tensor, cache_PSE: Tensor, chunk: PromptChunk) -> Tensor:
         keys = gathered(cache_PSE, chunk)[None, None]
@@ -126,16 +136,26 @@ class PlainOperations:
         load_E = torch.bincount(indices_MK.flatten(), minlength=weights.down_EID.shape[0])
         return indices_MK, gates_MK, load_E.cumsum(0).to(torch.int32)
 
-    def _call(self, pieces: list[Piece]) -> tuple[Call, list[int]]:
+    def _call(self, pieces: list[Piece], num_queries: int) -> tuple[Call, list[int]]:
         rows = [row for piece in pieces for row in piece.rows]
         lengths = [piece.length for piece in pieces]
         longest, bias = max(lengths), None
-        if min(lengths) < longest:
+        if any(piece.num_hidden for piece in pieces):
+            bias = self._bias_a_query(pieces, num_queries, longest)
+        elif min(lengths) < longest:
             hidden_NU = torch.arange(longest) >= torch.tensor(lengths)[:, None]
-            bias = torch.zeros(hidden_NU.shape, dtype=self._dtype).masked_fill_(hidden_NU, float("-inf"))[:, None, None]
+            bias = torch.zeros(hidden_NU.shape, dtype=self._dtype).masked_fill_(hidden_NU, _HIDDEN)[:, None, None]
         consecutive = rows == list(range(rows[0], rows[0] + len(rows)))
         index = slice(rows[0], rows[0] + len(rows)) if consecutive else torch.tensor(rows)
         return Call(pieces[0].page, len(pieces), longest, index, bias), rows
+
+    def _bias_a_query(self, pieces: list[Piece], num_queries: int, longest: int) -> Tensor:
+        seen = [[piece.length - max(piece.num_hidden - query, 0) for query in range(num_queries)] for piece in pieces]
+        hidden_NTU = torch.arange(longest) >= torch.tensor(seen)[:, :, None]
+        bias_NTU = torch.zeros(hidden_NTU.shape, dtype=self._dtype).masked_fill_(hidden_NTU, _HIDDEN)
+        num_sequences, heads = len(pieces[0].rows), self._config.num_attention_heads
+        shape = len(pieces), num_sequences, num_queries, heads, longest
+        return bias_NTU[:, None, :, None].expand(shape).flatten(1, 3)[:, None]
 
     def _attend(self, call: Call, query_BHE: Tensor, cache_PSE: Tensor) -> tuple[Tensor, Tensor]:
         """[N * W, H, E] and the logarithm of the exponential sum, [N * W, H]; whole entries serve as values: so torch's
@@ -143,13 +163,13 @@ class PlainOperations:
         keys = call.keys(cache_PSE)
         query = query_BHE[call.rows].reshape(call.num_pieces, 1, -1, keys.shape[3])
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, keys, keys, 0.0, False, attn_mask=call.bias_N11U, scale=1.0
+            query, keys, keys, 0.0, False, attn_mask=call.bias_N1XU, scale=1.0
         )
         return out.reshape(-1, *query_BHE.shape[1:]), lse.reshape(-1, query_BHE.shape[1])
 
 
 def find_pieces(decodes: Decodes) -> list[Piece]:
-    """In the order of their pages."""
+    """In the order of their pages, for one query a sequence or two."""
     owners: dict[int, list[int]] = {}
     lengths: dict[int, int] = {}
     for row, (pages, length) in enumerate(zip(decodes.pages, decodes.lengths, strict=True)):
@@ -159,12 +179,13 @@ def find_pieces(decodes: Decodes) -> list[Piece]:
     pieces: list[Piece] = []
     for page in sorted(owners):
         rows, length = tuple(owners[page]), lengths.get(page, PAGE)
+        num_hidden = decodes.num_queries - 1 if page in lengths else 0
         if page % EXTENT and pieces:
             before = pieces[-1]
             if before.rows == rows and before.page * PAGE + before.length == page * PAGE:
-                pieces[-1] = Piece(before.page, before.length + length, rows)
+                pieces[-1] = Piece(before.page, before.length + length, rows, num_hidden)
                 continue
-        pieces.append(Piece(page, length, rows))
+        pieces.append(Piece(page, length, rows, num_hidden))
     return pieces
 
 

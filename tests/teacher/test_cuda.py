@@ -7,13 +7,18 @@ import torch
 from v3_models import tiny_config
 
 from teacher.model.balance import update_bias
+from teacher.model.block_checkpoint import load_blocks
 from teacher.model.checkpoint import load_checkpoint
 from teacher.model.experts import routed_experts
 from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
 from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
+from teacher.serve.runner import ModelRunner
+from teacher.serve.scheduler import Chunk
 from teacher.serve.sequence import Sequence
+from teacher.serve.step import in_order
+from teacher.serve.weights import fuse_entries
 
 PICO = Path(__file__).resolve().parents[2] / "teacher" / "pico"
 # BF16 operands with FP32 accumulation: between 1e-3 and 1e-2 of the norm.
@@ -85,3 +90,43 @@ def test_the_engine_on_cuda_writes_what_it_writes_on_the_cpu():
     agree = sum(written[0][i] == written[1][i] for i in range(len(prompts)))
     # FP32 on both sides; odd prompts make near ties, which another order of summation may turn.
     assert agree >= len(prompts) - 2
+
+
+def written_on_cuda(model: LatentModel, **features: object) -> dict[int, list[int]]:
+    engine = Engine(model, batch_size=8, eos_token_ids=(2,), **features)
+    prompts = [[1, 3, *range(20 + i, 40 + 3 * i), 4] for i in range(12)]
+    sequences = [Sequence(i, prompt, max_tokens=100, seed=i) for i, prompt in enumerate(prompts)]
+    return {sequence.key: sequence.generated_ids for sequence in engine.run(sequences)}
+
+
+@pytest.mark.parametrize("features", [{}, {"num_pages": 10, "max_chunk": 16}], ids=["roomy", "tight"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_graphs_write_what_kernel_by_kernel_launches_write(fp8: bool, features: dict[str, int]) -> None:
+    """Batches shrink as sequences end, so several graphs serve. Padding takes other products: near ties may turn."""
+    if fp8:
+        model = LatentModel.load(PICO, torch.device("cuda"), with_mtp=True)
+        assert model.precision == "fp8"
+    else:
+        model = LatentModel.of(load_checkpoint(PICO, torch.bfloat16).to("cuda"), with_mtp=True)
+    with_graphs, without = (written_on_cuda(model, cuda_graphs=on, **features) for on in (True, False))
+    assert sum(with_graphs[key] == without[key] for key in without) >= len(without) - 2
+    waiting = written_on_cuda(model, run_ahead=False, **features)
+    assert waiting == with_graphs
+    drafting = written_on_cuda(model, speculate=True, **features)
+    assert sum(drafting[key] == without[key] for key in without) >= len(without) - 4  # two rows: other products again
+
+
+def test_fp8_on_cuda_writes_what_its_twins_write() -> None:
+    cpu = LatentModel(fuse_entries(*load_blocks(PICO, torch.device("cpu"))))
+    gpu = LatentModel(fuse_entries(*load_blocks(PICO, torch.device("cuda"))))
+    logits = []
+    for model in (cpu, gpu):
+        runner = ModelRunner(model, 4, max_graphed=2)
+        sequences = [Sequence(i, [1, 3, *range(20, 60 - i), 4], 9, 0, pages=[2 - i]) for i in range(2)]
+        first = runner.logits(in_order([Chunk(s, s.num_left) for s in sequences]), [])
+        for sequence in sequences:
+            sequence.num_computed = sequence.num_tokens
+            sequence.generated_ids.append(25)
+        logits.append(torch.cat((first, runner.logits(in_order([Chunk(s, 1) for s in sequences]), []))).cpu())
+    # Attention and absorbed factors are BF16 on both, in other orders; E4M3 rounds what differs to 2^-4 at times.
+    assert relative(logits[1], logits[0]) < 5e-2
