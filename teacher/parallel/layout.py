@@ -50,6 +50,7 @@ class Layout(Config):
     microbatches: int = Field(1, ge=1, description="parts of a rank's batch that are in the pipeline one after another")
     dispatch: Form = "fp8"
     combine: Literal["bf16", "fp32"] = "bf16"
+    timeout_s: float = Field(50.0, gt=0, description="how long a rank waits for another before it takes it for lost")
 
     @property
     def num_ranks(self) -> int:

@@ -50,24 +50,20 @@ class Meshes:
 
 @contextmanager
 def opened_meshes(
-    layout: Layout,
-    *,
-    rank: int,
-    init_method: str,
-    device: torch.device | str = "cpu",
-    timeout_s: float = 30.0,
+    layout: Layout, *, rank: int, init_method: str, device: torch.device | str = "cpu"
 ) -> Iterator[Meshes]:
     """Join the other ranks of `layout` at `init_method` and form its groups; leave them at the end.
 
-    Raises EnvironmentFault where they do not come within `timeout_s`.
+    Raises EnvironmentFault where they do not come within the layout's time-out.
     """
+    timeout_s = layout.timeout_s
     with opened_ranks(
         rank=rank, num_ranks=layout.num_ranks, init_method=init_method, device=device, timeout_s=timeout_s
     ) as ranks:
-        yield formed(layout, ranks, timeout_s=timeout_s)
+        yield formed(layout, ranks)
 
 
-def formed(layout: Layout, ranks: Ranks, *, timeout_s: float) -> Meshes:
+def formed(layout: Layout, ranks: Ranks) -> Meshes:
     """The layout's groups out of the world of `ranks`. Collective: every rank makes every group, in one order."""
     grid = torch.arange(layout.num_ranks).view(layout.pp, layout.dp, layout.ep)
 
@@ -75,7 +71,7 @@ def formed(layout: Layout, ranks: Ranks, *, timeout_s: float) -> Meshes:
         """Of groups that do not overlap, the one with this rank."""
         mine = None
         for members in lines.tolist():
-            group = dist.new_group(members, timeout=timedelta(seconds=timeout_s))
+            group = dist.new_group(members, timeout=timedelta(seconds=layout.timeout_s))
             mine = group if ranks.rank in members else mine
         assert mine is not None
         return mine
@@ -89,7 +85,7 @@ def formed(layout: Layout, ranks: Ranks, *, timeout_s: float) -> Meshes:
     if layout.num_stages == layout.pp > 1:  # in a V both ends are on one rank
         pairs = grid[[0, -1]].flatten(1).T.tolist()
         for pair in pairs:
-            group = dist.new_group(pair, timeout=timedelta(seconds=timeout_s))
+            group = dist.new_group(pair, timeout=timedelta(seconds=layout.timeout_s))
             ends = group if ranks.rank in pair else ends
     kind = ranks.device.type
     return Meshes(

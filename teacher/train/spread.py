@@ -105,6 +105,7 @@ class SpreadPretraining:
         the checkpoint is of another recipe.
         """
         first, every = self._resumed(), self.config.checkpoint.every
+        before = self.log[-1]["seconds"] if self.log else 0.0
         with progress.task("pre-training the teacher", self.config.num_steps, done=first, unit="step") as task:
             started = time.monotonic()
             for step in range(first, self.config.num_steps):
@@ -112,10 +113,13 @@ class SpreadPretraining:
                 seen = self._step(step)
                 if step % self.log_every == 0 or is_last:
                     seconds = time.monotonic() - started
-                    row = self._log_row(step, *seen, tokens_per_s=round(self._tokens(step + 1 - first) / seconds))
+                    row = self._log_row(step, *seen, {
+                        "seconds": round(before + seconds, 2),
+                        "tokens_per_s": round(self._tokens(step + 1 - first) / seconds),
+                    })  # fmt: skip
                     task.advance(0, loss=row["loss"], max_load=row["max_load"])
                 task.advance(1)
-                failpoint("step.ended", str(step))
+                failpoint("step.ended", f"{step}.{self.meshes.rank}")
                 if self.checkpoint_dir is not None and every and ((step + 1) % every == 0 or is_last):
                     self._save(step + 1)
 
@@ -160,7 +164,7 @@ class SpreadPretraining:
         return num_steps * self.config.rows_per_step * self.config.row_length
 
     def _log_row(
-        self, step: int, sums: Tensor, load_LE: Tensor | None, norm: float, *, tokens_per_s: int
+        self, step: int, sums: Tensor, load_LE: Tensor | None, norm: float, speed: dict[str, float]
     ) -> dict[str, float]:
         main, mtp, balance = sums.tolist()
         if not math.isfinite(main + mtp):
@@ -178,7 +182,7 @@ class SpreadPretraining:
             "max_load": round(float(largest), 3),
             "grad_norm": round(norm, 4),
             "lr": self.config.lr_at(step),
-            "tokens_per_s": tokens_per_s,
+            **speed,
         }
         self.log.append(row)
         return row

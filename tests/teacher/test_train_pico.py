@@ -333,6 +333,6 @@ def test_card_and_log_say_how_it_was_made(folder: Path) -> None:
 
 
 def test_the_recipe_of_the_repository_is_read_with_overrides() -> None:
-    config = load_pretrain_config(overrides={"num_steps": 5})
+    config = load_pretrain_config(overrides=["num_steps=5"])
     assert config.num_steps == 5
     assert config.architecture["kv_lora_rank"] == 512

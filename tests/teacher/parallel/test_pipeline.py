@@ -72,7 +72,7 @@ def piped(ranks: Ranks, steps: int) -> dict[str, tuple[list[float], dict[str, to
     for schedule in SCHEDULES:
         whole = model()
         layout = Layout(pp=2, schedule=schedule, microbatches=MICROBATCHES)
-        meshes = formed(layout, ranks, timeout_s=60)
+        meshes = formed(layout, ranks)
         shape, balance = (2, POSITIONS), BALANCE / MICROBATCHES
         pipeline = Pipeline(whole, meshes, loss=next_token_loss, shape=shape, balance_weight=balance)
         optimizer = torch.optim.SGD(pipeline.blocks.parameters(), lr=0.3, momentum=0.9)

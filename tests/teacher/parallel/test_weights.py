@@ -33,7 +33,7 @@ def model(**changes) -> DeepseekV3:
 
 
 def read_and_written(ranks: Ranks, layout: Layout, folder: Path, fp8: bool) -> tuple[tuple[str, ...], int, int]:
-    meshes = formed(layout, ranks, timeout_s=60)
+    meshes = formed(layout, ranks)
     part = load_part(folder, meshes)
     save_parts(part.model, folder.with_name("written"), meshes, fp8=fp8, dtype=torch.float32)
     held = sum(tensor.numel() for tensor in part.model.state_dict().values() if not tensor.is_meta)
@@ -64,7 +64,7 @@ def test_every_rank_reads_its_own_and_together_they_write_the_model(tmp_path, la
 
 def read_alone(ranks: Ranks, layout: Layout, folder: Path) -> str:
     try:
-        load_part(folder, formed(layout, ranks, timeout_s=60))
+        load_part(folder, formed(layout, ranks))
     except Exception as exc:  # noqa: BLE001 - reported to the test
         return str(exc)
     return "read"
