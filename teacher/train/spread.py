@@ -32,6 +32,7 @@ from teacher.parallel.meshes import Meshes
 from teacher.parallel.pipeline import Pipeline
 from teacher.parallel.stage import EMBEDDING, fill, own_entries, own_part
 from teacher.train import checkpoints
+from teacher.train.activations import SavedActivations
 from teacher.train.config import BETAS, IGNORED, PretrainConfig, RowOrder, cross_entropy, labels
 from teacher.train.pretrain import LOG_EVERY
 from teacher.train.zero import ZeroAdamW
@@ -84,13 +85,15 @@ class SpreadPretraining:
             balance_weight=config.balance_alpha * self._share,
             experts="grouped" if meshes.device.type == "cuda" else "sorted",
         )
+        memory = config.memory
+        SavedActivations(self.pipeline.blocks, recompute=memory.recompute, fp8=memory.activations == "fp8")
         held = {id(parameter) for parameter in self.pipeline.blocks.parameters()}
         self.optimizer = ZeroAdamW(
             {name: parameter for name, parameter in model.named_parameters() if id(parameter) in held},
             meshes,
             betas=BETAS,
             weight_decay=config.weight_decay,
-            moments=MOMENTS[config.memory.moments],
+            moments=MOMENTS[memory.moments],
             shared=EMBEDDING if model.config.num_nextn_predict_layers else None,
         )
         self.checkpoint_dir = checkpoint_dir
