@@ -1,22 +1,25 @@
-"""What each memory switch of training saves: bytes that a rank holds, on one GPU, for a stage of V3's width.
+"""What each memory switch of training saves: bytes that a rank holds, for three layers of V3's kind.
 
     python -m benchmarks.memory [--dry-run] [--out DIR]
 
-One dense layer and one MoE layer of DeepSeek-V3 with 8 of its 256 experts (a rank's share under EP32), BF16 arithmetic,
-FP32 weights, one sequence of 4,096 tokens. `kept` is what the forward pass leaves allocated for the backward pass,
-`peak` the most that a step allocates beyond weights and gradients, `moments` the optimizer's. Each row is a process's
-measurement of its own model. Results go to benchmarks/results/<gpu>/memory.json; with --dry-run, or without a GPU, the
-widths are toys and only the moments are measured, since a CPU's allocator does not say what it gave away.
+One dense layer and two MoE layers with 8 experts each, BF16 arithmetic, FP32 weights, one sequence. `kept` is what the
+forward pass leaves allocated for the backward pass, `moments` the optimizer's; on a GPU also `peak`, the most that a
+step allocates beyond weights and gradients, and the time of a step. On a GPU the widths are DeepSeek-V3's and the
+allocator is torch's; on a CPU they are smaller, with queries and values of one width, for which attention is one
+operation there, and what is allocated is asked of glibc. Results go to benchmarks/results/<device>/memory.json, with
+--dry-run (toy widths) only where --out names a folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,13 +35,18 @@ from teacher.train.config import BETAS, MemoryConfig
 from teacher.train.spread import MOMENTS
 from teacher.train.zero import ZeroAdamW
 
-GIB = 1 << 30
+MIB = 1 << 20
+M_MMAP_THRESHOLD = -3  # of <malloc.h>
 V3 = {
     "vocab_size": 1024, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
     "num_hidden_layers": 3, "num_attention_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512,
     "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 8, "num_experts_per_tok": 8,
 }  # fmt: skip
-TOY = V3 | {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 2}
+SMALL = V3 | {
+    "hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 256, "num_attention_heads": 8,
+    "q_lora_rank": 384, "qk_nope_head_dim": 64, "num_experts_per_tok": 4,
+}  # fmt: skip
+TOY = SMALL | {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 2}
 SWITCHES = {
     "none": MemoryConfig(),
     "moments bf16": MemoryConfig(moments="bf16"),
@@ -51,9 +59,9 @@ SWITCHES = {
 @dataclass
 class Row:
     switch: str
-    moments_gib: float
-    kept_gib: float | None = None
-    peak_gib: float | None = None
+    moments_mib: float
+    kept_mib: float | None = None
+    peak_mib: float | None = None
     step_ms: float | None = None
 
 
@@ -62,62 +70,83 @@ def main() -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="toy widths on the CPU; nothing is written without --out"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="instead of benchmarks/results/<gpu>")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="instead of benchmarks/results/<device>")
     arguments = parser.parse_args()
-    toy = arguments.dry_run or not torch.cuda.is_available()
-    device = torch.device("cpu" if toy else "cuda")
-    with tempfile.TemporaryDirectory() as folder:
-        store = f"file://{folder}/store"
-        with opened_meshes(
-            Layout(), rank=0, init_method=store, device=torch.device("cuda", 0) if not toy else device
-        ) as meshes:
-            rows = [measured(name, memory, meshes, toy=toy) for name, memory in SWITCHES.items()]
+    on_gpu = torch.cuda.is_available() and not arguments.dry_run
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    fields, tokens = (V3, 4096) if on_gpu else (TOY, 64) if arguments.dry_run else (SMALL, 1024)
+    config = DeepseekV3Config.model_validate(fields)
+    if not on_gpu:
+        # Blocks of 16 KiB and more by mmap: glibc counts those over all of its arenas.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 14)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        opened_meshes(Layout(), rank=0, init_method=f"file://{folder}/store", device=device) as meshes,
+    ):
+        rows = [measured(name, memory, config, tokens, meshes) for name, memory in SWITCHES.items()]
     result: dict[str, Any] = {
         "device": device_name(device),
-        "sizes": "toy" if toy else "DeepSeek-V3's width: 1 dense and 2 MoE layers, 8 experts, 4,096 tokens",
+        "sizes": {"tokens": tokens, **fields},
         "torch": torch.__version__,
-        "driver": None if toy else driver_version(),
+        "driver": driver_version() if on_gpu else None,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "rows": [asdict(row) for row in rows],
     }
     for row in rows:
         print(row)
-    if arguments.out or not toy:
+    if arguments.out or not arguments.dry_run:
         print(write_result("memory", result, device=device_name(device), folder=arguments.out))
 
 
-def measured(name: str, memory: MemoryConfig, meshes: Meshes, *, toy: bool) -> Row:
-    config = DeepseekV3Config.model_validate(TOY if toy else V3)
+def measured(name: str, memory: MemoryConfig, config: DeepseekV3Config, tokens: int, meshes: Meshes) -> Row:
+    on_gpu = meshes.device.type == "cuda"
     with meshes.device:
         model = initialise(DeepseekV3(config), generator=torch.Generator(meshes.device).manual_seed(0))
-    (block,) = pipeline_blocks(model, meshes.layout, (0,), experts="sorted" if toy else "grouped")
+    (block,) = pipeline_blocks(model, meshes.layout, (0,), experts="grouped" if on_gpu else "sorted")
     SavedActivations([block], recompute=memory.recompute, fp8=memory.activations == "fp8")
-    ids = torch.randint(0, config.vocab_size, (1, 64 if toy else 4096), device=meshes.device)
+    ids = torch.randint(0, config.vocab_size, (1, tokens), device=meshes.device)
 
     def forward() -> torch.Tensor:
-        with torch.autocast(meshes.device.type, torch.bfloat16, enabled=not toy):
+        with torch.autocast(meshes.device.type, torch.bfloat16):
             loss = block(ids).float().logsumexp(-1).mean()
         block.take_statistics()
         return loss
 
     forward().backward()  # gradients exist, kernels are compiled
-    row = Row(name, 0.0)
-    if not toy:
-        row.kept_gib, row.peak_gib, row.step_ms = activation_memory(forward)
+    before = allocated(meshes.device)
+    loss = forward()
+    row = Row(name, 0.0, (allocated(meshes.device) - before) / MIB)
+    loss.backward()
+    if on_gpu:
+        row.peak_mib, row.step_ms = step_peak(forward)
     named = dict(model.named_parameters())
     optimizer = ZeroAdamW(named, meshes, betas=BETAS, weight_decay=0.1, moments=MOMENTS[memory.moments])
-    row.moments_gib = sum(part.exp_avg.nbytes + part.exp_avg_sq.nbytes for part in optimizer.parts) / GIB
+    row.moments_mib = sum(part.exp_avg.nbytes + part.exp_avg_sq.nbytes for part in optimizer.parts) / MIB
     return row
 
 
-def activation_memory(forward: Any) -> tuple[float, float, float]:
-    """(GiB kept after the forward pass, GiB at the step's peak, its milliseconds), beyond what there was."""
-    torch.cuda.synchronize()
+class _MallInfo2(ctypes.Structure):
+    """glibc's struct mallinfo2; `hblkhd` are bytes in blocks by mmap."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_: ClassVar = [(name, ctypes.c_size_t) for name in _names]
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes in use, of torch's allocator on a GPU, else of this process in large blocks."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _MallInfo2
+    return int(mallinfo2().hblkhd)
+
+
+def step_peak(forward: Callable[[], torch.Tensor]) -> tuple[float, float]:
+    """(MiB at a step's peak beyond what there was, its milliseconds)."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    loss = forward()
-    kept = torch.cuda.memory_allocated() - before
-    loss.backward()
+    forward().backward()
     peak = torch.cuda.max_memory_allocated() - before
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -125,7 +154,7 @@ def activation_memory(forward: Any) -> tuple[float, float, float]:
         forward().backward()
     end.record()
     torch.cuda.synchronize()
-    return kept / GIB, peak / GIB, start.elapsed_time(end) / 3
+    return peak / MIB, start.elapsed_time(end) / 3
 
 
 if __name__ == "__main__":

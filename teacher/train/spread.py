@@ -150,6 +150,9 @@ class SpreadPretraining:
                 sums[2] += statistics[1].double() * self._share
         load_LE = summed_over(torch.cat(loads), self.meshes.replicas) if loads else None
         norm, sums = self.optimizer.step(step=step, lr=config.lr_at(step), max_norm=config.max_grad_norm, sums=sums)
+        main, mtp, _ = sums.tolist()
+        if not math.isfinite(main + mtp):  # seen before anything of it could be saved
+            raise TrainingFailure(f"the loss is {main} (MTP {mtp}) at step {step}; lower lr", field="lr")
         if load_LE is not None and (speed := config.bias_speed_at(step)):
             update_bias((router for block in self.pipeline.blocks for router in block.routers()), load_LE, speed)
         return sums, load_LE, norm
@@ -170,8 +173,6 @@ class SpreadPretraining:
         self, step: int, sums: Tensor, load_LE: Tensor | None, norm: float, speed: dict[str, float]
     ) -> dict[str, float]:
         main, mtp, balance = sums.tolist()
-        if not math.isfinite(main + mtp):
-            raise TrainingFailure(f"the loss is {main} (MTP {mtp}) at step {step}; lower lr", field="lr")
         largest = torch.ones(1, device=self.meshes.device)
         if load_LE is not None:
             largest[0] = (load_LE.amax(1) / load_LE.mean(1)).max()

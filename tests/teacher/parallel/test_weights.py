@@ -81,3 +81,28 @@ def test_what_is_another_ranks_is_not_even_looked_at(tmp_path) -> None:
     outcomes = run_ranks(read_alone, 4, tmp_path / "ranks", Layout(ep=4), tmp_path / "given")
     assert [outcome == "read" for outcome in outcomes] == [True, True, False, True]
     assert f"{spoiled}: holds 1 values that are not finite" in outcomes[2]
+
+
+def prompts(rank: int) -> torch.Tensor:
+    """Ranks serve sequences of their own, and unlike numbers of them."""
+    return torch.randint(0, 64, (1 + rank % 3, 5), generator=torch.Generator().manual_seed(rank))
+
+
+@torch.inference_mode()
+def greedy(model: DeepseekV3, ids: torch.Tensor) -> torch.Tensor:
+    for _ in range(6):
+        token = model(ids, with_mtp=False).logits_BTV[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat((ids, token), dim=1)
+    return ids
+
+
+def served(ranks: Ranks, layout: Layout, folder: Path) -> torch.Tensor:
+    return greedy(load_part(folder, formed(layout, ranks), decode_tokens=40).model, prompts(ranks.rank))
+
+
+def test_attention_by_rank_and_experts_over_ranks_serve_what_one_process_does(tmp_path) -> None:
+    whole = model()
+    save_checkpoint(whole, tmp_path / "given", dtype=torch.float32)
+    layout = Layout(ep=4, dispatch="fp32", combine="fp32")
+    for rank, ids in enumerate(run_ranks(served, 4, tmp_path / "ranks", layout, tmp_path / "given")):
+        assert torch.equal(ids, greedy(whole.eval(), prompts(rank)))
