@@ -114,6 +114,9 @@ def serve(
     max_waiting: Annotated[
         int | None, typer.Option(min=1, help="samples that may wait at a native server; more are refused with 429")
     ] = None,
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="a native teacher drafts a token a step with its MTP layer; same texts")
+    ] = False,
     node_rank: Annotated[int, typer.Option(min=0, help="which node of a vLLM plan this one is")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every node's vLLM command, start nothing")] = False,
 ) -> None:
@@ -125,9 +128,14 @@ def serve(
             for command in launch_plan(_load(recipe, set_), host=host, port=port):
                 typer.echo(command)
         else:
-            loaded = _load(recipe, set_)
             serve_teacher(
-                loaded, host=host, port=port, max_waiting=max_waiting, announce=typer.echo, node_rank=node_rank
+                _load(recipe, set_),
+                host=host,
+                port=port,
+                max_waiting=max_waiting,
+                announce=typer.echo,
+                node_rank=node_rank,
+                speculate=speculate,
             )
 
 

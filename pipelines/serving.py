@@ -24,17 +24,21 @@ def serve_teacher(
     max_waiting: int | None = None,
     announce: Callable[[str], object],
     node_rank: int = 0,
+    speculate: bool = False,
 ) -> None:
     """Serve until SIGINT or SIGTERM; `announce` is told the address. `node_rank`: which node of a vLLM plan this is;
-    `max_waiting` bounds a native server's queue (None: as `build_app` does).
+    `max_waiting` bounds a native server's queue (None: as `build_app` does); `speculate` has it draft with its MTP
+    layer whatever the recipe says.
 
     Raises RecipeError for a teacher that is itself an endpoint, for an address that others reach without a key set, and
-    for `max_waiting` with vLLM; EnvironmentFault where the address cannot be bound.
+    for `max_waiting` or `speculate` with vLLM; EnvironmentFault where the address cannot be bound.
     """
     config = recipe.teacher
     if isinstance(config, VllmTeacher):
         if max_waiting is not None:
             raise RecipeError("vLLM's queue has no bound", where="--max-waiting")
+        if speculate:
+            raise RecipeError("vLLM speculates by its own flag, speculative-config", where="--speculate")
         _serve_vllm(config, host=host, port=port, announce=announce, node_rank=node_rank)
         return
     if not isinstance(config, NativeTeacher):
@@ -48,12 +52,18 @@ def serve_teacher(
     from teacher.serve.http import build_app, serve
 
     name = Path(config.model).name
+    if speculate:
+        config = config.model_copy(update={"speculate": True})
     teacher = open_teacher(config, base_dir=Path.cwd())
     limits = {} if max_waiting is None else {"max_waiting": max_waiting}
     sampling = recipe.generate.sampling
     app = build_app(teacher, model=name, sampling=sampling, max_batch=config.batch_size, api_key=key, **limits)
     address = f"{host}:{listener.getsockname()[1]}"
     serve(app, listener, ready=lambda: announce(f"serving {name!r} on http://{address}/v1"))
+    metrics = app.state.metrics
+    if metrics.num_drafts:
+        share = metrics.num_accepted / metrics.num_drafts
+        announce(f"{metrics.num_accepted} of {metrics.num_drafts} drafted tokens came true ({share:.1%})")
 
 
 def launch_plan(recipe: Recipe, *, host: str, port: int) -> list[str]:

@@ -7,7 +7,7 @@ that a layer's cache keeps of a token.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Architecture(Protocol):
         """What attention needs of a step's decoding sequences, made once for all layers."""
         ...
 
-    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Any:
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor, num_queries: int) -> Any:
         """The same from int32 tensors, without a look at their numbers: a CUDA graph holds for any of them.
 
         A length of zero is a row of padding. Only what is `graphable` needs it.
@@ -41,9 +41,23 @@ class Architecture(Protocol):
         ...
 
     def hidden(self, step: Step, entries_LPSE: Tensor) -> Tensor:
-        """Put the step's tokens into the cache and return their last hidden states, [M, D], before the last norm."""
+        """Put the step's tokens into the cache and return their last hidden states, [M, D], behind the last norm."""
         ...
 
     def logits(self, x_ZD: Tensor) -> Tensor:
         """FP32 [Z, vocabulary]."""
+        ...
+
+
+@runtime_checkable
+class DraftingArchitecture(Architecture, Protocol):
+    """One that can also guess the token after the next one."""
+
+    num_draft_layers: int  # of the cache, behind the model's own; 0: the weights for it are not there
+
+    def draft_hidden(self, hidden_MD: Tensor, next_ids_M: Tensor, step: Step, entries_LPSE: Tensor) -> Tensor:
+        """From `hidden` and the token after each row, states whose `logits` guess the one after that, [M, D].
+
+        `entries` are the draft layers' alone; the step's tokens are put there too.
+        """
         ...

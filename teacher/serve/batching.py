@@ -41,13 +41,16 @@ class Asked(NamedTuple):
 class Written(NamedTuple):
     """A completion and its tokens, where the teacher knows them; the text of one that goes on is what was added.
 
-    `opening` is what of the text stands in the prompt: the tokens wrote the rest.
+    `opening` is what of the text stands in the prompt: the tokens wrote the rest. `num_accepted` of `num_drafts` tokens
+    that a teacher drafted came true.
     """
 
     completion: Completion
     prompt_ids: Sequence[int] = ()
     token_ids: Sequence[int] = ()
     opening: str = ""
+    num_drafts: int = 0
+    num_accepted: int = 0
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,10 @@ class KernelOperations:
         widest = max(len(pages) for pages in decodes.pages)
         pages_BQ = torch.tensor([pages + [0] * (widest - len(pages)) for pages in decodes.pages], dtype=torch.int32)
         lengths_B = torch.tensor(decodes.lengths, dtype=torch.int32)
-        return self.plan_on_device(pages_BQ.to(self._device), lengths_B.to(self._device))
+        return self.plan_on_device(pages_BQ.to(self._device), lengths_B.to(self._device), decodes.num_queries)
 
-    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Plan:
-        return Plan(pages_BQ, lengths_B, self._schedule(lengths_B, num_queries=1))
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor, num_queries: int) -> Plan:
+        return Plan(pages_BQ, lengths_B, self._schedule(lengths_B, num_queries=num_queries))
 
     def rotate(self, query_MHD: Tensor, step: Step) -> None:
         apart = query_MHD.shape[-1] - self._config.qk_rope_head_dim
@@ -72,8 +72,8 @@ class KernelOperations:
         given = projected_ME, weights.kv_norm, LATENT_NORM_EPS, self._rotation, step.positions_M, step.slots_M
         put(*given, cache_PSE, interleave=self._config.rope_interleave)
 
-    def decode(self, query_BHE: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
-        return self._attend(query_BHE[:, None], cache_PSE, plan)[:, 0]
+    def decode(self, query_BTHE: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
+        return self._attend(query_BTHE, cache_PSE, plan)
 
     def absorbed(self, query_THE: Tensor, cache_PSE: Tensor, chunk: PromptChunk) -> Tensor:
         lengths_B = torch.tensor([chunk.context], dtype=torch.int32).to(self._device)
@@ -100,8 +100,8 @@ class KernelOperations:
         heads = self._config.num_attention_heads
         return schedule_decode(lengths_B, num_shares(self._device, num_queries, heads))
 
-    def _attend(self, query_BSHE: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
-        given = query_BSHE, cache_PSE, plan.pages_BQ, plan.lengths_B
+    def _attend(self, query_BTHE: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
+        given = query_BTHE, cache_PSE, plan.pages_BQ, plan.lengths_B
         if not self._decode_fits:
             return mla_decode_twin(*given, scale=1.0, latent=self._latent)
         return mla_decode(*given, scale=1.0, latent=self._latent, schedule=plan.schedule)

@@ -5,8 +5,8 @@ over the cache for sequences that decode; a chunk takes the form that is less wo
 it is short and its context long, else keys and values are expanded from the latents of its context, those of earlier
 chunks and shared pages among them.
 
-Shape legend: M tokens (rows), B decoding sequences, T queries of a chunk, U its context, D hidden, H heads, N nope,
-R rope, C latent, E = C + R, V value, K experts a token, Z sampled rows.
+Shape legend: M tokens (rows), B decoding sequences, T queries of a chunk or sequence, U its context, D hidden, H heads,
+N nope, R rope, C latent, E = C + R, V value, K experts a token, Z sampled rows.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class LatentModel:
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.max_positions = config.max_position_embeddings
         self.cache_shape = CacheShape(config.num_hidden_layers, config.kv_lora_rank + config.qk_rope_head_dim)
+        self.num_draft_layers = 0 if weights.mtp is None else 1
         self.extent, self.graphable = self.operations.extent, self.operations.graphable
         self._widths = Widths(
             num_heads=config.num_attention_heads,
@@ -60,17 +61,17 @@ class LatentModel:
         )
 
     @classmethod
-    def of(cls, model: DeepseekV3) -> LatentModel:
-        return cls(fuse_weights(model))
+    def of(cls, model: DeepseekV3, *, with_mtp: bool = False) -> LatentModel:
+        return cls(fuse_weights(model, with_mtp=with_mtp))
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device) -> LatentModel:
+    def load(cls, folder: Path, device: torch.device, *, with_mtp: bool = False) -> LatentModel:
         """A checkpoint folder: in FP32 on a CPU; on a GPU in FP8 if folder, widths and GPU are for it, else in BF16."""
         if device.type == "cpu":
-            return cls.of(load_checkpoint(folder))
+            return cls.of(load_checkpoint(folder), with_mtp=with_mtp)
         if has_fp8(device) and is_fp8_folder(folder) and unfit_for_fp8(read_config(folder)) is None:
-            return cls(fuse_entries(*load_blocks(folder, device)))
-        return cls.of(load_checkpoint(folder, torch.bfloat16).to(device))
+            return cls(fuse_entries(*load_blocks(folder, device), with_mtp=with_mtp))
+        return cls.of(load_checkpoint(folder, torch.bfloat16).to(device), with_mtp=with_mtp)
 
     @property
     def precision(self) -> str:
@@ -80,18 +81,29 @@ class LatentModel:
     def plan(self, decodes: Decodes) -> Any:
         return self.operations.plan(decodes)
 
-    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Any:
-        return self.operations.plan_on_device(pages_BQ, lengths_B)
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor, num_queries: int) -> Any:
+        return self.operations.plan_on_device(pages_BQ, lengths_B, num_queries)
 
     def hidden(self, step: Step, entries_LPSE: Tensor) -> Tensor:
         x_MD, branch_MD = self.weights.embedding[step.token_ids_M], None
         for layer, cache_PSE in zip(self.weights.layers, entries_LPSE, strict=True):
             x_MD, branch_MD = self._layer(layer, x_MD, branch_MD, step, cache_PSE)
-        return x_MD if branch_MD is None else x_MD + branch_MD
+        return self._norm(x_MD if branch_MD is None else x_MD + branch_MD, self.weights.norm)
 
     def logits(self, x_ZD: Tensor) -> Tensor:
-        normed_ZD = F.rms_norm(x_ZD, (x_ZD.shape[-1],), self.weights.norm, self.config.rms_norm_eps)
-        return fp32_product(normed_ZD, self.weights.head)
+        return fp32_product(x_ZD, self.weights.head)
+
+    def draft_hidden(self, hidden_MD: Tensor, next_ids_M: Tensor, step: Step, entries_LPSE: Tensor) -> Tensor:
+        """The MTP module (DeepSeek-V3 s.2.2, eq. 21-23); what it joins, and in which order, says `MTPLayer`."""
+        mtp = self.weights.mtp
+        assert mtp is not None
+        embedding_MD = self._norm(self.weights.embedding[next_ids_M], mtp.enorm)
+        joined = torch.cat((embedding_MD, self._norm(hidden_MD, mtp.hnorm)), dim=1)
+        x_MD, branch_MD = self._layer(mtp.layer, F.linear(joined, mtp.eh_proj), None, step, entries_LPSE[0])
+        return self._norm(x_MD + branch_MD, mtp.norm)
+
+    def _norm(self, x_MD: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x_MD, (x_MD.shape[-1],), weight, self.config.rms_norm_eps)
 
     def _layer(
         self, layer: LayerWeights, x_MD: Tensor, branch_MD: Tensor | None, step: Step, cache_PSE: Tensor
@@ -119,9 +131,12 @@ class LatentModel:
         self.operations.rotate(q, step)
         self.operations.write(projected_ME, w, step, cache_PSE)
         outs: list[Tensor] = []
-        if num_decodes := len(step.decodes):
-            query_BHE = self._absorb(w, q[:num_decodes])
-            outs.append(self._unabsorb(w, self.operations.decode(query_BHE, cache_PSE, step.plan)))
+        row = 0
+        for decodes in step.decodes:
+            query_MHE = self._absorb(w, q[row : row + decodes.num_rows])
+            query_BTHE = query_MHE.unflatten(0, (len(decodes), decodes.num_queries))
+            outs.append(self._unabsorb(w, self.operations.decode(query_BTHE, cache_PSE, decodes.plan).flatten(0, 1)))
+            row += decodes.num_rows
         for chunk in step.chunks:
             outs.append(self._attend_chunk(w, q[chunk.start : chunk.end], cache_PSE, chunk))
         out_MHV = torch.cat(outs) if len(outs) > 1 else outs[0]

@@ -3,8 +3,8 @@
 The runner knows what a step is; an `Operations` knows one device's way to write latents, to attend and to route. Both
 read and write the cache as the block manager laid it out, and agree up to rounding.
 
-Shape legend: M rows, B decoding sequences, T queries of a chunk, U its context, H heads, C latent, R rope, E = C + R,
-D query and key width, V value width, P pages, S places a page, K experts a token, X hidden.
+Shape legend: M rows, B decoding sequences, T queries of a chunk or sequence, U its context, H heads, C latent, R rope,
+E = C + R, D query and key width, V value width, P pages, S places a page, K experts a token, X hidden.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Operations(Protocol):
         """What `decode` needs besides, made once a step for all layers."""
         ...
 
-    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Any:
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor, num_queries: int) -> Any:
         """The same from int32 tensors on the device, which stay there; zero lengths are padding."""
         ...
 
@@ -38,8 +38,8 @@ class Operations(Protocol):
         """Norm latents, rotate rope keys and put both where the step says."""
         ...
 
-    def decode(self, query_BHE: Tensor, cache_PSE: Tensor, plan: Any) -> Tensor:
-        """Absorbed attention of one query a sequence, [B, H, C]. Queries hold the softmax scale, here and below."""
+    def decode(self, query_BTHE: Tensor, cache_PSE: Tensor, plan: Any) -> Tensor:
+        """Absorbed attention of last tokens, [B, T, H, C]. Queries hold the softmax scale, here and below."""
         ...
 
     def absorbed(self, query_THE: Tensor, cache_PSE: Tensor, chunk: PromptChunk) -> Tensor:

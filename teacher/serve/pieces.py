@@ -6,8 +6,9 @@ pieces that follow each other at the distance of an extent make one call, the sh
 sequences share is one piece with all their queries. Where a sequence has several pieces, their results are joined by
 their log-sum-exps (FlashDecoding; FlashAttention arXiv 2205.14135 s.3.1).
 
-Shape legend: B sequences, H heads, J key-value heads, D width of a head, E numbers a token, P pages, S places a page,
-N pieces of a call, W sequences that share a piece, U positions, Z = N * W over all calls.
+Shape legend: B sequences, T queries of each, H heads (to a piece a sequence's queries are so many heads more), J
+key-value heads, D width of a head, E numbers a token, P pages, S places a page, N pieces of a call, W sequences that
+share a piece, U positions, Z = N * W over all calls.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from teacher.serve.step import Decodes
 EXTENT = 4
 # What a call costs beside its arithmetic, in positions of one sequence: 15 us and 0.3 us at pico's widths.
 _CALL_POSITIONS = 48
+# Finite, since a sequence's first query may see nothing of its last piece: minus infinity would give it no number, and
+# this gives it a weight of zero where pieces are joined.
+_HIDDEN = -1e30
 
 
 class HeadLayout(NamedTuple):
@@ -41,23 +45,27 @@ class HeadLayout(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Positions that lie in consecutive pages of one extent, and the sequences (rows) that attend to them."""
+    """Positions that lie in consecutive pages of one extent, and the sequences (rows) that attend to them.
+
+    The last `num_hidden` of them are later than a sequence's first query.
+    """
 
     page: int
     length: int
     rows: tuple[int, ...]
+    num_hidden: int = 0
 
 
 @dataclass(frozen=True)
 class Call:
-    """Attention over N pieces, `distance` pages apart; `bias` hides what is beyond a piece's length."""
+    """Attention over N pieces, `distance` pages apart; `bias` hides what a query must not see."""
 
     page: int
     num_pieces: int
     num_positions: int
     distance: int
     rows: slice | Tensor
-    bias_N11U: Tensor | None
+    bias_N1XU: Tensor | None  # X is the queries of a call, or 1 where it is the same for all
 
     def view(self, cache_PSE: Tensor, layout: HeadLayout, offset: int) -> Tensor:
         """Keys or values, [N, J, U, D]."""
@@ -77,7 +85,7 @@ class Call:
         num_sharing = query.shape[1]
         query = query.transpose(1, 2).reshape(self.num_pieces, kv_heads, -1, width)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, keys, values, 0.0, False, attn_mask=self.bias_N11U, scale=scale
+            query, keys, values, 0.0, False, attn_mask=self.bias_N1XU, scale=scale
         )
         out = out.view(self.num_pieces, kv_heads, num_sharing, -1, width).transpose(1, 2)
         lse = lse.reshape(self.num_pieces, kv_heads, num_sharing, -1).transpose(1, 2)
@@ -92,9 +100,9 @@ class Plan:
     rows: Tensor | None
 
 
-def plan_pieces(decodes: Decodes, dtype: torch.dtype) -> Plan:
-    """`dtype` is that of the queries."""
-    calls = [_call(group, dtype) for group in group_pieces(find_pieces(decodes))]
+def plan_pieces(decodes: Decodes, dtype: torch.dtype, num_heads: int) -> Plan:
+    """`dtype` is that of the queries, `num_heads` those of one query."""
+    calls = [_call(group, dtype, decodes.num_queries, num_heads) for group in group_pieces(find_pieces(decodes))]
     rows = [row for group in calls for row in group[1]]
     in_place = rows == list(range(len(decodes)))
     return Plan([call for call, _ in calls], None if in_place else torch.tensor(rows))
@@ -111,7 +119,7 @@ def attend_pieces(query_BHD: Tensor, cache_PSE: Tensor, plan: Plan, layout: Head
 
 
 def find_pieces(decodes: Decodes) -> list[Piece]:
-    """In the order of their pages."""
+    """In the order of their pages, for one query a sequence or two."""
     owners: dict[int, list[int]] = {}
     lengths: dict[int, int] = {}
     for row, (pages, length) in enumerate(zip(decodes.pages, decodes.lengths, strict=True)):
@@ -121,12 +129,13 @@ def find_pieces(decodes: Decodes) -> list[Piece]:
     pieces: list[Piece] = []
     for page in sorted(owners):
         rows, length = tuple(owners[page]), lengths.get(page, PAGE)
+        num_hidden = decodes.num_queries - 1 if page in lengths else 0
         if page % EXTENT and pieces:
             before = pieces[-1]
             if before.rows == rows and before.page * PAGE + before.length == page * PAGE:
-                pieces[-1] = Piece(before.page, before.length + length, rows)
+                pieces[-1] = Piece(before.page, before.length + length, rows, num_hidden)
                 continue
-        pieces.append(Piece(page, length, rows))
+        pieces.append(Piece(page, length, rows, num_hidden))
     return pieces
 
 
@@ -167,9 +176,9 @@ def as_index(rows: list[int]) -> slice | Tensor:
 
 
 def hiding_bias(lengths: list[int], num_positions: int, dtype: torch.dtype) -> Tensor:
-    """[N, 1, 1, U]: minus infinity beyond each piece's length."""
+    """[N, 1, 1, U]: a very low number beyond each piece's length."""
     hidden_NU = torch.arange(num_positions) >= torch.tensor(lengths)[:, None]
-    return torch.zeros(hidden_NU.shape, dtype=dtype).masked_fill_(hidden_NU, float("-inf"))[:, None, None]
+    return torch.zeros(hidden_NU.shape, dtype=dtype).masked_fill_(hidden_NU, _HIDDEN)[:, None, None]
 
 
 def causal_bias(num_queries: int, context: int, dtype: torch.dtype) -> Tensor:
@@ -178,9 +187,21 @@ def causal_bias(num_queries: int, context: int, dtype: torch.dtype) -> Tensor:
     return bias_TU.triu_(context - num_queries + 1)
 
 
-def _call(pieces: list[Piece], dtype: torch.dtype) -> tuple[Call, list[int]]:
+def _call(pieces: list[Piece], dtype: torch.dtype, num_queries: int, num_heads: int) -> tuple[Call, list[int]]:
     rows = [row for piece in pieces for row in piece.rows]
     lengths = [piece.length for piece in pieces]
-    longest = max(lengths)
-    bias = hiding_bias(lengths, longest, dtype) if min(lengths) < longest else None
+    longest, bias = max(lengths), None
+    if any(piece.num_hidden for piece in pieces):
+        bias = _bias_a_query(pieces, longest, dtype, num_queries, num_heads)
+    elif min(lengths) < longest:
+        bias = hiding_bias(lengths, longest, dtype)
     return Call(pieces[0].page, len(pieces), longest, EXTENT, as_index(rows), bias), rows
+
+
+def _bias_a_query(pieces: list[Piece], longest: int, dtype: torch.dtype, num_queries: int, num_heads: int) -> Tensor:
+    """[N, 1, W * T * H, U]."""
+    seen = [[piece.length - max(piece.num_hidden - query, 0) for query in range(num_queries)] for piece in pieces]
+    hidden_NTU = torch.arange(longest) >= torch.tensor(seen)[:, :, None]
+    bias_NTU = torch.zeros(hidden_NTU.shape, dtype=dtype).masked_fill_(hidden_NTU, _HIDDEN)
+    shape = len(pieces), len(pieces[0].rows), num_queries, num_heads, longest
+    return bias_NTU[:, None, :, None].expand(shape).flatten(1, 3)[:, None]

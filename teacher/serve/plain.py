@@ -1,6 +1,6 @@
 """The teacher's parts of a step in plain torch operations, for a CPU; decoding reads the cache in place (`pieces`).
 
-Shape legend: B sequences, H heads, C latent, R rope, E = C + R, P pages, S places a page, T queries of a chunk, U its
+Shape legend: B sequences, T queries of each or of a chunk, H heads, C latent, R rope, E = C + R, P pages, S places a page, U
 context.
 """
 
@@ -31,9 +31,9 @@ class PlainOperations:
         self.layout = HeadLayout(1, entry, keys=0, values=0, value_width=self._latent)
 
     def plan(self, decodes: Decodes) -> Plan:
-        return plan_pieces(decodes, self._dtype)
+        return plan_pieces(decodes, self._dtype, self._config.num_attention_heads)
 
-    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Plan:
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor, num_queries: int) -> Plan:
         raise NotImplementedError("attention on a CPU is planned by the pages' numbers")
 
     def rotate(self, query_MHD: Tensor, step: Step) -> None:
@@ -48,8 +48,9 @@ class PlainOperations:
         latent = F.rms_norm(latent, (self._latent,), weights.kv_norm, LATENT_NORM_EPS)
         cache_PSE.flatten(0, 1).index_copy_(0, step.slots_M, torch.cat((latent, k_rope), dim=1))
 
-    def decode(self, query_BHE: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
-        return attend_pieces(query_BHE, cache_PSE, plan, self.layout, scale=1.0)
+    def decode(self, query_BTHE: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
+        out = attend_pieces(query_BTHE.flatten(1, 2), cache_PSE, plan, self.layout, scale=1.0)
+        return out.unflatten(1, query_BTHE.shape[1:3])
 
     def absorbed(self, query_THE: Tensor, cache_PSE: Tensor, chunk: PromptChunk) -> Tensor:
         keys = gathered(cache_PSE, chunk)[None, None]

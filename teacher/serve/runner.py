@@ -1,43 +1,103 @@
-"""One forward pass of a model over a step, and the cache that it reads and writes."""
+"""One forward pass of a model over a step, and the cache that it reads and writes.
+
+Shape legend: M rows, Z sampled rows, D hidden.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from teacher.serve.architecture import Architecture
+from teacher.serve.architecture import Architecture, DraftingArchitecture
 from teacher.serve.block_manager import Copy
-from teacher.serve.cache import PagedCache
+from teacher.serve.cache import CacheShape, PagedCache
 from teacher.serve.decode_graph import DecodeGraphs
+from teacher.serve.sampler import choose
 from teacher.serve.scheduler import Chunk
-from teacher.serve.step import build_step
+from teacher.serve.step import Step, build_step, with_expected
+
+
+class Outcome(NamedTuple):
+    """Of a step: tokens behind each row that asks for one, int64 [Z] on the model's device.
+
+    `logits` FP32 [Z, vocabulary] or `drafts` int64 [B], a guess for every sequence: what was not made is None.
+    """
+
+    tokens_Z: Tensor
+    logits_ZV: Tensor | None
+    drafts_B: Tensor | None
 
 
 class ModelRunner:
-    """On a GPU steps of up to `max_graphed` sequences, all of which decode, are CUDA graphs."""
+    """On a GPU steps of up to `max_graphed` sequences, all of which decode, are CUDA graphs.
 
-    def __init__(self, model: Architecture, num_pages: int, *, max_graphed: int = 0) -> None:
+    With `drafts` the model's draft layers have their places in the cache behind its own.
+    """
+
+    def __init__(self, model: Architecture, num_pages: int, *, max_graphed: int = 0, drafts: bool = False) -> None:
         self.model = model
-        self.cache = PagedCache(model.cache_shape, num_pages, model.dtype, model.device, extent=model.extent)
+        shape = with_drafts(model) if drafts else model.cache_shape
+        self.cache = PagedCache(shape, num_pages, model.dtype, model.device, extent=model.extent)
+        num_layers = model.cache_shape.num_layers
+        self._entries, self._draft_entries = self.cache.entries_LPSE.split((num_layers, shape.num_layers - num_layers))
+        self._last: tuple[Step, Tensor] | None = None  # the step that was computed, and its hidden states
         self._graphs: DecodeGraphs | None = None
         if max_graphed and model.graphable:
-            self._graphs = DecodeGraphs(model, self.cache.entries_LPSE, max_graphed)
+            self._graphs = DecodeGraphs(model, self._entries, max_graphed, self._draft_entries if drafts else None)
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk[Any]], copies: list[Copy]) -> Tensor:
+    def run(self, chunks: list[Chunk[Any]], copies: list[Copy], before_Z: Tensor | None = None) -> Outcome:
         """Make the copies of pages, then compute chunks that are `in_order` and put their entries into the cache.
 
-        Returns logits after each chunk that ends its sequence's text, FP32 [sampled rows, vocabulary].
+        A token is drawn behind each chunk that ends its sequence's text, and behind its draft. `before` are the tokens
+        that the step before has drawn, int64, to which expected ones refer (`Sequence.expect`).
         """
+        if self._graphs is not None and self._graphs.fit(chunks) and self._graphs.may_draw(chunks):
+            self.cache.copy(copies)
+            drawn = self._graphs.draw(chunks, before_Z)
+            return Outcome(drawn.tokens_M, None, drawn.drafts_B)
+        logits_ZV = self.logits(chunks, copies, before_Z)
+        places = [(chunk.sequence, ahead) for chunk in chunks for ahead in range(chunk.num_sampled)]
+        uniform = [sequence.uniform(ahead + sequence.num_expected) for sequence, ahead in places]
+        return Outcome(choose(logits_ZV, uniform, [sequence.draw for sequence, _ in places]), logits_ZV, None)
+
+    @torch.inference_mode()
+    def logits(self, chunks: list[Chunk[Any]], copies: list[Copy], before_Z: Tensor | None = None) -> Tensor:
+        """`run` without drawing: what there is to draw from, FP32 [Z, vocabulary]."""
         self.cache.copy(copies)
-        if self._graphs is not None and all(chunk.count == 1 for chunk in chunks):
-            return self._graphs.run(chunks)
+        self._last = None
+        if self._graphs is not None and self._graphs.fit(chunks):
+            return self._graphs.logits(chunks, before_Z)
         step = build_step(chunks, self.model.device)
+        if before_Z is not None and len(before_Z):
+            step = replace(step, token_ids_M=with_expected(step.token_ids_M, before_Z))
         self.cache.clear(step.num_pages)
-        if len(step.decodes):
-            step = replace(step, plan=self.model.plan(step.decodes))
-        x_MD = self.model.hidden(step, self.cache.entries_LPSE)
+        step = replace(step, decodes=[replace(group, plan=self.model.plan(group)) for group in step.decodes])
+        x_MD = self.model.hidden(step, self._entries)
+        self._last = step, x_MD
         return self.model.logits(x_MD[step.sampled])
+
+    @torch.inference_mode()
+    def draft(self, next_ids: list[int], rows: list[int]) -> Tensor:
+        """Let the draft layers read what `logits` has computed last, with the token that follows each of its rows.
+
+        Returns logits of the token after that behind some `rows`, FP32 [rows, vocabulary].
+        """
+        assert isinstance(self.model, DraftingArchitecture)
+        if self._last is None:
+            assert self._graphs is not None
+            return self._graphs.draft(next_ids, rows)
+        step, x_MD = self._last
+        next_ids_M = torch.tensor(next_ids, device=x_MD.device)
+        drafted_MD = self.model.draft_hidden(x_MD, next_ids_M, step, self._draft_entries)
+        return self.model.logits(drafted_MD[torch.tensor(rows, dtype=torch.long, device=x_MD.device)])
+
+
+def with_drafts(model: Architecture) -> CacheShape:
+    """What the cache keeps of a token where the model drafts. Raises ValueError for one that does not."""
+    if not isinstance(model, DraftingArchitecture) or not model.num_draft_layers:
+        raise ValueError("speculation needs a model with a multi-token prediction (MTP) layer; this one has none")
+    return model.cache_shape._replace(num_layers=model.cache_shape.num_layers + model.num_draft_layers)

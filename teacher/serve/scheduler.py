@@ -1,8 +1,8 @@
 """Which tokens the next step computes.
 
-Sequences that decode come first, a token each: no prompt delays them. What is left of the step's budget goes to
-prompts, chunk by chunk, in the order of their arrival, so that each step brings the first of them forward and none
-starves.
+Sequences that decode come first, a token each and the draft of another where there is one: no prompt delays them. What
+is left of the step's budget goes to prompts, chunk by chunk, in the order of their arrival, so that each step brings
+the first of them forward and none starves.
 
 A sequence is admitted when the pages of all its tokens are there, and one more for every sequence that runs. When they
 run out nevertheless, the newest lets go of its own and waits at the head of the queue, with its text and its random
@@ -12,7 +12,7 @@ numbers: what it says does not change, only its latents are computed again.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic
 
 from teacher.kernels.mla_cache import PAGE
@@ -25,27 +25,44 @@ _LOOK_AHEAD = 64
 
 @dataclass
 class Chunk(Generic[Key]):
-    """The next `count` tokens of a sequence."""
+    """The next `count` tokens of a sequence, and behind them, if it is there, the `draft` of the one that may follow.
+
+    `start` is where they begin; `ends_text` whether logits behind them say how the text goes on.
+    """
 
     sequence: Sequence[Key]
     count: int
+    draft: int | None = None
+    start: int = field(init=False)
+    ends_text: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start = self.sequence.num_computed
+        self.ends_text = self.count == self.sequence.num_left
+
+    @property
+    def num_rows(self) -> int:
+        return self.count + (self.draft is not None)
+
+    @property
+    def num_sampled(self) -> int:
+        """Rows behind which a token is drawn: the last one, and the draft's."""
+        return self.ends_text + (self.draft is not None)
 
     @property
     def end(self) -> int:
-        return self.sequence.num_computed + self.count
+        return self.start + self.num_rows
 
     @property
-    def ends_text(self) -> bool:
-        """Whether logits behind it say how the text goes on."""
-        return self.count == self.sequence.num_left
+    def token_ids(self) -> list[int]:
+        draft = [] if self.draft is None else [self.draft]
+        return self.sequence.tokens(self.start, self.start + self.count) + draft
 
 
 class Scheduler(Generic[Key]):
     def __init__(self, blocks: BlockManager, *, max_running: int, max_step_tokens: int, max_chunk: int) -> None:
         if max_step_tokens < max_running:
-            raise ValueError(
-                f"max_step_tokens must be at least {max_running}, a token a sequence; got {max_step_tokens}"
-            )
+            raise ValueError(f"max_step_tokens must be at least {max_running}, got {max_step_tokens}")
         self.blocks = blocks
         self.waiting: deque[Sequence[Key]] = deque()
         self.running: list[Sequence[Key]] = []  # in the order of admission
@@ -58,7 +75,7 @@ class Scheduler(Generic[Key]):
     def schedule(self) -> list[Chunk[Key]]:
         """The chunks of a step; empty only where no sequence is left."""
         chunks = self._decodes()
-        left = self._max_step_tokens - len(chunks)
+        left = self._max_step_tokens - sum(chunk.num_rows for chunk in chunks)
         for sequence in self.running:
             if left and sequence.num_left > 1:
                 chunks.append(self._chunk(sequence, left))
@@ -68,17 +85,23 @@ class Scheduler(Generic[Key]):
             left -= chunks[-1].count
         return chunks
 
-    def computed(self, chunk: Chunk[Key]) -> None:
-        """Its latents are in the cache: full pages and the end of the prompt can be shared from now on."""
-        sequence, first = chunk.sequence, chunk.sequence.num_computed // PAGE
-        sequence.num_computed += chunk.count
-        if not self.blocks.caching:
+    def computed(self, sequence: Sequence[Key], count: int) -> None:
+        """Its next `count` tokens have their latents in the cache.
+
+        A draft that was refused is none of them: what it left is written over.
+        """
+        sequence.num_computed += count
+        self.known(sequence, sequence.num_computed - count, sequence.num_computed)
+
+    def known(self, sequence: Sequence[Key], start: int, end: int) -> None:
+        """It is known which tokens these are: full pages and the end of the prompt can be shared from now on."""
+        if not self.blocks.caching or sequence.num_computed < end:  # it gave its pages away meanwhile
             return
-        for index in range(first, sequence.num_computed // PAGE):
+        for index in range(start // PAGE, end // PAGE):
             key = self._key(sequence, index)
             self.blocks.register(sequence.pages[index], key, full=True)
             self._being_computed.pop(key, None)
-        if sequence.tail_key is not None and sequence.num_computed >= len(sequence.prompt_ids):
+        if sequence.tail_key is not None and end >= len(sequence.prompt_ids):
             self.blocks.register(sequence.pages[len(sequence.prompt_ids) // PAGE], sequence.tail_key, full=False)
             self._being_computed.pop(sequence.tail_key, None)
             sequence.tail_key = None
@@ -94,9 +117,23 @@ class Scheduler(Generic[Key]):
     def _decodes(self) -> list[Chunk[Key]]:
         chunks = []
         for sequence in tuple(self.running):
-            if sequence.num_left == 1 and sequence.pages and self._make_room(sequence):
+            decodes = sequence.num_left == 1 and sequence.pages and not sequence.is_written
+            if decodes and self._make_room(sequence):
                 chunks.append(Chunk(sequence, 1))
+        for chunk in chunks[: self._max_step_tokens - len(chunks)]:  # only now: no sequence gives way to a draft
+            self._add_draft(chunk)
         return chunks
+
+    def _add_draft(self, chunk: Chunk[Key]) -> None:
+        """Where there is one, and room for its latents."""
+        sequence = chunk.sequence
+        if sequence.draft is None:
+            return
+        if len(sequence.pages) < num_pages_for(sequence.num_tokens + 1):
+            if not self.blocks.num_available:
+                return
+            sequence.pages.append(self.blocks.allocate(after=sequence.pages[-1]))
+        chunk.draft = sequence.draft
 
     def _make_room(self, sequence: Sequence[Key]) -> bool:
         """A page for the next token, if need be a newer sequence's; False if the sequence itself had to give way."""
@@ -118,7 +155,7 @@ class Scheduler(Generic[Key]):
     def _admit(self) -> Sequence[Key] | None:
         """The first waiting sequence, if there are pages for it; those that wait for a shared prompt stand aside."""
         for place, sequence in enumerate(self.waiting):
-            if place == _LOOK_AHEAD:
+            if place == _LOOK_AHEAD or sequence.num_expected:  # it gave way while its next token was under way
                 return None
             shared, tail = self._find_shared(sequence)
             if self._is_being_computed(sequence, len(shared)):

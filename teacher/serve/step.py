@@ -1,13 +1,14 @@
 """What one step computes, as tensors, built once for all layers.
 
-Rows are tokens: first one of each sequence that decodes, then the chunks of prompts, one after another.
+Rows are tokens: first one of each sequence that decodes without a draft, then two of each that has one, then the chunks
+of prompts, one after another.
 
-Shape legend: M rows, B decoding sequences, Q pages a sequence.
+Shape legend: M rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,38 +35,50 @@ class PromptChunk:
 
 @dataclass(frozen=True)
 class Decodes:
-    """Each sequence's pages, and its tokens with the one that is computed now, in the order of the rows."""
+    """Each sequence's pages, and its tokens with the `num_queries` that are computed now, in the order of the rows.
+
+    Query i of s sees all tokens of its sequence but the last s - 1 - i.
+    """
 
     pages: list[list[int]]
     lengths: list[int]
+    num_queries: int = 1
+    plan: Any = None  # the model's, of these pages and lengths
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.lengths) * self.num_queries
+
 
 @dataclass(frozen=True)
 class Step:
-    """`slots_M` is page * PAGE + place; `sampled` are the rows whose logits are wanted."""
+    """`slots_M` is page * PAGE + place; `sampled` are the rows whose logits are wanted.
+
+    `decodes` is one group for every number of queries that there is, fewest first.
+    """
 
     token_ids_M: Tensor
     positions_M: Tensor
     slots_M: Tensor
-    decodes: Decodes
+    decodes: list[Decodes]
     chunks: list[PromptChunk]
     sampled: Tensor
     num_pages: int
-    plan: Any = field(default=None)
 
 
 def in_order(chunks: list[Chunk[Any]]) -> list[Chunk[Any]]:
     """Decoding sequences first, by where their last pages lie: neighbours in the cache are neighbours in the step."""
     decodes = [chunk for chunk in chunks if chunk.count == 1]
-    return sorted(decodes, key=lambda chunk: chunk.sequence.pages[-1]) + [c for c in chunks if c.count > 1]
+    decodes.sort(key=lambda chunk: (chunk.num_rows, chunk.sequence.pages[-1]))
+    return decodes + [chunk for chunk in chunks if chunk.count > 1]
 
 
 def build_step(chunks: list[Chunk[Any]], device: torch.device) -> Step:
     """Of chunks `in_order`."""
-    decodes = Decodes([], [])
+    decodes: list[Decodes] = []
     prompts: list[PromptChunk] = []
     token_ids: list[int] = []
     positions: list[int] = []
@@ -73,19 +86,25 @@ def build_step(chunks: list[Chunk[Any]], device: torch.device) -> Step:
     sampled: list[int] = []
     highest = 0
     for chunk in chunks:
-        sequence, start, end = chunk.sequence, chunk.sequence.num_computed, chunk.end
+        sequence, start, end = chunk.sequence, chunk.start, chunk.end
         pages = sequence.pages[: num_pages_for(end)]
         highest = max(highest, *pages)
         if chunk.count == 1:
-            decodes.pages.append(pages)
-            decodes.lengths.append(end)
+            if not decodes or decodes[-1].num_queries != chunk.num_rows:
+                decodes.append(Decodes([], [], chunk.num_rows))
+            decodes[-1].pages.append(pages)
+            decodes[-1].lengths.append(end)
         else:
             row = len(token_ids)
             prompts.append(PromptChunk(row, row + chunk.count, end, torch.tensor(pages, device=device)))
-        token_ids += sequence.tokens(start, end)
+        token_ids += chunk.token_ids
         positions += range(start, end)
         slots += [pages[place // PAGE] * PAGE + place % PAGE for place in range(start, end)]
-        if chunk.ends_text:
-            sampled.append(len(token_ids) - 1)
+        sampled += range(len(token_ids) - chunk.num_sampled, len(token_ids))
     table = torch.tensor([token_ids, positions, slots], device=device)
     return Step(*table, decodes, prompts, torch.tensor(sampled, dtype=torch.long, device=device), highest + 1)
+
+
+def with_expected(token_ids_M: Tensor, before_Z: Tensor) -> Tensor:
+    """Ids below zero are -1 minus a place among `before`, where the token is."""
+    return torch.where(token_ids_M < 0, before_Z[(-1 - token_ids_M).clamp(min=0)], token_ids_M)

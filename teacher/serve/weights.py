@@ -75,6 +75,18 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
+class MTPWeights:
+    """A multi-token prediction module (DeepSeek-V3 s.2.2): norms of embedding and hidden state, what joins them, a
+    layer, and the norm before the main model's head. `eh_proj` is in FP8 nowhere."""
+
+    enorm: Tensor
+    hnorm: Tensor
+    eh_proj: Tensor
+    layer: LayerWeights
+    norm: Tensor
+
+
+@dataclass(frozen=True)
 class InferenceWeights:
     config: DeepseekV3Config
     embedding: Tensor
@@ -83,19 +95,21 @@ class InferenceWeights:
     head: Tensor
     cos: Tensor
     sin: Tensor
+    mtp: MTPWeights | None = None
 
     @property
     def is_fp8(self) -> bool:
         return isinstance(self.layers[0].attention.o, BlockMatrix)
 
 
-def fuse_weights(model: DeepseekV3) -> InferenceWeights:
-    return fuse_entries(model.config, model.state_dict())
+def fuse_weights(model: DeepseekV3, *, with_mtp: bool = False) -> InferenceWeights:
+    return fuse_entries(model.config, model.state_dict(), with_mtp=with_mtp)
 
 
 @torch.no_grad()
-def fuse_entries(config: DeepseekV3Config, entries: Mapping[str, Entry]) -> InferenceWeights:
-    """Lay out the main model's weights (the MTP module is not used here). Fused matrices are copies.
+def fuse_entries(config: DeepseekV3Config, entries: Mapping[str, Entry], *, with_mtp: bool = False) -> InferenceWeights:
+    """Lay out the main model's weights, and with `with_mtp` those of the MTP module where there is one. Fused matrices
+    are copies.
 
     `entries` are those of the model's state_dict, or of `load_blocks`.
     """
@@ -110,7 +124,15 @@ def fuse_entries(config: DeepseekV3Config, entries: Mapping[str, Entry]) -> Infe
         head=_tensor(entries, "lm_head.weight"),
         cos=rotary.cos,
         sin=rotary.sin,
+        mtp=_mtp(config, entries) if with_mtp and config.num_nextn_predict_layers else None,
     )
+
+
+def _mtp(config: DeepseekV3Config, entries: Mapping[str, Entry]) -> MTPWeights:
+    index = config.num_hidden_layers
+    names = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+    enorm, hnorm, eh_proj, norm = (_tensor(entries, f"model.layers.{index}.{name}.weight") for name in names)
+    return MTPWeights(enorm, hnorm, eh_proj, _Layer(config, entries, index).weights(), norm)
 
 
 class _Layer:
