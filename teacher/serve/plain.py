@@ -1,7 +1,7 @@
 """The teacher's parts of a step in plain torch operations, for a CPU; decoding reads the cache in place (`pieces`).
 
-Shape legend: B sequences, T queries of each or of a chunk, H heads, C latent, R rope, E = C + R, P pages, S places a page, U
-context.
+Shape legend: B sequences, T queries of each or of a chunk, H heads, C latent, R rope, E = C + R, P pages, S places a
+page, U context.
 """
 
 from __future__ import annotations
