@@ -26,7 +26,7 @@ import transformers
 from benchmarks.device import device_name, write_result
 from distill.problems import load_problems
 from distill.recipe import ReasoningGymSource
-from teacher.backends.workers import generate_in_workers
+from teacher.backends.workers import EngineSettings, generate_in_workers
 from teacher.model.checkpoint import load_checkpoint, save_checkpoint
 from teacher.model.config import DeepseekV3Config, YarnScaling
 from teacher.model.counts import count_parameters
@@ -183,8 +183,8 @@ class Bench:
             engine = Engine(LatentModel.of(self.model), batch_size=batch, eos_token_ids=())
             done = list(engine.run(sequences))
         else:
-            limits = {"num_workers": num_threads, "batch_size": batch, "eos_token_ids": frozenset()}
-            done = list(generate_in_workers(self.folder, sequences, **limits))
+            engine = EngineSettings(self.folder, batch, frozenset())
+            done = list(generate_in_workers(engine, sequences, num_workers=num_threads))
         assert sum(len(sequence.generated_ids) for sequence in done) == len(prompts) * new_tokens
 
     def theirs(self, prompts: list[list[int]], temperature: float) -> None:

@@ -118,6 +118,9 @@ def serve(
         str | None, typer.Option(metavar="NAME", help="deepseek_r1: a native server's answers have reasoning_content")
     ] = None,
     end_loops: Annotated[bool, typer.Option("--end-loops", help="a native server ends texts that loop")] = False,
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="a native teacher drafts a token a step with its MTP layer; same texts")
+    ] = False,
     node_rank: Annotated[int, typer.Option(min=0, help="which node of a vLLM plan this one is")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every node's vLLM command, start nothing")] = False,
 ) -> None:
@@ -138,6 +141,7 @@ def serve(
                 end_loops=end_loops,
                 announce=typer.echo,
                 node_rank=node_rank,
+                speculate=speculate,
             )
 
 

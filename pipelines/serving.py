@@ -28,11 +28,13 @@ def serve_teacher(
     end_loops: bool = False,
     announce: Callable[[str], object],
     node_rank: int = 0,
+    speculate: bool = False,
 ) -> None:
     """Serve until SIGINT or SIGTERM; `announce` is told the address. `node_rank`: which node of a vLLM plan this is.
 
     Of a native server `max_waiting` bounds the queue (None: as `build_app` does), `reasoning_parser` (of
-    `REASONING_PARSERS`) tells reasoning and answer apart, and `end_loops` ends texts by `RepetitionLimit`'s defaults.
+    `REASONING_PARSERS`) tells reasoning and answer apart, `end_loops` ends texts by `RepetitionLimit`'s defaults, and
+    `speculate` has it draft with its MTP layer whatever the recipe says.
 
     Raises RecipeError for a teacher that is itself an endpoint, for an address that others reach without a key set, and
     for a native server's settings with vLLM; EnvironmentFault where the address cannot be bound.
@@ -47,6 +49,8 @@ def serve_teacher(
         for flag, given in (("--reasoning-parser", reasoning_parser), ("--end-loops", end_loops)):
             if given:
                 raise RecipeError("is for a native teacher; vLLM's own flags stand in its recipe", where=flag)
+        if speculate:
+            raise RecipeError("vLLM speculates by its own flag, speculative-config", where="--speculate")
         _serve_vllm(config, host=host, port=port, announce=announce, node_rank=node_rank)
         return
     if not isinstance(config, NativeTeacher):
@@ -61,6 +65,8 @@ def serve_teacher(
     from teacher.serve.stopping import RepetitionLimit
 
     name = Path(config.model).name
+    if speculate:
+        config = config.model_copy(update={"speculate": True})
     teacher = open_teacher(config, base_dir=Path.cwd())
     limits = {} if max_waiting is None else {"max_waiting": max_waiting}
     sampling = recipe.generate.sampling
@@ -76,6 +82,10 @@ def serve_teacher(
     )
     address = f"{host}:{listener.getsockname()[1]}"
     serve(app, listener, ready=lambda: announce(f"serving {name!r} on http://{address}/v1"))
+    metrics = app.state.metrics
+    if metrics.num_drafts:
+        share = metrics.num_accepted / metrics.num_drafts
+        announce(f"{metrics.num_accepted} of {metrics.num_drafts} drafted tokens came true ({share:.1%})")
 
 
 def launch_plan(recipe: Recipe, *, host: str, port: int) -> list[str]:

@@ -24,6 +24,7 @@ class NativeTeacher(Config):
     backend: Literal["native"] = "native"
     model: str = Field(description="checkpoint folder")
     batch_size: int = Field(64, ge=1)
+    speculate: bool = Field(False, description="draft a token a step with the MTP layer; same texts")
 
 
 # Fields of a request that have a place of their own in the recipe, or none at all.

@@ -13,11 +13,10 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 from distill.errors import DataError, EnvironmentFault, PotstillError
-from teacher.backends.workers import LiveWorker, take_generated
+from teacher.backends.workers import EngineSettings, LiveWorker, take_generated
 from teacher.serve.engine import Engine
 from teacher.serve.loop import EngineLoop, Withdrawn
 from teacher.serve.sequence import Logprobs, Sequence
@@ -123,15 +122,9 @@ class LocalEngine:
 
 
 class WorkerEngines:
-    """`tokenizer` is a tokenizer of the tokenizers library, serialised: stop strings are text."""
-
-    def __init__(
-        self, folder: Path, *, num_workers: int, batch_size: int, eos_token_ids: frozenset[int], tokenizer: str
-    ) -> None:
-        limits = {"batch_size": batch_size, "eos_token_ids": sorted(eos_token_ids)}
-        settings = {"folder": str(folder.resolve()), "tokenizer": tokenizer, **limits}
+    def __init__(self, engine: EngineSettings, *, num_workers: int) -> None:
         self._stack = contextlib.ExitStack()
-        self._crew = [self._stack.enter_context(LiveWorker(json.dumps(settings))) for _ in range(num_workers)]
+        self._crew = [self._stack.enter_context(LiveWorker(json.dumps(engine.packed()))) for _ in range(num_workers)]
         self._begun = [_Begun() for _ in self._crew]
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._read, args=(n,), daemon=True) for n in range(num_workers)]

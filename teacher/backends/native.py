@@ -23,7 +23,7 @@ from distill.logprobs import TokenLogprobs
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
 from teacher.backends.folder import folder_identity
 from teacher.backends.live import LiveEngine, LocalEngine, WorkerEngines
-from teacher.backends.workers import generate_in_workers
+from teacher.backends.workers import EngineSettings, generate_in_workers
 from teacher.model.checkpoint import count_parameters, read_config
 from teacher.serve.batching import LOOPED, Asked, Begun, Settings, Written
 from teacher.serve.detokenizer import decode_by
@@ -42,9 +42,13 @@ ENGINE_VERSION = "2"
 _WORKER_PARAMETERS = 100_000_000
 
 
-def open_native(folder: Path, *, batch_size: int) -> NativeBackend:
-    """Load a checkpoint folder. Raises CheckpointError for anything wrong with weights, config or tokenizer."""
+def open_native(folder: Path, *, batch_size: int, speculate: bool = False) -> NativeBackend:
+    """Load a checkpoint folder. Raises CheckpointError for anything wrong with weights, config or tokenizer, and with
+    `speculate` for a model that has no MTP layer."""
     config = read_config(folder)
+    if speculate and not config.num_nextn_predict_layers:
+        message = "speculation drafts with an MTP layer, and the model has none"
+        raise CheckpointError(message, where=folder / "config.json", field="num_nextn_predict_layers")
     tokenizer = _load_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         message = f"has {len(tokenizer)} tokens, more than config.json's vocab_size {config.vocab_size}"
@@ -54,9 +58,9 @@ def open_native(folder: Path, *, batch_size: int) -> NativeBackend:
         raise CheckpointError("required, but not given", where=folder / "config.json", field="eos_token_id")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = device.type == "cpu" and count_parameters(config).total <= _WORKER_PARAMETERS
+    model = LatentModel.load(folder, device, with_mtp=speculate)
     decode = decode_by(tokenizer.backend_tokenizer)
-    model = LatentModel.load(folder, device)
-    engine = Engine(model, batch_size=batch_size, eos_token_ids=eos_token_ids, decode=decode)
+    engine = Engine(model, batch_size=batch_size, eos_token_ids=eos_token_ids, speculate=speculate, decode=decode)
     return NativeBackend(folder, tokenizer, engine, max_workers=torch.get_num_threads() if small else 1)
 
 
@@ -119,7 +123,8 @@ class NativeBackend:
                 settle(outcome)
             else:
                 completion, stop_reason = self._completion(request, prefix, outcome)
-                settle(Written(completion, outcome.prompt_ids, outcome.generated_ids, prefix, stop_reason))
+                drafts = outcome.num_drafts, outcome.num_accepted
+                settle(Written(completion, outcome.prompt_ids, outcome.generated_ids, prefix, stop_reason, *drafts))
 
         self._live.submit(sequence, done, grow)
         return Begun(lambda: self._live.withdraw(number), sequence.prompt_ids, prefix)
@@ -134,9 +139,7 @@ class NativeBackend:
     def _live(self) -> LiveEngine:
         if self.max_workers < 2:
             return LocalEngine(self.engine)
-        limits = {"batch_size": self.engine.batch_size, "eos_token_ids": self.engine.eos_token_ids}
-        tokenizer = self.tokenizer.backend_tokenizer.to_str()
-        return WorkerEngines(self.folder, num_workers=self.max_workers, tokenizer=tokenizer, **limits)
+        return WorkerEngines(self._worker_engine, num_workers=self.max_workers)
 
     def _begin(self, number: int, request: TraceRequest, sampling: Sampling) -> tuple[str, Sequence[int]]:
         """What stands in front of the completion's text, and the sequence that writes the rest."""
@@ -207,8 +210,12 @@ class NativeBackend:
         num_workers = min(self.max_workers, len(sequences) // self.engine.batch_size)
         if num_workers < 2:
             return self.engine.run(sequences)
-        limits = {"batch_size": self.engine.batch_size, "eos_token_ids": self.engine.eos_token_ids}
-        return generate_in_workers(self.folder, sequences, num_workers=num_workers, **limits)
+        return generate_in_workers(self._worker_engine, sequences, num_workers=num_workers)
+
+    @property
+    def _worker_engine(self) -> EngineSettings:
+        engine, tokenizer = self.engine, self.tokenizer.backend_tokenizer.to_str()
+        return EngineSettings(self.folder, engine.batch_size, engine.eos_token_ids, engine.speculate, tokenizer)
 
     def close(self) -> None:
         """Finish what was submitted, free weights and cache; the teacher cannot be used afterwards."""

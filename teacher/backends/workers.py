@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -30,20 +30,32 @@ if TYPE_CHECKING:
     from teacher.serve.engine import Engine
 
 
+@dataclass(frozen=True)
+class EngineSettings:
+    """The engine that a worker makes: a checkpoint folder, and how to run it.
+
+    `tokenizer` is one of the tokenizers library, serialised: stop strings are text.
+    """
+
+    folder: Path
+    batch_size: int
+    eos_token_ids: frozenset[int]
+    speculate: bool = False
+    tokenizer: str | None = None
+
+    def packed(self) -> dict[str, Any]:
+        return asdict(self) | {"folder": str(self.folder.resolve()), "eos_token_ids": sorted(self.eos_token_ids)}
+
+
 def generate_in_workers(
-    folder: Path,
-    sequences: list[Sequence[int]],
-    *,
-    num_workers: int,
-    batch_size: int,
-    eos_token_ids: frozenset[int],
+    engine: EngineSettings, sequences: list[Sequence[int]], *, num_workers: int
 ) -> Iterator[Sequence[int]]:
     """Yield the sequences, finished, in the order in which that happens. Raises EnvironmentFault if a worker dies.
 
     Abandoning the iterator ends the workers.
     """
     by_key = {sequence.key: sequence for sequence in sequences}
-    settings = {"folder": str(folder.resolve()), "batch_size": batch_size, "eos_token_ids": sorted(eos_token_ids)}
+    settings = engine.packed()
     lines: queue.SimpleQueue[tuple[_Worker, str | None]] = queue.SimpleQueue()
     with contextlib.ExitStack() as stack:
         for number in range(num_workers):
@@ -156,7 +168,8 @@ def _check(process: subprocess.Popen[str], stderr: IO[bytes]) -> None:
 
 def take_generated(sequence: Sequence[int], generated: list[Any]) -> None:
     """Write into a sequence what a worker made of it."""
-    sequence.generated_ids, sequence.finish_reason, sequence.logprobs, sequence.fault = generated
+    sequence.generated_ids, sequence.finish_reason, sequence.logprobs, sequence.fault, *drafts = generated
+    sequence.num_drafts, sequence.num_accepted = drafts
 
 
 def _packed(sequence: Sequence[int]) -> list[Any]:
@@ -201,13 +214,15 @@ def _engine(settings: dict[str, Any]) -> Engine:
 
     torch.set_num_threads(1)
     model = load_checkpoint(settings["folder"])
-    decode = decode_by(Tokenizer.from_str(settings["tokenizer"])) if "tokenizer" in settings else None
-    limits = {name: settings[name] for name in ("batch_size", "eos_token_ids")}
-    return Engine(LatentModel.of(model), decode=decode, **limits)
+    decode = None if settings["tokenizer"] is None else decode_by(Tokenizer.from_str(settings["tokenizer"]))
+    limits = {name: settings[name] for name in ("batch_size", "eos_token_ids", "speculate")}
+    return Engine(LatentModel.of(model, with_mtp=settings["speculate"]), **limits, decode=decode)
 
 
 def _write(done: Sequence[int], output: IO[str]) -> None:
-    output.write(json.dumps([done.key, done.generated_ids, done.finish_reason, done.logprobs, done.fault]) + "\n")
+    drafts = done.num_drafts, done.num_accepted
+    row = [done.key, done.generated_ids, done.finish_reason, done.logprobs, done.fault, *drafts]
+    output.write(json.dumps(row) + "\n")
     output.flush()
 
 

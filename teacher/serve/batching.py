@@ -61,7 +61,7 @@ class Written(NamedTuple):
     """A completion and its tokens, where the teacher knows them; the text of one that goes on is what was added.
 
     `opening` is what of the text stands in the prompt: the tokens wrote the rest. `stop_reason` is the stop string that
-    ended it, or `LOOPED`.
+    ended it, or `LOOPED`. `num_accepted` of `num_drafts` tokens that a teacher drafted came true.
     """
 
     completion: Completion
@@ -69,6 +69,8 @@ class Written(NamedTuple):
     token_ids: Sequence[int] = ()
     opening: str = ""
     stop_reason: str | None = None
+    num_drafts: int = 0
+    num_accepted: int = 0
 
 
 LOOPED = "repetition_detected"  # vLLM's word

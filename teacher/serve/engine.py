@@ -13,8 +13,8 @@ from teacher.serve.architecture import Architecture
 from teacher.serve.block_manager import BlockManager
 from teacher.serve.cache import default_num_pages
 from teacher.serve.detokenizer import Decode
-from teacher.serve.runner import ModelRunner, with_drafts
-from teacher.serve.sampler import sample, score
+from teacher.serve.runner import ModelRunner, Outcome, with_drafts
+from teacher.serve.sampler import score
 from teacher.serve.scheduler import Chunk, Scheduler
 from teacher.serve.sequence import Key, Sequence
 from teacher.serve.speculation import draft, take
@@ -35,6 +35,11 @@ class Engine:
 
     With `speculate` a step writes up to two tokens of a sequence (`teacher.serve.speculation`), the same ones; raises
     ValueError for a model that has no layer to draft with. `decode` gives tokens their text, which stop strings need.
+
+    With `run_ahead` (None: on a GPU, without speculation) a step is launched before the tokens of the one before it
+    have come back: the device never waits for the host, and of a sequence that ends meanwhile a token too many is
+    computed. It waits nevertheless for a sequence whose next token is not the device's alone to say (thinking limits,
+    logprobs).
     """
 
     def __init__(
@@ -50,10 +55,16 @@ class Engine:
         cuda_graphs: bool = True,
         speculate: bool = False,
         decode: Decode | None = None,
+        run_ahead: bool | None = None,
     ) -> None:
         self.precision = model.precision
         self.batch_size = batch_size
         self.speculate = speculate
+        self._runs_ahead = model.device.type == "cuda" and not speculate if run_ahead is None else run_ahead
+        if self._runs_ahead and speculate:
+            raise ValueError("a step with drafts depends on how many came true, so it cannot be launched ahead of that")
+        self._under_way: _Launched | None = None
+        self._ended: list[Sequence[Any]] = []
         self.eos_token_ids = frozenset(eos_token_ids)
         self._decode = decode
         if num_pages is None:
@@ -62,7 +73,6 @@ class Engine:
         self.max_positions = min(model.max_positions, num_pages * PAGE)
         self.num_computed_tokens = 0  # drafts among them
         self.num_drafts = self.num_accepted = 0
-        self._refused: list[Sequence[Any]] = []
         step_tokens = max_step_tokens or (_CPU_STEP_TOKENS if model.device.type == "cpu" else _CUDA_STEP_TOKENS)
         step_tokens = max(step_tokens, batch_size * (1 + speculate))
         graphed = batch_size if cuda_graphs else 0
@@ -74,37 +84,45 @@ class Engine:
 
     def add(self, sequence: Sequence[Key]) -> None:
         """Let a sequence wait for its turn. One that can never fit gets a `fault`, and the next step returns it."""
-        if len(sequence.prompt_ids) >= self.max_positions:
-            room = self.max_positions - 1
-            sequence.fault = f"the prompt has {len(sequence.prompt_ids)} tokens; the engine takes {room}"
+        room = self.max_positions - len(sequence.prompt_ids)
+        if room <= 0:
+            most = self.max_positions - 1
+            sequence.fault = f"the prompt has {len(sequence.prompt_ids)} tokens; the engine takes {most}"
         elif not sequence.prompt_ids:
             sequence.fault = "the prompt has no tokens"
         elif sequence.stops and self._decode is None:
             sequence.fault = "this engine knows no text, and stop strings are text"
         elif sequence.stops or sequence.repetition is not None:
             sequence.watch = Watch(sequence.stops, sequence.repetition, self._decode)
-        (self.scheduler.waiting if sequence.fault is None else self._refused).append(sequence)
+        sequence.max_tokens = min(sequence.max_tokens, room + 1)  # the last token needs no place of its own
+        (self.scheduler.waiting if sequence.fault is None else self._ended).append(sequence)
 
     def cancel(self, key: object) -> None:
         """Forget a sequence and free its pages; one that is not here (any more) is no matter."""
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             if sequence.key == key:
-                self.scheduler.remove(sequence)
+                self._forget(sequence)
                 return
 
     @property
     def is_idle(self) -> bool:
-        return not (self.scheduler.running or self.scheduler.waiting or self._refused)
+        return not (self.scheduler.running or self.scheduler.waiting or self._ended)
 
     def step(self) -> list[Sequence[Any]]:
         """Compute and sample once; returns the sequences that are finished."""
         chunks = in_order(self.scheduler.schedule())
-        if chunks:
-            logits_ZV = self.runner.run(chunks, self.blocks.take_copies())
-            self._take(chunks, logits_ZV)
+        launched = self._launch(chunks) if chunks else None
+        if self._under_way is not None:
+            self._take(self._under_way)
+            self._under_way = None
+        if launched is not None and launched.runs_ahead:
+            self._under_way = launched
+        elif launched is not None:
+            self._take(launched)
             if self.speculate:
-                draft(self.runner, chunks, self.max_positions)
-        return self._retire()
+                draft(self.runner, chunks, self.max_positions, launched.drafts())
+        ended, self._ended = self._ended, []
+        return ended
 
     def run(
         self, sequences: Iterable[Sequence[Key]], *, more: Callable[[], Iterable[Sequence[Key]]] = tuple
@@ -123,43 +141,83 @@ class Engine:
                     self.add(sequence)
         finally:
             for sequence in (*self.scheduler.running, *self.scheduler.waiting):
-                self.scheduler.remove(sequence)
+                self._forget(sequence)
+            self._under_way = None
 
-    def _take(self, chunks: list[Chunk[Any]], logits_ZV: Tensor) -> None:
+    def _forget(self, sequence: Sequence[Any]) -> None:
+        sequence.is_wanted = False
+        self.scheduler.remove(sequence)
+
+    def _launch(self, chunks: list[Chunk[Any]]) -> _Launched:
+        before = None if self._under_way is None else self._under_way.outcome.tokens_Z
+        outcome = self.runner.run(chunks, self.blocks.take_copies(), before)
+        runs_ahead = self._runs_ahead and all(chunk.sequence.may_run_ahead for chunk in chunks)
+        if runs_ahead:
+            writing = [chunk.sequence for chunk in chunks if chunk.ends_text]
+            for row, sequence in enumerate(writing):
+                sequence.expect(row)
+            for chunk in chunks:
+                chunk.sequence.num_computed += chunk.count
+        return _Launched(chunks, outcome, runs_ahead)
+
+    def _take(self, launched: _Launched) -> None:
         """What was computed counts, and whose text is in the cache gets a token, or two where its draft came true."""
-        places = [(chunk.sequence, ahead) for chunk in chunks for ahead in range(chunk.num_sampled)]
-        sampled: list[int] = []
-        if places:
-            sampled = sample(logits_ZV, [s.uniform(ahead) for s, ahead in places], [s.draw for s, _ in places])
-        taken: dict[int, int] = {}  # row of the logits: token
-        row = 0
-        for chunk in chunks:
+        sampled = launched.token_ids()
+        row, rows, tokens_of_rows = 0, [], []
+        for chunk in launched.chunks:
             sequence, num_new = chunk.sequence, 0
+            first, row = row, row + chunk.num_sampled
+            self.num_computed_tokens += chunk.num_rows
+            if not sequence.is_wanted or sequence.finish_reason is not None:
+                continue  # it ended, or was withdrawn, while this step was under way
             if chunk.ends_text:
-                tokens = take(chunk, sampled[row : row + chunk.num_sampled], self.eos_token_ids)
+                tokens = take(chunk, sampled[first:row], self.eos_token_ids)
                 self.num_drafts += chunk.draft is not None
                 self.num_accepted += chunk.draft == tokens[0]
-                taken.update(enumerate(tokens, start=row))
                 num_new = len(tokens) - 1
-            row += chunk.num_sampled
-            self.num_computed_tokens += chunk.num_rows
-            self.scheduler.computed(sequence, chunk.count + num_new)
-            if chunk.ends_text and sequence.finish_reason is None and sequence.num_computed >= self.max_positions:
-                sequence.finish_reason = "length"
-        self._score([sequence for sequence, _ in places], taken, logits_ZV)
+                if sequence.draw.top_logprobs:
+                    rows += [(first + ahead, sequence) for ahead in range(len(tokens))]
+                    tokens_of_rows += tokens
+            if launched.runs_ahead:
+                self.scheduler.known(sequence, chunk.start, chunk.end)
+            else:
+                self.scheduler.computed(sequence, chunk.count + num_new)
+            if sequence.finish_reason is not None:
+                self.scheduler.remove(sequence)
+                self._ended.append(sequence)
+        if rows:
+            assert launched.outcome.logits_ZV is not None
+            self._score(launched.outcome.logits_ZV, rows, tokens_of_rows)
 
-    def _score(self, sequences: list[Sequence[Any]], taken: dict[int, int], logits_ZV: Tensor) -> None:
-        rows = [row for row in taken if sequences[row].draw.top_logprobs]
-        if not rows:
-            return
-        most = max(sequences[row].draw.top_logprobs for row in rows)
-        scores = score(logits_ZV[torch.tensor(rows, device=logits_ZV.device)], [taken[row] for row in rows], most)
-        for row, (own, best) in zip(rows, scores, strict=True):
-            sequences[row].logprobs.append((own, best[: sequences[row].draw.top_logprobs]))
+    def _score(self, logits_ZV: Tensor, rows: list[tuple[int, Sequence[Any]]], tokens: list[int]) -> None:
+        most = max(sequence.draw.top_logprobs for _, sequence in rows)
+        scores = score(logits_ZV[torch.tensor([row for row, _ in rows], device=logits_ZV.device)], tokens, most)
+        for (_, sequence), (own, best) in zip(rows, scores, strict=True):
+            sequence.logprobs.append((own, best[: sequence.draw.top_logprobs]))
 
-    def _retire(self) -> list[Sequence[Any]]:
-        finished = [sequence for sequence in self.scheduler.running if sequence.finish_reason is not None]
-        for sequence in finished:
-            self.scheduler.remove(sequence)
-        refused, self._refused = self._refused, []
-        return refused + finished
+
+class _Launched:
+    """A step whose tokens are on their way to the host. Logits of a graph hold until another step is launched."""
+
+    def __init__(self, chunks: list[Chunk[Any]], outcome: Outcome, runs_ahead: bool) -> None:
+        self.chunks = chunks
+        self.outcome = outcome
+        self.runs_ahead = runs_ahead
+        tokens_Z, _, drafts_B = outcome
+        self._numbers = tokens_Z if drafts_B is None else torch.cat((tokens_Z, drafts_B))
+        self._arrived: torch.cuda.Event | None = None
+        if tokens_Z.is_cuda:
+            on_device = self._numbers
+            self._numbers = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+            self._numbers.copy_(on_device, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def token_ids(self) -> list[int]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers[: len(self.outcome.tokens_Z)].tolist()
+
+    def drafts(self) -> list[int] | None:
+        """A guess for each chunk's sequence, where the device has made them; to be asked for after the tokens."""
+        return None if self.outcome.drafts_B is None else self._numbers[len(self.outcome.tokens_Z) :].tolist()

@@ -182,6 +182,8 @@ class Server:
             prompt=sum(completion.num_prompt_tokens for completion in completions),
             completion=sum(completion.num_tokens for completion in completions),
         )
+        if drafted := sum(answer.num_drafts for answer in answers):
+            self.metrics.count_drafts(accepted=sum(answer.num_accepted for answer in answers), drafted=drafted)
 
 
 async def _body(http: HTTPRequest) -> bytes:
@@ -271,7 +273,7 @@ def build_app(
         exception_handlers={Refused: refused, HTTPException: not_found, Exception: failed},
         lifespan=lifespan,
     )
-    app.state.batcher = server.batcher
+    app.state.batcher, app.state.metrics = server.batcher, server.metrics
     return app
 
 

@@ -65,13 +65,13 @@ class LatentModel:
         return cls(fuse_weights(model, with_mtp=with_mtp))
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device) -> LatentModel:
+    def load(cls, folder: Path, device: torch.device, *, with_mtp: bool = False) -> LatentModel:
         """A checkpoint folder: in FP32 on a CPU; on a GPU in FP8 if folder, widths and GPU are for it, else in BF16."""
         if device.type == "cpu":
-            return cls.of(load_checkpoint(folder))
+            return cls.of(load_checkpoint(folder), with_mtp=with_mtp)
         if has_fp8(device) and is_fp8_folder(folder) and unfit_for_fp8(read_config(folder)) is None:
-            return cls(fuse_entries(*load_blocks(folder, device)))
-        return cls.of(load_checkpoint(folder, torch.bfloat16).to(device))
+            return cls(fuse_entries(*load_blocks(folder, device), with_mtp=with_mtp))
+        return cls.of(load_checkpoint(folder, torch.bfloat16).to(device), with_mtp=with_mtp)
 
     @property
     def precision(self) -> str:

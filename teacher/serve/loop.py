@@ -67,9 +67,9 @@ class EngineLoop(Generic[Key]):
     def _tell(self) -> None:
         news = []
         for key, (sequence, num_told) in self._streamed.items():
-            if (length := len(sequence.generated_ids)) > num_told:
-                news.append(Grown(key, sequence.generated_ids[num_told:], sequence.logprobs[num_told:]))
-                self._streamed[key] = sequence, length
+            if (num_known := sequence.num_known) > num_told:
+                news.append(Grown(key, sequence.generated_ids[num_told:num_known], sequence.logprobs[num_told:]))
+                self._streamed[key] = sequence, num_known
         if news:
             self._grew(news)
 

@@ -27,12 +27,23 @@ class Metrics:
             registry=self._registry,
         )
         self._tokens = Counter("potstill_tokens", "Tokens of finished samples.", ("kind",), registry=self._registry)
+        self._drafts = Counter(
+            "potstill_drafts", "Tokens drafted in finished samples.", ("fate",), registry=self._registry
+        )
+        self.num_drafts = self.num_accepted = 0
         gauge = Gauge("potstill_unfinished_samples", "Samples begun or waiting.", registry=self._registry)
         gauge.set_function(unfinished)
 
     def count_tokens(self, *, prompt: int, completion: int) -> None:
         self._tokens.labels("prompt").inc(prompt)
         self._tokens.labels("completion").inc(completion)
+
+    def count_drafts(self, *, accepted: int, drafted: int) -> None:
+        """Of a sample by speculative decoding."""
+        self.num_drafts += drafted
+        self.num_accepted += accepted
+        self._drafts.labels("accepted").inc(accepted)
+        self._drafts.labels("rejected").inc(drafted - accepted)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -6,7 +6,7 @@ Shape legend: M rows, Z sampled rows, D hidden.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,20 @@ from teacher.serve.architecture import Architecture, DraftingArchitecture
 from teacher.serve.block_manager import Copy
 from teacher.serve.cache import CacheShape, PagedCache
 from teacher.serve.decode_graph import DecodeGraphs
+from teacher.serve.sampler import choose
 from teacher.serve.scheduler import Chunk
-from teacher.serve.step import Step, build_step
+from teacher.serve.step import Step, build_step, with_expected
+
+
+class Outcome(NamedTuple):
+    """Of a step: tokens behind each row that asks for one, int64 [Z] on the model's device.
+
+    `logits` FP32 [Z, vocabulary] or `drafts` int64 [B], a guess for every sequence: what was not made is None.
+    """
+
+    tokens_Z: Tensor
+    logits_ZV: Tensor | None
+    drafts_B: Tensor | None
 
 
 class ModelRunner:
@@ -37,16 +49,31 @@ class ModelRunner:
             self._graphs = DecodeGraphs(model, self._entries, max_graphed, self._draft_entries if drafts else None)
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk[Any]], copies: list[Copy]) -> Tensor:
+    def run(self, chunks: list[Chunk[Any]], copies: list[Copy], before_Z: Tensor | None = None) -> Outcome:
         """Make the copies of pages, then compute chunks that are `in_order` and put their entries into the cache.
 
-        Returns logits behind each chunk that ends its sequence's text, and behind its draft, FP32 [Z, vocabulary].
+        A token is drawn behind each chunk that ends its sequence's text, and behind its draft. `before` are the tokens
+        that the step before has drawn, int64, to which expected ones refer (`Sequence.expect`).
         """
+        if self._graphs is not None and self._graphs.fit(chunks) and self._graphs.may_draw(chunks):
+            self.cache.copy(copies)
+            drawn = self._graphs.draw(chunks, before_Z)
+            return Outcome(drawn.tokens_M, None, drawn.drafts_B)
+        logits_ZV = self.logits(chunks, copies, before_Z)
+        places = [(chunk.sequence, ahead) for chunk in chunks for ahead in range(chunk.num_sampled)]
+        uniform = [sequence.uniform(ahead + sequence.num_expected) for sequence, ahead in places]
+        return Outcome(choose(logits_ZV, uniform, [sequence.draw for sequence, _ in places]), logits_ZV, None)
+
+    @torch.inference_mode()
+    def logits(self, chunks: list[Chunk[Any]], copies: list[Copy], before_Z: Tensor | None = None) -> Tensor:
+        """`run` without drawing: what there is to draw from, FP32 [Z, vocabulary]."""
         self.cache.copy(copies)
         self._last = None
         if self._graphs is not None and self._graphs.fit(chunks):
-            return self._graphs.run(chunks)
+            return self._graphs.logits(chunks, before_Z)
         step = build_step(chunks, self.model.device)
+        if before_Z is not None and len(before_Z):
+            step = replace(step, token_ids_M=with_expected(step.token_ids_M, before_Z))
         self.cache.clear(step.num_pages)
         step = replace(step, decodes=[replace(group, plan=self.model.plan(group)) for group in step.decodes])
         x_MD = self.model.hidden(step, self._entries)
@@ -55,7 +82,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def draft(self, next_ids: list[int], rows: list[int]) -> Tensor:
-        """Let the draft layers read what `run` has computed last, with the token that follows each of its rows.
+        """Let the draft layers read what `logits` has computed last, with the token that follows each of its rows.
 
         Returns logits of the token after that behind some `rows`, FP32 [rows, vocabulary].
         """

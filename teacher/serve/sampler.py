@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from teacher.kernels.device import runs_kernels
+from teacher.kernels.sample import Settings, draw, draw_twin, pick
 
 # The nucleus of a trained model fits in this many tokens nearly always; rows where it does not are sorted whole.
 _LIKELIEST = 64
@@ -33,41 +35,33 @@ class Draw:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
 
-class _Limits(NamedTuple):
-    """Settings as columns, FP64 [N, 1] but for `top_k`, which is int64."""
-
-    uniform: Tensor
-    top_p: Tensor
-    top_k: Tensor
-    min_p: Tensor
-
-    def of(self, rows_N: Tensor) -> _Limits:
-        return _Limits(*(column[rows_N] for column in self))
+def sample(logits_NV: Tensor, uniform_N: Many[float], draws: Many[Draw]) -> list[int]:
+    """`choose`, on the host."""
+    return choose(logits_NV, uniform_N, draws).tolist()
 
 
 @torch.inference_mode()
-def sample(logits_NV: Tensor, uniform_N: Many[float], draws: Many[Draw]) -> list[int]:
-    """One token a row. `uniform_N` in [0, 1) picks by inverse transform in order of falling probability."""
+def choose(logits_NV: Tensor, uniform_N: Many[float], draws: Many[Draw]) -> Tensor:
+    """One token a row, int64 [N] on the logits' device; on a GPU without waiting for it.
+
+    `uniform_N` in [0, 1) picks by inverse transform in order of falling probability.
+    """
     logits_NV = _biased(logits_NV, draws)
     if all(draw.temperature == 0 for draw in draws):
-        return logits_NV.argmax(dim=-1).tolist()
-    device, num_tokens = logits_NV.device, logits_NV.shape[1]
+        return logits_NV.argmax(dim=-1)
+    num_tokens = logits_NV.shape[1]
     rows = zip(uniform_N, draws, strict=True)
-    columns = [(u, d.top_p, d.top_k or num_tokens, d.min_p, d.temperature or 1.0) for u, d in rows]
-    table = torch.tensor(columns, dtype=torch.float64, device=device)
-    uniform, top_p, top_k, min_p, temperature = table.split(1, dim=1)
-    limits = _Limits(uniform, top_p, top_k.long(), min_p)
-    probabilities_NV = (logits_NV.float() / temperature.float()).softmax(dim=-1)
-    likeliest = probabilities_NV.topk(min(_LIKELIEST, num_tokens), dim=-1)
-    tokens_N = _pick(likeliest.values, likeliest.indices, limits)
-    wide_N = _may_lack(likeliest.values, limits, num_tokens)
-    if bool(wide_N.any()):
-        ordered = probabilities_NV[wide_N].sort(dim=-1, descending=True, stable=True)
-        tokens_N[wide_N] = _pick(ordered.values, ordered.indices, limits.of(wide_N))
+    columns = [(u, d.top_p, d.min_p, d.top_k or num_tokens, d.temperature, d.temperature == 0) for u, d in rows]
+    table = _sent(torch.tensor(columns, dtype=torch.float64), logits_NV.device)
+    *limits, temperature, greedy = table.split(1, dim=1)
+    probabilities_NV = (logits_NV.float() / torch.where(greedy > 0, 1, temperature).float()).softmax(dim=-1)
+    if runs_kernels(probabilities_NV):
+        tokens_N = draw(probabilities_NV, Settings(*limits))
+    else:
+        tokens_N = _draw_likeliest(probabilities_NV, Settings(*limits))
     if any(draw.temperature == 0 for draw in draws):
-        greedy_N = torch.tensor([draw.temperature == 0 for draw in draws], device=device)
-        tokens_N = torch.where(greedy_N, logits_NV.argmax(dim=-1), tokens_N)
-    return tokens_N.tolist()
+        tokens_N = torch.where(greedy[:, 0] > 0, logits_NV.argmax(dim=-1), tokens_N)
+    return tokens_N
 
 
 @torch.inference_mode()
@@ -87,30 +81,31 @@ def _biased(logits_NV: Tensor, draws: Many[Draw]) -> Tensor:
     entries = [(row, token, value) for row, draw in enumerate(draws) for token, value in draw.logit_bias]
     if not entries:
         return logits_NV
-    rows, tokens, values = (torch.tensor(part, device=logits_NV.device) for part in zip(*entries, strict=True))
+    rows, tokens, values = (_sent(torch.tensor(part), logits_NV.device) for part in zip(*entries, strict=True))
     return logits_NV.index_put((rows, tokens), values.to(logits_NV.dtype), accumulate=True)
 
 
-def _pick(probabilities_NJ: Tensor, tokens_NJ: Tensor, limits: _Limits) -> Tensor:
-    """Every limit keeps a beginning of the falling order, so the shortest decides."""
-    cumulative_NJ = probabilities_NJ.double().cumsum(dim=-1)
-    last = probabilities_NJ.shape[1] - 1
-    # A whole distribution's sum is one, not what rounding makes of it.
-    best_k_N1 = torch.where(limits.top_k > last, 1.0, cumulative_NJ.gather(1, (limits.top_k - 1).clamp(max=last)))
-    in_nucleus = (cumulative_NJ - probabilities_NJ < limits.top_p * best_k_N1).sum(dim=-1, keepdim=True)
-    above = (probabilities_NJ >= limits.min_p * probabilities_NJ[:, :1]).sum(dim=-1, keepdim=True)
-    kept_N1 = in_nucleus.minimum(above).minimum(limits.top_k).clamp(min=1)
-    mass_N1 = cumulative_NJ.gather(1, kept_N1 - 1)
-    picked = torch.searchsorted(cumulative_NJ, limits.uniform * mass_N1, right=True)
-    return tokens_NJ.gather(1, picked.minimum(kept_N1 - 1)).squeeze(1)
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _may_lack(probabilities_NJ: Tensor, limits: _Limits, num_tokens: int) -> Tensor:
+def _draw_likeliest(probabilities_NV: Tensor, settings: Settings) -> Tensor:
+    """`draw`, but only rows that need it are sorted whole."""
+    num_tokens = probabilities_NV.shape[1]
+    likeliest = probabilities_NV.topk(min(_LIKELIEST, num_tokens), dim=-1)
+    tokens_N = pick(likeliest.values, likeliest.indices, settings)
+    wide_N = _may_lack(likeliest.values, settings, num_tokens)
+    if bool(wide_N.any()):
+        tokens_N[wide_N] = draw_twin(probabilities_NV[wide_N], settings.of(wide_N))
+    return tokens_N
+
+
+def _may_lack(probabilities_NJ: Tensor, settings: Settings, num_tokens: int) -> Tensor:
     """Rows, as booleans, in which a token beyond the likeliest ones could be kept."""
     num_likeliest = probabilities_NJ.shape[1]
     if num_likeliest == num_tokens:
         return torch.zeros(len(probabilities_NJ), dtype=torch.bool, device=probabilities_NJ.device)
-    by_mass_N1 = probabilities_NJ.sum(dim=-1, keepdim=True) < limits.top_p.clamp(max=1 - 1e-6)
-    by_count_N1 = limits.top_k > num_likeliest
-    by_height_N1 = probabilities_NJ[:, -1:] >= limits.min_p * probabilities_NJ[:, :1]
+    by_mass_N1 = probabilities_NJ.sum(dim=-1, keepdim=True) < settings.top_p.clamp(max=1 - 1e-6)
+    by_count_N1 = settings.top_k > num_likeliest
+    by_height_N1 = probabilities_NJ[:, -1:] >= settings.min_p * probabilities_NJ[:, :1]
     return (by_mass_N1 & by_count_N1 & by_height_N1).squeeze(1)

@@ -86,19 +86,22 @@ class Scheduler(Generic[Key]):
         return chunks
 
     def computed(self, sequence: Sequence[Key], count: int) -> None:
-        """Its next `count` tokens have their latents in the cache: full pages and the end of the prompt can be shared.
+        """Its next `count` tokens have their latents in the cache.
 
         A draft that was refused is none of them: what it left is written over.
         """
-        first = sequence.num_computed // PAGE
         sequence.num_computed += count
-        if not self.blocks.caching:
+        self.known(sequence, sequence.num_computed - count, sequence.num_computed)
+
+    def known(self, sequence: Sequence[Key], start: int, end: int) -> None:
+        """It is known which tokens these are: full pages and the end of the prompt can be shared from now on."""
+        if not self.blocks.caching or sequence.num_computed < end:  # it gave its pages away meanwhile
             return
-        for index in range(first, sequence.num_computed // PAGE):
+        for index in range(start // PAGE, end // PAGE):
             key = self._key(sequence, index)
             self.blocks.register(sequence.pages[index], key, full=True)
             self._being_computed.pop(key, None)
-        if sequence.tail_key is not None and sequence.num_computed >= len(sequence.prompt_ids):
+        if sequence.tail_key is not None and end >= len(sequence.prompt_ids):
             self.blocks.register(sequence.pages[len(sequence.prompt_ids) // PAGE], sequence.tail_key, full=False)
             self._being_computed.pop(sequence.tail_key, None)
             sequence.tail_key = None
@@ -114,7 +117,8 @@ class Scheduler(Generic[Key]):
     def _decodes(self) -> list[Chunk[Key]]:
         chunks = []
         for sequence in tuple(self.running):
-            if sequence.num_left == 1 and sequence.pages and self._make_room(sequence):
+            decodes = sequence.num_left == 1 and sequence.pages and not sequence.is_written
+            if decodes and self._make_room(sequence):
                 chunks.append(Chunk(sequence, 1))
         for chunk in chunks[: self._max_step_tokens - len(chunks)]:  # only now: no sequence gives way to a draft
             self._add_draft(chunk)
@@ -151,7 +155,7 @@ class Scheduler(Generic[Key]):
     def _admit(self) -> Sequence[Key] | None:
         """The first waiting sequence, if there are pages for it; those that wait for a shared prompt stand aside."""
         for place, sequence in enumerate(self.waiting):
-            if place == _LOOK_AHEAD:
+            if place == _LOOK_AHEAD or sequence.num_expected:  # it gave way while its next token was under way
                 return None
             shared, tail = self._find_shared(sequence)
             if self._is_being_computed(sequence, len(shared)):

@@ -60,6 +60,9 @@ class Sequence(Generic[Key]):
     draft: int | None = None
     num_drafts: int = 0
     num_accepted: int = 0
+    # Tokens that a step under way draws: at the end of `generated_ids`, as -1 minus their row among what it draws.
+    num_expected: int = 0
+    is_wanted: bool = True
     _forced: deque[int] = field(default_factory=deque)
     _random: random.Random | None = None
     _uniforms: deque[float] = field(default_factory=deque)  # drawn for tokens that are not there yet
@@ -88,20 +91,48 @@ class Sequence(Generic[Key]):
         if self._uniforms:
             self._uniforms.popleft()
         token = self._forced.popleft() if self._forced else sampled
-        self.generated_ids.append(token)
+        num_generated = len(self.generated_ids) - self.num_expected + 1
+        if self.num_expected:
+            self.generated_ids[num_generated - 1] = token
+            self.num_expected -= 1
+        else:
+            self.generated_ids.append(token)
         seen = None if self.watch is None else self.watch.ends_with(token)
         if token in eos_token_ids:
             self.finish_reason = "stop"
         elif seen is not None:
             self.finish_reason = seen
-        elif len(self.generated_ids) >= self.max_tokens:
+        elif num_generated >= self.max_tokens:
             self.finish_reason = "length"
         elif self.thinking is not None:
-            if len(self.generated_ids) >= self.thinking.max_tokens and token != self.thinking.end_token:
+            if num_generated >= self.thinking.max_tokens and token != self.thinking.end_token:
                 self._forced.extend(self.thinking.forced_ids)
             if self._forced or token == self.thinking.end_token:
                 self.thinking = None
+        if self.finish_reason is not None:
+            del self.generated_ids[num_generated:]
+            self.num_expected = 0
         return token
+
+    def expect(self, row: int) -> None:
+        """The step under way draws the next token, as the `row`th that it draws; `append` will say which it is."""
+        self.generated_ids.append(-1 - row)
+        self.num_expected += 1
+
+    @property
+    def num_known(self) -> int:
+        """How many of `generated_ids` are there."""
+        return len(self.generated_ids) - self.num_expected
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether the step after the next token can begin before it is known here."""
+        return self.thinking is None and not self._forced and not self.draw.top_logprobs
+
+    @property
+    def is_written(self) -> bool:
+        """Whether its last token is there, or expected, as far as is known."""
+        return len(self.generated_ids) >= self.max_tokens
 
     @property
     def num_tokens(self) -> int:

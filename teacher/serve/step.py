@@ -103,3 +103,8 @@ def build_step(chunks: list[Chunk[Any]], device: torch.device) -> Step:
         sampled += range(len(token_ids) - chunk.num_sampled, len(token_ids))
     table = torch.tensor([token_ids, positions, slots], device=device)
     return Step(*table, decodes, prompts, torch.tensor(sampled, dtype=torch.long, device=device), highest + 1)
+
+
+def with_expected(token_ids_M: Tensor, before_Z: Tensor) -> Tensor:
+    """Ids below zero are -1 minus a place among `before`, where the token is."""
+    return torch.where(token_ids_M < 0, before_Z[(-1 - token_ids_M).clamp(min=0)], token_ids_M)

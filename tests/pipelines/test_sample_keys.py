@@ -110,6 +110,7 @@ IN_A_FOLDER: dict[str, tuple[Change, int]] = {
     "top_logprobs": (lambda w: w.sampling.update(top_logprobs=2), 0),
     "thinking budget": (lambda w: w.sampling.update(max_thinking_tokens=3), 0),
     "batch size": (lambda w: w.teacher.update(batch_size=2), ALL),
+    "speculation": (lambda w: w.teacher.update(speculate=True), ALL),
     "grading": (lambda w: w.generate.update(grade=True), ALL),
 }
 

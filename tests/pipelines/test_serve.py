@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import subprocess
@@ -45,6 +46,21 @@ def test_the_bundled_teacher_answers(server: subprocess.Popen[str]) -> None:
     assert server.stderr.read() == ""
 
 
+def test_a_teacher_that_speculates_answers_the_same_and_says_how_often_it_was_right() -> None:
+    command = [*COMMAND, "serve", PICO, "--port", "0", "--speculate"]
+    with subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline().split()[-1]
+        body = {"model": "pico", "temperature": 0, "messages": [{"role": "user", "content": QUESTION}]}
+        answer = httpx.post(f"{address}/chat/completions", json=body, timeout=60).json()
+        process.send_signal(signal.SIGTERM)
+        last = process.stdout.read()
+        assert process.wait(30) == 0
+    content = answer["choices"][0]["message"]["content"]
+    assert content == "<think>\n12 + 34 = 46\n46 - 5 = 41\n41 + 20 = 61\n</think>\n\n\\boxed{61}"
+    accepted, drafted = (int(number) for number in re.match(r"(\d+) of (\d+) drafted tokens came true", last).groups())
+    assert 0.8 * drafted <= accepted <= drafted
+
+
 def test_a_port_in_use_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -70,6 +86,11 @@ def test_an_address_that_others_reach_needs_a_key() -> None:
 def test_a_bound_that_would_not_hold_is_refused() -> None:
     result = potstill("serve", "pipelines/recipes/r1-node-latency.yaml", "--max-waiting", "5")
     assert (result.returncode, result.stderr) == (2, "potstill: --max-waiting: vLLM's queue has no bound\n")
+    result = potstill("serve", "pipelines/recipes/r1-node-latency.yaml", "--speculate")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "potstill: --speculate: vLLM speculates by its own flag, speculative-config\n",
+    )
 
 
 def test_flags_of_a_native_server_are_checked_before_anything_is_loaded() -> None:

@@ -104,11 +104,16 @@ def written_on_cuda(model: LatentModel, **features: object) -> dict[int, list[in
 def test_graphs_write_what_kernel_by_kernel_launches_write(fp8: bool, features: dict[str, int]) -> None:
     """Batches shrink as sequences end, so several graphs serve. Padding takes other products: near ties may turn."""
     if fp8:
-        model = LatentModel(fuse_entries(*load_blocks(PICO, torch.device("cuda"))))
+        model = LatentModel.load(PICO, torch.device("cuda"), with_mtp=True)
+        assert model.precision == "fp8"
     else:
-        model = LatentModel.of(load_checkpoint(PICO, torch.bfloat16).to("cuda"))
+        model = LatentModel.of(load_checkpoint(PICO, torch.bfloat16).to("cuda"), with_mtp=True)
     with_graphs, without = (written_on_cuda(model, cuda_graphs=on, **features) for on in (True, False))
     assert sum(with_graphs[key] == without[key] for key in without) >= len(without) - 2
+    waiting = written_on_cuda(model, run_ahead=False, **features)
+    assert waiting == with_graphs
+    drafting = written_on_cuda(model, speculate=True, **features)
+    assert sum(drafting[key] == without[key] for key in without) >= len(without) - 4  # two rows: other products again
 
 
 def test_fp8_on_cuda_writes_what_its_twins_write() -> None:
@@ -118,10 +123,10 @@ def test_fp8_on_cuda_writes_what_its_twins_write() -> None:
     for model in (cpu, gpu):
         runner = ModelRunner(model, 4, max_graphed=2)
         sequences = [Sequence(i, [1, 3, *range(20, 60 - i), 4], 9, 0, pages=[2 - i]) for i in range(2)]
-        first = runner.run(in_order([Chunk(s, s.num_left) for s in sequences]), [])
+        first = runner.logits(in_order([Chunk(s, s.num_left) for s in sequences]), [])
         for sequence in sequences:
             sequence.num_computed = sequence.num_tokens
             sequence.generated_ids.append(25)
-        logits.append(torch.cat((first, runner.run(in_order([Chunk(s, 1) for s in sequences]), []))).cpu())
+        logits.append(torch.cat((first, runner.logits(in_order([Chunk(s, 1) for s in sequences]), []))).cpu())
     # Attention and absorbed factors are BF16 on both, in other orders; E4M3 rounds what differs to 2^-4 at times.
     assert relative(logits[1], logits[0]) < 5e-2

@@ -77,6 +77,10 @@ def alone(model: DeepseekV3) -> dict[int, Any]:
         {"max_chunk": 65, "num_pages": 8},
         {"num_pages": 8, "prefix_caching": False},
         {"num_pages": 8, "max_step_tokens": 20},
+        {"run_ahead": True},
+        {"run_ahead": True, "batch_size": 3, "max_chunk": 7},
+        {"run_ahead": True, "max_chunk": 65, "num_pages": 8},
+        {"run_ahead": True, "num_pages": 8, "max_step_tokens": 20, "prefix_caching": False},
     ],
     ids=str,
 )
@@ -166,17 +170,19 @@ def test_cancelled_and_abandoned_sequences_free_their_pages(model: DeepseekV3) -
 POWERS_OF_TWO = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 
 
-def agrees_with_plain(config: DeepseekV3Config, num_prompts: int = 5, num_tokens: int = 4) -> None:
+def agrees_with_plain(
+    config: DeepseekV3Config, num_prompts: int = 5, num_tokens: int = 4, *, speculate: bool = False
+) -> None:
     """Kernel forms against plain ones, from the same engine: chunks, shared pages and decoding in each step."""
     model = random_model(config, std=0.1).eval()
     logits: list[list[torch.Tensor]] = []
     texts = []
     for form in (PlainOperations, KernelOperations):
-        weights = fuse_weights(model)
+        weights = fuse_weights(model, with_mtp=speculate)
         served = LatentModel(weights, form(weights))
-        engine = Engine(served, batch_size=4, eos_token_ids=(), max_chunk=40, num_pages=16)
-        run, seen = engine.runner.run, []
-        engine.runner.run = lambda *given, run=run, seen=seen: seen.append(run(*given)) or seen[-1]
+        engine = Engine(served, batch_size=4, eos_token_ids=(), max_chunk=40, num_pages=16, speculate=speculate)
+        logits_of, seen = engine.runner.logits, []
+        engine.runner.logits = lambda *given, f=logits_of, seen=seen: seen.append(f(*given)) or seen[-1]
         prompts = [[7] * 90, [7] * 90, [*[7] * 64, 1, 2], [3, 4], [5] * 70][:num_prompts]
         texts.append(
             written(engine, [Sequence(n, prompt, max_tokens=num_tokens, seed=0) for n, prompt in enumerate(prompts)])
@@ -187,20 +193,22 @@ def agrees_with_plain(config: DeepseekV3Config, num_prompts: int = 5, num_tokens
         torch.testing.assert_close(kernel, plain, atol=1e-4, rtol=0)  # FP32, other orders of summation
 
 
+@pytest.mark.parametrize("speculate", [False, True], ids=["one query", "two queries"])
 @pytest.mark.parametrize("widths", [{}, POWERS_OF_TWO], ids=["twins", "kernels' own choice"])
-def test_kernel_forms_write_what_plain_ones_write(widths: dict[str, int]) -> None:
-    agrees_with_plain(tiny_config(max_position_embeddings=512, rope_scaling=None, **widths))
+def test_kernel_forms_write_what_plain_ones_write(widths: dict[str, int], speculate: bool) -> None:
+    agrees_with_plain(tiny_config(max_position_embeddings=512, rope_scaling=None, **widths), speculate=speculate)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
-def test_interpreted_kernels_write_what_plain_operations_write() -> None:
+@pytest.mark.parametrize("speculate", [False, True], ids=["one query", "two queries"])
+def test_interpreted_kernels_write_what_plain_operations_write(speculate: bool) -> None:
     program = (
         "from test_paged_engine import POWERS_OF_TWO, agrees_with_plain, tiny_config\n"
         "small = {'num_hidden_layers': 1, 'first_k_dense_replace': 0}\n"
         "config = tiny_config(max_position_embeddings=512, rope_scaling=None, **POWERS_OF_TWO, **small)\n"
-        "agrees_with_plain(config, num_prompts=3, num_tokens=2)\n"
+        f"agrees_with_plain(config, num_prompts=3, num_tokens={2 + speculate}, {speculate=})\n"
     )
     search = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": search}

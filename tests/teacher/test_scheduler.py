@@ -1,10 +1,11 @@
-"""Scheduler and block manager against a cache that remembers of every place whose token it holds."""
+"""Scheduler and block manager against a cache that remembers of every place whose token it holds, drafts among them."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from teacher.kernels.mla_cache import PAGE
 from teacher.serve.block_manager import BlockManager, page_key
-from teacher.serve.scheduler import Scheduler
+from teacher.serve.scheduler import Chunk, Scheduler
 from teacher.serve.sequence import Sequence
+from teacher.serve.speculation import take
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Case:
     spare_tokens: int
     max_chunk: int
     jobs: list[Job]
+    drafts: Literal["none", "right", "wrong", "mixed"] = "none"
 
 
 lengths = st.sampled_from([1, 2, 63, 64, 65, 100, 127, 128, 129, 150])
@@ -62,12 +65,16 @@ cases = st.builds(
     spare_tokens=st.sampled_from([0, 1, 30, 64, 300]),
     max_chunk=st.sampled_from([1, 7, 64, 1000]),
     jobs=st.lists(jobs, min_size=1, max_size=9),
+    drafts=st.sampled_from(["none", "right", "wrong", "mixed"]),
 )
 
 
 @dataclass
 class World:
-    """The engine without a model: the next token follows from the text so far, a place holds a hash of all up to it."""
+    """The engine without a model: the next token follows from the text so far, a place holds a hash of all up to it.
+
+    A draft layer's place holds a hash of all up to it and of the token behind it.
+    """
 
     case: Case
     finished: dict[int, Sequence[int]] = field(default_factory=dict)
@@ -80,10 +87,10 @@ class World:
         limits = {"max_running": case.max_running, "max_step_tokens": case.max_running + case.spare_tokens}
         self.scheduler: Scheduler[int] = Scheduler(self.blocks, **limits, max_chunk=case.max_chunk)
         self.places: list[list[Any]] = [[None] * PAGE for _ in range(case.num_pages)]
+        self.draft_places: list[list[Any]] = [[None] * PAGE for _ in range(case.num_pages)]
 
     def run(self) -> None:
-        room = self.case.num_pages * PAGE - 1
-        coming = {n: job for n, job in enumerate(self.case.jobs) if 0 < len(job.prompt(n)) <= room}
+        coming = {n: job for n, job in enumerate(self.case.jobs) if 0 < len(job.prompt(n)) < self.room}
         alive: dict[int, tuple[Sequence[int], int | None]] = {}
         step = idle = 0
         while coming or alive:
@@ -109,34 +116,69 @@ class World:
     def step(self) -> int:
         chunks = self.scheduler.schedule()
         assert len({chunk.sequence.key for chunk in chunks}) == len(chunks)
-        total = sum(chunk.count for chunk in chunks)
+        total = sum(chunk.num_rows for chunk in chunks)
         assert total <= self.case.max_running + self.case.spare_tokens
         assert all(0 < chunk.count <= self.case.max_chunk for chunk in chunks)
         self.check()
         for source, target in self.blocks.take_copies():
             self.places[target] = list(self.places[source])
+            self.draft_places[target] = list(self.draft_places[source])
         for chunk in chunks:
-            self.compute(chunk.sequence, chunk.end)
+            self.compute(chunk)
         for chunk in chunks:
-            sequence, ends = chunk.sequence, chunk.ends_text
-            self.scheduler.computed(chunk.sequence, chunk.count)
-            if ends:
-                sequence.append(hash((sequence.seed, sequence.num_tokens, sequence.uniform())) % 5, frozenset())
-                if sequence.finish_reason is None and sequence.num_computed >= self.case.num_pages * PAGE:
-                    sequence.finish_reason = "length"
+            self.take(chunk)
+        for chunk in chunks:
+            self.draft(chunk)
         self.num_computed += total
         return total
 
-    def compute(self, sequence: Sequence[int], end: int) -> None:
+    def compute(self, chunk: Chunk[int]) -> None:
+        sequence = chunk.sequence
+        text = [*sequence.tokens(0, chunk.start), *chunk.token_ids]
         seen: Any = None
-        for position, token in enumerate(sequence.tokens(0, end)):
+        for position, token in enumerate(text):
             page, place = sequence.pages[position // PAGE], position % PAGE
-            seen = hash((seen, token))
-            if position < sequence.num_computed:
+            seen, before = hash((seen, token)), seen
+            if position < chunk.start:
                 assert self.places[page][place] == seen, "a page does not hold what its sequence wrote"
             else:
                 assert self.blocks._references[page] == 1, "a shared page is written"
                 self.places[page][place] = seen
+            # Only a shared page's last place may stand for another continuation.
+            if self.case.drafts != "none" and 0 < position <= chunk.start and position % PAGE:
+                earlier = self.draft_places[sequence.pages[(position - 1) // PAGE]][(position - 1) % PAGE]
+                assert earlier == hash((before, token, "draft")), "the draft layer has not read what its sequence wrote"
+
+    def take(self, chunk: Chunk[int]) -> None:
+        sequence = chunk.sequence
+        num_new = 0
+        if chunk.ends_text:
+            tokens = take(chunk, [next_token(sequence), next_token(sequence, chunk.draft)], frozenset())
+            num_new = len(tokens) - 1
+        self.scheduler.computed(sequence, chunk.count + num_new)
+        if chunk.ends_text and sequence.finish_reason is None and sequence.num_computed >= self.room:
+            sequence.finish_reason = "length"
+
+    def draft(self, chunk: Chunk[int]) -> None:
+        sequence, case = chunk.sequence, self.case
+        if case.drafts == "none":
+            return
+        seen: Any = None
+        text = sequence.tokens(0, sequence.num_computed + 1)
+        for position, (token, following) in enumerate(itertools.pairwise(text)):
+            seen = hash((seen, token))
+            if position >= chunk.start:
+                self.draft_places[sequence.pages[position // PAGE]][position % PAGE] = hash((seen, following, "draft"))
+        for position in range(len(text) - 1, chunk.end):  # behind a refused draft
+            self.draft_places[sequence.pages[position // PAGE]][position % PAGE] = "refused"
+        if chunk.ends_text and sequence.finish_reason is None:
+            right = case.drafts == "right" or (case.drafts == "mixed" and hash((sequence.seed, len(text))) % 2)
+            guess = next_token(sequence) if right else -1
+            sequence.draft = guess if sequence.num_tokens < self.room else None
+
+    @property
+    def room(self) -> int:
+        return self.case.num_pages * PAGE
 
     def check(self) -> None:
         """References are exact, nothing is leaked, and no page is two things at once."""
@@ -161,10 +203,18 @@ class World:
         for number, sequence in self.finished.items():
             alone = Sequence(number, sequence.prompt_ids, max_tokens=sequence.max_tokens, seed=number)
             while alone.finish_reason is None:
-                alone.append(hash((alone.seed, alone.num_tokens, alone.uniform())) % 5, frozenset())
-                if alone.num_tokens > self.case.num_pages * PAGE:
+                alone.append(next_token(alone), frozenset())
+                if alone.num_tokens > self.room:
                     alone.finish_reason = "length"
             assert sequence.generated_ids == alone.generated_ids
+            if self.case.drafts in ("right", "wrong"):
+                assert sequence.num_accepted == (sequence.num_drafts if self.case.drafts == "right" else 0)
+
+
+def next_token(sequence: Sequence[int], draft: int | None = None) -> int:
+    """What follows the text, or the text and a draft."""
+    ahead = draft is not None
+    return hash((sequence.seed, sequence.num_tokens + ahead, sequence.uniform(ahead))) % 5
 
 
 def play(case: Case) -> World:
