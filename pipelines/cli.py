@@ -114,13 +114,13 @@ def serve(
     max_waiting: Annotated[
         int | None, typer.Option(min=1, help="samples that may wait at a native server; more are refused with 429")
     ] = None,
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="a native teacher drafts a token a step with its MTP layer; same texts")
+    ] = False,
     reasoning_parser: Annotated[
         str | None, typer.Option(metavar="NAME", help="deepseek_r1: a native server's answers have reasoning_content")
     ] = None,
     end_loops: Annotated[bool, typer.Option("--end-loops", help="a native server ends texts that loop")] = False,
-    speculate: Annotated[
-        bool, typer.Option("--speculate", help="a native teacher drafts a token a step with its MTP layer; same texts")
-    ] = False,
     node_rank: Annotated[int, typer.Option(min=0, help="which node of a vLLM plan this one is")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every node's vLLM command, start nothing")] = False,
 ) -> None:
@@ -137,11 +137,11 @@ def serve(
                 host=host,
                 port=port,
                 max_waiting=max_waiting,
-                reasoning_parser=reasoning_parser,
-                end_loops=end_loops,
                 announce=typer.echo,
                 node_rank=node_rank,
                 speculate=speculate,
+                reasoning_parser=reasoning_parser,
+                end_loops=end_loops,
             )
 
 

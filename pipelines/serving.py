@@ -46,11 +46,11 @@ def serve_teacher(
     if isinstance(config, VllmTeacher):
         if max_waiting is not None:
             raise RecipeError("vLLM's queue has no bound", where="--max-waiting")
+        if speculate:
+            raise RecipeError("vLLM speculates by its own flag, speculative-config", where="--speculate")
         for flag, given in (("--reasoning-parser", reasoning_parser), ("--end-loops", end_loops)):
             if given:
                 raise RecipeError("is for a native teacher; vLLM's own flags stand in its recipe", where=flag)
-        if speculate:
-            raise RecipeError("vLLM speculates by its own flag, speculative-config", where="--speculate")
         _serve_vllm(config, host=host, port=port, announce=announce, node_rank=node_rank)
         return
     if not isinstance(config, NativeTeacher):

@@ -58,9 +58,10 @@ def open_native(folder: Path, *, batch_size: int, speculate: bool = False) -> Na
         raise CheckpointError("required, but not given", where=folder / "config.json", field="eos_token_id")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = device.type == "cpu" and count_parameters(config).total <= _WORKER_PARAMETERS
-    model = LatentModel.load(folder, device, with_mtp=speculate)
     decode = decode_by(tokenizer.backend_tokenizer)
-    engine = Engine(model, batch_size=batch_size, eos_token_ids=eos_token_ids, speculate=speculate, decode=decode)
+    model = LatentModel.load(folder, device, with_mtp=speculate)
+    limits = {"batch_size": batch_size, "eos_token_ids": eos_token_ids}
+    engine = Engine(model, **limits, speculate=speculate, decode=decode)
     return NativeBackend(folder, tokenizer, engine, max_workers=torch.get_num_threads() if small else 1)
 
 
@@ -139,7 +140,8 @@ class NativeBackend:
     def _live(self) -> LiveEngine:
         if self.max_workers < 2:
             return LocalEngine(self.engine)
-        return WorkerEngines(self._worker_engine, num_workers=self.max_workers)
+        tokenizer = self.tokenizer.backend_tokenizer.to_str()
+        return WorkerEngines(replace(self._worker_engine, tokenizer=tokenizer), num_workers=self.max_workers)
 
     def _begin(self, number: int, request: TraceRequest, sampling: Sampling) -> tuple[str, Sequence[int]]:
         """What stands in front of the completion's text, and the sequence that writes the rest."""
@@ -214,8 +216,8 @@ class NativeBackend:
 
     @property
     def _worker_engine(self) -> EngineSettings:
-        engine, tokenizer = self.engine, self.tokenizer.backend_tokenizer.to_str()
-        return EngineSettings(self.folder, engine.batch_size, engine.eos_token_ids, engine.speculate, tokenizer)
+        engine = self.engine
+        return EngineSettings(self.folder, engine.batch_size, engine.eos_token_ids, speculate=engine.speculate)
 
     def close(self) -> None:
         """Finish what was submitted, free weights and cache; the teacher cannot be used afterwards."""

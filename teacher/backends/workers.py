@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class EngineSettings:
     """The engine that a worker makes: a checkpoint folder, and how to run it.
 
-    `tokenizer` is one of the tokenizers library, serialised: stop strings are text.
+    `tokenizer` is one of the tokenizers library, serialised; None: the engine gets no stop strings.
     """
 
     folder: Path
@@ -214,9 +214,9 @@ def _engine(settings: dict[str, Any]) -> Engine:
 
     torch.set_num_threads(1)
     model = load_checkpoint(settings["folder"])
-    decode = None if settings["tokenizer"] is None else decode_by(Tokenizer.from_str(settings["tokenizer"]))
+    decode = decode_by(Tokenizer.from_str(settings["tokenizer"])) if settings["tokenizer"] else None
     limits = {name: settings[name] for name in ("batch_size", "eos_token_ids", "speculate")}
-    return Engine(LatentModel.of(model, with_mtp=settings["speculate"]), **limits, decode=decode)
+    return Engine(LatentModel.of(model, with_mtp=settings["speculate"]), decode=decode, **limits)
 
 
 def _write(done: Sequence[int], output: IO[str]) -> None:

@@ -54,8 +54,8 @@ class Engine:
         prefix_caching: bool = True,
         cuda_graphs: bool = True,
         speculate: bool = False,
-        decode: Decode | None = None,
         run_ahead: bool | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self.precision = model.precision
         self.batch_size = batch_size

@@ -67,9 +67,9 @@ class EngineLoop(Generic[Key]):
     def _tell(self) -> None:
         news = []
         for key, (sequence, num_told) in self._streamed.items():
-            if (num_known := sequence.num_known) > num_told:
-                news.append(Grown(key, sequence.generated_ids[num_told:num_known], sequence.logprobs[num_told:]))
-                self._streamed[key] = sequence, num_known
+            if (length := sequence.num_written) > num_told:
+                news.append(Grown(key, sequence.generated_ids[num_told:length], sequence.logprobs[num_told:]))
+                self._streamed[key] = sequence, length
         if news:
             self._grew(news)
 

@@ -91,7 +91,7 @@ class Sequence(Generic[Key]):
         if self._uniforms:
             self._uniforms.popleft()
         token = self._forced.popleft() if self._forced else sampled
-        num_generated = len(self.generated_ids) - self.num_expected + 1
+        num_generated = self.num_written + 1
         if self.num_expected:
             self.generated_ids[num_generated - 1] = token
             self.num_expected -= 1
@@ -120,8 +120,8 @@ class Sequence(Generic[Key]):
         self.num_expected += 1
 
     @property
-    def num_known(self) -> int:
-        """How many of `generated_ids` are there."""
+    def num_written(self) -> int:
+        """Tokens that are there, not merely expected."""
         return len(self.generated_ids) - self.num_expected
 
     @property
