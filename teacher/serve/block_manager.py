@@ -6,7 +6,7 @@ a page is the hash of its tokens and of the key before, so that equal keys mean 
 
 On a GPU any page is as good as another. On a CPU attention is one call for pages that lie evenly in memory, so there
 pages come in extents: a sequence fills one extent before it takes another, the lowest in which nothing is live; idle
-pages in the way move up. See `teacher.serve.plain`.
+pages in the way move up. See `teacher.serve.pieces`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from teacher.serve.block_manager import num_pages_for
 from teacher.serve.engine import Engine
 from teacher.serve.kernels import KernelOperations
 from teacher.serve.latent_model import LatentModel
-from teacher.serve.plain import EXTENT, Piece, PlainOperations, find_pieces, group_pieces
+from teacher.serve.pieces import EXTENT, Piece, find_pieces, group_pieces
+from teacher.serve.plain import PlainOperations
 from teacher.serve.sampler import Draw, sample
 from teacher.serve.sequence import Sequence
 from teacher.serve.step import Decodes
