@@ -4,8 +4,10 @@
 
 DeepSeek-V3's layer: hidden 7,168, 256 experts, eight a token, FP8 out and BF16 back. `low latency` (128 tokens a rank)
 runs in CUDA graphs, stored to peers' memory (symmetric) or by exchanges of a fixed size; `throughput` (4,096 tokens a
-rank) as it is called, or, stored to peers' memory, in CUDA graphs. Results are checked before they are timed: experts
-that give each token back times its weight.
+rank) as it is called, or, stored to peers' memory, in CUDA graphs; `fixed places` (4,096, routed by V3's gate) stored
+to peers' memory in CUDA graphs, and called without. Results are checked before they are timed: experts that give each
+token back times its weight. `FP8 layer` is all of a layer's routed experts, over the ranks, and as its peer on one rank
+alone for the same tokens a rank.
 Times are medians on the slowest rank. The floor is the bytes that leave a rank at the speed of a large NCCL all-to-all,
 measured in the same run. Peers are NCCL's all-to-all, once each way, of the very same bytes.
 
@@ -21,61 +23,43 @@ import datetime
 import json
 import os
 import re
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
 from benchmarks.device import device_name, driver_version, write_result
-from teacher.model.fp8 import BLOCK
+from benchmarks.parallel_layer import places_and_layer
+from benchmarks.parallel_timing import (
+    FULL,
+    TOY,
+    Row,
+    Sizes,
+    all_to_all_us,
+    exchange_of,
+    large_us,
+    layer_input,
+    leaving_bytes,
+    per_rank,
+    row_of,
+    scaled,
+    slowest_us,
+    wrong_by,
+)
 from teacher.parallel import wire
-from teacher.parallel.dispatch import Exchange
 from teacher.parallel.groups import Ranks, opened_ranks
 from teacher.parallel.low_latency import LowLatency
-from teacher.parallel.placement import Placement
 from teacher.parallel.symmetric import SymmetricLowLatency
-from teacher.parallel.wire import Wire
 
 SECTION_S = 55.0  # of processes: start, compilation, measurement
-LAUNCHES = 10  # in a graph, or between two events
-REPLAYS = 20
-ERROR = 2**-7  # of the largest number: BF16 on the way back rounds each rank's share by 2^-9 of it, and their sum
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-
-
-class Sizes(NamedTuple):
-    hidden: int
-    experts: int
-    per_token: int
-    decode_tokens: int
-    prefill_tokens: int
-    large_bytes: int  # a peer
-
-
-FULL = Sizes(7168, 256, 8, 128, 4096, 256 << 20)
-TOY = Sizes(256, 16, 4, 8, 64, 1 << 16)
-
-
-@dataclass
-class Row:
-    what: str
-    ranks: int
-    shape: str
-    us: float | None
-    floor_us: float | None = None
-    peers: dict[str, float] = field(default_factory=dict)
-    gb_per_s: float | None = None  # that leave a rank
-    error: float | None = None
-    failed: str | None = None
 
 
 def main() -> None:
@@ -247,124 +231,8 @@ def _exchange(ranks: Ranks, sizes: Sizes) -> Iterator[Row]:
 
 SECTIONS |= {
     "link": link, "symmetric": _symmetric, "exchange": _exchange, "throughput": throughput,
-    "many-symmetric": symmetric_throughput,
+    "many-symmetric": symmetric_throughput, "places": places_and_layer,
 }  # fmt: skip
-
-
-# --- what they share --------------------------------------------------------------------------------------------------
-
-
-def exchange_of(ranks: Ranks, sizes: Sizes) -> Exchange:
-    placement = Placement.contiguous(num_experts=sizes.experts, num_ranks=ranks.num_ranks)
-    return Exchange(ranks, placement, wire=Wire(out="fp8", back="bf16"))
-
-
-def layer_input(ranks: Ranks, sizes: Sizes, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x BF16, experts drawn evenly, weights that sum to 2.5 (V3's routed_scaling_factor)."""
-    generator = torch.Generator().manual_seed(ranks.rank)
-    x = torch.randn(tokens, sizes.hidden, generator=generator).to(torch.bfloat16)
-    scores, indices = torch.rand(tokens, sizes.experts, generator=generator).topk(sizes.per_token, dim=1)
-    weights = 2.5 * scores / scores.sum(dim=1, keepdim=True)
-    return x.to(ranks.device), indices.to(ranks.device), weights.to(ranks.device)
-
-
-def scaled(x_MD: Tensor, arrived: Any) -> Tensor:
-    """What experts give that return their token: each row times the sum of this rank's weights."""
-    share_M = torch.where(arrived.slots_MK >= 0, arrived.weights_MK, 0.0).sum(dim=1)
-    return (x_MD.float() * share_M.unsqueeze(1)).to(torch.bfloat16)
-
-
-def wrong_by(x: Tensor, weights: Tensor, out: Tensor) -> float:
-    """The largest error over the largest number. Raises RuntimeError where it is more than roundings explain."""
-    values, scale_inv = wire.quantise(x)
-    wanted = values.float() * scale_inv.repeat_interleave(BLOCK, dim=1) * weights.sum(dim=1, keepdim=True)
-    error = float((out.float() - wanted).abs().max() / wanted.abs().max())
-    if not error <= ERROR:  # NaN is not
-        raise RuntimeError(f"the result is wrong: error {error:.2e}, at most {ERROR:.1e} is right")
-    return error
-
-
-def per_rank(places_NK: Tensor, capacity: int, num_ranks: int) -> list[int]:
-    """Copies to each."""
-    return torch.bincount(places_NK[places_NK >= 0] // capacity, minlength=num_ranks).tolist()
-
-
-def leaving_bytes(ranks: Ranks, places_NK: Tensor, capacity: int, row_bytes: int) -> int:
-    to_others = (places_NK >= 0) & (places_NK // capacity != ranks.rank)
-    return int(to_others.sum()) * row_bytes
-
-
-def row_of(
-    ranks: Ranks, sizes: Sizes, what: str, tokens: int, us: float, leaving: int, peers: dict[str, float], error: float
-) -> Row:
-    bytes_per_us = sizes.large_bytes * (ranks.num_ranks - 1) / large_us(ranks, sizes.large_bytes)
-    shape = f"{tokens} x {sizes.hidden}, {sizes.per_token} of {sizes.experts}"
-    return Row(what, ranks.num_ranks, shape, us, leaving / bytes_per_us, peers, leaving / us / 1e3, error)
-
-
-def large_us(ranks: Ranks, num_bytes: int) -> float:
-    return all_to_all_us(ranks, [num_bytes] * ranks.num_ranks, graph=False)
-
-
-def all_to_all_us(ranks: Ranks, send: list[int], receive: list[int] | None = None, *, graph: bool) -> float:
-    """Bytes to each rank and from each; equal parts where `receive` is left out."""
-    sent = torch.ones(sum(send), dtype=torch.uint8, device=ranks.device)
-    received = torch.empty(sum(receive or send), dtype=torch.uint8, device=ranks.device)
-
-    def run() -> Tensor:
-        dist.all_to_all_single(received, sent, receive, send if receive else None, group=ranks.world)
-        return received
-
-    return slowest_us(ranks, run, graph=graph)
-
-
-def slowest_us(ranks: Ranks, run: Callable[[], Tensor], *, graph: bool) -> float:
-    """Microseconds a call: the median over replays, of the rank that took longest."""
-    on_gpu = ranks.device.type == "cuda"
-    for _ in range(3):
-        run()
-    launches = LAUNCHES if on_gpu else 1
-    captured = captured_graph(run) if on_gpu and graph else None
-    repeated = captured.replay if captured else lambda: [run() for _ in range(launches)]
-    times = []
-    for _ in range(REPLAYS if on_gpu else 5):
-        dist.barrier(ranks.world)
-        times.append(elapsed_us(ranks.device, repeated))
-    slowest = torch.tensor(statistics.median(times) / launches, device=ranks.device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX, group=ranks.world)
-    if captured:
-        captured.reset()
-    return float(slowest)
-
-
-def captured_graph(run: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    # NCCL's watchdog asks for events from a thread of its own, which a global capture would forbid.
-    with torch.cuda.graph(captured, capture_error_mode="thread_local"):
-        for _ in range(LAUNCHES):
-            run()
-    captured.replay()
-    torch.cuda.synchronize()
-    return captured
-
-
-def elapsed_us(device: torch.device, run: Callable[[], object]) -> float:
-    if device.type != "cuda":
-        started = time.perf_counter()
-        run()
-        return 1e6 * (time.perf_counter() - started)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return 1e3 * begin.elapsed_time(end)
 
 
 def print_table(result: dict[str, Any], rows: list[Row]) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import parallel
+from benchmarks import parallel, parallel_timing
 
+LAYER = {"FP8 layer, prefill", "FP8 layer, decode"}
+PLACES = {"fixed places, dispatch", "fixed places, combine", *LAYER}
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -19,8 +21,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
     ("only", "whats"),
     [
         ("throughput", {"throughput, dispatch", "throughput, combine"}),
+        ("places", PLACES),
         pytest.param(
-            "", {"all-to-all", "low latency, exchange", "throughput, dispatch", "throughput, combine"},
+            "", {"all-to-all", "low latency, exchange", "throughput, dispatch", "throughput, combine", *PLACES},
             marks=pytest.mark.torture,
         ),
     ],
@@ -34,10 +37,13 @@ def test_the_program_prints_a_table_and_writes_it(tmp_path: Path, only: str, wha
     for row in written["rows"]:
         assert row["us"] > 0
         assert f"{row['what']} " in result.stdout
-        if row["what"] != "all-to-all":
+        if row["what"] in LAYER:
+            assert row["peers"]["one rank"] > 0
+        elif row["what"] != "all-to-all":
             assert row["floor_us"] > 0
             assert row["peers"]["all-to-all"] > 0
-            assert 0 <= row["error"] <= parallel.ERROR
+        if row["what"] != "all-to-all":
+            assert 0 <= row["error"] <= parallel_timing.ERROR
 
 
 def test_a_pattern_that_matches_nothing_is_an_error() -> None:
@@ -57,6 +63,6 @@ def test_a_section_that_fails_is_a_row_that_says_so(capfd: pytest.CaptureFixture
 
 def test_a_wrong_result_has_no_time() -> None:
     x, weights = torch.ones(2, 128, dtype=torch.bfloat16), torch.full((2, 2), 0.5)
-    assert parallel.wrong_by(x, weights, x.float()) == 0
+    assert parallel_timing.wrong_by(x, weights, x.float()) == 0
     with pytest.raises(RuntimeError, match="the result is wrong"):
-        parallel.wrong_by(x, weights, 1.02 * x.float())
+        parallel_timing.wrong_by(x, weights, 1.02 * x.float())

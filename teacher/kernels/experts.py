@@ -5,7 +5,8 @@
     3. down projection times the gate's weight, a row for each (token, choice).
     4. the sum over a token's choices, in the order of the choice.
 
-Every step is deterministic: rows are placed by rank, not by who comes first, and nothing is added atomically.
+Every step is deterministic: rows are placed by rank, not by who comes first, and nothing is added atomically. An index
+of -1 is a choice that is served elsewhere (`teacher.parallel`): it gets no row, and counts in no sum and no load.
 
 Shape legend: N tokens, D hidden, E routed experts, K experts per token, I expert intermediate, R rows with padding,
 T tiles of rows.
@@ -116,7 +117,7 @@ def routed_experts_twin(x: Quantised, choice: Choice, weights: ExpertWeights) ->
     hidden = weights.down_EDI.shape[1]
     out_PD = torch.zeros(num_tokens * top_k, hidden, dtype=torch.bfloat16, device=x.values_MK.device)
     flat, gates_P = choice.indices_NK.flatten(), choice.weights_NK.flatten()
-    for expert in flat.unique().tolist():
+    for expert in flat[flat >= 0].unique().tolist():
         pairs = (flat == expert).nonzero().flatten()
         rows = Quantised(x.values_MK[pairs // top_k], x.scale_inv_MG[pairs // top_k])
         gate_up = weights.gate_up_E2ID[expert], weights.gate_up_scale_inv[expert]

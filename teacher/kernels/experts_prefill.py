@@ -43,7 +43,8 @@ def routed_experts_prefill(x: Quantised, choice: Choice, weights: ExpertWeights)
     rows, rows_P = gather_rows(x, alignment, num_pairs, top_k)
     products = _products_hopper if runs_hopper_kernels(x.values_MK.device) else _products
     down_RD = products(rows, Grouping(*alignment, choice.load_E), weights)
-    return sum_choices_kernel(down_RD, top_k, places_P=rows_P, gates_NK=choice.weights_NK)
+    placed = {"places_P": rows_P, "gates_NK": choice.weights_NK}
+    return sum_choices_kernel(down_RD, top_k, indices_NK=choice.indices_NK, **placed)
 
 
 def _products_hopper(rows: Quantised, grouping: Grouping, weights: ExpertWeights) -> Tensor:
@@ -104,7 +105,7 @@ def _list_units(load_ptr, units_ptr, E: tl.constexpr, E_PADDED: tl.constexpr, TA
 
 
 def gather_rows(x: Quantised, alignment: Alignment, num_pairs: int, top_k: int) -> tuple[Quantised, Tensor]:
-    """(tokens by row, the row of each pair); padding stays unwritten."""
+    """(tokens by row, the row of each pair); padding stays unwritten, and so do pairs that no expert here serves."""
     (length,), (_, hidden) = alignment.pairs_R.shape, x.values_MK.shape
     device, groups = x.values_MK.device, hidden // BLOCK
     values = torch.empty(length, hidden, dtype=torch.float8_e4m3fn, device=device)

@@ -205,7 +205,7 @@ def routed_experts_kernel(x: Quantised, choice: Choice, weights: ExpertWeights, 
         weights.down_scale_inv, *alignment, choice.weights_NK, of_pairs, num_pairs, scales.stride(1),
         num_warps=plan.num_warps, num_stages=plan.down_stages, **groups, **form,
     )  # fmt: skip
-    return sum_choices_kernel(of_pairs, top_k)
+    return sum_choices_kernel(of_pairs, top_k, indices_NK=choice.indices_NK)
 
 
 def _blocks(weight: Tensor) -> TensorDescriptor:

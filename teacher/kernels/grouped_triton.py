@@ -40,20 +40,24 @@ def _gather_rows(
 
 @triton.jit
 def _sum_choices(
-    rows_ptr, places_ptr, gates_ptr, out_ptr, width, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, PLACED: tl.constexpr
-):
+    rows_ptr, indices_ptr, places_ptr, gates_ptr, out_ptr, width,
+    TOP_K: tl.constexpr, COLUMNS: tl.constexpr, PARTIAL: tl.constexpr, PLACED: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
     total = tl.zeros((COLUMNS,), tl.float32)
     for choice in tl.static_range(TOP_K):
         pair = token * TOP_K + choice
+        counted = inside
+        if PARTIAL:  # nobody has written a row for a choice that is served elsewhere
+            counted = columns < tl.where(tl.load(indices_ptr + pair) >= 0, width, 0)
         if PLACED:
             row = tl.load(places_ptr + pair).to(tl.int64)
-            values = tl.load(rows_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+            values = tl.load(rows_ptr + row * width + columns, mask=counted, other=0.0).to(tl.float32)
             total += values * tl.load(gates_ptr + pair)
         else:
-            total += tl.load(rows_ptr + pair * width + columns, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(rows_ptr + pair * width + columns, mask=counted, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * width + columns, to_dtype(total, out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -104,15 +108,24 @@ def gather_rows_kernel(x_ND: Tensor, grouping: Grouping, top_k: int) -> Tensor:
 
 
 def sum_choices_kernel(
-    values: Tensor, top_k: int, *, places_P: Tensor | None = None, gates_NK: Tensor | None = None
+    values: Tensor,
+    top_k: int,
+    *,
+    indices_NK: Tensor | None = None,
+    places_P: Tensor | None = None,
+    gates_NK: Tensor | None = None,
 ) -> Tensor:
-    """[N, D] from [P, D]; or from rows in another order, times their gates, where each pair's row is given."""
+    """[N, D] from [P, D]; or from rows in another order, times their gates, where each pair's row is given.
+
+    With `indices_NK`, pairs of a negative index are not read.
+    """
     num_pairs = values.shape[0] if places_P is None else places_P.numel()
     num_tokens, width = num_pairs // top_k, values.shape[1]
     out = torch.empty(num_tokens, width, dtype=values.dtype, device=values.device)
     _sum_choices[(num_tokens, triton.cdiv(width, COLUMNS_A_PROGRAM))](
-        values, places_P, gates_NK, out, width, TOP_K=top_k, COLUMNS=COLUMNS_A_PROGRAM, PLACED=places_P is not None
-    )
+        values, indices_NK, places_P, gates_NK, out, width,
+        TOP_K=top_k, COLUMNS=COLUMNS_A_PROGRAM, PARTIAL=indices_NK is not None, PLACED=places_P is not None,
+    )  # fmt: skip
     return out
 
 

@@ -47,13 +47,13 @@ class Planned(NamedTuple):
 
 
 @triton.jit
-def _row(inbox_ptr, distances_ptr, peer, row, ROW_BYTES: tl.constexpr):
+def peer_row(inbox_ptr, distances_ptr, peer, row, ROW_BYTES: tl.constexpr):
     distance = tl.multiple_of(tl.load(distances_ptr + peer), 16)
     return inbox_ptr + (distance + row.to(tl.int64) * ROW_BYTES)
 
 
 @triton.jit
-def _as(row_ptr, dtype: tl.constexpr):
+def typed(row_ptr, dtype: tl.constexpr):
     return row_ptr.to(tl.pointer_type(dtype), bitcast=True)
 
 
@@ -96,11 +96,11 @@ def _tails(
     for peer in range(num_ranks):
         count = tl.sum(tl.load(counts_ptr + blocks * num_ranks + peer, mask=blocks < num_blocks, other=0))
         overflowed = tl.maximum(overflowed, (count > capacity).to(tl.int32))
-        row = _row(inbox_ptr, distances_ptr, peer, rank * capacity, ROW_BYTES) + TAIL
-        tl.store(_as(row, tl.int32), count)
+        row = peer_row(inbox_ptr, distances_ptr, peer, rank * capacity, ROW_BYTES) + TAIL
+        tl.store(typed(row, tl.int32), count)
     for peer in range(num_ranks):
-        row = _row(inbox_ptr, distances_ptr, peer, rank * capacity, ROW_BYTES) + TAIL + 4
-        tl.store(_as(row, tl.int32), overflowed)
+        row = peer_row(inbox_ptr, distances_ptr, peer, rank * capacity, ROW_BYTES) + TAIL + 4
+        tl.store(typed(row, tl.int32), overflowed)
 
 
 @triton.jit(do_not_specialize=["rank", "capacity"])
@@ -139,14 +139,14 @@ def _dispatch(
         nth = tl.max(tl.where(k == choice, nths, -1), axis=0)
         if nth >= 0:
             peer = tl.max(tl.where(k == choice, peers, 0), axis=0)
-            row = _row(inbox_ptr, distances_ptr, peer, rank * capacity + nth, ROW_BYTES)
+            row = peer_row(inbox_ptr, distances_ptr, peer, rank * capacity + nth, ROW_BYTES)
             if FP8:
-                tl.store(_as(row, tl.float8e4nv) + columns, numbers, mask=inside)
-                tl.store(_as(row + NUMBERS, tl.float32) + groups, scale_inv, mask=groups * TILE < HIDDEN)
+                tl.store(typed(row, tl.float8e4nv) + columns, numbers, mask=inside)
+                tl.store(typed(row + NUMBERS, tl.float32) + groups, scale_inv, mask=groups * TILE < HIDDEN)
             else:
-                tl.store(_as(row, tl.bfloat16) + columns, x, mask=inside)
-            tl.store(_as(row + SCALES, tl.int32) + k, slots, mask=real)
-            tl.store(_as(row + SLOTS, tl.float32) + k, weights, mask=real)
+                tl.store(typed(row, tl.bfloat16) + columns, x, mask=inside)
+            tl.store(typed(row + SCALES, tl.int32) + k, slots, mask=real)
+            tl.store(typed(row + SLOTS, tl.float32) + k, weights, mask=real)
 
 
 @triton.jit
@@ -187,8 +187,8 @@ def _return(
     if nth < tl.load(rows_ptr + (peer * capacity).to(tl.int64) * ROW_WORDS + TAIL):
         columns = tl.arange(0, COLUMNS)
         out = tl.load(out_ptr + place.to(tl.int64) * HIDDEN + columns, mask=columns < HIDDEN)
-        row = _row(inbox_ptr, distances_ptr, peer, rank * capacity + nth, HIDDEN * 2)
-        target = _as(row, tl.bfloat16)
+        row = peer_row(inbox_ptr, distances_ptr, peer, rank * capacity + nth, HIDDEN * 2)
+        target = typed(row, tl.bfloat16)
         tl.store(target + columns, to_dtype(out.to(tl.float32), tl.bfloat16), mask=columns < HIDDEN)
 
 

@@ -32,6 +32,8 @@ class StopStrings:
         """
         if self.found is not None:
             return ""
+        if not self._stops:
+            return piece
         text = self._held + piece
         for place, character in enumerate(piece, start=len(self._held) + 1):
             for number, stop in enumerate(self._stops):

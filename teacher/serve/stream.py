@@ -27,6 +27,8 @@ from teacher.serve.stopping import StopStrings
 UNREAD_S = 60.0
 # Clients and proxies give a silent connection up after a minute or more.
 KEEP_ALIVE_S = 15.0
+# uvicorn waits for a client to read before a part is sent, not within one.
+SEND_BYTES = 2**18
 # The eye sees no difference below it; a piece a token would cost a core at some 10,000 tokens a second.
 PIECE_S = 0.02
 
@@ -140,8 +142,11 @@ class Stream(Response):
         gone.add_done_callback(lambda _: cancel(self._futures))
         try:
             async for piece, more in self._pieces():
-                async with asyncio.timeout(UNREAD_S):
-                    await send({"type": "http.response.body", "body": piece.encode(), "more_body": more})
+                body = piece.encode()
+                for start in range(0, len(body), SEND_BYTES):
+                    part, end = body[start : start + SEND_BYTES], start + SEND_BYTES >= len(body)
+                    async with asyncio.timeout(UNREAD_S):
+                        await send({"type": "http.response.body", "body": part, "more_body": more or not end})
                 if more:
                     await asyncio.sleep(PIECE_S)
         except TimeoutError:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import queue
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from v3_models import random_model, tiny_config
 
+from teacher.serve import sequence
 from teacher.serve.detokenizer import Detokenizer, decode_by
+from teacher.serve.engine import Engine
+from teacher.serve.latent_model import LatentModel
+from teacher.serve.loop import EngineLoop
 from teacher.serve.reasoning import END_OF_THINKING, THINK, Reasoning, split
+from teacher.serve.sampler import Draw
 from teacher.serve.stopping import Repetition, RepetitionLimit, StopStrings, cut
 
 PICO = Tokenizer.from_file(str(Path(__file__).resolve().parents[2] / "teacher/pico/tokenizer.json"))
@@ -129,3 +139,37 @@ def test_reasoning_and_answer_come_in_pieces_as_they_are_split_whole(
     reasoning += parts.rest()[0]
     assert (reasoning, content) == (split(text)[0], split(text)[1] or "")
     assert text.removeprefix(THINK) == reasoning + tag + content
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_steps_are_told_as_they_come_and_a_stop_string_ends_them(run_ahead: bool) -> None:
+    """Where a step is launched before the last one's tokens are known, nothing that is not known is told."""
+    model = random_model(tiny_config(rope_scaling=None), std=0.1).eval()
+    alphabet = "".join(chr(0x100 + token) for token in range(64))
+
+    def decode(token_ids: Sequence[int]) -> str:
+        return "".join(alphabet[token] for token in token_ids)
+
+    def run(*stops: str) -> tuple[sequence.Sequence[int], list[list[int]]]:
+        engine = Engine(LatentModel.of(model), batch_size=2, eos_token_ids=[], decode=decode, run_ahead=run_ahead)
+        jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        asked = sequence.Sequence(1, [7, 8, 9], max_tokens=40, seed=1, draw=Draw(1.0), stops=stops, streamed=True)
+        jobs.put(asked)
+        told: list[list[int]] = []
+
+        def done(ended: sequence.Sequence[int]) -> None:
+            told.append(ended.generated_ids[sum(map(len, told)) :])
+            jobs.put(None)
+
+        EngineLoop(engine, jobs, done, lambda news: told.extend(grown.token_ids for grown in news)).run()
+        assert engine.num_computed_tokens <= len(asked.generated_ids) + 3
+        return asked, told
+
+    whole, told = run()
+    assert [token for piece in told for token in piece] == whole.generated_ids
+    assert len(told) == len(whole.generated_ids) == 40
+    stop = decode(whole.generated_ids[10:12])
+    stopped, _ = run("none", stop)
+    place = decode(whole.generated_ids).index(stop)
+    assert (stopped.finish_reason, len(stopped.generated_ids)) == ("stop", place + 2)
+    assert stopped.generated_ids == whole.generated_ids[: place + 2]

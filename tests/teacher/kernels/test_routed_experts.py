@@ -108,6 +108,25 @@ def test_the_kernels_are_as_exact_as_the_twin(device: str, weights: ExpertWeight
     assert error(routed_experts_fp8(x, choice, weights, plan=plan), wanted) < 1.05 * twin
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_choices_that_are_served_elsewhere_count_for_nothing(
+    device: str, weights: ExpertWeights, plan: ExpertsPlan | None
+) -> None:
+    x, choice = tokens(9, device)
+    first = NUM_EXPERTS // 4  # within a group of experts: some tokens have choices here and elsewhere
+    here = choice.indices_NK >= first
+    assert (here.any(dim=1) & ~here.all(dim=1)).any()
+    indices = torch.where(here, choice.indices_NK - first, -1)
+    load = choice.load_E[first:]
+    part = ExpertWeights(*(of_all[first:] for of_all in weights))
+    got = routed_experts_fp8(x, Choice(indices, choice.weights_NK, load), part, plan=plan)
+    # The same products, of the same experts by other numbers; what is left out is left out by a weight of zero.
+    weighted = choice._replace(weights_NK=torch.where(here, choice.weights_NK, 0.0))
+    assert torch.equal(got, routed_experts_fp8(x, weighted, weights, plan=plan))
+    twin = routed_experts_twin(x, Choice(indices, choice.weights_NK, load), part)
+    assert torch.equal(twin, routed_experts_twin(x, weighted, weights))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 6), st.sampled_from([16, 32]), st.integers(0, 2**20))
 def test_alignment_gives_each_pair_one_row_of_its_expert(num_tokens: int, top_k: int, rows: int, seed: int) -> None:

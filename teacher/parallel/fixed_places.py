@@ -1,0 +1,187 @@
+"""Dispatch and combine for many tokens, inference alone: every token has its place, and nothing is planned.
+
+Token n of rank s lies at place `s * max_tokens + n` of every rank that it goes to. So no rank counts anything before it
+sends, no shape depends on the routing, the host never waits (a CUDA graph may hold it all), and nothing can overflow.
+The price is memory, not traffic: places for all tokens of all ranks.
+
+A rank has three inboxes. `values`: E4M3 numbers, row by row without anything between, as the FP8 experts read them.
+`headers`: scales, slots and weights; every token's goes to every rank, so that an empty place says so. `returned`: the
+rows that come back, BF16, each rank's share of a token's weighted sum; the origin adds them in the order of the ranks.
+
+`FixedPlaces` works over any backend by exchanges of equal parts, which move empty places too; it is the twin of
+`teacher.parallel.symmetric_places`, which stores straight to the peers. A dispatch must be followed by its combine
+before the next dispatch: inboxes are used again.
+
+Shape legend: N tokens here, D hidden, K experts per token, R ranks, Q = R * max_tokens places, G = D / 128, S own
+slots, B bytes a row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from teacher.kernels.experts import ExpertWeights, default_plan, routed_experts_fp8
+from teacher.kernels.quantise import Quantised, empty_scales, quantise
+from teacher.kernels.route import Choice
+from teacher.parallel import wire
+from teacher.parallel.dispatch import Exchange
+from teacher.parallel.low_latency import MakeMailbox
+from teacher.parallel.mailbox import AllToAllMailbox
+from teacher.parallel.placement import Placement
+from teacher.parallel.plan import NOWHERE, local_slots
+from teacher.parallel.wire import Wire
+
+MOST_RANKS = 31  # bits of an int32 that is not negative
+
+
+class Received(NamedTuple):
+    """What arrived, for `teacher.kernels.experts.routed_experts_fp8` as it is.
+
+    `x`: E4M3 [Q, D] (the inbox itself) and FP32 [Q, G]; whatever lay there before where nothing came. `choice`: local
+    slots int32 [Q, K], -1 for those of other ranks and in empty places; weights [Q, K], zero there; loads [S].
+    `ranks_N`: bit r says that this rank's own token went to rank r.
+    """
+
+    x: Quantised
+    choice: Choice
+    ranks_N: Tensor
+
+
+class FixedPlaces:
+    """The form for up to `max_tokens` a rank of one width. Ranks may have different numbers of tokens, or none.
+
+    Raises ValueError for another wire than FP8 out and BF16 back, and for more than 31 ranks.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        *,
+        hidden: int,
+        per_token: int,
+        max_tokens: int,
+        make_mailbox: MakeMailbox = AllToAllMailbox,
+    ) -> None:
+        if exchange.wire != Wire(out="fp8", back="bf16"):
+            raise ValueError(f"the wire must be FP8 out and BF16 back, got {exchange.wire}")
+        if exchange.ranks.num_ranks > MOST_RANKS:
+            raise ValueError(f"at most {MOST_RANKS} ranks, got {exchange.ranks.num_ranks}")
+        self.ranks, self.placement, self.max_tokens = exchange.ranks, exchange.placement, max_tokens
+        self.hidden, self.per_token = hidden, per_token
+        row = wire.layout(hidden, per_token, "fp8")
+        # The row of the other forms, cut where its numbers end.
+        self._header = row._replace(
+            numbers=0,
+            scales=row.scales - row.numbers,
+            slots=row.slots - row.numbers,
+            weights=row.weights - row.numbers,
+            row_bytes=row.row_bytes - row.numbers,
+        )
+        self._tables = self.placement.tables(self.ranks.device)
+        self._values = make_mailbox(self.ranks, max_tokens, row.numbers)
+        self._headers = make_mailbox(self.ranks, max_tokens, self._header.row_bytes)
+        self._returned = make_mailbox(self.ranks, max_tokens, 2 * hidden)
+
+    @property
+    def row_bytes(self) -> tuple[int, int]:
+        """What a token takes on the way out, and on the way back."""
+        return self.hidden + self._header.row_bytes, 2 * self.hidden
+
+    def dispatch(self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor) -> Received:
+        """Tokens [N, D] to the ranks of their experts. Raises ValueError for more than `max_tokens` of them."""
+        if len(indices_NK) > self.max_tokens:
+            raise ValueError(f"{len(indices_NK)} tokens, at most {self.max_tokens} fit")
+        ranks_N = self.send(x, indices_NK, weights_NK)
+        self.deliver_out()
+        return self.received(ranks_N)
+
+    def combine(self, out_QD: Tensor, received: Received) -> Tensor:
+        """The sum of the ranks' shares of each token, FP32 sums in the order of the ranks, BF16 [N, D]."""
+        self.send_back(out_QD, received)
+        self._returned.deliver()
+        return self.summed(received.ranks_N)
+
+    # The halves on either side of a delivery, so that a test can run many ranks in one process.
+
+    def deliver_out(self) -> None:
+        self._values.deliver()
+        self._headers.deliver()
+
+    def send(self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Put every token where it must go; returns `Received.ranks_N`."""
+        values_ND, scale_inv_NG = x if isinstance(x, Quantised) else quantise(x)
+        slots_NK = self._tables.choose(indices_NK, rank=self.ranks.rank)
+        num_tokens, num_ranks, device = len(slots_NK), self.ranks.num_ranks, self.ranks.device
+        ranks_R = torch.arange(num_ranks, device=device)
+        goes_NR = (slots_NK.unsqueeze(1) // self.placement.slots_per_rank == ranks_R.view(1, -1, 1)).any(dim=2)
+
+        headers_NB = torch.zeros(num_tokens, self._header.weights, dtype=torch.uint8, device=device)
+        headers_NB[:, : self._header.scales].view(torch.float32).copy_(scale_inv_NG)
+        slots, weights = wire.addresses(headers_NB, self._header)
+        slots.copy_(slots_NK)
+        weights.copy_(weights_NK)
+
+        tokens_P = torch.arange(num_tokens, device=device).repeat(num_ranks)
+        places_P = (ranks_R.unsqueeze(1) * self.max_tokens + torch.arange(num_tokens, device=device)).flatten()
+        self._values.put(values_ND.view(torch.uint8), tokens_P, torch.where(goes_NR.T.flatten(), places_P, NOWHERE))
+        self._headers.put(headers_NB, tokens_P, places_P)
+        count_R = torch.full((num_ranks, 1), num_tokens, dtype=torch.int32, device=device)
+        first_places = ranks_R * self.max_tokens
+        self._headers.put(count_R.view(torch.uint8), ranks_R, first_places, offset=self._header.weights)
+        return (goes_NR.to(torch.int32) << ranks_R.to(torch.int32)).sum(dim=1, dtype=torch.int32)
+
+    def received(self, ranks_N: Tensor) -> Received:
+        headers_QB = self._headers.inbox_QB
+        counts_R = wire.tail(headers_QB, self._header)[:: self.max_tokens, 0]
+        turns = torch.arange(self.max_tokens, device=self.ranks.device)
+        filled_Q1 = (turns < counts_R.unsqueeze(1)).view(-1, 1)
+        slots_QK, weights_QK = wire.addresses(headers_QB, self._header)
+        local_QK = local_slots(slots_QK, self.placement, self.ranks.rank)
+        local_QK = torch.where(filled_Q1, local_QK, NOWHERE)
+        num_slots = self.placement.slots_per_rank
+        counted = torch.zeros(num_slots + 1, dtype=torch.int32, device=self.ranks.device)
+        counted.scatter_add_(0, local_QK.flatten().long() + 1, torch.ones_like(local_QK).flatten())
+        choice = Choice(local_QK, torch.where(local_QK >= 0, weights_QK, 0.0), counted[1:])
+        scales_QG = headers_QB[:, : self._header.scales].view(torch.float32)
+        columnwise = empty_scales(len(headers_QB), scales_QG.shape[1], self.ranks.device).copy_(scales_QG)
+        return Received(Quantised(self._values.inbox_QB.view(torch.float8_e4m3fn), columnwise), choice, ranks_N)
+
+    def send_back(self, out_QD: Tensor, received: Received) -> None:
+        places_Q = torch.arange(len(out_QD), device=out_QD.device)
+        came_Q = (received.choice.indices_NK >= 0).any(dim=1)
+        rows = out_QD.to(torch.bfloat16).contiguous().view(torch.uint8)
+        self._returned.put(rows, places_Q, torch.where(came_Q, places_Q, NOWHERE))
+
+    def summed(self, ranks_N: Tensor) -> Tensor:
+        returned_RND = self._returned.inbox_QB.view(torch.bfloat16).unflatten(0, (-1, self.max_tokens))
+        total_ND = torch.zeros(len(ranks_N), self.hidden, device=ranks_N.device)
+        for rank in range(self.ranks.num_ranks):
+            came_N1 = (ranks_N >> rank & 1).bool().unsqueeze(1)
+            total_ND = total_ND + torch.where(came_N1, returned_RND[rank, : len(ranks_N)].float(), 0.0)
+        return total_ND.to(torch.bfloat16)
+
+
+def own_experts(weights: ExpertWeights, placement: Placement, rank: int) -> ExpertWeights:
+    """The experts in the slots of `rank`, copied out of all."""
+    own = torch.tensor(placement.of_rank(rank), device=weights.gate_up_E2ID.device)
+    # By bytes: torch indexes no E4M3 on every device.
+    of_rank = [part.view(torch.uint8)[own].view(part.dtype) for part in weights]
+    return ExpertWeights(*of_rank)
+
+
+def routed_experts_over_ranks(
+    form: FixedPlaces, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor, experts: ExpertWeights
+) -> Tensor:
+    """A layer's routed experts in FP8, spread over ranks: BF16 [N, D]. Collective; `experts` are this rank's own.
+
+    What `routed_experts_fp8` gives with all experts on one rank, but for one rounding to BF16 of each rank's share of a
+    sum, and the order of the sum.
+    """
+    received = form.dispatch(x, indices_NK, weights_NK)
+    # Places are for every token on every rank; of the choices in them one in R is this rank's, on average.
+    num_pairs = received.choice.indices_NK.numel() // form.ranks.num_ranks
+    plan = default_plan(num_pairs, form.placement.slots_per_rank)
+    return form.combine(routed_experts_fp8(received.x, received.choice, experts, plan=plan), received)

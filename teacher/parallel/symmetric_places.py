@@ -1,0 +1,75 @@
+"""`FixedPlaces` over NVLink: kernels quantise each token once and store it straight into the memory of its ranks.
+
+    dispatch   quantise a token (or take it quantised), store numbers and header to each of its ranks
+    barrier    everybody's stores are there
+    receive    headers to local slots, weights, loads and scales by column, which the experts take
+               (the experts)
+    return     each row to the rank it came from
+    barrier
+    sum        a token's rows, in the order of the ranks
+
+The same bytes and sums as the twin over exchanges. An inbox is written again only after the other way's barrier, at
+which its readers are done: no second buffer is needed.
+
+Shape legend: as `teacher.parallel.fixed_places`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teacher.kernels.quantise import Quantised
+from teacher.parallel.dispatch import Exchange
+from teacher.parallel.fixed_places import FixedPlaces, Received
+from teacher.parallel.symmetric import SymmetricMailbox
+
+
+class SymmetricFixedPlaces(FixedPlaces):
+    """As `FixedPlaces`, on GPUs that reach each other's memory.
+
+    At most `max_programs` programs of 256 threads store to peers at a time, which leaves the other multiprocessors to
+    what runs beside; None: one a token. Raises EnvironmentFault where the ranks cannot share memory.
+    """
+
+    def __init__(
+        self, exchange: Exchange, *, max_programs: int | None = None, make_mailbox: Any = SymmetricMailbox, **sizes: Any
+    ) -> None:
+        super().__init__(exchange, make_mailbox=make_mailbox, **sizes)
+        self.max_programs = max_programs
+
+    def deliver_out(self) -> None:
+        self._headers.deliver()  # one barrier for all stores, the values' too
+
+    def send(self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        from teacher.parallel import symmetric_places_triton as kernels
+
+        return kernels.dispatch_kernel(
+            x, indices_NK.contiguous(), weights_NK.float().contiguous(), self._tables, self._addresses(), self._header,
+            values=self._values, headers=self._headers, max_programs=self.max_programs,
+        )  # fmt: skip
+
+    def received(self, ranks_N: Tensor) -> Received:
+        from teacher.parallel import symmetric_places_triton as kernels
+
+        choice, scales = kernels.receive_kernel(self._headers.inbox_QB, self._header, self._addresses())
+        return Received(Quantised(self._values.inbox_QB.view(torch.float8_e4m3fn), scales), choice, ranks_N)
+
+    def send_back(self, out_QD: Tensor, received: Received) -> None:
+        from teacher.parallel import symmetric_places_triton as kernels
+
+        kernels.return_kernel(
+            out_QD.contiguous(), received.choice.indices_NK, self._addresses(), self._returned, self.max_programs
+        )
+
+    def summed(self, ranks_N: Tensor) -> Tensor:
+        from teacher.parallel import symmetric_places_triton as kernels
+
+        return kernels.sum_kernel(self._returned.inbox_QB.view(torch.bfloat16), ranks_N, self._addresses())
+
+    def _addresses(self) -> Any:
+        from teacher.parallel.symmetric_places_triton import Addresses
+
+        return Addresses(self.ranks.rank, self.ranks.num_ranks, self.max_tokens, self.placement.slots_per_rank)
