@@ -43,8 +43,8 @@ V3 = {
     "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 8, "num_experts_per_tok": 8,
 }  # fmt: skip
 SMALL = V3 | {
-    "hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 256, "num_attention_heads": 8,
-    "q_lora_rank": 384, "qk_nope_head_dim": 64, "num_experts_per_tok": 4,
+    "hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 128, "num_attention_heads": 4,
+    "q_lora_rank": 256, "qk_nope_head_dim": 64, "num_experts_per_tok": 4,
 }  # fmt: skip
 TOY = SMALL | {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 2}
 SWITCHES = {
@@ -74,7 +74,7 @@ def main() -> None:
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available() and not arguments.dry_run
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    fields, tokens = (V3, 4096) if on_gpu else (TOY, 64) if arguments.dry_run else (SMALL, 1024)
+    fields, tokens = (V3, 4096) if on_gpu else (TOY, 64) if arguments.dry_run else (SMALL, 512)
     config = DeepseekV3Config.model_validate(fields)
     if not on_gpu:
         # Blocks of 16 KiB and more by mmap: glibc counts those over all of its arenas.
@@ -83,7 +83,10 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         opened_meshes(Layout(), rank=0, init_method=f"file://{folder}/store", device=device) as meshes,
     ):
-        rows = [measured(name, memory, config, tokens, meshes) for name, memory in SWITCHES.items()]
+        rows = []
+        for name, memory in SWITCHES.items():
+            rows.append(measured(name, memory, config, tokens, meshes))
+            print(rows[-1], flush=True)
     result: dict[str, Any] = {
         "device": device_name(device),
         "sizes": {"tokens": tokens, **fields},
@@ -92,8 +95,6 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "rows": [asdict(row) for row in rows],
     }
-    for row in rows:
-        print(row)
     if arguments.out or not arguments.dry_run:
         print(write_result("memory", result, device=device_name(device), folder=arguments.out))
 

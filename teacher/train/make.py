@@ -66,7 +66,15 @@ def make_teacher(
     run.run(progress)
     staging = _staging(out_dir)
     save_checkpoint(model.cpu(), staging, fp8=True)
-    return _finished(config, made, run.log, out_dir, device=device, held_out_per_family=held_out_per_family)
+    return _finished(
+        config,
+        made,
+        run.log,
+        out_dir,
+        device=device,
+        held_out_per_family=held_out_per_family,
+        command="make pico-teacher",
+    )
 
 
 def make_spread_teacher(
@@ -109,7 +117,15 @@ def make_spread_teacher(
         save_parts(run.model, out_dir.with_name(f".{out_dir.name}.part"), meshes, fp8=True)
     if rank:
         return out_dir
-    return _finished(config, made, run.log, out_dir, device=device, held_out_per_family=held_out_per_family)
+    return _finished(
+        config,
+        made,
+        run.log,
+        out_dir,
+        device=device,
+        held_out_per_family=held_out_per_family,
+        command=f"torchrun --nproc-per-node {num_ranks} -m pipelines pretrain {where}",
+    )
 
 
 def _made(config: PretrainConfig, *, num_workers: int) -> Made:
@@ -147,6 +163,7 @@ def _finished(
     *,
     device: torch.device,
     held_out_per_family: int,
+    command: str,
 ) -> Path:
     """Beside the staged weights: tokenizer, record and card; then the folder gets its name."""
     staging = out_dir.with_name(f".{out_dir.name}.part")
@@ -164,7 +181,7 @@ def _finished(
         "log": log,
     }
     write_atomically(staging / "training.json", json.dumps(record, indent=1) + "\n")
-    card = _card(config, made.architecture, log, accuracy, hardware, held_out_per_family)
+    card = _card(config, made.architecture, log, accuracy, hardware, held_out_per_family, command)
     write_atomically(staging / "README.md", card)
     shutil.rmtree(out_dir, ignore_errors=True)
     staging.replace(out_dir)
@@ -224,6 +241,7 @@ def _card(
     accuracy: dict[str, float],
     hardware: str,
     per_family: int,
+    command: str,
 ) -> str:
     template = jinja2.Template(CARD.read_text(encoding="utf-8"), keep_trailing_newline=True)
     return template.render(
@@ -237,4 +255,6 @@ def _card(
         temperature=TEMPERATURE,
         hardware=hardware,
         per_family=per_family,
+        command=command,
+        num_devices=config.layout.num_ranks,
     )

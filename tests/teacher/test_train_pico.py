@@ -316,7 +316,7 @@ def test_the_native_backend_opens_it(folder: Path) -> None:
 def test_card_and_log_say_how_it_was_made(folder: Path) -> None:
     record = json.loads((folder / "training.json").read_text())
     config = config_of(num_steps=12, rows_per_step=2)
-    assert record["recipe"] == config.model_dump(mode="json")
+    assert record["recipe"] == config.what_is_learned()
     assert [row["step"] for row in record["log"]] == [0, 11]
     assert set(record["held_out_pass@1"]) == set(pico_families())
     card = (folder / "README.md").read_text()
