@@ -1,5 +1,8 @@
-"""`potstill serve`: the recipe's teacher behind an HTTP API. The native one in this process, by `teacher.serve`; a vLLM
-one as a server of this node that is watched, and started again where it dies, until a signal ends it."""
+"""`potstill serve`: a recipe's teacher, or the model in a folder, behind an HTTP API.
+
+A native one in this process, by `teacher.serve`; a vLLM one as a server of this node that is watched, and started again
+where it dies, until a signal ends it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distill.errors import EnvironmentFault, Preempted, RecipeError
-from distill.recipe import NativeTeacher, Recipe, VllmTeacher
+from distill.recipe import NativeTeacher, Recipe, TeacherConfig, VllmTeacher
+from distill.records import Sampling
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # The key that a native server asks for; a vLLM one has the variable that its recipe names.
@@ -17,7 +21,8 @@ API_KEY_ENV = "POTSTILL_API_KEY"
 
 
 def serve_teacher(
-    recipe: Recipe,
+    config: TeacherConfig,
+    sampling: Sampling,
     *,
     host: str,
     port: int,
@@ -26,14 +31,14 @@ def serve_teacher(
     node_rank: int = 0,
     speculate: bool = False,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; `announce` is told the address. `node_rank`: which node of a vLLM plan this is;
-    `max_waiting` bounds a native server's queue (None: as `build_app` does); `speculate` has it draft with its MTP
-    layer whatever the recipe says.
+    """Serve until SIGINT or SIGTERM; `sampling` says what a request leaves open.
+
+    `announce` is told the address. `node_rank`: which node of a vLLM plan this is; `max_waiting` bounds a native
+    server's queue (None: as `build_app` does); `speculate` has it draft with its MTP layer whatever the recipe says.
 
     Raises RecipeError for a teacher that is itself an endpoint, for an address that others reach without a key set, and
     for `max_waiting` or `speculate` with vLLM; EnvironmentFault where the address cannot be bound.
     """
-    config = recipe.teacher
     if isinstance(config, VllmTeacher):
         if max_waiting is not None:
             raise RecipeError("vLLM's queue has no bound", where="--max-waiting")
@@ -56,7 +61,6 @@ def serve_teacher(
         config = config.model_copy(update={"speculate": True})
     teacher = open_teacher(config, base_dir=Path.cwd())
     limits = {} if max_waiting is None else {"max_waiting": max_waiting}
-    sampling = recipe.generate.sampling
     app = build_app(teacher, model=name, sampling=sampling, max_batch=config.batch_size, api_key=key, **limits)
     address = f"{host}:{listener.getsockname()[1]}"
     serve(app, listener, ready=lambda: announce(f"serving {name!r} on http://{address}/v1"))

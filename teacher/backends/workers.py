@@ -37,6 +37,7 @@ class EngineSettings:
     batch_size: int
     eos_token_ids: frozenset[int]
     speculate: bool = False
+    batch_invariant: bool = False
 
     def packed(self) -> dict[str, Any]:
         return asdict(self) | {"folder": str(self.folder.resolve()), "eos_token_ids": sorted(self.eos_token_ids)}
@@ -183,15 +184,15 @@ def _unpacked(row: list[Any]) -> Sequence[int]:
 def _engine(settings: dict[str, Any]) -> Engine:
     import torch
 
-    from teacher.model.checkpoint import load_checkpoint
     from teacher.serve.engine import Engine
-    from teacher.serve.latent_model import LatentModel
+    from teacher.serve.models import load_model
 
     torch.set_num_threads(1)
-    model = load_checkpoint(settings["folder"])
+    speculate, invariant = settings["speculate"], settings["batch_invariant"]
+    folder = Path(settings["folder"])
+    model = load_model(folder, torch.device("cpu"), with_mtp=speculate, batch_invariant=invariant)
     limits = {"batch_size": settings["batch_size"], "eos_token_ids": settings["eos_token_ids"]}
-    speculate = settings["speculate"]
-    return Engine(LatentModel.of(model, with_mtp=speculate), **limits, speculate=speculate)
+    return Engine(model, **limits, speculate=speculate)
 
 
 def _write(done: Sequence[int], output: IO[str]) -> None:
