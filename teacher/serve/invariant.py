@@ -6,14 +6,16 @@ product has one shape for good. (He, "Defeating Nondeterminism in LLM Inference"
 a row's place must not matter either; `check_places` tries that on the processor at hand.
 
 Vectorised functions round otherwise in the scalar rest of a vector, so what is not a multiplication, an addition or a
-division is computed in pieces whose rests lie at fixed columns.
+division is computed where these rests lie at fixed columns. And all is computed by one thread: the other cores are for
+other processes.
 
 Shape legend: M rows, K columns in, N columns out, R rows of a tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,8 +28,6 @@ from distill.errors import EnvironmentFault
 TILE = 32
 # Of an expert's rows, which are a step's over the share of experts that a token meets.
 EXPERT_TILE = 8
-# torch's grain: what is smaller is computed by one thread, row by row.
-_GRAIN = 32_768
 
 
 def linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, *, tile: int = TILE) -> Tensor:
@@ -55,11 +55,19 @@ def by_tiles(compute: Callable[[Tensor], Any], x_M: Tensor) -> Any:
 
 def silu(x_MK: Tensor) -> Tensor:
     """Of a slice of a wider tensor, whose rows are therefore vectorised one by one."""
-    num_rows, width = x_MK.shape
-    assert num_rows < 2 or x_MK.stride(0) > width, "rows that touch would be vectorised as one"
-    together = max((_GRAIN - 1) // width, 1)
-    parts = [F.silu(x_MK[start : start + together]) for start in range(0, num_rows, together)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    assert len(x_MK) < 2 or x_MK.stride(0) > x_MK.shape[1], "rows that touch would be vectorised as one"
+    return F.silu(x_MK)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Several threads would cut products, rows and their scratch memory by their own number and the size of a batch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_places(compute: Callable[[Tensor], Tensor], shape: tuple[int, ...], *, tile: int = TILE) -> None:

@@ -47,14 +47,14 @@ def as_decodes(step: Step) -> Step:
     return replace(step, decodes=[Decodes(pages, lengths)], chunks=[])
 
 
-def planned(step: Step, layout: HeadLayout, dtype: torch.dtype) -> Step:
+def planned(step: Step, dtype: torch.dtype) -> Step:
     """`as_decodes`, with its plan."""
     step = as_decodes(step)
     (group,) = step.decodes
-    return replace(step, decodes=[replace(group, plan=plan_levels(group, layout, dtype))])
+    return replace(step, decodes=[replace(group, plan=plan_levels(group, dtype))])
 
 
-def plan_levels(decodes: Decodes, layout: HeadLayout, dtype: torch.dtype) -> list[Level]:
+def plan_levels(decodes: Decodes, dtype: torch.dtype) -> list[Level]:
     levels = []
     for number in range(max(len(pages) for pages in decodes.pages)):
         owners: dict[int, list[int]] = {}
@@ -64,9 +64,6 @@ def plan_levels(decodes: Decodes, layout: HeadLayout, dtype: torch.dtype) -> lis
         calls: list[Call] = []
         rows: list[int] = []
         for page, distance, sharing in _runs(owners):
-            if len(sharing) * layout.num_kv_heads == 1:
-                # A single task is run by no team of threads: its products could have another team to themselves.
-                distance, sharing = 0, sharing * 2
             lengths = [min(decodes.lengths[row] - number * PAGE, PAGE) for row in sharing]
             bias = hiding_bias(lengths, PAGE, dtype)
             calls.append(Call(page, len(sharing), PAGE, distance, as_index(sharing), bias))

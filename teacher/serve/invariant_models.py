@@ -2,8 +2,8 @@
 and the same tokens, whatever shares its batch, however its prompt is cut into chunks, and whether a page was computed
 for it, for another or again after it had to wait.
 
-Products run in tiles of fixed height (`invariant`), attention page by page (`invariant_attention`). The teacher's is
-absorbed throughout: the expanded form is another order of summation.
+Products run in tiles of fixed height (`invariant`), attention page by page (`invariant_attention`), both in one thread.
+The teacher's attention is absorbed throughout: the expanded form is another order of summation.
 
 Shape legend: as in `latent_model` and `grouped_model`.
 """
@@ -20,7 +20,7 @@ from distill.errors import UserInputError
 from teacher.serve.grouped_model import GroupedModel
 from teacher.serve.grouped_operations import PlainGrouped
 from teacher.serve.grouped_weights import GroupedWeights, Linear
-from teacher.serve.invariant import EXPERT_TILE, by_tiles, check_matrices, check_places, linear, silu
+from teacher.serve.invariant import EXPERT_TILE, by_tiles, check_matrices, check_places, linear, one_thread, silu
 from teacher.serve.invariant_attention import Level, attend_levels, planned
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.plain import PlainOperations
@@ -34,8 +34,7 @@ INVARIANT = "float32-invariant"
 class InvariantGroupedModel(GroupedModel):
     """Raises UserInputError for weights on a GPU or not in FP32, EnvironmentFault for uneven products."""
 
-    operations: _LevelsGrouped
-
+    @one_thread()
     def __init__(self, weights: GroupedWeights) -> None:
         _check_embedding(weights.embedding)
         super().__init__(weights, _LevelsGrouped(weights))
@@ -49,9 +48,11 @@ class InvariantGroupedModel(GroupedModel):
     def plan(self, decodes: Decodes) -> None:
         """All rows of a step are planned together, in `hidden`."""
 
+    @one_thread()
     def hidden(self, step: Step, entries_LPSE: Tensor) -> Tensor:
-        return super().hidden(planned(step, self.operations.layout, self.dtype), entries_LPSE)
+        return super().hidden(planned(step, self.dtype), entries_LPSE)
 
+    @one_thread()
     def logits(self, x_ZD: Tensor) -> Tensor:
         return linear(x_ZD, self.weights.head)
 
@@ -65,8 +66,7 @@ class InvariantGroupedModel(GroupedModel):
 class InvariantLatentModel(LatentModel):
     """Raises UserInputError and EnvironmentFault as `InvariantGroupedModel` does."""
 
-    operations: _LevelsLatent
-
+    @one_thread()
     def __init__(self, weights: InferenceWeights) -> None:
         _check_embedding(weights.embedding)
         super().__init__(weights, _LevelsLatent(weights))
@@ -84,15 +84,18 @@ class InvariantLatentModel(LatentModel):
     def plan(self, decodes: Decodes) -> None:
         """All rows of a step are planned together, in `hidden`."""
 
+    @one_thread()
     def hidden(self, step: Step, entries_LPSE: Tensor) -> Tensor:
-        return super().hidden(planned(step, self.operations.layout, self.dtype), entries_LPSE)
+        return super().hidden(planned(step, self.dtype), entries_LPSE)
 
+    @one_thread()
     def logits(self, x_ZD: Tensor) -> Tensor:
         return linear(x_ZD, self.weights.head)
 
+    @one_thread()
     def draft_hidden(self, hidden_MD: Tensor, next_ids_M: Tensor, step: Step, entries_LPSE: Tensor) -> Tensor:
         """A guess may differ in its last bits; what becomes of it is the model's to say."""
-        step = planned(step, self.operations.layout, self.dtype)
+        step = planned(step, self.dtype)
         return super().draft_hidden(hidden_MD, next_ids_M, step, entries_LPSE)
 
     def _absorb(self, w: AttentionWeights, q_MHD: Tensor) -> Tensor:

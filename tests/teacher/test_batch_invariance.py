@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,17 +157,15 @@ def test_silu_has_the_same_bits_in_any_company() -> None:
         assert torch.equal(invariant.silu(wide[begin:end, :130]), whole[begin:end])
 
 
-def test_two_threads_make_no_difference_between_batches() -> None:
-    """In a process of its own: the number of threads is set before torch's first product."""
-    program = (
-        "import torch; torch.set_num_threads(2)\n"
-        "from test_batch_invariance import *\n"
-        "model = InvariantLatentModel(latent_weights())\n"
-        "alone, crowded = logits_of(model, []), logits_of(model, [(PROMPT[:n], 20) for n in (1, 70, 149)])\n"
-        "assert alone[0] == crowded[0]\n"
-        "assert all(torch.equal(a, b) for a, b in zip(alone[1], crowded[1], strict=True))\n"
-    )
-    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": search}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2"])
+def test_threads_make_no_difference(models: dict[str, Architecture], family: str) -> None:
+    alone = logits_of(models[family], [])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        crowded = logits_of(models[family], [(PROMPT[:n], 20) for n in (1, 70, 149)])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert crowded[0] == alone[0]
+    assert all(torch.equal(one, other) for one, other in zip(crowded[1], alone[1], strict=True))
