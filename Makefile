@@ -21,7 +21,7 @@ OPTIONS = $(foreach s,$(SET),--set '$(s)') --out '$(OUT)'
 TESTS ?= tests
 
 .PHONY: help setup setup-vllm lock demo generate distill eval compare push push-traces serve doctor zoo
-.PHONY: bench bench-kernels bench-parallel bench-serve tune bench-graders bench-ledger bench-serving torture pico-teacher pico-bases check format test clean
+.PHONY: bench bench-kernels bench-parallel tune bench-graders bench-ledger bench-serve bench-serving torture pico-teacher pico-bases check format test clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -85,11 +85,11 @@ bench-kernels: $(STAMP) ## Time every kernel of the teacher beside its floor and
 bench-parallel: $(STAMP) ## Time expert parallelism between GPUs beside NCCL (DRY_RUN=1: toy sizes over gloo)
 	@$(BIN)/python -m benchmarks.parallel $(if $(DRY_RUN),--dry-run)
 
-bench-serve: $(STAMP) ## Time the engine beside transformers and vLLM on the same weights (DRY_RUN=1: toy sizes)
-	@$(BIN)/python -m benchmarks.serve $(if $(DRY_RUN),--dry-run)
-
 tune: $(STAMP) ## Measure the kernels' plans on this GPU and keep the fastest in teacher/kernels/tables
 	@$(BIN)/python -m benchmarks.kernels.tune
+
+bench-serve: $(STAMP) $(STAMP_VLLM) ## Time the engine beside vLLM and transformers, on a GPU or a CPU (DRY_RUN=1: toy sizes)
+	@$(BIN)/python -m benchmarks.serve $(if $(DRY_RUN),--dry-run)
 
 bench-ledger: $(STAMP) ## Resume and export a million samples: seconds and memory
 	@$(BIN)/python -m benchmarks.ledger

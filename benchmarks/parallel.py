@@ -4,7 +4,8 @@
 
 DeepSeek-V3's layer: hidden 7,168, 256 experts, eight a token, FP8 out and BF16 back. `low latency` (128 tokens a rank)
 runs in CUDA graphs, stored to peers' memory (symmetric) or by exchanges of a fixed size; `throughput` (4,096 tokens a
-rank) as it is called. Results are checked before they are timed: experts that give each token back times its weight.
+rank) as it is called, or, stored to peers' memory, in CUDA graphs. Results are checked before they are timed: experts
+that give each token back times its weight.
 Times are medians on the slowest rank. The floor is the bytes that leave a rank at the speed of a large NCCL all-to-all,
 measured in the same run. Peers are NCCL's all-to-all, once each way, of the very same bytes.
 
@@ -208,6 +209,30 @@ def throughput(ranks: Ranks, sizes: Sizes) -> Iterator[Row]:
             yield row_of(ranks, sizes, what, tokens, us, leaving, {"all-to-all": peer}, error)
 
 
+def symmetric_throughput(ranks: Ranks, sizes: Sizes) -> Iterator[Row]:
+    """The form that stores to peers, for as many tokens: its halves apart, each with its barrier, in CUDA graphs."""
+    if ranks.device.type != "cuda":
+        return
+    tokens = sizes.prefill_tokens
+    sized = {"hidden": sizes.hidden, "per_token": sizes.per_token, "max_tokens": tokens}
+    form = SymmetricLowLatency(exchange_of(ranks, sizes), **sized)
+    x, indices, weights = layer_input(ranks, sizes, tokens)
+    arrived = form.dispatch(x, indices, weights)
+    error = wrong_by(x, weights, form.combine(scaled(arrived.x(torch.bfloat16), arrived), arrived))
+    out = torch.randn(len(arrived.rows_QB), sizes.hidden, device=ranks.device).to(torch.bfloat16)
+    sent = per_rank(arrived.places_NK, form.capacity, ranks.num_ranks)
+    received = arrived.filled_Q.view(ranks.num_ranks, -1).sum(dim=1).tolist()
+    for what, run, row_bytes, counts in (
+        ("dispatch", lambda: form.dispatch(x, indices, weights).slots_MK, arrived.parts.row_bytes, (sent, received)),
+        ("combine", lambda: form.combine(out, arrived), 2 * sizes.hidden, (received, sent)),
+    ):
+        us = slowest_us(ranks, run, graph=True)
+        in_bytes = [[count * row_bytes for count in of_peers] for of_peers in counts]
+        peer = all_to_all_us(ranks, *in_bytes, graph=True)
+        leaving = sum(in_bytes[0]) - in_bytes[0][ranks.rank]
+        yield row_of(ranks, sizes, f"throughput, symmetric {what}", tokens, us, leaving, {"all-to-all": peer}, error)
+
+
 SECTIONS: dict[str, Callable[[Ranks, Sizes], Iterator[Row]]] = {}
 
 
@@ -220,7 +245,10 @@ def _exchange(ranks: Ranks, sizes: Sizes) -> Iterator[Row]:
     yield from low_latency(ranks, sizes, LowLatency)
 
 
-SECTIONS |= {"link": link, "symmetric": _symmetric, "exchange": _exchange, "throughput": throughput}
+SECTIONS |= {
+    "link": link, "symmetric": _symmetric, "exchange": _exchange, "throughput": throughput,
+    "many-symmetric": symmetric_throughput,
+}  # fmt: skip
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
@@ -254,6 +282,11 @@ def wrong_by(x: Tensor, weights: Tensor, out: Tensor) -> float:
     if not error <= ERROR:  # NaN is not
         raise RuntimeError(f"the result is wrong: error {error:.2e}, at most {ERROR:.1e} is right")
     return error
+
+
+def per_rank(places_NK: Tensor, capacity: int, num_ranks: int) -> list[int]:
+    """Copies to each."""
+    return torch.bincount(places_NK[places_NK >= 0] // capacity, minlength=num_ranks).tolist()
 
 
 def leaving_bytes(ranks: Ranks, places_NK: Tensor, capacity: int, row_bytes: int) -> int:
@@ -336,7 +369,7 @@ def elapsed_us(device: torch.device, run: Callable[[], object]) -> float:
 
 def print_table(result: dict[str, Any], rows: list[Row]) -> None:
     print(f"\n{result['device']}, torch {result['torch']}, NCCL {result['nccl']}, {result['sizes']} sizes")
-    form = "{:26s} {:>5s}  {:26s} {:>10s} {:>9s} {:>7s} {:>8s}  {}"
+    form = "{:30s} {:>5s}  {:26s} {:>10s} {:>9s} {:>7s} {:>8s}  {}"
     print(form.format("what", "ranks", "shape", "us", "floor us", "GB/s", "error", "peers (us)"))
     for row in rows:
         cells = [f"{value:.1f}" if value else "-" for value in (row.us, row.floor_us, row.gb_per_s)]

@@ -28,6 +28,8 @@ FAILPOINTS = (
     "export.complete",  # all are, none is published
     "export.set_aside",  # the folder that was published has made room
     "export.renamed",  # the new one has its name, the pending list is still there
+    "checkpoint.written",  # every rank has written its parts of a checkpoint, which has no name yet
+    "step.ended",  # by step and rank (`12.0`): a step of pre-training over several ranks is done
     "checkpoint.complete",  # a training checkpoint is whole and marked so
 )
 _passed: Counter[str] = Counter()

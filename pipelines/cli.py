@@ -2,7 +2,7 @@
 
     potstill run|generate|distill|eval|compare RECIPE [--set a.b=value] [--out runs]
     potstill push|push-traces|serve RECIPE [--dry-run]     potstill doctor [RECIPE]     potstill zoo list|show
-    potstill pico teacher|bases     potstill ledger merge OUT IN...
+    potstill pretrain RECIPE (under torchrun)     potstill pico teacher|bases     potstill ledger merge OUT IN...
 
 Results go to standard output, progress and errors to standard error. A fault is one line and an exit code of
 `distill.errors`; Ctrl-C exits with 130 and SIGTERM with 75, both after what is done so far has been kept.
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from distill.errors import EnvironmentFault, PotstillError, RecipeError
+from distill.errors import EnvironmentFault, PotstillError, RecipeError, UserInputError
 from pipelines.preemption import preemptible
 
 if TYPE_CHECKING:
@@ -118,6 +118,10 @@ def serve(
     speculate: Annotated[
         bool, typer.Option("--speculate", help="a native teacher drafts a token a step with its MTP layer; same texts")
     ] = False,
+    reasoning_parser: Annotated[
+        str | None, typer.Option(metavar="NAME", help="deepseek_r1: a native server's answers have reasoning_content")
+    ] = None,
+    end_loops: Annotated[bool, typer.Option("--end-loops", help="a native server ends texts that loop")] = False,
     node_rank: Annotated[int, typer.Option(min=0, help="which node of a vLLM plan this one is")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every node's vLLM command, start nothing")] = False,
 ) -> None:
@@ -137,6 +141,8 @@ def serve(
                 announce=typer.echo,
                 node_rank=node_rank,
                 speculate=speculate,
+                reasoning_parser=reasoning_parser,
+                end_loops=end_loops,
             )
 
 
@@ -200,6 +206,36 @@ def pico_teacher(out: Annotated[Path, typer.Option("--out", metavar="FOLDER")] =
     typer.echo(
         f"wrote {make_teacher(load_pretrain_config(), out, num_workers=os.cpu_count() or 1, progress=_progress())}"
     )
+
+
+@app.command()
+def pretrain(
+    recipe: RecipePath,
+    set_: Overrides = [],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="the model folder")] = Path("teacher-trained"),
+    held_out: Annotated[int, typer.Option(min=1, help="problems a family for the card's accuracy")] = 64,
+) -> None:
+    """Train a teacher over the recipe's layout, one process a rank: torchrun --no-python potstill pretrain ..."""
+    from distill.progress import silent
+    from teacher.train.make import load_pretrain_config, make_spread_teacher
+
+    rank, num_ranks, local_rank, num_local = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    try:
+        folder = make_spread_teacher(
+            load_pretrain_config(recipe, set_), out, rank=rank, num_ranks=num_ranks, local_rank=local_rank,
+            init_method="env://" if "WORLD_SIZE" in os.environ else "tcp://127.0.0.1:0", where=recipe,
+            num_workers=max(1, (os.cpu_count() or 1) // num_local), held_out_per_family=held_out,
+            progress=silent() if rank else _progress(),
+        )  # fmt: skip
+    except UserInputError as exc:
+        if rank == 0:
+            raise
+        raise typer.Exit(exc.exit_code) from exc  # one rank says what all of them found
+    if rank == 0:
+        typer.echo(f"wrote {folder}")
 
 
 @pico.command("bases")

@@ -18,6 +18,8 @@ from distill.records import Sampling
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # The key that a native server asks for; a vLLM one has the variable that its recipe names.
 API_KEY_ENV = "POTSTILL_API_KEY"
+# What a native teacher can be told to tell apart, under vLLM's names.
+REASONING_PARSERS = ("deepseek_r1",)
 
 
 def serve_teacher(
@@ -27,23 +29,33 @@ def serve_teacher(
     host: str,
     port: int,
     max_waiting: int | None = None,
+    reasoning_parser: str | None = None,
+    end_loops: bool = False,
     announce: Callable[[str], object],
     node_rank: int = 0,
     speculate: bool = False,
 ) -> None:
     """Serve until SIGINT or SIGTERM; `sampling` says what a request leaves open.
 
-    `announce` is told the address. `node_rank`: which node of a vLLM plan this is; `max_waiting` bounds a native
-    server's queue (None: as `build_app` does); `speculate` has it draft with its MTP layer whatever the recipe says.
+    `announce` is told the address. `node_rank`: which node of a vLLM plan this is. Of a native server `max_waiting`
+    bounds the queue (None: as `build_app` does), `reasoning_parser` (of `REASONING_PARSERS`) tells reasoning and answer
+    apart, `end_loops` ends texts by `RepetitionLimit`'s defaults, and `speculate` has it draft with its MTP layer
+    whatever the recipe says.
 
     Raises RecipeError for a teacher that is itself an endpoint, for an address that others reach without a key set, and
-    for `max_waiting` or `speculate` with vLLM; EnvironmentFault where the address cannot be bound.
+    for a native server's settings with vLLM; EnvironmentFault where the address cannot be bound.
     """
+    if reasoning_parser not in (None, *REASONING_PARSERS):
+        message = f"{reasoning_parser!r} is not known; {', '.join(REASONING_PARSERS)} is"
+        raise RecipeError(message, where="--reasoning-parser")
     if isinstance(config, VllmTeacher):
         if max_waiting is not None:
             raise RecipeError("vLLM's queue has no bound", where="--max-waiting")
         if speculate:
             raise RecipeError("vLLM speculates by its own flag, speculative-config", where="--speculate")
+        for flag, given in (("--reasoning-parser", reasoning_parser), ("--end-loops", end_loops)):
+            if given:
+                raise RecipeError("is for a native teacher; vLLM's own flags stand in its recipe", where=flag)
         _serve_vllm(config, host=host, port=port, announce=announce, node_rank=node_rank)
         return
     if not isinstance(config, NativeTeacher):
@@ -55,13 +67,23 @@ def serve_teacher(
 
     from teacher.backends import open_teacher
     from teacher.serve.http import build_app, serve
+    from teacher.serve.stopping import RepetitionLimit
 
     name = Path(config.model).name
     if speculate:
         config = config.model_copy(update={"speculate": True})
     teacher = open_teacher(config, base_dir=Path.cwd())
     limits = {} if max_waiting is None else {"max_waiting": max_waiting}
-    app = build_app(teacher, model=name, sampling=sampling, max_batch=config.batch_size, api_key=key, **limits)
+    app = build_app(
+        teacher,
+        model=name,
+        sampling=sampling,
+        max_batch=config.batch_size,
+        api_key=key,
+        reasoning="content" if reasoning_parser is None else "apart",
+        repetition=RepetitionLimit() if end_loops else None,
+        **limits,
+    )
     address = f"{host}:{listener.getsockname()[1]}"
     serve(app, listener, ready=lambda: announce(f"serving {name!r} on http://{address}/v1"))
     metrics = app.state.metrics

@@ -16,7 +16,7 @@ from distill.recipe.curation import (
     VerifyConfig,
 )
 from distill.recipe.problems import DatasetSource, LocalSource, ProblemSource, ReasoningGymSource
-from distill.recipe.reading import load_recipe, load_student, parse
+from distill.recipe.reading import load_recipe, load_settings, load_student, parse
 from distill.recipe.results import EvalConfig
 from distill.recipe.students import SFTConfig, StudentConfig
 from distill.recipe.teachers import (
@@ -62,6 +62,7 @@ __all__ = [
     "VllmServing",
     "VllmTeacher",
     "load_recipe",
+    "load_settings",
     "load_student",
     "parse",
 ]

@@ -23,10 +23,15 @@ M = TypeVar("M", bound=BaseModel)
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read, merge, override (`a.b=value`, value parsed as YAML) and validate a recipe. Raises RecipeError."""
+    return load_settings(Recipe, path, overrides)
+
+
+def load_settings(model: type[M], path: Path, overrides: Iterable[str] = ()) -> M:
+    """The same for settings of any kind, `model`'s."""
     tree = _read_tree(path)
     for text in overrides:
         _apply_override(tree, text)
-    return parse(Recipe, tree, where=path)
+    return parse(model, tree, where=path)
 
 
 def load_student(path: Path, sft_overrides: Mapping[str, Any] | None = None) -> StudentConfig:

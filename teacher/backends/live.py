@@ -11,7 +11,7 @@ import contextlib
 import json
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Protocol
 
@@ -19,16 +19,18 @@ from distill.errors import DataError, EnvironmentFault, PotstillError
 from teacher.backends.workers import EngineSettings, LiveWorker, take_generated
 from teacher.serve.engine import Engine
 from teacher.serve.loop import EngineLoop, Withdrawn
-from teacher.serve.sequence import Sequence
+from teacher.serve.sequence import Logprobs, Sequence
 
 Done = Callable[[Sequence[int] | PotstillError], None]
+Grew = Callable[[list[int], list[Logprobs]], None]
 ENDED = "the engine has ended"
 WITHDRAWN = "the request was withdrawn"
 
 
 class LiveEngine(Protocol):
-    def submit(self, sequence: Sequence[int], done: Done) -> None:
-        """Begin a sequence. `done` is called once, with it when it is finished, or with what went wrong."""
+    def submit(self, sequence: Sequence[int], done: Done, grew: Grew | None = None) -> None:
+        """Begin a sequence. `done` is called once, with it when it is finished, or with what went wrong; before that,
+        if the sequence is streamed, `grew` with the tokens of each step but the last."""
         ...
 
     def withdraw(self, key: int) -> None:
@@ -45,31 +47,38 @@ class _Begun:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._by_key: dict[int, tuple[Sequence[int], Done]] = {}
+        self._by_key: dict[int, tuple[Sequence[int], Done, Grew | None]] = {}
         self._fault: PotstillError | None = None
 
     def __len__(self) -> int:
         return len(self._by_key)
 
-    def begin(self, sequence: Sequence[int], done: Done) -> bool:
+    def begin(self, sequence: Sequence[int], done: Done, grew: Grew | None) -> bool:
         with self._lock:
             if self._fault is None:
-                self._by_key[sequence.key] = sequence, done
+                self._by_key[sequence.key] = sequence, done, grew
                 return True
         done(self._fault)
         return False
 
+    def grow(self, news: Iterable[tuple[int, list[int], list[Logprobs]]]) -> None:
+        for key, token_ids, logprobs in news:
+            with self._lock:
+                _, _, grew = self._by_key.get(key, (None, None, None))
+            if grew is not None:
+                grew(token_ids, logprobs)
+
     def finish(self, key: int, take: Callable[[Sequence[int]], object] = lambda _: None) -> None:
         """Settle a sequence, unless it was withdrawn, once `take` has written into it what was generated."""
         with self._lock:
-            sequence, done = self._by_key.pop(key, (None, None))
+            sequence, done, _ = self._by_key.pop(key, (None, None, None))
         if sequence is not None and done is not None:
             take(sequence)
             done(sequence if sequence.fault is None else DataError(sequence.fault))
 
     def withdraw(self, key: int) -> bool:
         with self._lock:
-            _, done = self._by_key.pop(key, (None, None))
+            _, done, _ = self._by_key.pop(key, (None, None, None))
         if done is not None:
             done(EnvironmentFault(WITHDRAWN))
         return done is not None
@@ -79,7 +88,7 @@ class _Begun:
         with self._lock:
             self._fault = fault
             left, self._by_key = list(self._by_key.values()), {}
-        for _, done in left:
+        for _, done, _ in left:
             done(fault)
 
 
@@ -87,12 +96,12 @@ class LocalEngine:
     def __init__(self, engine: Engine) -> None:
         self._begun = _Begun()
         self._jobs: queue.SimpleQueue[Sequence[int] | Withdrawn[int] | None] = queue.SimpleQueue()
-        self._loop = EngineLoop(engine, self._jobs, lambda sequence: self._begun.finish(sequence.key))
+        self._loop = EngineLoop(engine, self._jobs, lambda done: self._begun.finish(done.key), self._begun.grow)
         self._thread = threading.Thread(target=self._run, name="potstill-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, sequence: Sequence[int], done: Done) -> None:
-        if self._begun.begin(sequence, done):
+    def submit(self, sequence: Sequence[int], done: Done, grew: Grew | None = None) -> None:
+        if self._begun.begin(sequence, done, grew):
             self._jobs.put(sequence)
 
     def withdraw(self, key: int) -> None:
@@ -122,10 +131,10 @@ class WorkerEngines:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, sequence: Sequence[int], done: Done) -> None:
+    def submit(self, sequence: Sequence[int], done: Done, grew: Grew | None = None) -> None:
         with self._lock:
             number = min(range(len(self._crew)), key=lambda n: len(self._begun[n]))
-            if self._begun[number].begin(sequence, done):
+            if self._begun[number].begin(sequence, done, grew):
                 self._crew[number].send(sequence)
 
     def withdraw(self, key: int) -> None:
@@ -143,8 +152,12 @@ class WorkerEngines:
 
     def _read(self, number: int) -> None:
         worker, begun = self._crew[number], self._begun[number]
-        for key, *generated in worker.finished():
-            begun.finish(key, partial(take_generated, generated=generated))
+        for line in worker.lines():
+            if isinstance(line, dict):
+                begun.grow(line["grown"])
+            else:
+                key, *generated = line
+                begun.finish(key, partial(take_generated, generated=generated))
         fault: PotstillError = EnvironmentFault(ENDED)
         try:
             worker.check()

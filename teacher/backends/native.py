@@ -11,28 +11,30 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from distill.errors import CheckpointError, DataError, PotstillError
+from distill.errors import CheckpointError, DataError, PotstillError, UserInputError
 from distill.logprobs import TokenLogprobs
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
 from teacher.backends.folder import folder_identity
 from teacher.backends.live import LiveEngine, LocalEngine, WorkerEngines
 from teacher.backends.workers import EngineSettings, generate_in_workers
-from teacher.serve.batching import Asked, Written
+from teacher.serve.batching import LOOPED, Asked, Begun, Settings, Written
+from teacher.serve.detokenizer import decode_by
 from teacher.serve.engine import Engine
 from teacher.serve.grouped_config import FAMILIES
 from teacher.serve.invariant_models import INVARIANT
 from teacher.serve.models import load_model, read_facts
+from teacher.serve.reasoning import END_OF_THINKING, THINK
 from teacher.serve.sampler import Draw
-from teacher.serve.sequence import Sequence, ThinkingLimit
+from teacher.serve.sequence import Logprobs, Sequence, ThinkingLimit
+from teacher.serve.stopping import cut
 
-THINK = "<think>\n"
-END_OF_THINKING = "</think>"
 # What stands between thinking and answer in R1's format; written in the model's place when its budget is used up.
 FORCED_END = f"\n{END_OF_THINKING}\n\n"
 # Part of every sample's key. Raise it when the same weights, request and seed would give another text.
@@ -64,8 +66,10 @@ def open_native(
         raise CheckpointError("required, but not given", where=folder / "config.json", field="eos_token_id")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = device.type == "cpu" and facts.num_parameters <= _WORKER_PARAMETERS
+    decode = decode_by(tokenizer.backend_tokenizer)
     model = load_model(folder, device, with_mtp=speculate, batch_invariant=batch_invariant)
-    engine = Engine(model, batch_size=batch_size, eos_token_ids=eos_token_ids, speculate=speculate)
+    limits = {"batch_size": batch_size, "eos_token_ids": eos_token_ids}
+    engine = Engine(model, **limits, speculate=speculate, decode=decode)
     return NativeBackend(folder, tokenizer, engine, max_workers=torch.get_num_threads() if small else 1)
 
 
@@ -78,7 +82,8 @@ class NativeBackend:
         self.folder = folder
         self.tokenizer = tokenizer
         self.engine = engine
-        self._precision = engine.precision  # part of the identity, which outlives the engine
+        # What outlives the engine: a part of the identity, and how the last texts end.
+        self._precision, self._eos_token_ids = engine.precision, engine.eos_token_ids
         self.max_workers = max_workers
         self._numbers = itertools.count()
 
@@ -98,31 +103,40 @@ class NativeBackend:
             if done.fault is not None:
                 problem = requests[done.key].problem
                 raise DataError(done.fault, where=problem.source, field=f"prompt {problem.prompt[:40]!r}")
-            yield self._completion(requests[done.key], prefixes[done.key], done)
+            completion, _ = self._completion(requests[done.key], prefixes[done.key], done)
+            yield completion
 
     def submit(
-        self, asked: Asked, sampling: Sampling, settle: Callable[[Written | PotstillError], None]
-    ) -> Callable[[], None]:
-        """Begin one sample; it joins the batch that is running. `settle` is called once, from another thread.
+        self,
+        asked: Asked,
+        sampling: Sampling,
+        settle: Callable[[Written | PotstillError], None],
+        grow: Callable[[list[int], list[Logprobs]], None] | None = None,
+    ) -> Begun:
+        """Begin one sample; it joins the batch that is running. `settle` is called once, from another thread, and
+        before it `grow` with the tokens of each step.
 
-        Returns what withdraws it. Raises DataError for a prompt too long, or with tokens that the model does not have.
+        Raises DataError for a prompt too long, or with tokens that the model does not have, UserInputError for a bias
+        of such tokens.
         """
         request, number = asked.request, next(self._numbers)
         if asked.goes_on:
             prefix, sequence = "", self._go_on(number, asked, sampling)
         else:
             prefix, sequence = self._begin(number, request, sampling)
+        self._apply(asked.settings, sequence)
+        sequence.streamed = grow is not None
 
         def done(outcome: Sequence[int] | PotstillError) -> None:
             if isinstance(outcome, PotstillError):
                 settle(outcome)
             else:
-                completion = self._completion(request, prefix, outcome)
+                completion, stop_reason = self._completion(request, prefix, outcome)
                 drafts = outcome.num_drafts, outcome.num_accepted
-                settle(Written(completion, outcome.prompt_ids, outcome.generated_ids, prefix, *drafts))
+                settle(Written(completion, outcome.prompt_ids, outcome.generated_ids, prefix, stop_reason, *drafts))
 
-        self._live.submit(sequence, done)
-        return lambda: self._live.withdraw(number)
+        self._live.submit(sequence, done, grow)
+        return Begun(lambda: self._live.withdraw(number), sequence.prompt_ids, prefix)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -134,7 +148,8 @@ class NativeBackend:
     def _live(self) -> LiveEngine:
         if self.max_workers < 2:
             return LocalEngine(self.engine)
-        return WorkerEngines(self._worker_engine, num_workers=self.max_workers)
+        tokenizer = self.tokenizer.backend_tokenizer.to_str()
+        return WorkerEngines(replace(self._worker_engine, tokenizer=tokenizer), num_workers=self.max_workers)
 
     def _begin(self, number: int, request: TraceRequest, sampling: Sampling) -> tuple[str, Sequence[int]]:
         """What stands in front of the completion's text, and the sequence that writes the rest."""
@@ -164,17 +179,32 @@ class NativeBackend:
             raise DataError(message, where=where, field=field)
         return prompt_ids
 
-    def _completion(self, request: TraceRequest, prefix: str, done: Sequence[int]) -> Completion:
-        assert done.finish_reason is not None
-        written = done.generated_ids[:-1] if done.finish_reason == "stop" else done.generated_ids
-        return Completion(
+    def _apply(self, settings: Settings, sequence: Sequence[int]) -> None:
+        """What HTTP can say beyond a Sampling."""
+        if unknown := [token for token, _ in settings.logit_bias if token >= len(self.tokenizer)]:
+            message = f"there is no token {unknown[0]}; the model has {len(self.tokenizer)} tokens"
+            raise UserInputError(message, field="logit_bias")
+        drawn = {"top_k": settings.top_k, "min_p": settings.min_p, "logit_bias": settings.logit_bias}
+        sequence.draw = replace(sequence.draw, **drawn)
+        sequence.stops, sequence.repetition = settings.stop, settings.repetition_detection
+
+    def _completion(self, request: TraceRequest, prefix: str, done: Sequence[int]) -> tuple[Completion, str | None]:
+        """With what ended it, if that is neither its end token nor its length.
+
+        A loop is no finished answer: its reason is "length", like that of any text that was not brought to its end.
+        """
+        ends = done.generated_ids[-1] in self._eos_token_ids
+        written = done.generated_ids[:-1] if ends else done.generated_ids
+        text, stopped = cut(self.spell(*written), done.stops)
+        completion = Completion(
             request=request,
-            text=prefix + self.spell(*written),
-            finish_reason=done.finish_reason,
+            text=prefix + text,
+            finish_reason="stop" if done.finish_reason == "stop" else "length",
             num_prompt_tokens=len(done.prompt_ids),
             num_tokens=len(done.generated_ids),
             logprobs=_logprobs(done) if done.logprobs else None,
         )
+        return completion, LOOPED if done.finish_reason == "repetition" else stopped
 
     def _thinking_limit(self, sampling: Sampling) -> ThinkingLimit | None:
         if sampling.max_thinking_tokens is None:

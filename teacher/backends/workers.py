@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 from distill.errors import EnvironmentFault
 from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Sequence, ThinkingLimit
+from teacher.serve.stopping import RepetitionLimit
 
 if TYPE_CHECKING:
     from teacher.serve.engine import Engine
@@ -31,13 +32,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """The engine that a worker makes: a checkpoint folder, and how to run it."""
+    """The engine that a worker makes: a checkpoint folder, and how to run it.
+
+    `tokenizer` is one of the tokenizers library, serialised; None: the engine gets no stop strings.
+    """
 
     folder: Path
     batch_size: int
     eos_token_ids: frozenset[int]
     speculate: bool = False
     batch_invariant: bool = False
+    tokenizer: str | None = None
 
     def packed(self) -> dict[str, Any]:
         return asdict(self) | {"folder": str(self.folder.resolve()), "eos_token_ids": sorted(self.eos_token_ids)}
@@ -131,8 +136,9 @@ class LiveWorker:
         with contextlib.suppress(OSError):
             self._process.stdin.close()
 
-    def finished(self) -> Iterator[list[Any]]:
-        """Of every sequence its key and what `take_generated` takes, until the worker ends."""
+    def lines(self) -> Iterator[Any]:
+        """Until the worker ends: of every finished sequence its key and what `take_generated` takes, as a list; after a
+        step, what streamed sequences have written in it, as `{"grown": [[key, token_ids, logprobs], ...]}`."""
         for line in self._process.stdout:
             yield json.loads(line)
 
@@ -141,7 +147,7 @@ class LiveWorker:
         _check(self._process, self._stderr)
 
     def _write(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # it has died: `finished` ends, and `check` says so
+        with contextlib.suppress(OSError):  # it has died: `lines` ends, and `check` says so
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
 
@@ -168,22 +174,41 @@ def take_generated(sequence: Sequence[int], generated: list[Any]) -> None:
 
 
 def _packed(sequence: Sequence[int]) -> list[Any]:
-    limit = sequence.thinking
-    thinking = None if limit is None else [limit.max_tokens, limit.end_token, limit.forced_ids]
-    draw = asdict(sequence.draw)
-    return [sequence.key, list(sequence.prompt_ids), sequence.max_tokens, sequence.seed, draw, thinking]
+    """What the caller has set of it; `_unpacked` makes it again."""
+    limit, repetition = sequence.thinking, sequence.repetition
+    settings = {
+        "max_tokens": sequence.max_tokens,
+        "seed": sequence.seed,
+        "draw": asdict(sequence.draw),
+        "thinking": None if limit is None else asdict(limit),
+        "stops": sequence.stops,
+        "repetition": None if repetition is None else asdict(repetition),
+        "streamed": sequence.streamed,
+    }
+    return [sequence.key, list(sequence.prompt_ids), settings]
 
 
 def _unpacked(row: list[Any]) -> Sequence[int]:
-    key, prompt_ids, max_tokens, seed, draw, thinking = row
+    key, prompt_ids, settings = row
+    draw, thinking, repetition = (settings.pop(name) for name in ("draw", "thinking", "repetition"))
     draw["logit_bias"] = tuple((token, value) for token, value in draw["logit_bias"])
-    limit = None if thinking is None else ThinkingLimit(thinking[0], thinking[1], tuple(thinking[2]))
-    return Sequence(key, prompt_ids, max_tokens=max_tokens, seed=seed, draw=Draw(**draw), thinking=limit)
+    if thinking is not None:
+        thinking = ThinkingLimit(**thinking | {"forced_ids": tuple(thinking["forced_ids"])})
+    return Sequence(
+        key,
+        prompt_ids,
+        draw=Draw(**draw),
+        thinking=thinking,
+        repetition=None if repetition is None else RepetitionLimit(**repetition),
+        **settings,
+    )
 
 
 def _engine(settings: dict[str, Any]) -> Engine:
     import torch
+    from tokenizers import Tokenizer
 
+    from teacher.serve.detokenizer import decode_by
     from teacher.serve.engine import Engine
     from teacher.serve.models import load_model
 
@@ -191,8 +216,9 @@ def _engine(settings: dict[str, Any]) -> Engine:
     speculate, invariant = settings["speculate"], settings["batch_invariant"]
     folder = Path(settings["folder"])
     model = load_model(folder, torch.device("cpu"), with_mtp=speculate, batch_invariant=invariant)
+    decode = decode_by(Tokenizer.from_str(settings["tokenizer"])) if settings["tokenizer"] else None
     limits = {"batch_size": settings["batch_size"], "eos_token_ids": settings["eos_token_ids"]}
-    return Engine(model, **limits, speculate=speculate)
+    return Engine(model, **limits, speculate=speculate, decode=decode)
 
 
 def _write(done: Sequence[int], output: IO[str]) -> None:
@@ -212,7 +238,7 @@ def _work_live(lines: IO[str], output: IO[str]) -> None:
     """The first line holds the settings, every other one a sequence or the key of one that is withdrawn; the end of the
     lines ends the work."""
     engine = _engine(json.loads(lines.readline()))
-    from teacher.serve.loop import EngineLoop, Withdrawn
+    from teacher.serve.loop import EngineLoop, Grown, Withdrawn
 
     jobs: queue.SimpleQueue[Sequence[int] | Withdrawn[int] | None] = queue.SimpleQueue()
 
@@ -223,7 +249,12 @@ def _work_live(lines: IO[str], output: IO[str]) -> None:
         jobs.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    EngineLoop(engine, jobs, lambda done: _write(done, output)).run()
+
+    def grew(news: list[Grown[int]]) -> None:
+        output.write(json.dumps({"grown": news}) + "\n")
+        output.flush()
+
+    EngineLoop(engine, jobs, lambda done: _write(done, output), grew).run()
 
 
 if __name__ == "__main__":

@@ -63,16 +63,15 @@ def sigmoid(x):
 
 @triton.jit
 def divide(x, divisor):
-    """x / divisor rounded to nearest, one divisor for many numbers whose quotients are moderate.
+    """x / divisor rounded to nearest: one divisor, a scalar, for many numbers whose quotients are moderate.
 
-    One general division, then two steps of Newton's a number: dividing each one took a third longer. Remainders
-    of tiny numbers would be subnormal, so both sides are scaled up first, which is exact.
+    One general division, then two steps of Newton's a number: dividing each one took a third longer.
     """
     if INTERPRETED:  # its fused multiply-add rounds twice
         quotient = tl.math.div_rn(x, x * 0.0 + divisor)
     else:
-        larger = tl.where(divisor < 2.0**-60, 2.0**60, 1.0)
-        x, divisor = x * larger, divisor * larger
+        if divisor < 2.0**-60:  # remainders would be subnormal; scaling both sides up is exact
+            x, divisor = x * 2.0**60, divisor * 2.0**60
         inverse = tl.math.div_rn(1.0, divisor)
         quotient = x * inverse
         quotient = tl.fma(tl.fma(-quotient, divisor, x), inverse, quotient)

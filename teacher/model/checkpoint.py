@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -56,7 +57,7 @@ def load_checkpoint(folder: Path | str, dtype: torch.dtype = torch.float32) -> D
         for name, shape in shapes.items()
     }
     shared: dict[str, Tensor] = {}
-    for name, tensor in _dequantised(stored):
+    for name, tensor in dequantised(stored):
         if name in copies:
             shared[name] = tensor.to(dtype)
             continue
@@ -104,7 +105,8 @@ def save_checkpoint(
     folder = Path(folder)
     with environment_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    shards = _shards(_encoded(model, fp8=fp8, dtype=dtype), max_shard_bytes)
+    tensors = checkpoint_tensors(model.config, model.state_dict())
+    shards = _shards(encoded(tensors, fp8=fp8, dtype=dtype), max_shard_bytes)
     sizes: list[tuple[list[str], int]] = []
     for number, shard in enumerate(shards, start=1):
         # The number of shards is not known yet, so they are named at the end.
@@ -120,10 +122,14 @@ def save_checkpoint(
         weight_map = {name: file for file, (names, _) in zip(files, sizes, strict=True) for name in names}
         total = {"total_size": sum(size for _, size in sizes)}
         write_atomically(folder / INDEX, json.dumps({"metadata": total, "weight_map": weight_map}, indent=2) + "\n")
-    tree = model.config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    if fp8:
-        tree["quantization_config"] = QUANTIZATION_CONFIG
+    tree = config_json(model.config, fp8=fp8, dtype=dtype)
     write_atomically(folder / "config.json", json.dumps(tree, indent=2) + "\n")
+
+
+def config_json(config: DeepseekV3Config, *, fp8: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of config.json beside weights that `encoded` gives."""
+    tree = config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    return tree | ({"quantization_config": QUANTIZATION_CONFIG} if fp8 else {})
 
 
 def convert_checkpoint(source: Path | str, target: Path | str, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -137,8 +143,11 @@ def convert_checkpoint(source: Path | str, target: Path | str, dtype: torch.dtyp
                 shutil.copyfile(path, target / path.name)
 
 
-def _encoded(model: DeepseekV3, *, fp8: bool, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor_of in checkpoint_tensors(model):
+def encoded(
+    tensors: Iterable[tuple[str, Callable[[], Tensor]]], *, fp8: bool, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors as they are stored, one after the other, on the CPU; the arguments are `save_checkpoint`'s."""
+    for name, tensor_of in tensors:
         tensor = tensor_of().cpu()
         if not torch.isfinite(tensor).all():
             raise CheckpointError("holds values that are not finite; nothing was written for it", field=name)
@@ -211,7 +220,7 @@ def _check_names(
         raise CheckpointError(f"missing tensor{hint}", where=file, field=missing[0])
 
 
-def _dequantised(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+def dequantised(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in the type in which it is stored, FP8 as FP32; values checked."""
     scales = dict(read_tensors({name: tensor for name, tensor in stored.items() if name.endswith(SCALE)}))
     for name, scale_inv in scales.items():

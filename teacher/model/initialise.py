@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from teacher.model.norm import RMSNorm
 from teacher.model.router import Router
@@ -23,3 +26,23 @@ def initialise(model: DeepseekV3, *, std: float | None = None, generator: torch.
         for parameter in module.parameters(recurse=False):
             nn.init.normal_(parameter, 0.0, std, generator=generator)
     return model
+
+
+def drawn(name: str, shape: tuple[int, ...], *, std: float, seed: int, experts: Iterable[int] | None = None) -> Tensor:
+    """One entry of a model's state, FP32, by its name alone: every rank draws its part of one and the same model.
+
+    `experts` are those of a stack [E, ...], each drawn by itself.
+    """
+    if "norm" in name:
+        return torch.ones(shape)
+    if name.endswith("e_score_correction_bias"):
+        return torch.zeros(shape)
+    if experts is not None:
+        return torch.stack([_normal(f"{name}.{expert}", shape[1:], std, seed) for expert in experts])
+    return _normal(name, shape, std, seed)
+
+
+def _normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

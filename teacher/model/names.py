@@ -32,21 +32,26 @@ def empty_model(config: DeepseekV3Config) -> DeepseekV3:
         return DeepseekV3(config)
 
 
-def places(config: DeepseekV3Config, entries: dict[str, Shape]) -> dict[str, tuple[Place, Shape]]:
-    """Every tensor that a checkpoint must hold -> (its place, its shape), in the order of the layers."""
+def places(
+    config: DeepseekV3Config, entries: dict[str, Shape], *, first_expert: int = 0
+) -> dict[str, tuple[Place, Shape]]:
+    """Every tensor of a checkpoint that `entries` hold -> (its place, its shape), in the order of the layers.
+
+    Stacks begin with the expert `first_expert`.
+    """
     inner = config.moe_intermediate_size
     result: dict[str, tuple[Place, Shape]] = {}
     for entry, shape in entries.items():
         if entry.endswith("experts.gate_up_proj"):
             stem = entry.removesuffix("gate_up_proj")
             for expert in range(shape[0]):
-                half = (inner, shape[2])
-                result[f"{stem}{expert}.gate_proj.weight"] = Place(entry, expert, slice(0, inner)), half
-                result[f"{stem}{expert}.up_proj.weight"] = Place(entry, expert, slice(inner, 2 * inner)), half
+                half, number = (inner, shape[2]), first_expert + expert
+                result[f"{stem}{number}.gate_proj.weight"] = Place(entry, expert, slice(0, inner)), half
+                result[f"{stem}{number}.up_proj.weight"] = Place(entry, expert, slice(inner, 2 * inner)), half
         elif entry.endswith("experts.down_proj"):
             stem = entry.removesuffix("down_proj")
             for expert in range(shape[0]):
-                result[f"{stem}{expert}.down_proj.weight"] = Place(entry, expert), shape[1:]
+                result[f"{stem}{first_expert + expert}.down_proj.weight"] = Place(entry, expert), shape[1:]
         else:
             result[entry] = Place(entry), shape
     return result
@@ -70,16 +75,21 @@ def is_quantised(name: str, shape: Shape) -> bool:
     return len(shape) == 2 and not any(part in name for part in kept)
 
 
-def checkpoint_tensors(model: DeepseekV3) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """(checkpoint name, a function that returns the tensor) for every tensor to be written, MTP copies included."""
-    state = model.state_dict()
+def checkpoint_tensors(
+    config: DeepseekV3Config, state: dict[str, Tensor], *, first_expert: int = 0
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """(checkpoint name, a function that returns the tensor) for every tensor of `state` to be written, and MTP copies.
+
+    `state` is a model's, or a part of one whose stacks begin with the expert `first_expert`.
+    """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
 
     def part(place: Place) -> Tensor:
         whole = state[place.entry].detach()
         return whole if place.expert is None else whole[place.expert][place.rows]
 
-    for name, (place, _) in places(model.config, shapes).items():
+    for name, (place, _) in places(config, shapes, first_expert=first_expert).items():
         yield name, lambda place=place: part(place)
-    for name, original in mtp_copies(model.config).items():
-        yield name, lambda original=original: state[original].detach()
+    for name, original in mtp_copies(config).items():
+        if original in state:
+            yield name, lambda original=original: state[original].detach()

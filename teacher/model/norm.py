@@ -16,4 +16,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        # A view, so that the norm is one use of x: the form for CPUs uses it twice, and whoever computes the norm again
+        # in the backward pass would add gradients up in another order.
+        return F.rms_norm(x.float().view_as(x), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)

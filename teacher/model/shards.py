@@ -30,6 +30,10 @@ class StoredTensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * _BYTES[self.dtype]
+
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights. Raises CheckpointError for a missing shard or an index leaving the folder."""

@@ -3,8 +3,8 @@
 `torch.distributed._symmetric_memory` maps every rank's buffers into every other's address space, on GPUs of one NVLink
 domain. Plain loads and stores to those addresses do it all; NVLink multicast is never used. Seven launches a layer:
 
-    plan      copies, their places, and into each peer's inbox how many come (one program)
-    dispatch  quantise a token and store it to the peer, a program a copy
+    plan      copies and their order, block by block of tokens
+    dispatch  quantise a token and store it to its peers, a program a token; how many come
     barrier   everybody's stores are there
     receive   this rank's slots and weights of what came
               (the experts)
@@ -63,20 +63,15 @@ class SymmetricMailbox:
 
 
 class SymmetricLowLatency(LowLatency):
-    """As `LowLatency`, on GPUs that reach each other's memory. Tokens BF16 and contiguous, at most 1,024 a rank.
+    """As `LowLatency`, on GPUs that reach each other's memory; for few tokens and for many. Tokens BF16 and contiguous.
 
     Raises EnvironmentFault where the ranks cannot share memory, ValueError for an FP32 wire.
     """
 
-    MOST_TOKENS = 1_024  # of which one program plans the copies
-
     def __init__(self, exchange: Exchange, *, make_mailbox: Any = SymmetricMailbox, **sizes: Any) -> None:
         super().__init__(exchange, make_mailbox=make_mailbox, **sizes)
-        if exchange.wire.out == "fp32" or exchange.wire.back != "bf16" or self.max_tokens > self.MOST_TOKENS:
-            raise ValueError(
-                f"the wire must be FP8 or BF16 and tokens at most {self.MOST_TOKENS}, "
-                f"got {exchange.wire} and {self.max_tokens}"
-            )
+        if exchange.wire.out == "fp32" or exchange.wire.back != "bf16":
+            raise ValueError(f"the wire must be FP8 or BF16, and BF16 back, got {exchange.wire}")
 
     def send(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
         from teacher.parallel import symmetric_triton as kernels
@@ -86,9 +81,10 @@ class SymmetricLowLatency(LowLatency):
         lot = kernels.Lot(
             self._parts, self.capacity, self.ranks.rank, self.ranks.num_ranks, self._out.inbox_QB, self._out.distances_R
         )
-        planned = kernels.plan_kernel(indices_NK, self._tables, self.placement.slots_per_rank, lot)
-        kernels.dispatch_kernel(x_ND.to(torch.bfloat16).contiguous(), weights_NK, planned, lot)
-        return planned.places_NK
+        slots_per_rank = self.placement.slots_per_rank
+        planned = kernels.plan_kernel(indices_NK, self._tables, slots_per_rank, lot.rank, lot.num_ranks)
+        x_ND = x_ND.to(torch.bfloat16).contiguous()
+        return kernels.dispatch_kernel(x_ND, weights_NK, planned, slots_per_rank, lot)
 
     def received(self, places_NK: Tensor) -> Arrived:
         from teacher.parallel import symmetric_triton as kernels

@@ -21,6 +21,7 @@ from teacher.kernels.quantise_triton import EXACT, LEAST, TILE, scales_of
 from teacher.parallel.placement import SlotTables
 from teacher.parallel.wire import Layout
 
+TOKENS_A_BLOCK = 256  # that a program plans
 SUM_BLOCK = 1_024
 RECEIVE_BLOCK = 64
 
@@ -37,10 +38,12 @@ class Lot(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """int64 places and int32 slots, [N, K]."""
+    """int32. Slots and, for a choice that calls for a copy, which of its block's to that peer, else -1: [N, K]. The
+    copies of each block of TOKENS_A_BLOCK tokens to each peer: [blocks, R]."""
 
-    places_NK: Tensor
     slots_NK: Tensor
+    nths_NK: Tensor
+    counts_BR: Tensor
 
 
 @triton.jit
@@ -54,13 +57,15 @@ def _as(row_ptr, dtype: tl.constexpr):
     return row_ptr.to(tl.pointer_type(dtype), bitcast=True)
 
 
-@triton.jit(do_not_specialize=["rank", "capacity"])
+@triton.jit(do_not_specialize=["rank"])
 def _plan(
-    indices_ptr, slots_of_ptr, num_copies_ptr, places_ptr, slots_ptr, inbox_ptr, distances_ptr,
-    num_tokens, per_token, most_copies, slots_per_rank, rank, num_ranks, capacity,
-    TOKENS: tl.constexpr, CHOICES: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL: tl.constexpr,
+    indices_ptr, slots_of_ptr, num_copies_ptr, slots_ptr, nths_ptr, counts_ptr,
+    num_tokens, per_token, most_copies, slots_per_rank, rank, num_ranks,
+    TOKENS: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
-    n, k = tl.arange(0, TOKENS), tl.arange(0, CHOICES)
+    """A block of tokens: slots, which of the block's copies to a peer each choice calls for, and how many there are."""
+    block = tl.program_id(0)
+    n, k = block * TOKENS + tl.arange(0, TOKENS), tl.arange(0, CHOICES)
     inside = (n[:, None] < num_tokens) & (k[None, :] < per_token)
     pairs = n[:, None] * per_token + k[None, :]
     expert = tl.load(indices_ptr + pairs, mask=inside, other=0).to(tl.int64)
@@ -68,54 +73,80 @@ def _plan(
     slot = tl.load(slots_of_ptr + expert * most_copies + turn)
     tl.store(slots_ptr + pairs, slot.to(tl.int32), mask=inside)
     peer_of = tl.where(inside, slot // slots_per_rank, num_ranks).to(tl.int32)
-    place = tl.full((TOKENS, CHOICES), -1, tl.int64)
-    overflowed = 0
+    nths = tl.full((TOKENS, CHOICES), -1, tl.int32)
     for peer in range(num_ranks):
         to_peer = (peer_of == peer).to(tl.int32)
         token = tl.max(to_peer, axis=1)
         nth = tl.cumsum(token, axis=0) - 1
         # One copy a peer: the first of the token's choices that lives there calls for it.
-        first = (to_peer == 1) & (tl.cumsum(to_peer, axis=1) == 1) & (nth[:, None] < capacity)
-        place = tl.where(first, peer * capacity + nth[:, None], place)
-        count = tl.sum(token)
+        first = (to_peer == 1) & (tl.cumsum(to_peer, axis=1) == 1)
+        nths = tl.where(first, nth[:, None], nths)
+        tl.store(counts_ptr + block * num_ranks + peer, tl.sum(token))
+    tl.store(nths_ptr + pairs, nths, mask=inside)
+
+
+@triton.jit
+def _tails(
+    counts_ptr, inbox_ptr, distances_ptr, rank, num_ranks, capacity, num_blocks,
+    BLOCKS: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """How many come, and whether any peer is sent more than there is room for, to every peer."""
+    blocks = tl.arange(0, BLOCKS)
+    overflowed = rank * 0
+    for peer in range(num_ranks):
+        count = tl.sum(tl.load(counts_ptr + blocks * num_ranks + peer, mask=blocks < num_blocks, other=0))
         overflowed = tl.maximum(overflowed, (count > capacity).to(tl.int32))
         row = _row(inbox_ptr, distances_ptr, peer, rank * capacity, ROW_BYTES) + TAIL
         tl.store(_as(row, tl.int32), count)
     for peer in range(num_ranks):
         row = _row(inbox_ptr, distances_ptr, peer, rank * capacity, ROW_BYTES) + TAIL + 4
         tl.store(_as(row, tl.int32), overflowed)
-    tl.store(places_ptr + pairs, place, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rank", "capacity"])
 def _dispatch(
-    x_ptr, slots_ptr, weights_ptr, places_ptr, inbox_ptr, distances_ptr, rank, capacity, per_token,
+    x_ptr, slots_ptr, nths_ptr, counts_ptr, weights_ptr, places_ptr, inbox_ptr, distances_ptr,
+    rank, num_ranks, capacity, num_tokens, per_token, slots_per_rank, num_blocks,
     HIDDEN: tl.constexpr, GROUPS: tl.constexpr, CHOICES: tl.constexpr, ROW_BYTES: tl.constexpr,
-    NUMBERS: tl.constexpr, SCALES: tl.constexpr, SLOTS: tl.constexpr, FP8: tl.constexpr,
+    NUMBERS: tl.constexpr, SCALES: tl.constexpr, SLOTS: tl.constexpr, TAIL: tl.constexpr, FP8: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(0)
-    place = tl.load(places_ptr + pair)
-    if place >= 0:
-        token = pair // per_token
-        row = _row(inbox_ptr, distances_ptr, place // capacity, rank * capacity + place % capacity, ROW_BYTES)
-        groups = tl.arange(0, GROUPS)
-        columns = groups[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        inside = columns < HIDDEN
-        x = tl.load(x_ptr + token.to(tl.int64) * HIDDEN + columns, mask=inside, other=0.0)
-        if FP8:
-            x = x.to(tl.float32)
-            scale_inv, scale = scales_of(tl.maximum(tl.max(tl.abs(x), axis=1), LEAST), False)
-            tl.store(_as(row, tl.float8e4nv) + columns, to_e4m3(x * scale[:, None]), mask=inside)
-            scales_ptr = _as(row + NUMBERS, tl.float32)
-            tl.store(scales_ptr + groups, scale_inv, mask=groups * TILE < HIDDEN)
-        else:
-            tl.store(_as(row, tl.bfloat16) + columns, x, mask=inside)
-        k = tl.arange(0, CHOICES)
-        real = k < per_token
-        slots = tl.load(slots_ptr + token * per_token + k, mask=real)
-        weights = tl.load(weights_ptr + token * per_token + k, mask=real)
-        tl.store(_as(row + SCALES, tl.int32) + k, slots, mask=real)
-        tl.store(_as(row + SLOTS, tl.float32) + k, weights, mask=real)
+    token = tl.program_id(0)
+    if token == 0:
+        _tails(counts_ptr, inbox_ptr, distances_ptr, rank, num_ranks, capacity, num_blocks, BLOCKS, ROW_BYTES, TAIL)
+    k = tl.arange(0, CHOICES)
+    real = (token + k * 0 < num_tokens) & (k < per_token)
+    slots = tl.load(slots_ptr + token * per_token + k, mask=real, other=0)
+    weights = tl.load(weights_ptr + token * per_token + k, mask=real, other=0.0)
+    nths = tl.load(nths_ptr + token * per_token + k, mask=real, other=-1)
+    peers = slots // slots_per_rank
+    blocks = tl.arange(0, BLOCKS)[:, None]
+    earlier = (blocks < token // TOKENS) & (nths[None, :] >= 0)
+    before = tl.sum(tl.load(counts_ptr + blocks * num_ranks + peers[None, :], mask=earlier, other=0), axis=0)
+    nths = tl.where((nths >= 0) & (nths + before < capacity), nths + before, -1)
+    tl.store(
+        places_ptr + token * per_token + k, tl.where(nths >= 0, peers * capacity + nths, -1).to(tl.int64), mask=real
+    )
+    groups = tl.arange(0, GROUPS)
+    columns = groups[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    inside = columns < HIDDEN
+    there = inside & (token + columns * 0 < num_tokens)
+    x = tl.load(x_ptr + token.to(tl.int64) * HIDDEN + columns, mask=there, other=0.0)
+    if FP8:
+        scale_inv, scale = scales_of(tl.maximum(tl.max(tl.abs(x.to(tl.float32)), axis=1), LEAST), False)
+        numbers = to_e4m3(x.to(tl.float32) * scale[:, None])
+    for choice in range(per_token):
+        nth = tl.max(tl.where(k == choice, nths, -1), axis=0)
+        if nth >= 0:
+            peer = tl.max(tl.where(k == choice, peers, 0), axis=0)
+            row = _row(inbox_ptr, distances_ptr, peer, rank * capacity + nth, ROW_BYTES)
+            if FP8:
+                tl.store(_as(row, tl.float8e4nv) + columns, numbers, mask=inside)
+                tl.store(_as(row + NUMBERS, tl.float32) + groups, scale_inv, mask=groups * TILE < HIDDEN)
+            else:
+                tl.store(_as(row, tl.bfloat16) + columns, x, mask=inside)
+            tl.store(_as(row + SCALES, tl.int32) + k, slots, mask=real)
+            tl.store(_as(row + SLOTS, tl.float32) + k, weights, mask=real)
 
 
 @triton.jit
@@ -174,32 +205,35 @@ def _sum(rows_ptr, places_ptr, out_ptr, per_token, HIDDEN: tl.constexpr, COLUMNS
     tl.store(out_ptr + token.to(tl.int64) * HIDDEN + columns, total, mask=inside)
 
 
-def plan_kernel(indices_NK: Tensor, tables: SlotTables, slots_per_rank: int, lot: Lot) -> Planned:
-    """As `SlotTables.choose` and `LowLatency._within_capacity`; counts and the flag go to the peers."""
+def plan_kernel(indices_NK: Tensor, tables: SlotTables, slots_per_rank: int, rank: int, num_ranks: int) -> Planned:
+    """As `SlotTables.choose` and `plan.plan_copies`, block by block."""
     num_tokens, per_token = indices_NK.shape
-    places_NK = torch.empty(num_tokens, per_token, dtype=torch.int64, device=indices_NK.device)
-    slots_NK = torch.empty(num_tokens, per_token, dtype=torch.int32, device=indices_NK.device)
-    _plan[(1,)](
-        indices_NK.contiguous(), tables.slots_EC, tables.num_copies_E, places_NK, slots_NK,
-        lot.inbox_QB, lot.distances_R,
-        num_tokens, per_token, tables.slots_EC.shape[1], slots_per_rank, lot.rank, lot.num_ranks, lot.capacity,
-        TOKENS=triton.next_power_of_2(max(1, num_tokens)), CHOICES=triton.next_power_of_2(per_token),
-        ROW_BYTES=lot.parts.row_bytes, TAIL=lot.parts.weights, num_warps=8,
+    num_blocks = max(triton.cdiv(num_tokens, TOKENS_A_BLOCK), 1)
+    slots_NK, nths_NK = (torch.empty(indices_NK.shape, dtype=torch.int32, device=indices_NK.device) for _ in range(2))
+    counts_BR = torch.empty(num_blocks, num_ranks, dtype=torch.int32, device=indices_NK.device)
+    _plan[(num_blocks,)](
+        indices_NK.contiguous(), tables.slots_EC, tables.num_copies_E, slots_NK, nths_NK, counts_BR,
+        num_tokens, per_token, tables.slots_EC.shape[1], slots_per_rank, rank, num_ranks,
+        TOKENS=TOKENS_A_BLOCK, CHOICES=triton.next_power_of_2(per_token), num_warps=8,
     )  # fmt: skip
-    return Planned(places_NK, slots_NK)
+    return Planned(slots_NK, nths_NK, counts_BR)
 
 
-def dispatch_kernel(x_ND: Tensor, weights_NK: Tensor, planned: Planned, lot: Lot) -> None:
-    """BF16 tokens to their places at the peers, as `wire.pack` writes them."""
+def dispatch_kernel(x_ND: Tensor, weights_NK: Tensor, planned: Planned, slots_per_rank: int, lot: Lot) -> Tensor:
+    """BF16 tokens to their places at the peers, as `wire.pack` writes them, and counts. Returns the places [N, K]."""
     parts, (num_tokens, per_token) = lot.parts, weights_NK.shape
-    if num_tokens:
-        _dispatch[(num_tokens * per_token,)](
-            x_ND, planned.slots_NK, weights_NK.float().contiguous(), planned.places_NK, lot.inbox_QB, lot.distances_R,
-            lot.rank, lot.capacity, per_token,
-            HIDDEN=parts.hidden, GROUPS=triton.next_power_of_2(triton.cdiv(parts.hidden, TILE.value)),
-            CHOICES=triton.next_power_of_2(per_token), ROW_BYTES=parts.row_bytes, NUMBERS=parts.numbers,
-            SCALES=parts.scales, SLOTS=parts.slots, FP8=parts.form == "fp8", num_warps=8, **EXACT,
-        )  # fmt: skip
+    places_NK = torch.empty(num_tokens, per_token, dtype=torch.int64, device=x_ND.device)
+    num_blocks = planned.counts_BR.shape[0]
+    _dispatch[(max(num_tokens, 1),)](
+        x_ND, planned.slots_NK, planned.nths_NK, planned.counts_BR, weights_NK.float().contiguous(), places_NK,
+        lot.inbox_QB, lot.distances_R,
+        lot.rank, lot.num_ranks, lot.capacity, num_tokens, per_token, slots_per_rank, num_blocks,
+        HIDDEN=parts.hidden, GROUPS=triton.next_power_of_2(triton.cdiv(parts.hidden, TILE.value)),
+        CHOICES=triton.next_power_of_2(per_token), ROW_BYTES=parts.row_bytes, NUMBERS=parts.numbers,
+        SCALES=parts.scales, SLOTS=parts.slots, TAIL=parts.weights, FP8=parts.form == "fp8",
+        TOKENS=TOKENS_A_BLOCK, BLOCKS=triton.next_power_of_2(num_blocks), num_warps=8, **EXACT,
+    )  # fmt: skip
+    return places_NK
 
 
 def receive_kernel(

@@ -12,12 +12,14 @@ from teacher.kernels.mla_cache import PAGE
 from teacher.serve.architecture import Architecture
 from teacher.serve.block_manager import BlockManager
 from teacher.serve.cache import default_num_pages
+from teacher.serve.detokenizer import Decode
 from teacher.serve.runner import ModelRunner, Outcome, with_drafts
 from teacher.serve.sampler import score
 from teacher.serve.scheduler import Chunk, Scheduler
 from teacher.serve.sequence import Key, Sequence
 from teacher.serve.speculation import draft, take
 from teacher.serve.step import in_order
+from teacher.serve.stopping import Watch
 
 # Tokens a step: enough to keep matrix products busy, few enough that others' prompts do not delay who decodes.
 _CPU_STEP_TOKENS = 512
@@ -32,7 +34,7 @@ class Engine:
     reaches `max_positions`, the model's last one or all that the cache can hold, ends with finish reason "length".
 
     With `speculate` a step writes up to two tokens of a sequence (`teacher.serve.speculation`), the same ones; raises
-    ValueError for a model that has no layer to draft with.
+    ValueError for a model that has no layer to draft with. `decode` gives tokens their text, which stop strings need.
 
     With `run_ahead` (None: on a GPU, without speculation) a step is launched before the tokens of the one before it
     have come back: the device never waits for the host, and of a sequence that ends meanwhile a token too many is
@@ -53,6 +55,7 @@ class Engine:
         cuda_graphs: bool = True,
         speculate: bool = False,
         run_ahead: bool | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self.precision = model.precision
         self.batch_size = batch_size
@@ -63,6 +66,7 @@ class Engine:
         self._under_way: _Launched | None = None
         self._ended: list[Sequence[Any]] = []
         self.eos_token_ids = frozenset(eos_token_ids)
+        self._decode = decode
         if num_pages is None:
             shape = with_drafts(model) if speculate else model.cache_shape
             num_pages = default_num_pages(shape, batch_size, model.max_positions, model.dtype, model.device)
@@ -86,6 +90,10 @@ class Engine:
             sequence.fault = f"the prompt has {len(sequence.prompt_ids)} tokens; the engine takes {most}"
         elif not sequence.prompt_ids:
             sequence.fault = "the prompt has no tokens"
+        elif sequence.stops and self._decode is None:
+            sequence.fault = "this engine knows no text, and stop strings are text"
+        elif sequence.stops or sequence.repetition is not None:
+            sequence.watch = Watch(sequence.stops, sequence.repetition, self._decode)
         sequence.max_tokens = min(sequence.max_tokens, room + 1)  # the last token needs no place of its own
         (self.scheduler.waiting if sequence.fault is None else self._ended).append(sequence)
 

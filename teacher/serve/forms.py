@@ -1,7 +1,8 @@
 """How an answer is written down: whole or in pieces, as a chat message or as text, with logprobs and token ids.
 
 The shapes are OpenAI's, the token ids vLLM's (`return_token_ids`). Where `return_tokens_as_token_ids` is asked for, a
-token is called `token_id:17` instead of by its text, which may stand for several.
+token is called `token_id:17` instead of by its text, which may stand for several. Reasoning that is told apart from
+the answer is `reasoning_content`, as with DeepSeek's own API.
 """
 
 from __future__ import annotations
@@ -10,20 +11,28 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
+from distill.errors import UserInputError
 from distill.logprobs import Scored, TokenLogprobs
 from teacher.serve.batching import Written
+from teacher.serve.detokenizer import UNSPELLABLE
 from teacher.serve.messages import ChatRequest, CompletionRequest, Request
+from teacher.serve.reasoning import Reasoning
+from teacher.serve.sequence import Logprobs
 
 Spell = Callable[..., str]
+# What becomes of the reasoning in a chat message: a part of its content, a field of its own, or nothing.
+Placing = Literal["content", "apart", "out"]
 RequestType = TypeVar("RequestType", bound=Request)
-UNSPELLABLE = "\ufffd"
 MAX_CHARACTER_BYTES = 4  # UTF-8
 
 
 class Form(ABC, Generic[RequestType]):
-    """The two endpoints differ in the shape of a choice. `spell` says the text of tokens, where the teacher can."""
+    """The two endpoints differ in the shape of a choice. `spell` says the text of tokens, where the teacher can.
+
+    Where text is in two parts, they are reasoning and answer; the first is empty where they are not told apart.
+    """
 
     prefix: str
     whole_object: str
@@ -40,26 +49,46 @@ class Form(ABC, Generic[RequestType]):
         return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
 
     def whole(self, answers: Sequence[Written]) -> dict[str, Any]:
-        choices = [self.choice(index, *self._content(one)) | self._ids(one) for index, one in enumerate(answers)]
+        choices = [self._whole_choice(index, self.checked(answer)) for index, answer in enumerate(answers)]
         return {**self.head(chunk=False), "choices": choices, "usage": usage(answers, n=self.request.n)}
 
-    def chunks(self, index: int, answer: Written) -> list[dict[str, Any]]:
-        first, *rest = self.deltas(index, *self._content(answer))
-        return [{**self.head(chunk=True), "choices": [choice]} for choice in (first | self._ids(answer), *rest)]
+    def checked(self, answer: Written) -> Written:
+        """The answer, if it has the logprobs that were asked for."""
+        if self.request.num_logprobs() is not None and answer.completion.logprobs is None:
+            raise UserInputError("this teacher keeps none", field="logprobs")
+        return answer
 
-    def _content(self, answer: Written) -> tuple[str, str, dict[str, Any] | None]:
-        """Text, finish reason and logprobs of a choice."""
-        completion = answer.completion
-        text, stopped = self.request.cut(completion.text)
-        scores = None
-        if self.request.num_logprobs() is not None and completion.logprobs is not None:
-            scores = self.logprobs(TokenLogprobs.unpacked(completion.logprobs), len(answer.opening))
-        return text, "stop" if stopped else completion.finish_reason, scores
+    def kept(self, answer: Written) -> TokenLogprobs | None:
+        """Its logprobs, where they were asked for."""
+        packed = answer.completion.logprobs
+        wanted = packed is not None and self.request.num_logprobs() is not None
+        return TokenLogprobs.unpacked(packed) if wanted and packed is not None else None
 
-    def _ids(self, answer: Written) -> dict[str, Any]:
+    def offsets(self, start: int) -> Offsets:
+        """Of tokens whose text begins at `start`."""
+        return Offsets(start, self._named, self._spell)
+
+    def spell(self, *token_ids: int) -> str:
+        assert self._spell is not None
+        return self._spell(*token_ids)
+
+    def ids(self, prompt_ids: Sequence[int] | None, token_ids: Sequence[int]) -> dict[str, Any]:
         if not self.request.return_token_ids:
             return {}
-        return {"prompt_token_ids": list(answer.prompt_ids), "token_ids": list(answer.token_ids)}
+        prompt = {} if prompt_ids is None else {"prompt_token_ids": list(prompt_ids)}
+        return {**prompt, "token_ids": list(token_ids)}
+
+    def _whole_choice(self, index: int, answer: Written) -> dict[str, Any]:
+        kept, splitter = self.kept(answer), self.splitter()
+        logprobs = None if kept is None else self.logprobs(kept, self.offsets(len(answer.opening)))
+        reasoning, text = (a + b for a, b in zip(splitter.feed(answer.completion.text), splitter.rest(), strict=True))
+        return {
+            "index": index,
+            **self.content(reasoning, text),
+            "logprobs": logprobs,
+            **_end(answer),
+            **self.ids(answer.prompt_ids, answer.token_ids),
+        }
 
     def _named(self, token: int | str) -> str:
         if isinstance(token, str):
@@ -71,67 +100,106 @@ class Form(ABC, Generic[RequestType]):
     def _top(self, pairs: list[Scored]) -> list[Scored]:
         return pairs[: self.request.num_logprobs() or 0]
 
-    @abstractmethod
-    def logprobs(self, kept: TokenLogprobs, start: int) -> dict[str, Any]:
-        """`logprobs` of a choice, whose tokens wrote its text from `start` on."""
+    def splitter(self) -> Reasoning:
+        """What tells reasoning and answer apart, for one choice."""
+        return Reasoning(has_ended=True)
 
     @abstractmethod
-    def choice(self, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        """One entry of `choices` in an answer that comes whole."""
+    def logprobs(self, kept: TokenLogprobs, offsets: Offsets) -> dict[str, Any]:
+        """`logprobs` of a choice, or of the next piece of it."""
+
+    @abstractmethod
+    def content(self, reasoning: str, text: str) -> dict[str, Any]:
+        """The text of a whole choice."""
 
     @abstractmethod
     def deltas(
-        self, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None
+        self,
+        index: int,
+        parts: tuple[str, str],
+        logprobs: dict[str, Any] | None,
+        ids: dict[str, Any],
+        *,
+        first: bool,
+        answer: Written | None,
     ) -> list[dict[str, Any]]:
-        """The entries of `choices` that a stream sends for it, one chunk each."""
+        """The entries of `choices` that a stream sends for a piece, one chunk each; `answer`: it is the last."""
+
+
+class Offsets:
+    """Where in its text each token begins, token by token; one that goes on with another's character begins where that
+    does."""
+
+    def __init__(self, start: int, named: Callable[[int | str], str], spell: Spell | None) -> None:
+        self._start = start
+        self._named = named
+        self._spell = spell
+        self._pending: list[int] = []  # tokens whose last bytes are no character yet
+        self._whole = 0  # how much of their text is
+
+    def next(self, token: int | str) -> int:
+        if isinstance(token, str) or self._spell is None:
+            offset = self._start
+            self._start += len(self._named(token))
+            return offset
+        if self._pending and not self._spell(token).startswith(UNSPELLABLE):  # then it ends none of them
+            self._settle(self._spell(*self._pending))
+        offset = self._start + self._whole
+        self._pending.append(token)
+        text = self._spell(*self._pending)
+        if text.endswith(UNSPELLABLE) and len(self._pending) < MAX_CHARACTER_BYTES:
+            self._whole = len(text.rstrip(UNSPELLABLE))
+        else:
+            self._settle(text)
+        return offset
+
+    def _settle(self, text: str) -> None:
+        self._start, self._whole, self._pending = self._start + len(text), 0, []
 
 
 class TextForm(Form[CompletionRequest]):
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def logprobs(self, kept: TokenLogprobs, start: int) -> dict[str, Any]:
+    def logprobs(self, kept: TokenLogprobs, offsets: Offsets) -> dict[str, Any]:
         tokens = [token for token, _ in kept.sampled]
         return {
             "tokens": [self._named(token) for token in tokens],
             "token_logprobs": [logprob for _, logprob in kept.sampled],
             "top_logprobs": [{self._named(token): value for token, value in self._top(top)} for top in kept.top],
-            "text_offset": self._offsets(tokens, start),
+            "text_offset": [offsets.next(token) for token in tokens],
         }
 
-    def _offsets(self, tokens: Sequence[int | str], start: int) -> list[int]:
-        """Where in the text each token begins; one that goes on with another's character begins where that does."""
-        offsets: list[int] = []
-        pending: list[int] = []  # tokens whose last bytes are no character yet
-        whole = 0  # how much of their text is
-        for token in tokens:
-            if isinstance(token, str) or self._spell is None:
-                offsets.append(start)
-                start += len(self._named(token))
-                continue
-            if pending and not self._spell(token).startswith(UNSPELLABLE):  # then it ends none of them
-                start, whole, pending = start + len(self._spell(*pending)), 0, []
-            offsets.append(start + whole)
-            pending.append(token)
-            text = self._spell(*pending)
-            if text.endswith(UNSPELLABLE) and len(pending) < MAX_CHARACTER_BYTES:
-                whole = len(text.rstrip(UNSPELLABLE))
-            else:
-                start, whole, pending = start + len(text), 0, []
-        return offsets
-
-    def choice(self, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+    def content(self, reasoning: str, text: str) -> dict[str, Any]:
+        return {"text": text}
 
     def deltas(
-        self, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None
+        self,
+        index: int,
+        parts: tuple[str, str],
+        logprobs: dict[str, Any] | None,
+        ids: dict[str, Any],
+        *,
+        first: bool,
+        answer: Written | None,
     ) -> list[dict[str, Any]]:
-        return [self.choice(index, text, finish_reason, logprobs)]
+        if not (parts[1] or logprobs or ids or answer):
+            return []
+        return [{"index": index, "text": parts[1], "logprobs": logprobs, **_end(answer), **ids}]
 
 
 class ChatForm(Form[ChatRequest]):
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def logprobs(self, kept: TokenLogprobs, start: int) -> dict[str, Any]:
+    def __init__(self, request: ChatRequest, spell: Spell | None, *, reasoning: Placing = "content") -> None:
+        """`reasoning` is its place where the request does not say."""
+        super().__init__(request, spell)
+        said: dict[bool | None, Placing] = {None: reasoning, True: "apart", False: "out"}
+        self._placing = said[request.include_reasoning]
+
+    def splitter(self) -> Reasoning:
+        return Reasoning(has_ended=self._placing == "content" or self.request.has_thought)
+
+    def logprobs(self, kept: TokenLogprobs, offsets: Offsets) -> dict[str, Any]:
         entries = zip(kept.sampled, kept.top, strict=True)
         return {
             "content": [
@@ -144,18 +212,51 @@ class ChatForm(Form[ChatRequest]):
         name = self._named(pair[0])
         return {"token": name, "logprob": pair[1], "bytes": None if UNSPELLABLE in name else list(name.encode())}
 
-    def choice(self, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text}
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
+    def content(self, reasoning: str, text: str) -> dict[str, Any]:
+        """Where the text ended within the reasoning, there is no answer: null, as with vLLM."""
+        message: dict[str, Any] = {"role": "assistant"}
+        if self._placing == "apart":
+            message["reasoning_content"] = reasoning or None
+        return {"message": {**message, "content": text if self._placing == "content" else text or None}}
 
     def deltas(
-        self, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None
+        self,
+        index: int,
+        parts: tuple[str, str],
+        logprobs: dict[str, Any] | None,
+        ids: dict[str, Any],
+        *,
+        first: bool,
+        answer: Written | None,
     ) -> list[dict[str, Any]]:
-        delta = {"role": "assistant", "content": text}
-        return [
-            {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None},
-            {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason},
-        ]
+        reasoning, text = parts
+        delta: dict[str, Any] = {"role": "assistant"} if first else {}
+        if reasoning and self._placing == "apart":
+            delta["reasoning_content"] = reasoning
+        if text or (first and self._placing == "content"):
+            delta["content"] = text
+        entries = []
+        if delta or logprobs or ids:
+            entries.append({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None, **ids})
+        if answer is not None:
+            entries.append({"index": index, "delta": {}, "logprobs": None, **_end(answer)})
+        return entries
+
+
+def _end(answer: Written | None) -> dict[str, Any]:
+    """Why a choice ends; a piece that is not the last does not say."""
+    if answer is None:
+        return {"finish_reason": None}
+    return {"finish_reason": answer.completion.finish_reason, "stop_reason": answer.stop_reason}
+
+
+def scored(token_ids: Sequence[int], logprobs: Sequence[Logprobs]) -> TokenLogprobs | None:
+    """The logprobs of a piece, with as many digits as those of a whole answer have."""
+    if not logprobs:
+        return None
+    sampled: list[Scored] = [(token, own) for token, (own, _) in zip(token_ids, logprobs, strict=True)]
+    top: list[list[Scored]] = [[(token, value) for token, value in pairs] for _, pairs in logprobs]
+    return TokenLogprobs.unpacked(TokenLogprobs("id", sampled, top).packed())
 
 
 def usage(answers: Sequence[Written], *, n: int) -> dict[str, int]:

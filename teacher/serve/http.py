@@ -4,10 +4,11 @@
     POST /v1/completions   /v1/chat/completions      (streaming and not)
     POST /tokenize                                   (a LiveTeacher's)
 
-A Teacher yields whole completions, so a stream carries each sample in one piece when it is finished, and a comment now
-and then while it is not, so that whoever waits can tell a long answer from a dead server. The text keeps the opening
-`<think>` that the chat template wrote. Going on from a beginning and token ids take a `LiveTeacher`, which the native
-one is. Errors have OpenAI's shape. With a key, every route but `/health` asks for it (`teacher.serve.guard`).
+A `LiveTeacher`, which the native one is, streams each token when it is there (`teacher.serve.stream`), goes on from a
+beginning and knows its tokens. Any other yields whole completions, and a stream carries each sample in one piece. While
+nothing comes there is a comment now and then, so that whoever waits can tell a long answer from a dead server. The text
+keeps the opening `<think>` that the chat template wrote, unless reasoning is told apart. Errors have OpenAI's shape.
+With a key, every route but `/health` asks for it (`teacher.serve.guard`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import queue
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
@@ -32,59 +33,47 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from distill.errors import PotstillError, Preempted, UserInputError
 from distill.protocols import Teacher
 from distill.records import Sampling
-from teacher.serve.batching import Batcher, Live, LiveTeacher, Written
-from teacher.serve.forms import ChatForm, Form, Spell, TextForm, error_body, usage
+from teacher.serve.batching import Batcher, Live, LiveTeacher, Sample, Written
+from teacher.serve.forms import ChatForm, Form, Placing, Spell, TextForm, error_body
 from teacher.serve.guard import GuardedProtocol, Keyed
 from teacher.serve.messages import ChatRequest, CompletionRequest, Request, TokenizeRequest
 from teacher.serve.metrics import Metrics
+from teacher.serve.refusal import Refused
+from teacher.serve.stopping import RepetitionLimit
+from teacher.serve.stream import Stream, Wake, cancel, left
 
 # A prompt of 128k token ids is one megabyte of JSON.
 MAX_BODY_BYTES = 4 * 2**20
 BODY_S = 60.0
-# How long an answer may lie unread.
-UNREAD_S = 60.0
 SHUTDOWN_S = 60
-RETRY_AFTER_S = 1
 # What nginx writes down where the client has closed the connection; nobody reads it.
 GONE = 499
-# Clients and proxies give a silent connection up after a minute or more.
-KEEP_ALIVE_S = 15.0
 
 Body = TypeVar("Body", bound=BaseModel)
-
-
-class Refused(Exception):
-    """A request that is answered with an error."""
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
-        self.status = status
-        self.body = error_body(message, kind=kind, param=param, code=code)
-
-    @classmethod
-    def because_of(cls, fault: PotstillError) -> Refused:
-        """`param` is the request's own field, where it is that which is wrong."""
-        param = fault.field if fault.where is None else None
-        return cls(400 if isinstance(fault, UserInputError) else 500, str(fault), param=param)
-
-    @property
-    def response(self) -> Response:
-        headers = {"retry-after": str(RETRY_AFTER_S)} if self.status == 429 else None
-        return JSONResponse(self.body, self.status, headers)
 
 
 class Server:
     """The routes' state: the batcher, the model's name and the defaults for what a request leaves out."""
 
-    def __init__(self, teacher: Teacher, *, model: str, sampling: Sampling, max_batch: int, max_waiting: int) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        model: str,
+        sampling: Sampling,
+        max_batch: int,
+        max_waiting: int,
+        reasoning: Placing,
+        repetition: RepetitionLimit | None,
+    ) -> None:
         self.model = model
         self.sampling = sampling
+        self.reasoning = reasoning
+        self.repetition = repetition
         self.most_samples = max_waiting + max_batch
         self.batcher: Batcher | Live
         self.live = teacher if isinstance(teacher, LiveTeacher) else None
@@ -115,7 +104,7 @@ class Server:
 
     async def chat_completions(self, http: HTTPRequest) -> Response:
         request = await self._read(http, ChatRequest)
-        return await self._answer(http, request, ChatForm(request, self._spell))
+        return await self._answer(http, request, ChatForm(request, self._spell, reasoning=self.reasoning))
 
     async def tokenize(self, http: HTTPRequest) -> Response:
         request = await self._read(http, TokenizeRequest)
@@ -149,41 +138,43 @@ class Server:
     async def _answer(self, http: HTTPRequest, request: Request, form: Form[Any]) -> Response:
         if request.return_token_ids and self.live is None:
             raise Refused(400, "return_token_ids: this teacher does not tell its tokens", param="return_token_ids")
-        futures = self._submit(request)
         if request.stream:
-            return _Stream(form, futures, self._count)
-        left = asyncio.ensure_future(_left(http.receive))
-        left.add_done_callback(lambda _: _cancel(futures))
+            wake = Wake()
+            return Stream(form, self._submit(request, wake), wake, self._count)
+        futures = [asyncio.wrap_future(sample) for sample in self._submit(request)]
+        gone = asyncio.ensure_future(left(http.receive))
+        gone.add_done_callback(lambda _: cancel(futures))
         try:
-            done = [_with_logprobs(answer, request) for answer in await asyncio.gather(*futures)]
+            done = await asyncio.gather(*futures)
+            whole = form.whole(done)
         except PotstillError as exc:
             raise Refused.because_of(exc) from exc
         except asyncio.CancelledError:
-            if left.done():
+            if gone.done():
                 return Response(status_code=GONE)
             raise
         finally:
-            left.cancel()
-            _cancel(futures)
+            gone.cancel()
+            cancel(futures)
         self._count(done)
-        return JSONResponse(form.whole(done))
+        return JSONResponse(whole)
 
-    def _submit(self, request: Request) -> list[asyncio.Future[Written]]:
+    def _submit(self, request: Request, wake: Wake | None = None) -> list[Sample]:
         if (num_samples := request.num_samples()) > self.most_samples:
             raise Refused(400, f"n: {num_samples} samples are more than the {self.most_samples} that fit", param="n")
-        wanted = request.asked(0)
+        settings = request.settings(self.repetition)
+        wanted = request.asked(0, settings)
         if request.seed is None:
             first = next(self._indices)
             for _ in wanted[1:]:
                 next(self._indices)
-            wanted = request.asked(first)
+            wanted = request.asked(first, settings)
         try:
-            submitted = self.batcher.submit(wanted, request.sampling(self.sampling))
+            return self.batcher.submit(wanted, request.sampling(self.sampling), wake)
         except queue.Full as exc:
             raise Refused(429, "too many requests are waiting; try again later") from exc
         except UserInputError as exc:
             raise Refused.because_of(exc) from exc
-        return [asyncio.wrap_future(future) for future in submitted]
 
     def _count(self, answers: Sequence[Written]) -> None:
         completions = [answer.completion for answer in answers]
@@ -217,92 +208,6 @@ def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 
 
-def _cancel(futures: Sequence[asyncio.Future[Written]]) -> None:
-    for future in futures:
-        future.cancel()
-
-
-def _with_logprobs(answer: Written, request: Request) -> Written:
-    """The answer, if it has the logprobs that were asked for."""
-    if request.num_logprobs() is not None and answer.completion.logprobs is None:
-        raise UserInputError("this teacher keeps none", field="logprobs")
-    return answer
-
-
-class _Stream(Response):
-    """Server-sent events: every sample as it finishes, then the usage if it was asked for, then `[DONE]`.
-
-    What is ready goes out as one piece: each piece costs this process and the client a system call and a wake-up.
-    starlette's own streams cost three times as much (a task group a request, `LOG.md`).
-    """
-
-    def __init__(
-        self,
-        form: Form[Any],
-        futures: list[asyncio.Future[Written]],
-        finished: Callable[[Sequence[Written]], object],
-    ) -> None:
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
-        del self.headers["content-length"]
-        self._form = form
-        self._futures = futures
-        self._finished = finished
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        left = asyncio.ensure_future(_left(receive))
-        left.add_done_callback(lambda _: _cancel(self._futures))
-        try:
-            async for piece, more in self._pieces():
-                async with asyncio.timeout(UNREAD_S):
-                    await send({"type": "http.response.body", "body": piece.encode(), "more_body": more})
-        except TimeoutError:
-            pass  # uvicorn closes the connection of an answer without an end
-        finally:
-            left.cancel()
-            _cancel(self._futures)
-
-    async def _pieces(self) -> AsyncIterator[tuple[str, bool]]:
-        """Text to send, and whether more follows; ends early where the client has gone."""
-        pending = {future: index for index, future in enumerate(self._futures)}
-        while pending:
-            done, _ = await asyncio.wait(pending, timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
-            if any(future.cancelled() for future in done):
-                return
-            try:
-                answers = [(pending.pop(future), future.result()) for future in sorted(done, key=pending.__getitem__)]
-                piece = "".join(self._events(answers)) if answers else ": keep-alive\n\n"
-            except PotstillError as exc:
-                yield f"{_event(Refused.because_of(exc).body)}data: [DONE]\n\n", False
-                return
-            if pending:
-                yield piece, True
-        yield f"{piece}{self._usage()}data: [DONE]\n\n", False
-
-    def _events(self, answers: list[tuple[int, Written]]) -> Iterator[str]:
-        self._finished([answer for _, answer in answers])
-        for index, answer in answers:
-            for chunk in self._form.chunks(index, _with_logprobs(answer, self._form.request)):
-                yield _event(chunk)
-
-    def _usage(self) -> str:
-        options = self._form.request.stream_options
-        if options is None or not options.include_usage:
-            return ""
-        counts = usage([future.result() for future in self._futures], n=self._form.request.n)
-        return _event({**self._form.head(chunk=True), "choices": [], "usage": counts})
-
-
-def _event(tree: dict[str, Any]) -> str:
-    return f"data: {json.dumps(tree, ensure_ascii=False)}\n\n"
-
-
-async def _left(receive: Receive) -> None:
-    """Return once the client has closed its connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 def build_app(
     teacher: Teacher,
     *,
@@ -311,14 +216,25 @@ def build_app(
     max_batch: int = 64,
     max_waiting: int = 4096,
     api_key: str = "",
+    reasoning: Placing = "content",
+    repetition: RepetitionLimit | None = None,
 ) -> Starlette:
     """The ASGI application; it owns `teacher` and closes it when it ends.
 
     `model` is the name that requests must give, `sampling` what they get where they say nothing, `max_batch` how many
     samples are generated together, `max_waiting` how many may wait before more are refused with 429. With `api_key`
-    every route but `/health` asks for it.
+    every route but `/health` asks for it. `reasoning` is its place in a chat message and `repetition` what ends a text
+    that loops, where a request does not say; the latter needs a `LiveTeacher`.
     """
-    server = Server(teacher, model=model, sampling=sampling, max_batch=max_batch, max_waiting=max_waiting)
+    server = Server(
+        teacher,
+        model=model,
+        sampling=sampling,
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+        reasoning=reasoning,
+        repetition=repetition,
+    )
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

@@ -1,10 +1,10 @@
 """What the HTTP API reads: OpenAI's completions and chat completions, as far as a Teacher can honour them.
 
 A field that would change the answer and is not honoured is refused with 400, never ignored: tools, penalties, system
-messages, more than one question. `stop` is applied to the finished text. Beside OpenAI's fields there are those that
-budget forcing and logit distillation use, under vLLM's names: `thinking_token_budget`, `return_token_ids`,
-`return_tokens_as_token_ids`, prompts of token ids, and `continue_final_message`, with which the answer goes on from the
-assistant message that ends the conversation.
+messages, more than one question. Beside OpenAI's fields there are vLLM's, under its names: `top_k`, `min_p`,
+`repetition_detection`, `include_reasoning`, `stream_interval`; those that budget forcing and logit distillation use,
+`thinking_token_budget`, `return_token_ids`, `return_tokens_as_token_ids` and prompts of token ids; and
+`continue_final_message`, with which the answer goes on from the assistant message that ends the conversation.
 """
 
 from __future__ import annotations
@@ -15,10 +15,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
 from distill.records import Problem, Sampling, TraceRequest, content_id
-from teacher.serve.batching import Asked
+from teacher.serve.batching import Asked, Settings
+from teacher.serve.reasoning import END_OF_THINKING
+from teacher.serve.stopping import RepetitionLimit
 
 MAX_LOGPROBS = 20
-StopStrings = str | Annotated[list[str], Field(max_length=16)] | None
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 1_024
+# A bias is looked up for every token that is drawn.
+MAX_BIASES = 1_024
+MAX_PATTERN = 512
+StopString = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
+StopStrings = StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenId = Annotated[int, Field(ge=0)]
 Zero = Annotated[float, Field(ge=0, le=0)] | None
 MAX_PROMPTS, MAX_PROMPT_TOKENS = 1_024, 2**18
 
@@ -50,6 +59,31 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class RepetitionDetection(BaseModel):
+    """vLLM's, and `min_tokens`: how many tokens the repeated stretch has at least (there it is none)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_pattern_size: int = Field(0, ge=0, le=MAX_PATTERN, description="0: off")
+    min_pattern_size: int = Field(0, ge=0, le=MAX_PATTERN, description="0: as 1")
+    min_count: int = Field(0, ge=0)
+    min_tokens: int = Field(0, ge=0)
+
+    def limit(self) -> RepetitionLimit | None:
+        if not self.max_pattern_size:
+            return None
+        smallest = max(1, self.min_pattern_size)
+        return RepetitionLimit(self.max_pattern_size, smallest, self.min_count, self.min_tokens)
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> RepetitionDetection:
+        if self.max_pattern_size and self.min_count < 2:
+            raise ValueError("min_count: must be at least 2")
+        if self.min_pattern_size > self.max_pattern_size:
+            raise ValueError("min_pattern_size: must be at most max_pattern_size")
+        return self
+
+
 class Request(BaseModel, ABC):
     """The fields that both kinds of request share."""
 
@@ -59,11 +93,16 @@ class Request(BaseModel, ABC):
     n: int = Field(1, ge=1, le=128)
     temperature: float | None = Field(None, ge=0, le=5)
     top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, description="0 and -1: all")
+    min_p: float | None = Field(None, ge=0, le=1)
+    logit_bias: dict[TokenId, Bias] | None = Field(None, max_length=MAX_BIASES)
+    repetition_detection: RepetitionDetection | None = None
     max_tokens: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0)
     stop: StopStrings = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    stream_interval: int = Field(1, ge=1, description="tokens that a piece of a stream has at least")
     presence_penalty: Zero = None
     frequency_penalty: Zero = None
     user: str | None = None
@@ -100,12 +139,25 @@ class Request(BaseModel, ABC):
         }
         return default.model_copy(update={name: value for name, value in said.items() if value is not None})
 
-    def asked(self, first_index: int) -> list[Asked]:
+    def settings(self, repetition: RepetitionLimit | None) -> Settings:
+        """`repetition` is the limit where the request says nothing of one."""
+        detection = self.repetition_detection
+        return Settings(
+            stop=tuple(self.stops()),
+            top_k=max(0, self.top_k or 0),
+            min_p=self.min_p or 0.0,
+            logit_bias=tuple(sorted((self.logit_bias or {}).items())),
+            repetition_detection=repetition if detection is None else detection.limit(),
+        )
+
+    def asked(self, first_index: int, settings: Settings) -> list[Asked]:
         """`n` samples a beginning. A seeded request starts at index 0, so that it can be repeated; one without a seed
         gets indices of its own, so that it differs from every other and still shares their batch."""
         start = 0 if self.seed is not None else first_index
         return [
-            one._replace(request=TraceRequest(problem=one.request.problem, sample_index=start + index))
+            one._replace(
+                request=TraceRequest(problem=one.request.problem, sample_index=start + index), settings=settings
+            )
             for number, one in enumerate(self.beginnings())
             for index in range(number * self.n, (number + 1) * self.n)
         ]
@@ -113,11 +165,6 @@ class Request(BaseModel, ABC):
     def stops(self) -> list[str]:
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return [text for text in given if text]
-
-    def cut(self, text: str) -> tuple[str, bool]:
-        """The text up to the first stop string, and whether there was one."""
-        ends = [place for place in (text.find(stop) for stop in self.stops()) if place >= 0]
-        return (text[: min(ends)], True) if ends else (text, False)
 
     @model_validator(mode="after")
     def _stops_leave_the_tokens_whole(self) -> Request:
@@ -191,6 +238,7 @@ class ChatRequest(Request):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    include_reasoning: bool | None = None
 
     @field_validator("messages")
     @classmethod
@@ -215,6 +263,11 @@ class ChatRequest(Request):
     def beginnings(self) -> list[Asked]:
         written = self.messages[1].text if self.continue_final_message else ""
         return [_question(self.messages[0].text)._replace(written=written)]
+
+    @property
+    def has_thought(self) -> bool:
+        """Whether the answer goes on behind its reasoning."""
+        return self.continue_final_message and END_OF_THINKING in self.messages[1].text
 
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None

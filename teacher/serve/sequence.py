@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 from teacher.serve.sampler import Draw
+from teacher.serve.stopping import RepetitionLimit, Watch
 
 Key = TypeVar("Key", bound=Hashable)
+# Of one token: its own, and the likeliest ones with theirs.
+Logprobs = tuple[float, list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,15 @@ class Sequence(Generic[Key]):
     seed: int
     draw: Draw = Draw()  # noqa: RUF009 - frozen
     generated_ids: list[int] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: Literal["stop", "length", "repetition"] | None = None
     fault: str | None = None
     thinking: ThinkingLimit | None = None
-    # One entry a generated token: its own logprob, and the likeliest tokens with theirs.
-    logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    # Texts that end it (in the tokens that it writes, not in its prompt), and how long it may loop; None: as it likes.
+    stops: tuple[str, ...] = ()
+    repetition: RepetitionLimit | None = None
+    streamed: bool = False  # whether each step's tokens are told, not only the last
+    logprobs: list[Logprobs] = field(default_factory=list)  # one entry a generated token, where they are wanted
+    watch: Watch | None = None  # the engine's, for stops and repetition
     # The engine's: pages of the cache in order, how many tokens have their latents there, the keys of full pages, and
     # that of the prompt's last one where it is not full.
     pages: list[int] = field(default_factory=list)
@@ -84,14 +91,17 @@ class Sequence(Generic[Key]):
         if self._uniforms:
             self._uniforms.popleft()
         token = self._forced.popleft() if self._forced else sampled
-        num_generated = len(self.generated_ids) - self.num_expected + 1
+        num_generated = self.num_written + 1
         if self.num_expected:
             self.generated_ids[num_generated - 1] = token
             self.num_expected -= 1
         else:
             self.generated_ids.append(token)
+        seen = None if self.watch is None else self.watch.ends_with(token)
         if token in eos_token_ids:
             self.finish_reason = "stop"
+        elif seen is not None:
+            self.finish_reason = seen
         elif num_generated >= self.max_tokens:
             self.finish_reason = "length"
         elif self.thinking is not None:
@@ -108,6 +118,11 @@ class Sequence(Generic[Key]):
         """The step under way draws the next token, as the `row`th that it draws; `append` will say which it is."""
         self.generated_ids.append(-1 - row)
         self.num_expected += 1
+
+    @property
+    def num_written(self) -> int:
+        """Tokens that are there, not merely expected."""
+        return len(self.generated_ids) - self.num_expected
 
     @property
     def may_run_ahead(self) -> bool:

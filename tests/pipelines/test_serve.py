@@ -93,6 +93,16 @@ def test_a_bound_that_would_not_hold_is_refused() -> None:
     )
 
 
+def test_flags_of_a_native_server_are_checked_before_anything_is_loaded() -> None:
+    vllm = "pipelines/recipes/r1-node-latency.yaml"
+    result = potstill("serve", vllm, "--end-loops")
+    said = "potstill: --end-loops: is for a native teacher; vLLM's own flags stand in its recipe\n"
+    assert (result.returncode, result.stderr) == (2, said)
+    result = potstill("serve", PICO, "--reasoning-parser", "qwen3")
+    said = "potstill: --reasoning-parser: 'qwen3' is not known; deepseek_r1 is\n"
+    assert (result.returncode, result.stderr) == (2, said)
+
+
 def test_with_a_key_in_the_environment_the_server_asks_for_it() -> None:
     command = [*COMMAND, "serve", PICO, "--port", "0", "--host", "0.0.0.0"]
     environment = {**ENVIRONMENT, "POTSTILL_API_KEY": "sk-canary-0917"}

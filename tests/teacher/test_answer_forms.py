@@ -21,7 +21,7 @@ def spell(*token_ids: int) -> str:
 def offsets(data: bytes) -> list[int]:
     form = TextForm(CompletionRequest(model="m", prompt="p", logprobs=0), spell)
     kept = TokenLogprobs("id", [(byte, -1.0) for byte in data], [[] for _ in data])
-    return form.logprobs(kept, len(OPENING))["text_offset"]
+    return form.logprobs(kept, form.offsets(len(OPENING)))["text_offset"]
 
 
 @pytest.mark.parametrize("text", ["plain", "é", "a漢字b", "🙂🙂", "x🙂é漢y\n"])

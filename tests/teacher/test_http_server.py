@@ -220,7 +220,7 @@ def test_a_stream_names_a_fault_as_a_whole_answer_does(client: TestClient, field
 def test_a_long_answer_keeps_its_connection_alive(
     client: TestClient, teacher: SpellingTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teacher.serve.http.KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr("teacher.serve.stream.KEEP_ALIVE_S", 0.02)
     teacher.hold.clear()
     threading.Timer(0.3, teacher.hold.set).start()
     text = chat(client, stream=True).text

@@ -116,7 +116,7 @@ def test_a_body_that_does_not_come_is_given_up(address: tuple[str, int], monkeyp
 
 
 def test_an_answer_that_nobody_reads_is_given_up(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teacher.serve.http.UNREAD_S", 0.5)
+    monkeypatch.setattr("teacher.serve.stream.UNREAD_S", 0.5)
     question = {"model": "pico", "messages": [{"role": "user", "content": "x" * 500_000}], "n": 64, "stream": True}
     body = json.dumps(question).encode()
     with socket.socket() as connection:

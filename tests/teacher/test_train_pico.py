@@ -28,9 +28,10 @@ from teacher.model.checkpoint import load_checkpoint
 from teacher.model.config import DeepseekV3Config
 from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
+from teacher.train.config import PretrainConfig
 from teacher.train.corpus import ASSISTANT, BOS, EOS, PAD, USER, build_corpus, make_tokenizer
 from teacher.train.make import load_pretrain_config, make_teacher
-from teacher.train.pretrain import PretrainConfig, Pretraining
+from teacher.train.pretrain import Pretraining
 from teacher.train.sample import sampled_accuracy
 
 VOCAB_SIZE = 512
@@ -332,6 +333,6 @@ def test_card_and_log_say_how_it_was_made(folder: Path) -> None:
 
 
 def test_the_recipe_of_the_repository_is_read_with_overrides() -> None:
-    config = load_pretrain_config(overrides={"num_steps": 5})
+    config = load_pretrain_config(overrides=["num_steps=5"])
     assert config.num_steps == 5
     assert config.architecture["kv_lora_rank"] == 512

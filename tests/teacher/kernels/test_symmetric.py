@@ -57,7 +57,7 @@ def ran(form: type[LowLatency], case: dict[str, Any]) -> tuple[list[Arrived], li
         sizes = {
             "hidden": case["hidden"],
             "per_token": case["per_token"],
-            "max_tokens": 6,
+            "max_tokens": case.get("max_tokens", 6),
             "capacity": case["capacity"],
         }
         forms.append(form(Exchange(ranks, placement, wire=wire_of), make_mailbox=shared, **sizes))
@@ -117,6 +117,22 @@ def test_stores_to_peers_equal_the_exchange(
             got.rows_QB[got.filled_Q][:, : got.parts.weights], twin.rows_QB[twin.filled_Q][:, : twin.parts.weights]
         )
         assert torch.equal(got.x(torch.float32), twin.x(torch.float32))
+        assert torch.equal(total, twin_total)
+
+
+def test_blocks_of_tokens_stand_behind_each_other(device: str) -> None:
+    """More tokens than a program plans: places count on from block to block, also past the capacity."""
+    placement = Placement((0, 1, 2, 3, 0, 1), 4, 2, 2)
+    case: dict[str, Any] = {
+        "placement": placement, "capacity": 280, "per_token": 2, "hidden": 128, "wire": Wire(out="fp8"),
+        "device": device, "max_tokens": 530,
+    }  # fmt: skip
+    case["first"], case["tokens"] = tokens([3, 530], case, 0), tokens([530, 270], case, 1)
+    arrived, sums, overflowed = ran(SymmetricLowLatency, case)
+    twins, twin_sums, twin_overflowed = ran(LowLatency, case)
+    assert overflowed == twin_overflowed == [True, True]
+    for got, twin, total, twin_total in zip(arrived, twins, sums, twin_sums, strict=True):
+        assert torch.equal(got.places_NK, twin.places_NK)
         assert torch.equal(total, twin_total)
 
 

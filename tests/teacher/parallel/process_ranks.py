@@ -16,7 +16,7 @@ from teacher.parallel.groups import Ranks, opened_ranks
 
 JOIN_S = 240.0  # two busy cores
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "teacher.parallel.moe"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "teacher.train.spread"])
 
 
 def run_ranks(

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from process_ranks import run_ranks
 from torch.distributed.pipelining import ScheduleDualPipeV
 
@@ -13,8 +14,11 @@ from teacher.model.config import DeepseekV3Config
 from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
 from teacher.parallel.groups import Ranks
-from teacher.parallel.pipeline import Pipeline, next_token_loss, pipeline_blocks
+from teacher.parallel.layout import Layout
+from teacher.parallel.meshes import formed
+from teacher.parallel.pipeline import Pipeline
 from teacher.parallel.schedules import dual_pipe_v
+from teacher.parallel.stage import pipeline_blocks
 
 MICROBATCHES, POSITIONS, BALANCE = 8, 12, 0.05
 SCHEDULES = ("1f1b", "zbv", "dualpipev")
@@ -41,6 +45,10 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
+def next_token_loss(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten()) / MICROBATCHES
+
+
 def alone(steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of every step, and the weights at the end, of one process that adds up the same micro-batches."""
     whole = model()
@@ -51,8 +59,8 @@ def alone(steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
         for ids, targets in zip(*(part.chunk(MICROBATCHES) for part in batch(step)), strict=True):
             out = whole(ids, experts="sorted")
             loss = next_token_loss(out.logits_BTV, targets)
-            ((loss + BALANCE * out.balance_loss) / MICROBATCHES).backward()
-            total += float(loss.detach()) / MICROBATCHES
+            (loss + BALANCE / MICROBATCHES * out.balance_loss).backward()
+            total += float(loss.detach())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
@@ -63,7 +71,10 @@ def piped(ranks: Ranks, steps: int) -> dict[str, tuple[list[float], dict[str, to
     results = {}
     for schedule in SCHEDULES:
         whole = model()
-        pipeline = Pipeline(whole, ranks, schedule=schedule, microbatches=MICROBATCHES, balance_weight=BALANCE)
+        layout = Layout(pp=2, schedule=schedule, microbatches=MICROBATCHES)
+        meshes = formed(layout, ranks)
+        shape, balance = (2, POSITIONS), BALANCE / MICROBATCHES
+        pipeline = Pipeline(whole, meshes, loss=next_token_loss, shape=shape, balance_weight=balance)
         optimizer = torch.optim.SGD(pipeline.blocks.parameters(), lr=0.3, momentum=0.9)
         losses = []
         for step in range(steps):
@@ -99,18 +110,30 @@ def test_blocks_of_any_number_compute_what_the_model_does() -> None:
     wanted = whole(ids, experts="sorted").logits_BTV
     for num_stages in (1, 2, 3, 4):
         hidden = ids
-        for block in pipeline_blocks(whole, num_stages):
+        for block in pipeline_blocks(whole, Layout(pp=num_stages), range(num_stages)):
             hidden = block(hidden)
         assert torch.equal(hidden, wanted)
 
 
-@pytest.mark.parametrize(
-    ("changes", "num_stages", "message"),
-    [({}, 5, "4 layers make 1 to 4 stages"), ({"num_nextn_predict_layers": 1}, 2, "MTP")],
-)
-def test_models_that_cannot_be_cut_say_why(changes, num_stages, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        pipeline_blocks(model(**changes), num_stages)
+def test_the_last_block_predicts_two_tokens_and_counts_as_the_model_does() -> None:
+    whole = model(num_nextn_predict_layers=1)
+    ids, _ = batch(0)
+    wanted = whole(ids, experts="sorted")
+    blocks, hidden = pipeline_blocks(whole, Layout(pp=3), range(3)), ids
+    for block in blocks:
+        hidden = block(hidden, input_ids_BT=ids)
+    assert torch.equal(hidden[0], wanted.logits_BTV)
+    assert torch.equal(hidden[1], wanted.mtp_logits_BTV)
+    assert [router for block in blocks for router in block.routers()] == whole.routers()
+    loads, balance = zip(*(seen for block in blocks if (seen := block.take_statistics())), strict=True)
+    assert torch.equal(torch.cat(loads), wanted.load_LE)
+    torch.testing.assert_close(sum(balance), wanted.balance_loss)
+    assert blocks[-1].take_statistics() is None
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="4 layers make 1 to 4 stages, got 5"):
+        pipeline_blocks(model(), Layout(pp=5), range(5))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])

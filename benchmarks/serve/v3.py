@@ -1,21 +1,14 @@
-"""The engine on a slice of DeepSeek-V3 at full width, on a GPU, beside vLLM and transformers on the same weights.
+"""A slice of DeepSeek-V3 at full width on a GPU: a dense layer and a few MoE layers, with random weights.
 
-    python -m benchmarks.serve_v3 [--moe-layers 2] [--batches 1,8,32,128,256] [--engines ours,vllm,transformers]
-
-The weights are random, in FP8, written once as a checkpoint folder that ours and vLLM load; transformers, which has no
-fast FP8 experts, has BF16 ones of the same shapes. A decode step's time is what 64 more tokens a sequence cost,
-divided by 64: two whole runs of each engine, scheduling and sampling included. The floor counts the bytes that a step
-must read, at the bandwidth that this run measured: weights once, of the routed experts those that a batch is expected
-to meet, and the cache. Every engine runs in a process of its own; results go to benchmarks/results/<gpu>/serve.json.
+They are in FP8, written once as a checkpoint folder that ours and vLLM load; transformers, which has no fast FP8
+experts, has BF16 ones of the same shapes. A decode step's time is what 64 more tokens a sequence cost, divided by 64:
+two whole runs of each engine, scheduling and sampling included. The floor counts the bytes that a step must read:
+weights once, of the routed experts those that a batch is expected to meet, and the cache.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,8 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.device import device_name, driver_version, write_result
-from benchmarks.kernels.ceilings import measure
 from teacher.model.config import DeepseekV3Config
 from teacher.model.fp8 import QUANTIZATION_CONFIG, scale_shape
 from teacher.model.names import empty_model, is_quantised, places
@@ -54,39 +45,11 @@ class Scale(NamedTuple):
     batches: list[int]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--moe-layers", type=int, default=2)
-    parser.add_argument("--batches", default="1,8,32,128,256")
-    parser.add_argument("--engines", default="ours,vllm,transformers")
-    parser.add_argument("--folder", type=Path, help="keep the weights here, and use them if they are there")
-    parser.add_argument("--out", type=Path, help="instead of benchmarks/results/<device>")
-    parser.add_argument("--dry-run", action="store_true", help="toy sizes, on the CPU")
-    parser.add_argument("--engine", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    scale = _scale(args)
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
-        folder = args.folder or Path(scratch) / "v3-slice"
-        if args.engine:
-            print("RESULT", json.dumps(ENGINES[args.engine](folder, scale)), flush=True)
-            return
-        if not (folder / "config.json").exists():
-            started = time.perf_counter()
-            write_random(folder, scale.config, _device(args))
-            print(f"weights written in {time.perf_counter() - started:.0f} s", flush=True)
-        _compare(args, scale, folder)
-
-
-def _scale(args: argparse.Namespace) -> Scale:
-    layers = {"num_hidden_layers": 1 + args.moe_layers, "first_k_dense_replace": 1}
-    if args.dry_run:
+def scale(*, moe_layers: int, batches: list[int], toy: bool) -> Scale:
+    layers = {"num_hidden_layers": 1 + moe_layers, "first_k_dense_replace": 1}
+    if toy:
         return Scale(DeepseekV3Config(**TOY, **layers), 64, 2, 6, [1, 2])
-    batches = [int(batch) for batch in args.batches.split(",")]
     return Scale(DeepseekV3Config(**V3, **layers), CONTEXT, FEW, MANY, batches)
-
-
-def _device(args: argparse.Namespace) -> torch.device:
-    return torch.device("cpu" if args.dry_run else "cuda")
 
 
 def write_random(folder: Path, config: DeepseekV3Config, device: torch.device) -> None:
@@ -234,57 +197,10 @@ def _synchronise() -> None:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def _compare(args: argparse.Namespace, scale: Scale, folder: Path) -> None:
-    device = _device(args)
-    ceilings = measure(device)
-    bandwidth = max(ceilings.copy_bytes_per_s, ceilings.read_bytes_per_s)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    results = {}
-    for name in args.engines.split(","):
-        given = [f"--moe-layers={args.moe_layers}", f"--batches={args.batches}", f"--folder={folder}"]
-        command = [sys.executable, "-m", "benchmarks.serve_v3", f"--engine={name}", *given]
-        results[name] = _run([*command, "--dry-run"] if args.dry_run else command)
-    rows = list(_rows(scale, results, bandwidth))
-    for row in rows:
-        share = f"{row['share_of_floor']:.0%}" if row["share_of_floor"] else "-"
-        step = f"{row['step_ms']:.3f} ms" if row["step_ms"] else "-"
-        cells = f"{row['engine']:14}{row['scenario']:10}{row['batch']:>5}{step:>14}"
-        print(f"{cells}{row['tokens_per_s']:>12.0f}/s {share:>5}")
-    import transformers as peer
-
-    result = {
-        "command": "python -m benchmarks.serve_v3 " + " ".join(sys.argv[1:]),
-        "device": device_name(device),
-        "driver": driver_version(),
-        "versions": {"torch": torch.__version__, "transformers": peer.__version__},
-        "config": scale.config.to_json(),
-        "context": scale.context,
-        "bytes_per_s": bandwidth,
-        "rows": rows,
-    }
-    print("written:", write_result("serve", result, device=device_name(device), folder=args.out))
-
-
-def _run(command: list[str]) -> dict[str, Any] | None:
-    """The engine's times; None where it failed, whose last words are on the screen."""
-    found = None
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("RESULT "):
-                found = json.loads(line.removeprefix("RESULT "))
-            else:
-                print(line, end="", flush=True)
-    return found
-
-
-def _rows(scale: Scale, results: dict[str, Any], bandwidth: float) -> Iterable[dict[str, Any]]:
+def rows(scale: Scale, results: dict[str, Any], bytes_per_s: float) -> Iterable[dict[str, Any]]:
     for engine, result in results.items():
-        if result is None:
-            continue
         for batch, step_s in result["decode"].items():
-            floor_s = step_bytes(scale, int(batch)) / bandwidth
+            floor_s = step_bytes(scale, int(batch)) / bytes_per_s
             yield {
                 "engine": engine, "scenario": "decode", "batch": int(batch), "step_ms": 1e3 * step_s,
                 "tokens_per_s": int(batch) / step_s, "floor_ms": 1e3 * floor_s, "share_of_floor": floor_s / step_s,
@@ -311,7 +227,3 @@ def step_bytes(scale: Scale, batch: int) -> float:
     num_moe = config.num_hidden_layers - config.first_k_dense_replace
     total = config.num_hidden_layers * (attention + cache) + config.first_k_dense_replace * dense + num_moe * moe
     return total + 2 * config.vocab_size * hidden
-
-
-if __name__ == "__main__":
-    main()

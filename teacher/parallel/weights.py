@@ -1,0 +1,112 @@
+"""Hugging Face folders over a layout: every rank reads only the tensors that it holds, and writes only its own.
+
+Headers of all shards are read and judged everywhere; they are small. Of the weights a rank reads its stages' layers and
+in them its own experts, which is all but a few per cent of what a V3 layer weighs. In writing, what several replicas
+hold is written by the first of them. The result is the folder that one process would write, in other files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save
+from torch import Tensor
+
+from distill.manifest import write_atomically
+from teacher.model.checkpoint import SCALE, config_json, dequantised, encoded, judged
+from teacher.model.config import read_config
+from teacher.model.names import Place, checkpoint_tensors, empty_model
+from teacher.model.shards import INDEX
+from teacher.model.transformer import DeepseekV3
+from teacher.parallel.groups import lost_peers
+from teacher.parallel.meshes import Meshes
+from teacher.parallel.stage import EMBEDDING, fill, own_entries, own_part
+
+
+class Part(NamedTuple):
+    """A rank's part of a model, and what of the folder it read: tensor names (FP8 scales among them) and bytes."""
+
+    model: DeepseekV3
+    names: tuple[str, ...]
+    num_bytes: int
+
+
+def load_part(
+    folder: Path, meshes: Meshes, *, dtype: torch.dtype = torch.float32, decode_tokens: int | None = None
+) -> Part:
+    """This rank's part of the model in `folder`, on the CPU, in eval mode; `decode_tokens` as in `own_part`.
+
+    Raises CheckpointError as `load_checkpoint` does for names, shapes and headers anywhere, and for values in what this
+    rank reads.
+    """
+    config = read_config(folder)
+    whole = empty_model(config)
+    stored, wanted = judged(folder, config, {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()})
+    model = own_part(whole, meshes, decode_tokens=decode_tokens)
+    entries = set(own_entries(model, meshes.layout, meshes.at.pp))
+    first = meshes.layout.placement(config.n_routed_experts).of_rank(meshes.at.ep)[0]
+    num_own = config.n_routed_experts // meshes.layout.ep
+
+    def is_own(place: Place) -> bool:
+        return place.entry in entries and (place.expert is None or first <= place.expert < first + num_own)
+
+    read = {
+        name: tensor
+        for name, tensor in stored.items()
+        if (found := wanted.get(name.removesuffix(SCALE))) is not None and is_own(found[0])
+    }
+
+    def empty(name: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32 if "correction_bias" in name else dtype)
+
+    fill(model, entries, empty)
+    state = model.state_dict()
+    for name, tensor in dequantised(read):
+        place, _ = wanted[name]
+        target = state[place.entry]
+        (target if place.expert is None else target[place.expert - first][place.rows]).copy_(tensor)
+    return Part(model.eval(), tuple(read), sum(tensor.num_bytes for tensor in read.values()))
+
+
+def save_parts(
+    model: DeepseekV3, folder: Path, meshes: Meshes, *, fp8: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write a `deepseek_v3` folder, config.json last. Collective; all ranks must see the same file system.
+
+    `fp8` and `dtype` as in `save_checkpoint`. Raises CheckpointError for values that are not finite, EnvironmentFault
+    for a full disk or a lost rank.
+    """
+    world, config = meshes.world, model.config
+    first = meshes.layout.placement(config.n_routed_experts).of_rank(meshes.at.ep)[0]
+    own = checkpoint_tensors(config, _to_write(model, meshes), first_expert=first)
+    tensors = dict(encoded(own, fp8=fp8, dtype=dtype))
+    file = f"model-{meshes.rank + 1:05d}-of-{meshes.layout.num_ranks:05d}.safetensors"
+    if tensors:
+        write_atomically(folder / file, save(tensors, metadata={"format": "pt"}))
+    said: list[Any] = [None] * meshes.layout.num_ranks
+    with lost_peers(world):
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        dist.all_gather_object(said, (file, list(tensors), size), group=world)
+    if meshes.rank == 0:
+        weight_map = {name: file for file, names, _ in said for name in names}
+        index = {"metadata": {"total_size": sum(size for _, _, size in said)}, "weight_map": weight_map}
+        write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
+        write_atomically(folder / "config.json", json.dumps(config_json(config, fp8=fp8, dtype=dtype), indent=2) + "\n")
+    with lost_peers(world):
+        dist.barrier(group=world)
+
+
+def _to_write(model: DeepseekV3, meshes: Meshes) -> dict[str, Tensor]:
+    """What this rank holds as the first of those that hold it."""
+    state = model.state_dict()
+    own = {name: state[name] for name in own_entries(model, meshes.layout, meshes.at.pp)}
+    return {
+        name: tensor
+        for name, tensor in own.items()
+        if (meshes.at.dp if ".experts." in name else meshes.replica) == 0
+        and (name != EMBEDDING or meshes.at.pp == 0)  # the last stage has a copy for its MTP module
+    }

@@ -1,0 +1,231 @@
+"""V3's recipe over a layout: pipeline stages, spread experts and copies, with checkpoints that any layout goes on from.
+
+What is learned is what `teacher.train.pretrain` learns in one process, but for the order of sums: every micro-batch's
+loss is its share of the mean over all target tokens of the step, wherever they are, and gradients are added up.
+
+Shape legend: R rows, T positions, L MoE layers, E routed experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distill.errors import RecipeError, TrainingFailure
+from distill.failpoints import failpoint
+from distill.packing import Rows
+from distill.progress import Progress
+from teacher.model.balance import update_bias
+from teacher.model.config import DeepseekV3Config
+from teacher.model.initialise import drawn
+from teacher.model.names import empty_model
+from teacher.model.transformer import DeepseekV3
+from teacher.parallel.groups import lost_peers, summed_over
+from teacher.parallel.meshes import Meshes
+from teacher.parallel.pipeline import Pipeline
+from teacher.parallel.stage import EMBEDDING, fill, own_entries, own_part
+from teacher.train import checkpoints
+from teacher.train.activations import SavedActivations
+from teacher.train.config import BETAS, IGNORED, PretrainConfig, RowOrder, cross_entropy, labels
+from teacher.train.pretrain import LOG_EVERY
+from teacher.train.zero import ZeroAdamW
+
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def drawn_part(config: DeepseekV3Config, meshes: Meshes, *, seed: int) -> DeepseekV3:
+    """This rank's part of a fresh model, the same model whatever the layout."""
+    model = own_part(empty_model(config), meshes)
+    experts = meshes.layout.placement(config.n_routed_experts).of_rank(meshes.at.ep)
+
+    def value(name: str, shape: tuple[int, ...]) -> Tensor:
+        of_stack = experts if ".experts." in name else None
+        return drawn(name, shape, std=config.initializer_range, seed=seed, experts=of_stack)
+
+    fill(model, own_entries(model, meshes.layout, meshes.at.pp), value)
+    return model
+
+
+class SpreadPretraining:
+    """One run on one of its ranks; all ranks make the same calls.
+
+    `model` is this rank's part of it (`drawn_part`, `teacher.parallel.weights.load_part`). `log` is that of
+    `Pretraining`, on every rank.
+    """
+
+    def __init__(
+        self,
+        model: DeepseekV3,
+        rows: Rows,
+        config: PretrainConfig,
+        meshes: Meshes,
+        *,
+        checkpoint_dir: Path | None = None,
+        log_every: int = LOG_EVERY,
+    ) -> None:
+        self.model, self.config, self.meshes, self.log_every = model, config, meshes, log_every
+        self.ids_RT = torch.from_numpy(rows.ids.astype("int64"))
+        self.labels_RT = labels(self.ids_RT, torch.from_numpy(rows.is_target))
+        self.corpus = hashlib.sha256(rows.ids.tobytes() + rows.is_target.tobytes()).hexdigest()
+        self.order = RowOrder(len(self.ids_RT), config.rows_per_step, seed=config.seed)
+        num_sequences = config.rows_per_step // (meshes.layout.num_replicas * meshes.layout.microbatches)
+        self._share = num_sequences / config.rows_per_step  # of a micro-batch in the step's rows
+        self.pipeline = Pipeline(
+            model,
+            meshes,
+            loss=self._loss,
+            shape=(num_sequences, self.ids_RT.shape[1]),
+            balance_weight=config.balance_alpha * self._share,
+            experts="grouped" if meshes.device.type == "cuda" else "sorted",
+        )
+        memory = config.memory
+        SavedActivations(self.pipeline.blocks, recompute=memory.recompute, fp8=memory.activations == "fp8")
+        held = {id(parameter) for parameter in self.pipeline.blocks.parameters()}
+        self.optimizer = ZeroAdamW(
+            {name: parameter for name, parameter in model.named_parameters() if id(parameter) in held},
+            meshes,
+            betas=BETAS,
+            weight_decay=config.weight_decay,
+            moments=MOMENTS[memory.moments],
+            shared=EMBEDDING if model.config.num_nextn_predict_layers else None,
+        )
+        self.checkpoint_dir = checkpoint_dir
+        self.log: list[dict[str, float]] = []
+        self._seen: list[Tensor] = []
+        self._counts, self._mtp_weight = (1, 1), 0.0
+
+    def run(self, progress: Progress) -> None:
+        """From the newest complete checkpoint, or from the beginning, to the end.
+
+        Raises TrainingFailure as soon as a loss is not finite, EnvironmentFault where a rank is lost, RecipeError where
+        the checkpoint is of another recipe.
+        """
+        first, every = self._resumed(), self.config.checkpoint.every
+        before = self.log[-1]["seconds"] if self.log else 0.0
+        with progress.task("pre-training the teacher", self.config.num_steps, done=first, unit="step") as task:
+            started = time.monotonic()
+            for step in range(first, self.config.num_steps):
+                is_last = step == self.config.num_steps - 1
+                seen = self._step(step)
+                if step % self.log_every == 0 or is_last:
+                    seconds = time.monotonic() - started
+                    row = self._log_row(step, *seen, {
+                        "seconds": round(before + seconds, 2),
+                        "tokens_per_s": round(self._tokens(step + 1 - first) / seconds),
+                    })  # fmt: skip
+                    task.advance(0, loss=row["loss"], max_load=row["max_load"])
+                task.advance(1)
+                failpoint("step.ended", f"{step}.{self.meshes.rank}")
+                if self.checkpoint_dir is not None and every and ((step + 1) % every == 0 or is_last):
+                    self._save(step + 1)
+
+    def _step(self, step: int) -> tuple[Tensor, Tensor | None, float]:
+        """(main, MTP and balance loss of the whole step, this stage's load [L, E], norm of the gradients)."""
+        config = self.config
+        rows = self.order.rows(step)
+        all_labels = self.labels_RT[rows]
+        self._counts = tuple(max(1, int((all_labels[:, ahead:] != IGNORED).sum())) for ahead in (1, 2))
+        self._mtp_weight = config.mtp_weight_at(step)
+        self._seen.clear()
+        own = rows.chunk(self.meshes.layout.num_replicas)[self.meshes.replica]
+        with (
+            torch.autocast(self.meshes.device.type, torch.bfloat16, enabled=self.meshes.device.type == "cuda"),
+            lost_peers(self.meshes.pipeline),
+        ):
+            self.pipeline.step(*(part[own].to(self.meshes.device) for part in (self.ids_RT, self.labels_RT)))
+        sums = torch.zeros(3, dtype=torch.float64, device=self.meshes.device)
+        if self._seen:
+            sums[:2] = torch.stack(self._seen).double().sum(dim=0)
+        loads = []
+        for block in self.pipeline.blocks:
+            if (statistics := block.take_statistics()) is not None:
+                loads.append(statistics[0])
+                sums[2] += statistics[1].double() * self._share
+        load_LE = summed_over(torch.cat(loads), self.meshes.replicas) if loads else None
+        norm, sums = self.optimizer.step(step=step, lr=config.lr_at(step), max_norm=config.max_grad_norm, sums=sums)
+        main, mtp, _ = sums.tolist()
+        if not math.isfinite(main + mtp):  # seen before anything of it could be saved
+            raise TrainingFailure(f"the loss is {main} (MTP {mtp}) at step {step}; lower lr", field="lr")
+        if load_LE is not None and (speed := config.bias_speed_at(step)):
+            update_bias((router for block in self.pipeline.blocks for router in block.routers()), load_LE, speed)
+        return sums, load_LE, norm
+
+    def _loss(self, output: Tensor | tuple[Tensor, Tensor], labels_BT: Tensor) -> Tensor:
+        logits_BTV, mtp_logits_BTV = output if isinstance(output, tuple) else (output, None)
+        main = cross_entropy(logits_BTV, labels_BT, ahead=1, reduction="sum") / self._counts[0]
+        mtp = main.new_zeros(())
+        if mtp_logits_BTV is not None:
+            mtp = cross_entropy(mtp_logits_BTV, labels_BT, ahead=2, reduction="sum") / self._counts[1]
+        self._seen.append(torch.stack((main, mtp)).detach())
+        return main + self._mtp_weight * mtp
+
+    def _tokens(self, num_steps: int) -> int:
+        return num_steps * self.config.rows_per_step * self.config.row_length
+
+    def _log_row(
+        self, step: int, sums: Tensor, load_LE: Tensor | None, norm: float, speed: dict[str, float]
+    ) -> dict[str, float]:
+        main, mtp, balance = sums.tolist()
+        largest = torch.ones(1, device=self.meshes.device)
+        if load_LE is not None:
+            largest[0] = (load_LE.amax(1) / load_LE.mean(1)).max()
+        with lost_peers(self.meshes.world):
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.meshes.world)
+        row = {
+            "step": step,
+            "loss": round(main, 5),
+            "mtp_loss": round(mtp, 5),
+            "balance_loss": round(balance, 4),
+            "max_load": round(float(largest), 3),
+            "grad_norm": round(norm, 4),
+            "lr": self.config.lr_at(step),
+            **speed,
+        }
+        self.log.append(row)
+        return row
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Tensor]:
+        """Everything that a step changes. Biases of a router are alike on all replicas of its stage."""
+        names = {id(tensor): name for name, tensor in self.model.named_buffers()}
+        biases = [router.e_score_correction_bias for block in self.pipeline.blocks for router in block.routers()]
+        return {**self.optimizer.state(), **{f"bias/{names[id(bias)]}": bias for bias in biases}}
+
+    def _save(self, step: int) -> None:
+        assert self.checkpoint_dir is not None
+        record = {
+            "position": self.order.position(step)._asdict(),
+            "corpus": self.corpus,
+            "learned": self.config.what_is_learned(),
+            "layout": self.config.layout.model_dump(mode="json"),
+            "log": self.log,
+        }
+        keep, world = self.config.checkpoint.keep, self.meshes.world
+        checkpoints.save(self.checkpoint_dir, step, self._state(), record, keep=keep, world=world)
+
+    def _resumed(self) -> int:
+        """The number of steps that are done."""
+        found = None if self.checkpoint_dir is None else checkpoints.newest(self.checkpoint_dir, self.meshes.world)
+        if found is None:
+            return 0
+        self._check(found)
+        checkpoints.load(found, self._state(), self.meshes.world)
+        self.optimizer.spread()
+        self.log = found.record["log"]
+        return int(found.record["step"])
+
+    def _check(self, found: checkpoints.Checkpoint) -> None:
+        ours: dict[str, Any] = {**self.config.what_is_learned(), "corpus": self.corpus}
+        theirs = {**found.record["learned"], "corpus": found.record["corpus"]}
+        for field in ours:
+            if ours[field] != theirs.get(field):
+                message = f"the run there has {theirs.get(field)!r}, this one {ours[field]!r}; choose another folder"
+                raise RecipeError(message, where=found.folder / checkpoints.RECORD, field=field)
