@@ -34,6 +34,7 @@ from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
 from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
+from teacher.serve.models import ModelFacts
 from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Sequence
 
@@ -108,11 +109,11 @@ def transformers_model(model: DeepseekV3, folder: Path) -> transformers.PreTrain
     return transformers.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def tokenised_prompts(folder: Path, config: DeepseekV3Config, count: int) -> list[list[int]]:
+def tokenised_prompts(folder: Path, config: DeepseekV3Config | ModelFacts, count: int) -> list[list[int]]:
     if not (folder / "tokenizer.json").exists():
         generator = torch.Generator().manual_seed(1)
         return torch.randint(0, config.vocab_size, (count, 40), generator=generator).tolist()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     source = ReasoningGymSource(families="distill/problems/pico.yaml", count=count, seed=5, split="held_out")
     texts = [
         tokenizer.apply_chat_template(

@@ -26,7 +26,8 @@ from pipelines.preemption import preemptible
 
 if TYPE_CHECKING:
     from distill.progress import Progress
-    from distill.recipe import Recipe
+    from distill.recipe import Recipe, TeacherConfig
+    from distill.records import Sampling
     from pipelines.doctor import Finding
 
 INTERRUPTED = 130
@@ -107,7 +108,7 @@ def push_traces(
 
 @app.command()
 def serve(
-    recipe: RecipePath,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file, or a model's folder")],
     set_: Overrides = [],
     host: Annotated[str, typer.Option(help="address to bind; others need $POTSTILL_API_KEY")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free one")] = 8000,
@@ -124,7 +125,7 @@ def serve(
     node_rank: Annotated[int, typer.Option(min=0, help="which node of a vLLM plan this one is")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every node's vLLM command, start nothing")] = False,
 ) -> None:
-    """Serve the recipe's teacher over an OpenAI-compatible HTTP API."""
+    """Serve the recipe's teacher, or the model in a folder, over an OpenAI-compatible HTTP API."""
     from pipelines.serving import launch_plan, serve_teacher
 
     with _naming(recipe):
@@ -133,7 +134,7 @@ def serve(
                 typer.echo(command)
         else:
             serve_teacher(
-                _load(recipe, set_),
+                *_served(recipe, set_),
                 host=host,
                 port=port,
                 max_waiting=max_waiting,
@@ -256,6 +257,19 @@ def _load(path: Path, overrides: list[str]) -> Recipe:
     from distill.recipe import load_recipe
 
     return load_recipe(path, overrides)
+
+
+def _served(path: Path, overrides: list[str]) -> tuple[TeacherConfig, Sampling]:
+    """What is served, and the sampling of requests that leave it open."""
+    from distill.recipe import NativeTeacher
+    from distill.records import Sampling as Settings
+
+    if not path.is_dir():
+        recipe = _load(path, overrides)
+        return recipe.teacher, recipe.generate.sampling
+    if overrides:
+        raise RecipeError("overrides a field of a recipe; a model's folder has none", where="--set")
+    return NativeTeacher(model=str(path)), Settings()
 
 
 def _run_stages(command: str, path: Path, overrides: list[str], out: Path, *, dry_run: bool = False) -> None:

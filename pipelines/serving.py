@@ -1,5 +1,8 @@
-"""`potstill serve`: the recipe's teacher behind an HTTP API. The native one in this process, by `teacher.serve`; a vLLM
-one as a server of this node that is watched, and started again where it dies, until a signal ends it."""
+"""`potstill serve`: a recipe's teacher, or the model in a folder, behind an HTTP API.
+
+A native one in this process, by `teacher.serve`; a vLLM one as a server of this node that is watched, and started again
+where it dies, until a signal ends it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distill.errors import EnvironmentFault, Preempted, RecipeError
-from distill.recipe import NativeTeacher, Recipe, VllmTeacher
+from distill.recipe import NativeTeacher, Recipe, TeacherConfig, VllmTeacher
+from distill.records import Sampling
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # The key that a native server asks for; a vLLM one has the variable that its recipe names.
@@ -19,7 +23,8 @@ REASONING_PARSERS = ("deepseek_r1",)
 
 
 def serve_teacher(
-    recipe: Recipe,
+    config: TeacherConfig,
+    sampling: Sampling,
     *,
     host: str,
     port: int,
@@ -30,16 +35,16 @@ def serve_teacher(
     node_rank: int = 0,
     speculate: bool = False,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; `announce` is told the address. `node_rank`: which node of a vLLM plan this is.
+    """Serve until SIGINT or SIGTERM; `sampling` says what a request leaves open.
 
-    Of a native server `max_waiting` bounds the queue (None: as `build_app` does), `reasoning_parser` (of
-    `REASONING_PARSERS`) tells reasoning and answer apart, `end_loops` ends texts by `RepetitionLimit`'s defaults, and
-    `speculate` has it draft with its MTP layer whatever the recipe says.
+    `announce` is told the address. `node_rank`: which node of a vLLM plan this is. Of a native server `max_waiting`
+    bounds the queue (None: as `build_app` does), `reasoning_parser` (of `REASONING_PARSERS`) tells reasoning and answer
+    apart, `end_loops` ends texts by `RepetitionLimit`'s defaults, and `speculate` has it draft with its MTP layer
+    whatever the recipe says.
 
     Raises RecipeError for a teacher that is itself an endpoint, for an address that others reach without a key set, and
     for a native server's settings with vLLM; EnvironmentFault where the address cannot be bound.
     """
-    config = recipe.teacher
     if reasoning_parser not in (None, *REASONING_PARSERS):
         message = f"{reasoning_parser!r} is not known; {', '.join(REASONING_PARSERS)} is"
         raise RecipeError(message, where="--reasoning-parser")
@@ -69,7 +74,6 @@ def serve_teacher(
         config = config.model_copy(update={"speculate": True})
     teacher = open_teacher(config, base_dir=Path.cwd())
     limits = {} if max_waiting is None else {"max_waiting": max_waiting}
-    sampling = recipe.generate.sampling
     app = build_app(
         teacher,
         model=name,

@@ -1,4 +1,4 @@
-"""The benchmark of the engine at toy sizes: both scenarios, what is printed and written, and an engine that fails."""
+"""The benchmark of the engine at toy sizes: all scenarios, what is printed and written, and an engine that fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.serve import v3
+from benchmarks.serve import floor, pico, v3
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -20,18 +20,19 @@ def test_the_program_prints_a_table_and_writes_it(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stdout[-2_000:] + result.stderr[-2_000:]
     written = json.loads((tmp_path / "serve.json").read_text())
-    assert written["left_out"] == ["v3: absent", "pico: absent"]
+    assert written["left_out"] == ["v3: absent", "pico: absent", "student: absent"]
     found = [(row["engine"], row["scenario"], row["batch"]) for row in written["rows"]]
     assert found == [
         ("ours", "decode", 1),
         ("ours", "decode", 2),
         ("ours", "prefill", v3.PREFILL),
         ("ours", "pico, requests at once", 4),
+        ("ours", "student, requests at once", 4),
     ]
     for row in written["rows"]:
         assert row["tokens_per_s"] > 0
         assert f"{row['tokens_per_s']:.0f}/s" in result.stdout
-        if row["scenario"] == "decode":
+        if row["scenario"] != "prefill":
             assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["step_ms"])
 
 
@@ -46,3 +47,13 @@ def test_the_floor_of_a_step_counts_what_must_be_read() -> None:
     assert v3.step_bytes(scale, 1) == pytest.approx(wanted, rel=1e-9)
     # Many sequences meet nearly every expert, and never more than there are.
     assert v3.step_bytes(scale, 256) < v3.step_bytes(scale, 1) + 2 * 248 * expert + 3 * 255 * cache
+
+
+def test_the_floor_of_a_student_counts_what_a_step_multiplies_and_reads() -> None:
+    """qwen2-0.8m by hand: its head is its embedding, so all of its parameters count."""
+    given = pico.MODELS["student"], 64, 100.0
+    entry, live = 4 * 2 * 2 * 32, 64 * 100.0
+    flop = 2 * 862_336 * 64 + live * 4 * 4 * 4 * 32
+    assert floor.step_seconds(*given, flop_per_s=1.0, bytes_per_s=1e12) == pytest.approx(flop)
+    traffic = 4 * (862_336 + live * entry)
+    assert floor.step_seconds(*given, flop_per_s=1e15, bytes_per_s=1.0) == pytest.approx(traffic)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 
 from benchmarks import serve
 from benchmarks.device import device_name, driver_version, write_result
-from benchmarks.generation import BUNDLED
+from benchmarks.generation import machine_speed
 from benchmarks.serve import pico, v3
 
 PACKAGES = ("torch", "transformers", "vllm")
@@ -25,7 +27,7 @@ PACKAGES = ("torch", "transformers", "vllm")
 def main() -> None:
     show = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks.serve", description=serve.__doc__, formatter_class=show)
-    parser.add_argument("--engines", default="ours,vllm,transformers")
+    parser.add_argument("--engines", default="ours,invariant,vllm,transformers")
     parser.add_argument("--moe-layers", type=int, default=2, help="of the slice")
     parser.add_argument("--batches", default="1,8,32,128,256", help="of the slice")
     parser.add_argument("--folder", type=Path, help="of the slice: keep its weights here, or use them")
@@ -41,8 +43,8 @@ def main() -> None:
 
 
 def _one(args: argparse.Namespace) -> dict[str, Any]:
-    if args.scenario == "pico":
-        return pico.ENGINES[args.engine](BUNDLED, pico.scale(toy=args.dry_run))
+    if args.scenario in pico.MODELS:
+        return pico.ENGINES[args.engine](pico.MODELS[args.scenario], pico.scale(toy=args.dry_run))
     return v3.ENGINES[args.engine](args.folder, _slice(args))
 
 
@@ -60,7 +62,7 @@ def _compare(args: argparse.Namespace) -> None:
     if on_gpu or args.dry_run:
         rows += _measure_slice(args, device, details, missing)
     if not on_gpu:
-        rows += pico.rows(pico.scale(toy=args.dry_run), _measure(args, "pico", None, missing))
+        rows += _measure_bundled(args, details, missing)
     for row in rows:
         share = f"{row['share_of_floor']:.0%}" if row["share_of_floor"] else "-"
         step = f"{row['step_ms']:.3f} ms" if row["step_ms"] else "-"
@@ -98,13 +100,24 @@ def _measure_slice(
     return list(v3.rows(scale, results, bytes_per_s))
 
 
+def _measure_bundled(args: argparse.Namespace, details: dict[str, Any], missing: list[str]) -> Iterator[dict[str, Any]]:
+    torch.set_num_threads(pico.num_cores())
+    speed = details["flop_per_s"], details["bytes_per_s"] = machine_speed()
+    details["load_average"] = [round(value, 1) for value in os.getloadavg()]
+    for model in pico.MODELS:
+        yield from pico.rows(model, pico.scale(toy=args.dry_run), _measure(args, model, None, missing), *speed)
+
+
 def _measure(args: argparse.Namespace, scenario: str, folder: Path | None, missing: list[str]) -> dict[str, Any]:
     given = [f"--moe-layers={args.moe_layers}", f"--batches={args.batches}", f"--scenario={scenario}"]
     given += [f"--folder={folder}"] if folder else []
     given += ["--dry-run"] if args.dry_run else []
     found = {}
+    able = v3.ENGINES if scenario == "v3" else pico.ENGINES
     for name in args.engines.split(","):
-        print(f"{name}:", flush=True)
+        if name not in able and name in pico.ENGINES:  # the slice has no batch-invariant form
+            continue
+        print(f"{scenario}, {name}:", flush=True)
         result = _run([sys.executable, "-m", "benchmarks.serve", f"--engine={name}", *given])
         if result is None:
             missing.append(f"{scenario}: {name}")

@@ -1,8 +1,8 @@
-"""The bundled pico teacher on a CPU, under many requests at once: tokens a second, whole runs.
+"""A bundled teacher and student on a CPU, under many requests at once: tokens a second, whole runs.
 
 Every request writes the same number of tokens (end tokens are ignored), greedily. Ours runs as the native backend does
-(a process a core, FP32), transformers' `generate` takes all requests as one padded batch (FP32, a thread a core), vLLM
-its own batches (BF16, which its CPU build needs, a thread a core).
+(a process a core, FP32), and once more batch-invariant; transformers' `generate` takes all requests as one padded batch
+(FP32, a thread a core), vLLM its own batches (BF16, which its CPU build needs for the teacher, a thread a core).
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.generation import tokenised_prompts
+from benchmarks.generation import BUNDLED, ROOT, tokenised_prompts
+from benchmarks.serve.floor import step_seconds
 from teacher.model.checkpoint import convert_checkpoint
-from teacher.model.config import read_config
+from teacher.serve.models import LATENT, read_facts
 
+MODELS = {"pico": BUNDLED, "student": ROOT / "students" / "pico" / "qwen2-0.8m"}
 Generate = Callable[[list[list[int]], int], None]
 
 
@@ -33,13 +35,14 @@ def scale(*, toy: bool) -> Scale:
     return Scale([4], 8, 1) if toy else Scale([64, 32, 128], 128, 3)
 
 
-def ours(folder: Path, scale: Scale) -> dict[str, Any]:
+def ours(folder: Path, scale: Scale, *, batch_invariant: bool = False) -> dict[str, Any]:
     from teacher.backends.live import WorkerEngines
     from teacher.backends.workers import EngineSettings
     from teacher.serve.sequence import Sequence
 
     cores = num_cores()
-    settings = EngineSettings(folder=folder, batch_size=max(scale.requests) // cores, eos_token_ids=frozenset())
+    batch_size = max(scale.requests) // cores
+    settings = EngineSettings(folder, batch_size, frozenset(), batch_invariant=batch_invariant)
     engines = WorkerEngines(settings, num_workers=cores)
 
     def generate(prompts: list[list[int]], num_tokens: int) -> None:
@@ -54,15 +57,20 @@ def ours(folder: Path, scale: Scale) -> dict[str, Any]:
     return result
 
 
+def invariant(folder: Path, scale: Scale) -> dict[str, Any]:
+    return ours(folder, scale._replace(requests=scale.requests[:1]), batch_invariant=True)
+
+
 def transformers(folder: Path, scale: Scale) -> dict[str, Any]:
     import torch
-    from transformers import DeepseekV3ForCausalLM, logging
+    from transformers import AutoModelForCausalLM, logging
 
     logging.set_verbosity_error()  # it reports the MTP module, which it leaves out
     torch.set_num_threads(num_cores())
     with tempfile.TemporaryDirectory() as scratch:
-        convert_checkpoint(folder, scratch, torch.float32)
-        model = DeepseekV3ForCausalLM.from_pretrained(scratch, dtype=torch.float32).eval()
+        if latent := read_facts(folder).model_type == LATENT:  # it reads no ragged blocks of FP8
+            convert_checkpoint(folder, scratch, torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(scratch if latent else folder, dtype=torch.float32).eval()
 
     def generate(prompts: list[list[int]], num_tokens: int) -> None:
         longest = max(len(ids) for ids in prompts)
@@ -79,10 +87,12 @@ def vllm(folder: Path, scale: Scale) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     with tempfile.TemporaryDirectory() as scratch:
-        convert_checkpoint(folder, scratch)
+        if latent := read_facts(folder).model_type == LATENT:
+            convert_checkpoint(folder, scratch)
         llm = LLM(
-            scratch, dtype="bfloat16", max_model_len=512, max_num_seqs=scale.requests[0], enable_prefix_caching=False
-        )
+            scratch if latent else str(folder), dtype="bfloat16", max_model_len=512, max_num_seqs=scale.requests[0],
+            enable_prefix_caching=False,
+        )  # fmt: skip
 
     def generate(prompts: list[list[int]], num_tokens: int) -> None:
         sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
@@ -91,17 +101,25 @@ def vllm(folder: Path, scale: Scale) -> dict[str, Any]:
     return _timed(generate, folder, scale, scale.requests[:1])
 
 
-ENGINES: dict[str, Callable[[Path, Scale], dict[str, Any]]] = {"ours": ours, "vllm": vllm, "transformers": transformers}
+ENGINES: dict[str, Callable[[Path, Scale], dict[str, Any]]] = {
+    "ours": ours, "invariant": invariant, "vllm": vllm, "transformers": transformers,
+}  # fmt: skip
 
 
-def rows(scale: Scale, results: dict[str, Any]) -> Iterable[dict[str, Any]]:
+def rows(
+    model: str, scale: Scale, results: dict[str, Any], flop_per_s: float, bytes_per_s: float
+) -> Iterable[dict[str, Any]]:
+    """The floor is that of decode steps in FP32, without the reading of prompts."""
+    prompts = tokenised_prompts(MODELS[model], read_facts(MODELS[model]), max(scale.requests))
+    length = statistics.mean(map(len, prompts)) + scale.num_tokens / 2
     for engine, result in results.items():
         for requests, seconds in result.items():
-            tokens_per_s = int(requests) * scale.num_tokens / seconds
+            step_s = seconds / scale.num_tokens
+            floor_s = step_seconds(MODELS[model], int(requests), length, flop_per_s, bytes_per_s)
             yield {
-                "engine": engine, "scenario": "pico, requests at once", "batch": int(requests),
-                "step_ms": 1e3 * seconds / scale.num_tokens, "tokens_per_s": tokens_per_s,
-                "floor_ms": None, "share_of_floor": None,
+                "engine": engine, "scenario": f"{model}, requests at once", "batch": int(requests),
+                "step_ms": 1e3 * step_s, "tokens_per_s": int(requests) / step_s,
+                "floor_ms": 1e3 * floor_s, "share_of_floor": floor_s / step_s,
             }  # fmt: skip
 
 
@@ -111,7 +129,7 @@ def num_cores() -> int:
 
 def _timed(generate: Generate, folder: Path, scale: Scale, requests: list[int]) -> dict[str, Any]:
     """Seconds a whole run, medians."""
-    prompts = tokenised_prompts(folder, read_config(folder), max(requests))
+    prompts = tokenised_prompts(folder, read_facts(folder), max(requests))
     generate(prompts, scale.num_tokens)
     found = {}
     for count in requests:

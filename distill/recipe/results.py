@@ -18,6 +18,9 @@ class EvalConfig(Config):
     num_samples: int = Field(4, ge=1, description="samples a question; pass@1 is their mean")
     sampling: Sampling = Sampling()
     batch_size: int = Field(128, ge=1)
+    engine: Literal["transformers", "native"] = Field(
+        "transformers", description="who writes the answers of bases and students; the samples differ, not the odds"
+    )
     limit: int | None = Field(None, ge=1, description="questions a suite")
     roles: tuple[Literal["teacher", "base", "direct", "distilled"], ...] = ("teacher", "base", "direct", "distilled")
 

@@ -19,12 +19,15 @@ RESERVED_FLAGS = {
 
 
 class NativeTeacher(Config):
-    """This project's own model and latent cache, in this process."""
+    """This project's own engine, in this process: a `deepseek_v3` folder, or a student's (qwen2, qwen3, llama)."""
 
     backend: Literal["native"] = "native"
     model: str = Field(description="checkpoint folder")
     batch_size: int = Field(64, ge=1)
     speculate: bool = Field(False, description="draft a token a step with the MTP layer; same texts")
+    batch_invariant: bool = Field(
+        False, description="on a CPU: the same bits for a request whatever is computed beside it; slower"
+    )
 
 
 # Fields of a request that have a place of their own in the recipe, or none at all.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distill.errors import DataError
 from distill.manifest import is_current, read_manifest, run_stage
@@ -44,6 +44,7 @@ class Job:
     seed: int
     limit: int | None
     batch_size: int
+    engine: Literal["transformers", "native"]
     verify: VerifyConfig
     held_out: Path | None
     bench_data: str | None
@@ -67,7 +68,8 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the scores besides the files; how fast they are made is left out."""
-        return {
+        engine = {"engine": self.engine} if isinstance(self.model, Path) and self.engine != "transformers" else {}
+        return engine | {
             "name": self.name,
             "role": self.role,
             "suites": list(self.suites),
@@ -162,22 +164,26 @@ def score(job: Job, progress: Progress) -> None:
 
 
 def _open(job: Job) -> tuple[Teacher, Subject]:
+    from teacher.serve.models import read_facts
+
+    if isinstance(job.model, Path) and job.engine == "native":
+        from teacher.backends.native import open_native
+
+        facts = read_facts(job.model)
+        student = open_native(job.model, batch_size=job.batch_size)
+        return student, Subject(job.name, job.role, facts.model_type, facts.num_parameters, facts.num_active)
     if isinstance(job.model, Path):
         from eval.transformers_model import open_transformers_model
 
-        student = open_transformers_model(job.model, batch_size=job.batch_size)
-        count = student.num_parameters
-        return student, Subject(job.name, job.role, student.architecture, count, count)
+        peer = open_transformers_model(job.model, batch_size=job.batch_size)
+        return peer, Subject(job.name, job.role, peer.architecture, peer.num_parameters, peer.num_parameters)
     from teacher.backends import open_teacher
 
     model = open_teacher(job.model, base_dir=job.base_dir, log_dir=job.out_dir)
     if isinstance(job.model, ServedTeacher):
         return model, Subject(job.name, job.role, "served", 0, 0)  # an endpoint does not say how large its model is
-    from teacher.model.config import read_config
-    from teacher.model.counts import count_parameters
-
-    counts = count_parameters(read_config(job.base_dir / job.model.model))
-    return model, Subject(job.name, job.role, "deepseek_v3", counts.total, counts.active)
+    facts = read_facts(job.base_dir / job.model.model)
+    return model, Subject(job.name, job.role, facts.model_type, facts.num_parameters, facts.num_active)
 
 
 def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[Job]:
@@ -214,6 +220,7 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[Job]:
             seed=config.sampling.seed,
             limit=config.limit,
             batch_size=config.batch_size,
+            engine=config.engine,
             verify=recipe.verify.model_copy(update={"num_workers": 1}),
             held_out=None if config.held_out is None else run_dir / "eval" / HELD_OUT,
             bench_data=config.bench_data,

@@ -28,7 +28,8 @@ def open_teacher(
     if isinstance(config, NativeTeacher):
         from teacher.backends.native import open_native
 
-        return open_native(base_dir / config.model, batch_size=config.batch_size, speculate=config.speculate)
+        kind = {"speculate": config.speculate, "batch_invariant": config.batch_invariant}
+        return open_native(base_dir / config.model, batch_size=config.batch_size, **kind)
     if isinstance(config, VllmTeacher):
         from teacher.backends.vllm import open_vllm
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distill.errors import CheckpointError, DataError, PotstillError, UserInputError
 from distill.logprobs import TokenLogprobs
@@ -24,11 +24,12 @@ from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
 from teacher.backends.folder import folder_identity
 from teacher.backends.live import LiveEngine, LocalEngine, WorkerEngines
 from teacher.backends.workers import EngineSettings, generate_in_workers
-from teacher.model.checkpoint import count_parameters, read_config
 from teacher.serve.batching import LOOPED, Asked, Begun, Settings, Written
 from teacher.serve.detokenizer import decode_by
 from teacher.serve.engine import Engine
-from teacher.serve.latent_model import LatentModel
+from teacher.serve.grouped_config import FAMILIES
+from teacher.serve.invariant_models import INVARIANT
+from teacher.serve.models import load_model, read_facts
 from teacher.serve.reasoning import END_OF_THINKING, THINK
 from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Logprobs, Sequence, ThinkingLimit
@@ -42,24 +43,31 @@ ENGINE_VERSION = "2"
 _WORKER_PARAMETERS = 100_000_000
 
 
-def open_native(folder: Path, *, batch_size: int, speculate: bool = False) -> NativeBackend:
-    """Load a checkpoint folder. Raises CheckpointError for anything wrong with weights, config or tokenizer, and with
-    `speculate` for a model that has no MTP layer."""
-    config = read_config(folder)
-    if speculate and not config.num_nextn_predict_layers:
+def open_native(
+    folder: Path, *, batch_size: int, speculate: bool = False, batch_invariant: bool = False
+) -> NativeBackend:
+    """Load a checkpoint folder, of the teacher's architecture or of a student's (`teacher.serve.models`).
+
+    Raises CheckpointError for anything wrong with weights, config or tokenizer, and with `speculate` for a model that
+    has no MTP layer; UserInputError for `batch_invariant` on a GPU.
+    """
+    facts = read_facts(folder)
+    if speculate and not facts.has_mtp:
         message = "speculation drafts with an MTP layer, and the model has none"
         raise CheckpointError(message, where=folder / "config.json", field="num_nextn_predict_layers")
     tokenizer = _load_tokenizer(folder)
-    if len(tokenizer) > config.vocab_size:
-        message = f"has {len(tokenizer)} tokens, more than config.json's vocab_size {config.vocab_size}"
+    if len(tokenizer) > facts.vocab_size:
+        message = f"has {len(tokenizer)} tokens, more than config.json's vocab_size {facts.vocab_size}"
         raise CheckpointError(message, where=folder / "tokenizer.json")
-    eos_token_ids = _eos_token_ids(folder) or config.eos_token_ids
+    eos_token_ids = _eos_token_ids(folder) or facts.eos_token_ids
+    if facts.model_type in FAMILIES:
+        eos_token_ids = tuple({*eos_token_ids, *_turn_end(tokenizer)})
     if not eos_token_ids:
         raise CheckpointError("required, but not given", where=folder / "config.json", field="eos_token_id")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    small = device.type == "cpu" and count_parameters(config).total <= _WORKER_PARAMETERS
+    small = device.type == "cpu" and facts.num_parameters <= _WORKER_PARAMETERS
     decode = decode_by(tokenizer.backend_tokenizer)
-    model = LatentModel.load(folder, device, with_mtp=speculate)
+    model = load_model(folder, device, with_mtp=speculate, batch_invariant=batch_invariant)
     limits = {"batch_size": batch_size, "eos_token_ids": eos_token_ids}
     engine = Engine(model, **limits, speculate=speculate, decode=decode)
     return NativeBackend(folder, tokenizer, engine, max_workers=torch.get_num_threads() if small else 1)
@@ -217,7 +225,8 @@ class NativeBackend:
     @property
     def _worker_engine(self) -> EngineSettings:
         engine = self.engine
-        return EngineSettings(self.folder, engine.batch_size, engine.eos_token_ids, speculate=engine.speculate)
+        kind = {"speculate": engine.speculate, "batch_invariant": self._precision == INVARIANT}
+        return EngineSettings(self.folder, engine.batch_size, engine.eos_token_ids, **kind)
 
     def close(self) -> None:
         """Finish what was submitted, free weights and cache; the teacher cannot be used afterwards."""
@@ -244,7 +253,8 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not path.exists():
         raise CheckpointError("no such file", where=path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # AutoTokenizer would put the pre-tokenizer of a family in the place of the file's own.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as exc:
         raise CheckpointError(f"is not a usable tokenizer: {exc}", where=path) from exc
     if not tokenizer.chat_template:
@@ -265,3 +275,14 @@ def _eos_token_ids(folder: Path) -> tuple[int, ...]:
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens if token is not None):
         raise CheckpointError(f"must be token ids, got {value!r}", where=path, field="eos_token_id")
     return tuple(token for token in tokens if token is not None)
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokenizer's end token, and the one that closes a turn in the chat template: bases name only the former
+    (Qwen2.5's is `<|endoftext|>`, while its template ends turns with `<|im_end|>`)."""
+    marker = "potstill"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)[2]
+    closing = tokenizer.encode(after, add_special_tokens=False)[:1]
+    ends = {token for token in closing if token in tokenizer.added_tokens_decoder}
+    return ends if tokenizer.eos_token_id is None else ends | {tokenizer.eos_token_id}

@@ -41,6 +41,7 @@ class EngineSettings:
     batch_size: int
     eos_token_ids: frozenset[int]
     speculate: bool = False
+    batch_invariant: bool = False
     tokenizer: str | None = None
 
     def packed(self) -> dict[str, Any]:
@@ -207,16 +208,17 @@ def _engine(settings: dict[str, Any]) -> Engine:
     import torch
     from tokenizers import Tokenizer
 
-    from teacher.model.checkpoint import load_checkpoint
     from teacher.serve.detokenizer import decode_by
     from teacher.serve.engine import Engine
-    from teacher.serve.latent_model import LatentModel
+    from teacher.serve.models import load_model
 
     torch.set_num_threads(1)
-    model = load_checkpoint(settings["folder"])
+    speculate, invariant = settings["speculate"], settings["batch_invariant"]
+    folder = Path(settings["folder"])
+    model = load_model(folder, torch.device("cpu"), with_mtp=speculate, batch_invariant=invariant)
     decode = decode_by(Tokenizer.from_str(settings["tokenizer"])) if settings["tokenizer"] else None
-    limits = {name: settings[name] for name in ("batch_size", "eos_token_ids", "speculate")}
-    return Engine(LatentModel.of(model, with_mtp=settings["speculate"]), decode=decode, **limits)
+    limits = {"batch_size": settings["batch_size"], "eos_token_ids": settings["eos_token_ids"]}
+    return Engine(model, **limits, speculate=speculate, decode=decode)
 
 
 def _write(done: Sequence[int], output: IO[str]) -> None:

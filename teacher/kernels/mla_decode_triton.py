@@ -40,7 +40,7 @@ def _decode(
                 query_ptr, latent_ptr, rope_ptr, scale_ptr, pages_ptr + sequence * pages_stride, sequence, rows, begin,
                 end, length, scale, S, H, C, R, ROWS, ENTRY_C, ENTRY_R, ENTRY_S,
             )  # fmt: skip
-            _leave(
+            store_share(
                 sums, total, highest, rows, sequence, share, begin, (begin == 0) & (end == num_pages),
                 parts_ptr, lse_ptr, out_ptr, S * H, C,
             )  # fmt: skip
@@ -88,7 +88,7 @@ def _attend(
 
 
 @triton.jit
-def _leave(
+def store_share(
     sums, total, highest, rows, sequence, share, begin, whole, parts_ptr, lse_ptr, out_ptr,
     W, C: tl.constexpr,
 ):  # fmt: skip

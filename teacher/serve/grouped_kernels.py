@@ -1,0 +1,82 @@
+"""Grouped-query attention by the project's kernels (`teacher.kernels`), for a GPU; a prompt's chunk by torch's SDPA.
+
+Heads of a width that the kernels do not take are computed by the twins in plain torch, as is everything on GPUs without
+FP8, on which no kernel was tried: right, and slow.
+
+Shape legend: as in `teacher.serve.grouped_operations`; Q pages a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from teacher.kernels.device import has_fp8
+from teacher.kernels.gqa_cache import HeadNorms, place_heads, place_heads_twin
+from teacher.kernels.gqa_decode import fits, gqa_decode, gqa_decode_twin, num_shares
+from teacher.kernels.mla_schedule import DecodeSchedule, schedule_decode
+from teacher.serve.grouped_weights import GroupedLayer, GroupedWeights
+from teacher.serve.operations import gathered
+from teacher.serve.step import Decodes, PromptChunk, Step
+
+
+@dataclass(frozen=True)
+class Plan:
+    pages_BQ: Tensor
+    lengths_B: Tensor
+    schedule: DecodeSchedule | None
+
+
+class GroupedKernels:
+    extent = 1
+
+    def __init__(self, weights: GroupedWeights) -> None:
+        config = self._config = weights.config
+        self._rotation = weights.cos, weights.sin
+        self._device = weights.embedding.device
+        self._fits = fits(config.head_dim)
+        self._scale = config.head_dim**-0.5
+
+    @property
+    def graphable(self) -> bool:
+        return self._fits and has_fp8(self._device)
+
+    def plan(self, decodes: Decodes) -> Plan:
+        widest = max(len(pages) for pages in decodes.pages)
+        pages_BQ = torch.tensor([pages + [0] * (widest - len(pages)) for pages in decodes.pages], dtype=torch.int32)
+        lengths_B = torch.tensor(decodes.lengths, dtype=torch.int32)
+        return self.plan_on_device(pages_BQ.to(self._device), lengths_B.to(self._device))
+
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Plan:
+        if not self._fits:
+            return Plan(pages_BQ, lengths_B, None)
+        shares = num_shares(self._device, self._config.num_key_value_heads)
+        return Plan(pages_BQ, lengths_B, schedule_decode(lengths_B, shares))
+
+    def place(self, qkv_MX: Tensor, layer: GroupedLayer, step: Step, cache_PSE: Tensor) -> Tensor:
+        norms = None
+        if layer.q_norm is not None and layer.k_norm is not None:
+            norms = HeadNorms(layer.q_norm, layer.k_norm, self._config.rms_norm_eps)
+        put = place_heads if self._fits else place_heads_twin
+        given = qkv_MX, norms, self._rotation, step.positions_M, step.slots_M, cache_PSE
+        return put(*given, num_heads=self._config.num_attention_heads)
+
+    def decode(self, query_BHA: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
+        given = query_BHA, cache_PSE, plan.pages_BQ, plan.lengths_B
+        kind = {"scale": self._scale, "kv_heads": self._config.num_key_value_heads}
+        if not self._fits:
+            return gqa_decode_twin(*given, **kind)
+        return gqa_decode(*given, **kind, schedule=plan.schedule)
+
+    def read(self, query_THA: Tensor, cache_PSE: Tensor, chunk: PromptChunk) -> Tensor:
+        num_queries, _, width = query_THA.shape
+        entries = gathered(cache_PSE, chunk).unflatten(1, (2, self._config.num_key_value_heads, width))
+        keys, values = entries.permute(1, 2, 0, 3)[:, None]
+        query = query_THA.transpose(0, 1)[None]
+        mask = causal_lower_right(num_queries, chunk.context)
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self._scale, enable_gqa=True)
+        return out[0].transpose(0, 1)
