@@ -96,6 +96,35 @@ def test_every_feature_leaves_the_text_as_it_is(
     assert {reason for _, reason in alone.values()} == {"length", "stop"}
 
 
+@pytest.mark.parametrize("num_pages", [8, 64])
+def test_a_sequence_withdrawn_while_its_token_is_under_way_leaves_nothing(
+    model: DeepseekV3, alone: dict[int, Any], num_pages: int
+) -> None:
+    engine = Engine(LatentModel.of(model), batch_size=6, eos_token_ids=[5], num_pages=num_pages, run_ahead=True)
+    for sequence in requests():
+        engine.add(sequence)
+    done: dict[int, Any] = {}
+    cancelled = []
+    for step in range(1_000):
+        if engine.is_idle:
+            break
+        done |= {sequence.key: (sequence.generated_ids, sequence.finish_reason) for sequence in engine.step()}
+        expecting = [sequence.key for sequence in engine.scheduler.running if sequence.num_expected]
+        if step % 9 == 4 and expecting:
+            engine.cancel(expecting[0])
+            cancelled.append(expecting[0])
+    assert engine.is_idle
+    assert cancelled
+    assert done.keys() | set(cancelled) == alone.keys()
+    assert all(outcome == alone[key] for key, outcome in done.items())
+    assert engine.blocks.num_available == engine.blocks.num_pages
+
+
+def test_steps_ahead_of_drafts_are_refused(model: DeepseekV3) -> None:
+    with pytest.raises(ValueError, match="cannot be launched ahead"):
+        Engine(LatentModel.of(model), batch_size=1, eos_token_ids=(), speculate=True, run_ahead=True)
+
+
 def test_a_text_met_again_is_read_from_the_cache(model: DeepseekV3) -> None:
     engine = Engine(LatentModel.of(model), batch_size=2, eos_token_ids=())
     first, again = Sequence(0, [7] * 150, max_tokens=50, seed=0), Sequence(1, [7] * 150, max_tokens=50, seed=0)
