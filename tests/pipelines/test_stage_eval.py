@@ -97,6 +97,20 @@ def test_every_model_is_scored_once(student, run_dir, workers):
     assert stamps(run_dir) == before, "the second time nothing is done"
 
 
+def test_the_engine_scores_bases_and_students_too(student, run_dir):
+    before = evaluate(recipe_of(student), run_dir, num_workers=1)
+    samples = {path: path.read_bytes() for path in (run_dir / "eval").glob("*/samples.parquet")}
+    manifest = evaluate(recipe_of(student, engine="native"), run_dir, num_workers=1)
+    assert manifest.counts == before.counts
+    changed = {path.parent.name for path, content in samples.items() if path.read_bytes() != content}
+    assert changed == {"mini-base", "mini-distilled"}, "the teacher's own backend is the engine in both"
+    for name in changed:
+        scored = json.loads((run_dir / "eval" / name / "manifest.json").read_text())
+        assert scored["counts"]["identity"]["backend"] == "native"
+        (total, *_) = json.loads((run_dir / "eval" / name / "scores.json").read_text())
+        assert (total["architecture"], total["num_parameters"]) == ("qwen2", total["num_active_parameters"])
+
+
 def test_only_what_changed_is_scored_again(student, run_dir, bases):
     recipe = recipe_of(student)
     evaluate(recipe, run_dir, num_workers=1)
