@@ -5,9 +5,10 @@ number with rows of padding: their length is zero, so they attend to nothing, an
 nowhere. Everything else that changes from step to step lies in tensors whose place does not.
 
 A graph ends with the logits, or goes on and draws the tokens. With drafts a sequence has two rows; a graph that draws
-then decides on the device which drafts came true and makes the next ones, so that a step is one launch and one answer.
+then decides on the device which drafts came true, makes the next ones and leaves the rows of the step after it where it
+found its own, so that this step can be launched before the host has heard how far the last one came.
 
-Shape legend: B sequences, padding included; M rows, one or two of each; Q pages a sequence, D hidden, V vocabulary.
+Shape legend: B sequences, padding included; M rows, T = one or two of each; Q pages a sequence, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from teacher.kernels.mla_cache import PAGE
 from teacher.kernels.sample import Settings, draw
 from teacher.serve.architecture import Architecture, DraftingArchitecture
 from teacher.serve.scheduler import Chunk
+from teacher.serve.sequence import Sequence
 from teacher.serve.step import Decodes, Step, with_expected
 
 # Of padded batches: close together where a row of padding is a large part of the work.
@@ -47,29 +49,44 @@ class End(StrEnum):
 
 
 class Drawn(NamedTuple):
-    """Of sequences in the order of their chunks; int64. Without drafts `drafts` is None."""
+    """Of sequences in the order of their chunks, until the next run; int64. Without drafts `drafts` is None."""
 
     tokens_M: Tensor
     drafts_B: Tensor | None
 
 
 class _Captured(NamedTuple):
-    graph: torch.cuda.CUDAGraph
+    graph: torch.cuda.CUDAGraph | None
     hidden_MD: Tensor
     out: Tensor  # logits, or tokens with drafts behind them
 
 
 class _Columns(NamedTuple):
-    """Of `DecodeGraphs._settings`: the uniform numbers of the next three tokens, and the cuts of `kernels.sample`."""
+    """Of `DecodeGraphs._settings`: uniform numbers of the next tokens, and the cuts of `kernels.sample`.
 
-    uniform: slice = slice(0, 3)
-    top_p: slice = slice(3, 4)
-    min_p: slice = slice(4, 5)
-    top_k: slice = slice(5, 6)
-    temperature: slice = slice(6, 7)
+    With drafts a step uses three of the numbers, of its two tokens and of the draft, and begins at the second of four
+    where a token more than the host knew of has been written.
+    """
+
+    uniform: slice = slice(0, 4)
+    top_p: slice = slice(4, 5)
+    min_p: slice = slice(5, 6)
+    top_k: slice = slice(6, 7)
+    temperature: slice = slice(7, 8)
 
 
 COLUMNS = _Columns()
+
+
+class _Inputs(NamedTuple):
+    """What changes from step to step, for the largest batch. A graph that drafts makes the next step's of its own.
+
+    A sequence's `lengths` counts the rows of this step; `behind` is how many tokens were written since the host knew.
+    """
+
+    token_ids_BT: Tensor
+    lengths_B: Tensor
+    behind_B: Tensor
 
 
 class DecodeGraphs:
@@ -87,15 +104,23 @@ class DecodeGraphs:
         self._num_queries = 1 if draft_entries_LPSE is None else 2
         most, device = padded(max_sequences), model.device
         num_pages = min(-(-model.max_positions // PAGE), entries_LPSE.shape[1])
-        # Of every row token, position, slot and next token; of every sequence its length and the row to draft at.
-        self._rows_4M = torch.zeros(4, most * self._num_queries, dtype=torch.int32, device=device)
-        self._sequences_2B = torch.zeros(2, most, dtype=torch.int32, device=device)
-        self._settings_B7 = torch.ones(most, 7, dtype=torch.float64, device=device)
+        self._on_gpu = device.type == "cuda"
+        self._inputs = _Inputs(
+            torch.zeros(most, self._num_queries, dtype=torch.int64, device=device),
+            torch.zeros(most, dtype=torch.int32, device=device),
+            torch.zeros(most, dtype=torch.int64, device=device),
+        )
+        self._settings_B8 = torch.ones(most, 8, dtype=torch.float64, device=device)
         self._pages_BQ = torch.zeros(most, num_pages, dtype=torch.int32, device=device)
         self._before_Z = torch.zeros(most * self._num_queries, dtype=torch.int64, device=device)
+        # What `draft` is given: the token after each row, and the row to draft at.
+        self._next_ids_M = torch.zeros(most * self._num_queries, dtype=torch.int64, device=device)
+        self._draft_rows_B = torch.zeros(most, dtype=torch.int64, device=device)
+        self._ahead_T = torch.arange(-self._num_queries, 0, device=device)
         self._graphs: dict[tuple[int, End], _Captured] = {}
-        self._last = 0  # the size that was run last
-        self._pool = torch.cuda.graph_pool_handle()
+        self._last = 0, End.LOGITS  # the size and the end that were run last
+        self._pages_put: list[int] = []  # the numbers of pages that are in place
+        self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
 
     def fit(self, chunks: list[Chunk[Any]]) -> bool:
         return all(chunk.count == 1 and chunk.num_rows == self._num_queries for chunk in chunks)
@@ -113,79 +138,103 @@ class DecodeGraphs:
         """Tokens behind each row, and, with drafts, a guess at the one behind those that hold."""
         end = End.GREEDY if all(chunk.sequence.draw.temperature == 0 for chunk in chunks) else End.DRAWN
         if end == End.DRAWN:
-            self._put_settings(chunks)
-        out = self._run(chunks, before_Z, end).clone()  # the next run writes over it
-        num_rows = self._last * self._num_queries
-        drafts_B = None if self._num_queries == 1 else out[num_rows : num_rows + len(chunks)]
-        return Drawn(out[: len(chunks) * self._num_queries], drafts_B)
+            self._put_settings([chunk.sequence for chunk in chunks])
+        return self._drawn_of(self._run(chunks, before_Z, end), len(chunks))
+
+    def draw_on(self, sequences: list[Sequence[Any]]) -> Drawn:
+        """The step after the last, which was drawn with drafts, of the same sequences in the same order.
+
+        The host need not know yet what that one wrote; of pages a sequence must have as many as it may come to need.
+        """
+        size, end = self._last
+        if [len(sequence.pages) for sequence in sequences] != self._pages_put:
+            self._put_pages(sequences)
+        if end == End.DRAWN:
+            self._put_settings(sequences, known_ahead=1)
+        return self._drawn_of(self._replay(size, end), len(sequences))
 
     def draft(self, next_ids: list[int], rows: list[int]) -> Tensor:
         """Logits of what comes after `next_ids`, which follow the rows of the last run: FP32 [rows, V]."""
-        size = self._last
+        size, _ = self._last
         num_rows = size * self._num_queries
-        host = torch.zeros(num_rows + size, dtype=torch.int32, pin_memory=True)
+        host = self._on_host(num_rows + size)
         numbers = host.numpy()
         numbers[: len(next_ids)] = next_ids
-        numbers[num_rows : num_rows + len(rows)] = rows
+        numbers[num_rows : num_rows + len(rows)] = rows  # padding drafts at the first row
         there = host.to(self._model.device, non_blocking=True)
-        self._rows_4M[3, :num_rows] = there[:num_rows]
-        self._sequences_2B[1, :size] = there[num_rows:]  # padding drafts at the first row, whatever it held before
+        self._next_ids_M[:num_rows] = there[:num_rows]
+        self._draft_rows_B[:size] = there[num_rows:]
         return self._replay(size, End.DRAFT)[: len(rows)]
 
     def _run(self, chunks: list[Chunk[Any]], before_Z: Tensor | None, end: End) -> Tensor:
-        self._last = size = padded(len(chunks))
+        self._last = size, _ = padded(len(chunks)), end
         self._put(chunks, size)
+        self._put_pages([chunk.sequence for chunk in chunks])
         if before_Z is not None:
             self._before_Z[: len(before_Z)] = before_Z
         return self._replay(size, end)
 
     def _put(self, chunks: list[Chunk[Any]], size: int) -> None:
-        """Everything in one transfer."""
-        widest = max(len(chunk.sequence.pages) for chunk in chunks)
         num_rows = size * self._num_queries
-        host = torch.zeros(3 * num_rows + size + size * widest, dtype=torch.int32, pin_memory=True)
-        parts = host.split((3 * num_rows, size, size * widest))
-        rows, lengths = parts[0].view(3, num_rows).numpy(), parts[1].numpy()
-        pages = parts[2].view(size, widest).numpy()
-        tokens, positions, slots = [], [], []
-        for number, chunk in enumerate(chunks):
-            held = chunk.sequence.pages
-            lengths[number] = chunk.end
-            pages[number, : len(held)] = held
-            tokens += chunk.token_ids
-            for place in range(chunk.start, chunk.end):
-                positions.append(place)
-                slots.append(held[place // PAGE] * PAGE + place % PAGE)
-        rows[:, : len(tokens)] = tokens, positions, slots
-        rows[2, len(tokens) :] = -1
-        there = host.to(self._model.device, non_blocking=True).split((3 * num_rows, size, size * widest))
-        self._rows_4M[:3, :num_rows] = there[0].view(3, num_rows)
-        self._sequences_2B[0, :size] = there[1]
-        self._pages_BQ[:size, :widest] = there[2].view(size, widest)
+        host = self._on_host(num_rows + size)
+        numbers = host.numpy()
+        tokens = [token for chunk in chunks for token in chunk.token_ids]
+        numbers[: len(tokens)] = tokens
+        numbers[num_rows : num_rows + len(chunks)] = [chunk.end for chunk in chunks]
+        there = host.to(self._model.device, non_blocking=True)
+        self._inputs.token_ids_BT[:size] = there[:num_rows].view(size, -1)
+        self._inputs.lengths_B[:size] = there[num_rows:]
+        if self._num_queries > 1:
+            self._inputs.behind_B.zero_()
 
-    def _put_settings(self, chunks: list[Chunk[Any]]) -> None:
+    def _put_pages(self, sequences: list[Sequence[Any]]) -> None:
+        self._pages_put = [len(sequence.pages) for sequence in sequences]
+        widest = max(self._pages_put)
+        host = self._on_host(len(sequences) * widest).view(-1, widest)
+        pages = host.numpy()
+        for number, sequence in enumerate(sequences):
+            pages[number, : len(sequence.pages)] = sequence.pages
+        self._pages_BQ[: len(sequences), :widest] = host.to(self._model.device, non_blocking=True)
+
+    def _put_settings(self, sequences: list[Sequence[Any]], known_ahead: int = 0) -> None:
+        """`known_ahead` tokens of each are certain to be written by the step under way, beside those expected."""
         table = []
-        for chunk in chunks:
-            sequence, settings = chunk.sequence, chunk.sequence.draw
-            uniform = [sequence.uniform(sequence.num_expected + ahead) for ahead in range(2 * self._num_queries - 1)]
+        num_uniform = 1 if self._num_queries == 1 else 4
+        for sequence in sequences:
+            settings, first = sequence.draw, sequence.num_expected + known_ahead
+            uniform = [sequence.uniform(first + ahead) for ahead in range(num_uniform)]
             cuts = settings.top_p, settings.min_p, settings.top_k or torch.iinfo(torch.int32).max
-            table.append([*uniform, *[0.0] * (3 - len(uniform)), *cuts, settings.temperature])
-        host = torch.tensor(table, dtype=torch.float64).pin_memory()
-        self._settings_B7[: len(chunks)] = host.to(self._model.device, non_blocking=True)
+            table.append([*uniform, *[0.0] * (4 - num_uniform), *cuts, settings.temperature])
+        host = torch.tensor(table, dtype=torch.float64, pin_memory=self._on_gpu)
+        self._settings_B8[: len(sequences)] = host.to(self._model.device, non_blocking=True)
+
+    def _on_host(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.int32, pin_memory=self._on_gpu)
+
+    def _drawn_of(self, out: Tensor, num_sequences: int) -> Drawn:
+        num_rows = self._last[0] * self._num_queries
+        drafts_B = None if self._num_queries == 1 else out[num_rows : num_rows + num_sequences]
+        return Drawn(out[: num_sequences * self._num_queries], drafts_B)
 
     def _replay(self, size: int, end: End) -> Tensor:
-        if (size, end) not in self._graphs:
+        if not self._on_gpu:  # the same, launch by launch
+            self._graphs[size, end] = _Captured(None, *self._compute(size, end))
+        elif (size, end) not in self._graphs:
             self._graphs[size, end] = self._capture(lambda: self._compute(size, end))
         captured = self._graphs[size, end]
-        captured.graph.replay()
+        if captured.graph is not None:
+            captured.graph.replay()
         return captured.out
 
     def _capture(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> _Captured:
         stream = torch.cuda.Stream(self._model.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            given = [tensor.clone() for tensor in self._inputs]
             for _ in range(_WARM_UP_RUNS):  # what they write into the cache, the graph's run writes again
                 compute()
+                for tensor, kept in zip(self._inputs, given, strict=True):
+                    tensor.copy_(kept)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
@@ -196,22 +245,34 @@ class DecodeGraphs:
         """Hidden states, and what the graph comes to."""
         step = self._step(size)
         if end == End.DRAFT:
-            next_ids_M = self._rows_4M[3, : size * self._num_queries].long()
             hidden_MD = self._graphs[size, End.LOGITS].hidden_MD
-            return hidden_MD, self._draft_logits(step, hidden_MD, next_ids_M, self._sequences_2B[1, :size].long())
+            next_ids_M, rows_B = self._next_ids_M[: size * self._num_queries], self._draft_rows_B[:size]
+            return hidden_MD, self._draft_logits(step, hidden_MD, next_ids_M, rows_B)
         hidden_MD = self._model.hidden(step, self._entries_LPSE)
         logits_MV = self._model.logits(hidden_MD)
         if end == End.LOGITS:
             return hidden_MD, logits_MV
-        uniform_B3 = self._settings_B7[:size, COLUMNS.uniform]
-        tokens_M = self._drawn(logits_MV, uniform_B3[:, : self._num_queries].reshape(-1, 1), size, end)
+        uniform_BU = self._settings_B8[:size, COLUMNS.uniform]
         if self._num_queries == 1:
-            return hidden_MD, tokens_M
+            return hidden_MD, self._drawn(logits_MV, uniform_BU[:, :1], size, end)
+        numbers_B3 = self._inputs.behind_B[:size, None] + torch.arange(3, device=uniform_BU.device)
+        uniform_B3 = uniform_BU.gather(1, numbers_B3)
+        tokens_M = self._drawn(logits_MV, uniform_B3[:, :2].reshape(-1, 1), size, end)
         came_true_B = tokens_M[::2] == step.token_ids_M[1::2]
         rows_B = 2 * torch.arange(size, device=tokens_M.device) + came_true_B
         draft_logits_BV = self._draft_logits(step, hidden_MD, tokens_M, rows_B)
         uniform_B1 = torch.where(came_true_B[:, None], uniform_B3[:, 2:], uniform_B3[:, 1:2])
-        return hidden_MD, torch.cat((tokens_M, self._drawn(draft_logits_BV, uniform_B1, size, end)))
+        drafts_B = self._drawn(draft_logits_BV, uniform_B1, size, end)
+        self._go_on(tokens_M[rows_B], drafts_B, came_true_B)
+        return hidden_MD, torch.cat((tokens_M, drafts_B))
+
+    def _go_on(self, last_B: Tensor, drafts_B: Tensor, came_true_B: Tensor) -> None:
+        """Make the next step's inputs of what this one has found."""
+        size = len(last_B)
+        token_ids_BT, lengths_B, behind_B = (tensor[:size] for tensor in self._inputs)
+        torch.stack((last_B, drafts_B), dim=1, out=token_ids_BT)
+        lengths_B += (1 + came_true_B) * (lengths_B > 0)  # padding stays
+        behind_B.copy_(came_true_B)
 
     def _draft_logits(self, step: Step, hidden_MD: Tensor, next_ids_M: Tensor, rows_B: Tensor) -> Tensor:
         assert isinstance(self._model, DraftingArchitecture)
@@ -224,21 +285,30 @@ class DecodeGraphs:
         best_N = logits_NV.argmax(dim=-1)
         if end == End.GREEDY:
             return best_N
-        settings_N7 = self._settings_B7[:size].repeat_interleave(len(logits_NV) // size, dim=0)
-        temperature_N1 = settings_N7[:, COLUMNS.temperature]
+        settings_N8 = self._settings_B8[:size].repeat_interleave(len(logits_NV) // size, dim=0)
+        temperature_N1 = settings_N8[:, COLUMNS.temperature]
         is_greedy_N1 = temperature_N1 == 0
         probabilities_NV = (logits_NV / torch.where(is_greedy_N1, 1.0, temperature_N1).float()).softmax(dim=-1)
-        cuts = (settings_N7[:, column] for column in (COLUMNS.top_p, COLUMNS.min_p, COLUMNS.top_k))
+        cuts = (settings_N8[:, column] for column in (COLUMNS.top_p, COLUMNS.min_p, COLUMNS.top_k))
         return torch.where(is_greedy_N1[:, 0], best_N, draw(probabilities_NV, Settings(uniform_N1, *cuts)))
 
     def _step(self, size: int) -> Step:
-        token_ids, positions, slots = self._rows_4M[:3, : size * self._num_queries]
-        plan = self._model.plan_on_device(self._pages_BQ[:size], self._sequences_2B[0, :size], self._num_queries)
+        token_ids_BT, lengths_B, _ = (tensor[:size] for tensor in self._inputs)
+        pages_BQ = self._pages_BQ[:size]
+        positions_BT = (lengths_B[:, None] + self._ahead_T).clamp(min=0)
+        slots_BT = pages_BQ.gather(1, positions_BT // PAGE) * PAGE + positions_BT % PAGE
         return Step(
-            token_ids_M=with_expected(token_ids.long(), self._before_Z),
-            positions_M=positions.long(),
-            slots_M=slots.long(),
-            decodes=[Decodes([[]] * size, [0] * size, self._num_queries, plan)],
+            token_ids_M=with_expected(token_ids_BT.flatten(), self._before_Z),
+            positions_M=positions_BT.flatten(),
+            slots_M=torch.where(lengths_B[:, None] > 0, slots_BT, -1).flatten(),
+            decodes=[
+                Decodes(
+                    [[]] * size,
+                    [0] * size,
+                    self._num_queries,
+                    self._model.plan_on_device(pages_BQ, lengths_B, self._num_queries),
+                )
+            ],
             chunks=[],
             sampled=torch.empty(0, device=self._model.device),
             num_pages=0,

@@ -36,10 +36,10 @@ class Engine:
     With `speculate` a step writes up to two tokens of a sequence (`teacher.serve.speculation`), the same ones; raises
     ValueError for a model that has no layer to draft with. `decode` gives tokens their text, which stop strings need.
 
-    With `run_ahead` (None: on a GPU, without speculation) a step is launched before the tokens of the one before it
-    have come back: the device never waits for the host, and of a sequence that ends meanwhile a token too many is
-    computed. It waits nevertheless for a sequence whose next token is not the device's alone to say (thinking limits,
-    logprobs).
+    With `run_ahead` (None: on a GPU) a step is launched before the tokens of the one before it have come back: the
+    device never waits for the host, and of a sequence that ends meanwhile a token too many is computed, or two. It
+    waits nevertheless for a sequence whose next token is not the device's alone to say (thinking limits, logprobs), and
+    with speculation where sequences come or go: only the graph of a batch knows how many of its drafts came true.
     """
 
     def __init__(
@@ -60,9 +60,7 @@ class Engine:
         self.precision = model.precision
         self.batch_size = batch_size
         self.speculate = speculate
-        self._runs_ahead = model.device.type == "cuda" and not speculate if run_ahead is None else run_ahead
-        if self._runs_ahead and speculate:
-            raise ValueError("a step with drafts depends on how many came true, so it cannot be launched ahead of that")
+        self._runs_ahead = model.device.type == "cuda" if run_ahead is None else run_ahead
         self._under_way: _Launched | None = None
         self._ended: list[Sequence[Any]] = []
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -110,19 +108,44 @@ class Engine:
 
     def step(self) -> list[Sequence[Any]]:
         """Compute and sample once; returns the sequences that are finished."""
+        if self.speculate:
+            self._step_with_drafts()
+        else:
+            self._step()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _step(self) -> None:
+        before, self._under_way = self._under_way, None
         chunks = in_order(self.scheduler.schedule())
-        launched = self._launch(chunks) if chunks else None
-        if self._under_way is not None:
-            self._take(self._under_way)
-            self._under_way = None
+        launched = self._launch(chunks, before) if chunks else None
+        if before is not None:
+            self._take(before)
         if launched is not None and launched.runs_ahead:
             self._under_way = launched
         elif launched is not None:
             self._take(launched)
-            if self.speculate:
-                draft(self.runner, chunks, self.max_positions, launched.drafts())
-        ended, self._ended = self._ended, []
-        return ended
+
+    def _step_with_drafts(self) -> None:
+        before, self._under_way = self._under_way, None
+        if before is not None:
+            onward = self._launch_on(before)
+            self._take_with_drafts(before)
+            if onward is not None:
+                guesses = before.drafts()
+                assert guesses is not None
+                onward.chunks = [Chunk(c.sequence, 1, guess) for c, guess in zip(before.chunks, guesses, strict=True)]
+                for chunk in onward.chunks:
+                    chunk.ends_text = True  # those that have ended meanwhile have their rows too
+                self._under_way = onward
+                return
+        if not (chunks := in_order(self.scheduler.schedule())):
+            return
+        launched = self._launch(chunks)
+        if self._runs_ahead and launched.outcome.drafts_B is not None:
+            self._under_way = launched
+        else:
+            self._take_with_drafts(launched)
 
     def run(
         self, sequences: Iterable[Sequence[Key]], *, more: Callable[[], Iterable[Sequence[Key]]] = tuple
@@ -148,10 +171,12 @@ class Engine:
         sequence.is_wanted = False
         self.scheduler.remove(sequence)
 
-    def _launch(self, chunks: list[Chunk[Any]]) -> _Launched:
-        before = None if self._under_way is None else self._under_way.outcome.tokens_Z
-        outcome = self.runner.run(chunks, self.blocks.take_copies(), before)
-        runs_ahead = self._runs_ahead and all(chunk.sequence.may_run_ahead for chunk in chunks)
+    def _launch(self, chunks: list[Chunk[Any]], before: _Launched | None = None) -> _Launched:
+        """`before` is the step under way, where its tokens are not here yet."""
+        outcome = self.runner.run(
+            chunks, self.blocks.take_copies(), None if before is None else before.outcome.tokens_Z
+        )
+        runs_ahead = self._runs_ahead and not self.speculate and all(chunk.sequence.may_run_ahead for chunk in chunks)
         if runs_ahead:
             writing = [chunk.sequence for chunk in chunks if chunk.ends_text]
             for row, sequence in enumerate(writing):
@@ -159,6 +184,22 @@ class Engine:
             for chunk in chunks:
                 chunk.sequence.num_computed += chunk.count
         return _Launched(chunks, outcome, runs_ahead)
+
+    def _launch_on(self, before: _Launched) -> _Launched | None:
+        """The step behind one with drafts that is under way, where it will be of the same sequences.
+
+        That one writes one or two tokens of each, and this one computes two rows.
+        """
+        sequences = [chunk.sequence for chunk in before.chunks]
+        fits = all(sequence.num_tokens + 3 <= self.max_positions for sequence in sequences)
+        ends = all(len(sequence.generated_ids) + 1 >= sequence.max_tokens for sequence in sequences)
+        if not fits or ends or not self.scheduler.go_on(sequences, 3):
+            return None
+        return _Launched([], self.runner.run_on(sequences, self.blocks.take_copies()), runs_ahead=False)
+
+    def _take_with_drafts(self, launched: _Launched) -> None:
+        self._take(launched)
+        draft(self.runner, launched.chunks, self.max_positions, launched.drafts())
 
     def _take(self, launched: _Launched) -> None:
         """What was computed counts, and whose text is in the cache gets a token, or two where its draft came true."""
@@ -168,7 +209,7 @@ class Engine:
             sequence, num_new = chunk.sequence, 0
             first, row = row, row + chunk.num_sampled
             self.num_computed_tokens += chunk.num_rows
-            if not sequence.is_wanted or sequence.finish_reason is not None:
+            if sequence.is_ended:
                 continue  # it ended, or was withdrawn, while this step was under way
             if chunk.ends_text:
                 tokens = take(chunk, sampled[first:row], self.eos_token_ids)

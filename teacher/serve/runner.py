@@ -17,11 +17,12 @@ from teacher.serve.cache import CacheShape, PagedCache
 from teacher.serve.decode_graph import DecodeGraphs
 from teacher.serve.sampler import choose
 from teacher.serve.scheduler import Chunk
+from teacher.serve.sequence import Sequence
 from teacher.serve.step import Step, build_step, with_expected
 
 
 class Outcome(NamedTuple):
-    """Of a step: tokens behind each row that asks for one, int64 [Z] on the model's device.
+    """Of a step: tokens behind each row that asks for one, int64 [Z] on the model's device, until the next step.
 
     `logits` FP32 [Z, vocabulary] or `drafts` int64 [B], a guess for every sequence: what was not made is None.
     """
@@ -63,6 +64,17 @@ class ModelRunner:
         places = [(chunk.sequence, ahead) for chunk in chunks for ahead in range(chunk.num_sampled)]
         uniform = [sequence.uniform(ahead + sequence.num_expected) for sequence, ahead in places]
         return Outcome(choose(logits_ZV, uniform, [sequence.draw for sequence, _ in places]), logits_ZV, None)
+
+    @torch.inference_mode()
+    def run_on(self, sequences: list[Sequence[Any]], copies: list[Copy]) -> Outcome:
+        """The step after one that has made its drafts itself, of the same sequences, before the host knows its tokens.
+
+        Their pages must have room for whatever it has written, and for two tokens more.
+        """
+        assert self._graphs is not None
+        self.cache.copy(copies)
+        drawn = self._graphs.draw_on(sequences)
+        return Outcome(drawn.tokens_M, None, drawn.drafts_B)
 
     @torch.inference_mode()
     def logits(self, chunks: list[Chunk[Any]], copies: list[Copy], before_Z: Tensor | None = None) -> Tensor:

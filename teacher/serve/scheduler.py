@@ -85,6 +85,22 @@ class Scheduler(Generic[Key]):
             left -= chunks[-1].count
         return chunks
 
+    def go_on(self, sequences: list[Sequence[Key]], most_ahead: int) -> bool:
+        """Whether the next step is sure to be of these again, though it is not known here what the last one wrote.
+
+        If so each has pages for `most_ahead` tokens more than are known.
+        """
+        waits = self.waiting and len(self.running) < self._max_running
+        if waits or len(sequences) != len(self.running) or any(sequence.is_ended for sequence in sequences):
+            return False
+        wanted = [num_pages_for(sequence.num_tokens + most_ahead) - len(sequence.pages) for sequence in sequences]
+        if sum(max(number, 0) for number in wanted) > self.blocks.num_available:
+            return False
+        for sequence, number in zip(sequences, wanted, strict=True):
+            for _ in range(number):
+                sequence.pages.append(self.blocks.allocate(after=sequence.pages[-1]))
+        return True
+
     def computed(self, sequence: Sequence[Key], count: int) -> None:
         """Its next `count` tokens have their latents in the cache.
 

@@ -130,6 +130,11 @@ class Sequence(Generic[Key]):
         return self.thinking is None and not self._forced and not self.draw.top_logprobs
 
     @property
+    def is_ended(self) -> bool:
+        """Whether nothing more is to be written: it is finished, or was withdrawn."""
+        return self.finish_reason is not None or not self.is_wanted
+
+    @property
     def is_written(self) -> bool:
         """Whether its last token is there, or expected, as far as is known."""
         return len(self.generated_ids) >= self.max_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from teacher.serve import engine as engine_module
 from teacher.serve.block_manager import num_pages_for
 from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
+from teacher.serve.pieces import Plan
 from teacher.serve.plain import PlainOperations
 from teacher.serve.sampler import Draw
 from teacher.serve.scheduler import Chunk
 from teacher.serve.sequence import Sequence, ThinkingLimit
 from teacher.serve.speculation import take
-from teacher.serve.step import Decodes
+from teacher.serve.step import Decodes, Step
 from teacher.serve.weights import fuse_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -276,3 +278,77 @@ def test_two_queries_in_place_equal_attention_over_gathered_pages(num_queries: i
     given = query_BTHE, cache_PSE, table_BQ, torch.tensor(lengths)
     wanted = mla_decode_twin(*given, scale=1.0, latent=config.kv_lora_rank)
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+class Planned(PlainOperations):
+    """Operations that ask for none of a step's numbers, as a GPU's do: a step may be a graph."""
+
+    graphable = True
+
+    def plan_on_device(self, pages_BQ: torch.Tensor, lengths_B: torch.Tensor, num_queries: int) -> Any:
+        return pages_BQ, lengths_B
+
+    def write(self, projected_ME: torch.Tensor, weights: Any, step: Step, cache_PSE: torch.Tensor) -> None:
+        held = step.slots_M >= 0  # the others are padding
+        kept = replace(step, positions_M=step.positions_M[held], slots_M=step.slots_M[held])
+        super().write(projected_ME[held], weights, kept, cache_PSE)
+
+    def decode(self, query_BTHE: torch.Tensor, cache_PSE: torch.Tensor, plan: Any) -> torch.Tensor:
+        if isinstance(plan, Plan):
+            return super().decode(query_BTHE, cache_PSE, plan)
+        return mla_decode_twin(query_BTHE, cache_PSE, *plan, scale=1.0, latent=self._latent)
+
+
+class Likely(LatentModel):
+    """Few tokens are likely, so that drafts come true about half of the time."""
+
+    def logits(self, x_ZD: torch.Tensor) -> torch.Tensor:
+        logits_ZV = super().logits(x_ZD)
+        for token, bias in FEW:
+            logits_ZV[:, token] += bias
+        return logits_ZV
+
+
+PLAIN_SETTINGS = [Draw(), Draw(0.8, 0.9), Draw(1.0, top_k=3), Draw(1.0, min_p=0.1), Draw(1.0)]
+
+
+@pytest.mark.parametrize(
+    ("features", "greedy"),
+    [
+        ({}, False),
+        ({"batch_size": 1}, False),
+        ({"batch_size": 3}, True),
+        ({"num_pages": 9, "max_step_tokens": 20}, False),
+    ],
+    ids=str,
+)
+def test_steps_launched_before_their_drafts_are_judged_write_the_same(
+    model: DeepseekV3, features: dict[str, Any], greedy: bool
+) -> None:
+    weights = fuse_weights(model, with_mtp=True)
+
+    def run(speculate: bool) -> tuple[dict[int, Any], list[int], Engine]:
+        served = Likely(weights, Planned(weights) if speculate else None)
+        settings = {"batch_size": 20, "eos_token_ids": [END], "speculate": speculate, "run_ahead": speculate} | features
+        engine = Engine(served, **settings)
+        sizes: list[int] = []
+        run_on = engine.runner.run_on
+        engine.runner.run_on = lambda sequences, copies: sizes.append(len(sequences)) or run_on(sequences, copies)
+        sequences = [
+            replace(
+                sequence,
+                draw=Draw() if greedy else PLAIN_SETTINGS[n % len(PLAIN_SETTINGS)],
+                thinking=sequence.thinking if n % 4 == 2 else None,
+                max_tokens=400 if n == 9 else sequence.max_tokens,  # to the last position
+            )
+            for n, sequence in enumerate(requests())
+        ]
+        written = {done.key: (done.generated_ids, done.finish_reason) for done in engine.run(sequences)}
+        assert engine.blocks.num_available == engine.blocks.num_pages
+        return written, sizes, engine
+
+    (plain, _, _), (fast, sizes, engine) = run(False), run(True)
+    assert fast == plain
+    assert len(sizes) > 20
+    assert max(sizes) > 1 or engine.batch_size == 1
+    assert 0.2 < engine.num_accepted / engine.num_drafts < 0.99
