@@ -3,7 +3,7 @@
     python -m benchmarks.speculation [--batches 1,64] [--temperature 0.6] [--repeats 3]
 
 On a GPU where there is one, else one thread. Both sides take turns; a row has the median of the repeats, and how many
-texts are the same on both: all of them in FP32, on a GPU nearly all, since two rows' products round otherwise than one's.
+texts are the same on both: all in FP32, on a GPU nearly all, since two rows' products round otherwise than one's.
 Results go to benchmarks/results/<device>/speculation.json.
 """
 

@@ -27,6 +27,7 @@ class Architecture(Protocol):
     max_positions: int
     cache_shape: CacheShape
     graphable: bool  # a step in which all sequences decode can be a CUDA graph
+    reads_in_graphs: bool  # it may have any number of queries a sequence there: a prompt is such a step too
     extent: int  # pages of one sequence that lie together, where the block manager can have it so
 
     def plan(self, decodes: Decodes) -> Any:

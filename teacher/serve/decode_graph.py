@@ -8,6 +8,9 @@ A graph ends with the logits, or goes on and draws the tokens. With drafts a seq
 then decides on the device which drafts came true, makes the next ones and leaves the rows of the step after it where it
 found its own, so that this step can be launched before the host has heard how far the last one came.
 
+A short prompt that is read alone is a graph too, of one sequence with many rows. It is padded behind its end, where no
+row of its own looks; its pages are read in the absorbed form, whatever of them was there before.
+
 Shape legend: B sequences, padding included; M rows, T = one or two of each; Q pages a sequence, D hidden, V vocabulary.
 """
 
@@ -30,7 +33,13 @@ from teacher.serve.step import Decodes, Step, with_expected
 # Of padded batches: close together where a row of padding is a large part of the work.
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 _STEP_BEYOND = 64
+_PROMPT_ROWS = (16, 32, 64, 128)
 _WARM_UP_RUNS = 2  # kernels compile and libraries claim their workspaces before anything is recorded
+
+
+def padded_prompt(num_tokens: int) -> int | None:
+    """Rows of the graph that reads so many tokens of a prompt; None: there is none."""
+    return next((size for size in _PROMPT_ROWS if size >= num_tokens), None)
 
 
 def padded(num_sequences: int) -> int:
@@ -53,6 +62,12 @@ class Drawn(NamedTuple):
 
     tokens_M: Tensor
     drafts_B: Tensor | None
+
+
+class _Key(NamedTuple):
+    num_sequences: int
+    num_queries: int  # of each
+    end: End
 
 
 class _Captured(NamedTuple):
@@ -116,8 +131,9 @@ class DecodeGraphs:
         # What `draft` is given: the token after each row, and the row to draft at.
         self._next_ids_M = torch.zeros(most * self._num_queries, dtype=torch.int64, device=device)
         self._draft_rows_B = torch.zeros(most, dtype=torch.int64, device=device)
-        self._ahead_T = torch.arange(-self._num_queries, 0, device=device)
-        self._graphs: dict[tuple[int, End], _Captured] = {}
+        self._prompt_M = torch.zeros(_PROMPT_ROWS[-1], dtype=torch.int64, device=device)
+        self._prompt_start, self._prompt_end = torch.zeros(2, 1, dtype=torch.int32, device=device)
+        self._graphs: dict[_Key, _Captured] = {}
         self._last = 0, End.LOGITS  # the size and the end that were run last
         self._pages_put: list[int] = []  # the numbers of pages that are in place
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
@@ -125,8 +141,16 @@ class DecodeGraphs:
     def fit(self, chunks: list[Chunk[Any]]) -> bool:
         return all(chunk.count == 1 and chunk.num_rows == self._num_queries for chunk in chunks)
 
+    def fit_prompt(self, chunks: list[Chunk[Any]]) -> bool:
+        """Whether this is what is left of one short prompt."""
+        if len(chunks) != 1 or chunks[0].count == 1 or not chunks[0].ends_text or not self._model.reads_in_graphs:
+            return False
+        num_rows = padded_prompt(chunks[0].count)
+        places = min(self._pages_BQ.shape[1] * PAGE, self._model.max_positions)
+        return num_rows is not None and chunks[0].start + num_rows <= places
+
     def may_draw(self, chunks: list[Chunk[Any]]) -> bool:
-        """Whether a graph can say all that is wanted of these, which `fit`: the host has no say in their tokens."""
+        """Whether a graph can say all that is wanted of these, which fit one: the host has no say in their tokens."""
         plain = all(not (c.sequence.draw.logit_bias or c.sequence.draw.top_logprobs) for c in chunks)
         return plain and (self._num_queries == 1 or all(chunk.sequence.may_run_ahead for chunk in chunks))
 
@@ -136,10 +160,22 @@ class DecodeGraphs:
 
     def draw(self, chunks: list[Chunk[Any]], before_Z: Tensor | None) -> Drawn:
         """Tokens behind each row, and, with drafts, a guess at the one behind those that hold."""
-        end = End.GREEDY if all(chunk.sequence.draw.temperature == 0 for chunk in chunks) else End.DRAWN
-        if end == End.DRAWN:
-            self._put_settings([chunk.sequence for chunk in chunks])
+        end = self._end_of(chunks)
         return self._drawn_of(self._run(chunks, before_Z, end), len(chunks))
+
+    def read(self, chunk: Chunk[Any]) -> Drawn:
+        """The token behind a prompt, and, with drafts, a guess at the one behind that."""
+        end, num_rows = self._end_of([chunk]), padded_prompt(chunk.count)
+        assert num_rows is not None
+        self._last = 1, end
+        host = self._on_host(num_rows + 2)
+        host[: chunk.count] = torch.tensor(chunk.token_ids)
+        host[num_rows], host[num_rows + 1] = chunk.start, chunk.end
+        there = host.to(self._model.device, non_blocking=True)
+        self._prompt_M[:num_rows], self._prompt_start[:], self._prompt_end[:] = there.split((num_rows, 1, 1))
+        self._put_pages([chunk.sequence])
+        out = self._replay(_Key(1, num_rows, end), lambda: self._read(num_rows, end))
+        return Drawn(out[:1], None if self._num_queries == 1 else out[1:])
 
     def draw_on(self, sequences: list[Sequence[Any]]) -> Drawn:
         """The step after the last, which was drawn with drafts, of the same sequences in the same order.
@@ -151,7 +187,7 @@ class DecodeGraphs:
             self._put_pages(sequences)
         if end == End.DRAWN:
             self._put_settings(sequences, known_ahead=1)
-        return self._drawn_of(self._replay(size, end), len(sequences))
+        return self._drawn_of(self._decode(size, end), len(sequences))
 
     def draft(self, next_ids: list[int], rows: list[int]) -> Tensor:
         """Logits of what comes after `next_ids`, which follow the rows of the last run: FP32 [rows, V]."""
@@ -164,7 +200,14 @@ class DecodeGraphs:
         there = host.to(self._model.device, non_blocking=True)
         self._next_ids_M[:num_rows] = there[:num_rows]
         self._draft_rows_B[:size] = there[num_rows:]
-        return self._replay(size, End.DRAFT)[: len(rows)]
+        return self._decode(size, End.DRAFT)[: len(rows)]
+
+    def _end_of(self, chunks: list[Chunk[Any]]) -> End:
+        """How a graph draws for these, whose settings are put in place."""
+        if all(chunk.sequence.draw.temperature == 0 for chunk in chunks):
+            return End.GREEDY
+        self._put_settings([chunk.sequence for chunk in chunks])
+        return End.DRAWN
 
     def _run(self, chunks: list[Chunk[Any]], before_Z: Tensor | None, end: End) -> Tensor:
         self._last = size, _ = padded(len(chunks)), end
@@ -172,7 +215,7 @@ class DecodeGraphs:
         self._put_pages([chunk.sequence for chunk in chunks])
         if before_Z is not None:
             self._before_Z[: len(before_Z)] = before_Z
-        return self._replay(size, end)
+        return self._decode(size, end)
 
     def _put(self, chunks: list[Chunk[Any]], size: int) -> None:
         num_rows = size * self._num_queries
@@ -216,12 +259,15 @@ class DecodeGraphs:
         drafts_B = None if self._num_queries == 1 else out[num_rows : num_rows + num_sequences]
         return Drawn(out[: num_sequences * self._num_queries], drafts_B)
 
-    def _replay(self, size: int, end: End) -> Tensor:
+    def _decode(self, size: int, end: End) -> Tensor:
+        return self._replay(_Key(size, self._num_queries, end), lambda: self._compute(size, end))
+
+    def _replay(self, key: _Key, compute: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
         if not self._on_gpu:  # the same, launch by launch
-            self._graphs[size, end] = _Captured(None, *self._compute(size, end))
-        elif (size, end) not in self._graphs:
-            self._graphs[size, end] = self._capture(lambda: self._compute(size, end))
-        captured = self._graphs[size, end]
+            self._graphs[key] = _Captured(None, *compute())
+        elif key not in self._graphs:
+            self._graphs[key] = self._capture(compute)
+        captured = self._graphs[key]
         if captured.graph is not None:
             captured.graph.replay()
         return captured.out
@@ -243,9 +289,11 @@ class DecodeGraphs:
 
     def _compute(self, size: int, end: End) -> tuple[Tensor, Tensor]:
         """Hidden states, and what the graph comes to."""
-        step = self._step(size)
+        token_ids_BT, lengths_B, behind_B = (tensor[:size] for tensor in self._inputs)
+        token_ids_M = with_expected(token_ids_BT.flatten(), self._before_Z)
+        step = self._step(token_ids_M, lengths_B, lengths_B, self._num_queries)
         if end == End.DRAFT:
-            hidden_MD = self._graphs[size, End.LOGITS].hidden_MD
+            hidden_MD = self._graphs[_Key(size, self._num_queries, End.LOGITS)].hidden_MD
             next_ids_M, rows_B = self._next_ids_M[: size * self._num_queries], self._draft_rows_B[:size]
             return hidden_MD, self._draft_logits(step, hidden_MD, next_ids_M, rows_B)
         hidden_MD = self._model.hidden(step, self._entries_LPSE)
@@ -255,7 +303,7 @@ class DecodeGraphs:
         uniform_BU = self._settings_B8[:size, COLUMNS.uniform]
         if self._num_queries == 1:
             return hidden_MD, self._drawn(logits_MV, uniform_BU[:, :1], size, end)
-        numbers_B3 = self._inputs.behind_B[:size, None] + torch.arange(3, device=uniform_BU.device)
+        numbers_B3 = behind_B[:, None] + torch.arange(3, device=uniform_BU.device)
         uniform_B3 = uniform_BU.gather(1, numbers_B3)
         tokens_M = self._drawn(logits_MV, uniform_B3[:, :2].reshape(-1, 1), size, end)
         came_true_B = tokens_M[::2] == step.token_ids_M[1::2]
@@ -265,6 +313,22 @@ class DecodeGraphs:
         drafts_B = self._drawn(draft_logits_BV, uniform_B1, size, end)
         self._go_on(tokens_M[rows_B], drafts_B, came_true_B)
         return hidden_MD, torch.cat((tokens_M, drafts_B))
+
+    def _read(self, num_rows: int, end: End) -> tuple[Tensor, Tensor]:
+        token_ids_M, padded_end_B = self._prompt_M[:num_rows], self._prompt_start + num_rows
+        step = self._step(token_ids_M, padded_end_B, self._prompt_end, num_rows)
+        hidden_MD = self._model.hidden(step, self._entries_LPSE)
+        last_B = (self._prompt_end - self._prompt_start - 1).long()
+        uniform_BU = self._settings_B8[:1, COLUMNS.uniform]
+        tokens_B = self._drawn(self._model.logits(hidden_MD[last_B]), uniform_BU[:, :1], 1, end)
+        if self._num_queries == 1:
+            return hidden_MD, tokens_B
+        next_ids_M = token_ids_M.roll(-1).index_copy(0, last_B, tokens_B)
+        draft_logits_BV = self._draft_logits(step, hidden_MD, next_ids_M, last_B)
+        drafts_B = self._drawn(draft_logits_BV, uniform_BU[:, 1:2], 1, end)
+        self._inputs.lengths_B[:1] = self._prompt_end + 1
+        self._go_on(tokens_B, drafts_B, torch.zeros_like(tokens_B))
+        return hidden_MD, torch.cat((tokens_B, drafts_B))
 
     def _go_on(self, last_B: Tensor, drafts_B: Tensor, came_true_B: Tensor) -> None:
         """Make the next step's inputs of what this one has found."""
@@ -292,23 +356,18 @@ class DecodeGraphs:
         cuts = (settings_N8[:, column] for column in (COLUMNS.top_p, COLUMNS.min_p, COLUMNS.top_k))
         return torch.where(is_greedy_N1[:, 0], best_N, draw(probabilities_NV, Settings(uniform_N1, *cuts)))
 
-    def _step(self, size: int) -> Step:
-        token_ids_BT, lengths_B, _ = (tensor[:size] for tensor in self._inputs)
+    def _step(self, token_ids_M: Tensor, lengths_B: Tensor, ends_B: Tensor, num_queries: int) -> Step:
+        """The last `num_queries` of so many tokens of each; those from `ends` on are padding."""
+        size = len(lengths_B)
         pages_BQ = self._pages_BQ[:size]
-        positions_BT = (lengths_B[:, None] + self._ahead_T).clamp(min=0)
+        positions_BT = (lengths_B[:, None] + torch.arange(-num_queries, 0, device=lengths_B.device)).clamp(min=0)
         slots_BT = pages_BQ.gather(1, positions_BT // PAGE) * PAGE + positions_BT % PAGE
+        plan = self._model.plan_on_device(pages_BQ, lengths_B, num_queries)
         return Step(
-            token_ids_M=with_expected(token_ids_BT.flatten(), self._before_Z),
+            token_ids_M=token_ids_M,
             positions_M=positions_BT.flatten(),
-            slots_M=torch.where(lengths_B[:, None] > 0, slots_BT, -1).flatten(),
-            decodes=[
-                Decodes(
-                    [[]] * size,
-                    [0] * size,
-                    self._num_queries,
-                    self._model.plan_on_device(pages_BQ, lengths_B, self._num_queries),
-                )
-            ],
+            slots_M=torch.where(positions_BT < ends_B[:, None], slots_BT, -1).flatten(),
+            decodes=[Decodes([[]] * size, [0] * size, num_queries, plan)],
             chunks=[],
             sampled=torch.empty(0, device=self._model.device),
             num_pages=0,

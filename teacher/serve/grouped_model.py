@@ -34,6 +34,7 @@ class GroupedModel:
         self.max_positions = config.max_position_embeddings
         self.cache_shape = CacheShape(config.num_hidden_layers, 2 * config.num_key_value_heads * config.head_dim)
         self.extent, self.graphable = self.operations.extent, self.operations.graphable
+        self.reads_in_graphs = False  # its kernel takes one query of a sequence
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> GroupedModel:

@@ -51,7 +51,8 @@ class LatentModel:
         self.max_positions = config.max_position_embeddings
         self.cache_shape = CacheShape(config.num_hidden_layers, config.kv_lora_rank + config.qk_rope_head_dim)
         self.num_draft_layers = 0 if weights.mtp is None else 1
-        self.extent, self.graphable = self.operations.extent, self.operations.graphable
+        self.extent = self.operations.extent
+        self.graphable = self.reads_in_graphs = self.operations.graphable
         self._widths = Widths(
             num_heads=config.num_attention_heads,
             nope=config.qk_nope_head_dim,

@@ -48,6 +48,7 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         if max_graphed and model.graphable:
             self._graphs = DecodeGraphs(model, self._entries, max_graphed, self._draft_entries if drafts else None)
+            self.cache.clear(num_pages)  # padding may look at any page
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk[Any]], copies: list[Copy], before_Z: Tensor | None = None) -> Outcome:
@@ -56,9 +57,10 @@ class ModelRunner:
         A token is drawn behind each chunk that ends its sequence's text, and behind its draft. `before` are the tokens
         that the step before has drawn, int64, to which expected ones refer (`Sequence.expect`).
         """
-        if self._graphs is not None and self._graphs.fit(chunks) and self._graphs.may_draw(chunks):
+        graphs = self._graphs
+        if graphs is not None and graphs.may_draw(chunks) and (graphs.fit(chunks) or graphs.fit_prompt(chunks)):
             self.cache.copy(copies)
-            drawn = self._graphs.draw(chunks, before_Z)
+            drawn = graphs.draw(chunks, before_Z) if graphs.fit(chunks) else graphs.read(chunks[0])
             return Outcome(drawn.tokens_M, None, drawn.drafts_B)
         logits_ZV = self.logits(chunks, copies, before_Z)
         places = [(chunk.sequence, ahead) for chunk in chunks for ahead in range(chunk.num_sampled)]
