@@ -94,14 +94,14 @@ def write_random(folder: Path, config: DeepseekV3Config, device: torch.device) -
 # --- engines: each returns {"decode": {batch: seconds a step}, "prefill": tokens a second} ----------------------------
 
 
-def ours(folder: Path, scale: Scale) -> dict[str, Any]:
+def ours(folder: Path, scale: Scale, device: torch.device | None = None) -> dict[str, Any]:
     from teacher.model.block_checkpoint import load_blocks
     from teacher.serve.engine import Engine
     from teacher.serve.latent_model import LatentModel
     from teacher.serve.sequence import Sequence
     from teacher.serve.weights import fuse_entries
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
     config, entries = load_blocks(folder, device)
     model = LatentModel(fuse_entries(config, entries))
@@ -115,7 +115,7 @@ def ours(folder: Path, scale: Scale) -> dict[str, Any]:
     def generate(prompts: list[list[int]], num_tokens: int) -> None:
         list(engine.run([Sequence(n, ids, max_tokens=num_tokens, seed=n) for n, ids in enumerate(prompts)]))
 
-    return _timed(generate, scale)
+    return timed(generate, scale)
 
 
 def vllm(folder: Path, scale: Scale) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def vllm(folder: Path, scale: Scale) -> dict[str, Any]:
         sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
         llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
 
-    return _timed(generate, scale)
+    return timed(generate, scale)
 
 
 def transformers(folder: Path, scale: Scale) -> dict[str, Any]:
@@ -150,15 +150,15 @@ def transformers(folder: Path, scale: Scale) -> dict[str, Any]:
         settings = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False, "pad_token_id": 0}
         model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
 
-    return _timed(generate, scale._replace(batches=[32] if 32 in scale.batches else scale.batches[:1]))
+    return timed(generate, scale._replace(batches=[32] if 32 in scale.batches else scale.batches[:1]))
 
 
 ENGINES: dict[str, Callable[[Path, Scale], dict[str, Any]]] = {"ours": ours, "vllm": vllm, "transformers": transformers}
 
 
-def _timed(generate: Callable[[list[list[int]], int], None], scale: Scale) -> dict[str, Any]:
+def timed(generate: Callable[[list[list[int]], int], None], scale: Scale, *, seed: int = 1) -> dict[str, Any]:
     """Each batch warms itself up by a whole run."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     vocabulary = scale.config.vocab_size
 
     def prompts(count: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ Shape legend: R rows, C columns of a matrix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,8 +37,11 @@ def unfit_for_fp8(config: DeepseekV3Config) -> str | None:
     return next((f"{name} {width}" for name, width in widths.items() if width % BLOCK), None)
 
 
-def load_blocks(folder: Path | str, device: torch.device) -> tuple[DeepseekV3Config, dict[str, Entry]]:
-    """The config, and every entry of the model's state_dict on `device`.
+def load_blocks(
+    folder: Path | str, device: torch.device, *, experts: Sequence[int] | None = None
+) -> tuple[DeepseekV3Config, dict[str, Entry]]:
+    """The config, and every entry of the model's state_dict on `device`; of the routed experts those alone that are
+    named, in their order, where any are, and no others are read.
 
     What V3's FP8 format quantises is a BlockMatrix: as the folder holds it, or quantised here from BF16. All else is
     BF16, but for the routers' correction biases, FP32. Raises CheckpointError as `load_checkpoint` does, and for
@@ -49,6 +53,16 @@ def load_blocks(folder: Path | str, device: torch.device) -> tuple[DeepseekV3Con
         raise CheckpointError(f"is no multiple of {BLOCK}, as FP8 needs it", where=folder / "config.json", field=unfit)
     shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
     stored, wanted = judged(folder, config, shapes)
+    named = list(range(config.n_routed_experts)) if experts is None else list(experts)
+    others = [name for name, (place, _) in wanted.items() if place.expert is not None and place.expert not in named]
+    for name in others:
+        del wanted[name]
+        for part in (name, name + SCALE):
+            stored.pop(part, None)
+    slots = {expert: [slot for slot, held in enumerate(named) if held == expert] for expert in named}
+    shapes |= {
+        place.entry: (len(named), *shapes[place.entry][1:]) for place, _ in wanted.values() if place.expert is not None
+    }
     entries: dict[str, Entry] = {}
     for name, (place, shape) in wanted.items():
         if place.entry in entries:
@@ -62,8 +76,8 @@ def load_blocks(folder: Path | str, device: torch.device) -> tuple[DeepseekV3Con
     scales = {name: tensor for name, tensor in stored.items() if name.endswith(SCALE)}
     for name, scale_inv in read_tensors(scales):
         check_finite(stored, name, scale_inv)
-        weight = name.removesuffix(SCALE)
-        _part(entries, wanted[weight][0]).scale_inv.copy_(scale_inv)
+        for place in _homes(wanted[name.removesuffix(SCALE)][0], slots):
+            _part(entries, place).scale_inv.copy_(scale_inv)
     for name, tensor in read_tensors({name: stored[name] for name in stored if name not in scales}):
         if name in copies:  # they repeat the main model's, which is what is used
             continue
@@ -73,7 +87,8 @@ def load_blocks(folder: Path | str, device: torch.device) -> tuple[DeepseekV3Con
                 raise CheckpointError("holds values that are not finite", where=stored[name].file, field=name)
         else:
             check_finite(stored, name, tensor)
-        _put(entries, wanted[name][0], tensor)
+        for place in _homes(wanted[name][0], slots):
+            _put(entries, place, tensor)
     return config, entries
 
 
@@ -91,6 +106,11 @@ def quantised_entries(model: DeepseekV3) -> dict[str, Entry]:
         else:
             entries[name] = tensor if "correction_bias" in name else tensor.to(torch.bfloat16)
     return entries
+
+
+def _homes(place: Place, slots: dict[int, list[int]]) -> list[Place]:
+    """Where the entries hold it: an expert's place is its slot, or slots."""
+    return [place] if place.expert is None else [place._replace(expert=slot) for slot in slots[place.expert]]
 
 
 def _part(entries: dict[str, Entry], place: Place) -> BlockMatrix:

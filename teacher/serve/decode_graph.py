@@ -154,6 +154,17 @@ class DecodeGraphs:
         plain = all(not (c.sequence.draw.logit_bias or c.sequence.draw.top_logprobs) for c in chunks)
         return plain and (self._num_queries == 1 or all(chunk.sequence.may_run_ahead for chunk in chunks))
 
+    def num_warm_ups(self, chunks: list[Chunk[Any]]) -> int:
+        """Passes beside its own that a step of these takes, where they fit a graph: those before it is captured."""
+        if self.fit(chunks):
+            end = self._end_of(chunks) if self.may_draw(chunks) else End.LOGITS
+            key = _Key(padded(len(chunks)), self._num_queries, end)
+        else:
+            num_rows = padded_prompt(chunks[0].count)
+            assert num_rows is not None
+            key = _Key(1, num_rows, self._end_of(chunks))
+        return 0 if key in self._graphs else _WARM_UP_RUNS
+
     def logits(self, chunks: list[Chunk[Any]], before_Z: Tensor | None) -> Tensor:
         """Behind each row, FP32 [M, V]; they hold until the next run. `before` as `ModelRunner.logits` takes it."""
         return self._run(chunks, before_Z, End.LOGITS)[: len(chunks) * self._num_queries]
@@ -161,6 +172,8 @@ class DecodeGraphs:
     def draw(self, chunks: list[Chunk[Any]], before_Z: Tensor | None) -> Drawn:
         """Tokens behind each row, and, with drafts, a guess at the one behind those that hold."""
         end = self._end_of(chunks)
+        if end == End.DRAWN:
+            self._put_settings([chunk.sequence for chunk in chunks])
         return self._drawn_of(self._run(chunks, before_Z, end), len(chunks))
 
     def read(self, chunk: Chunk[Any]) -> Drawn:
@@ -168,6 +181,8 @@ class DecodeGraphs:
         end, num_rows = self._end_of([chunk]), padded_prompt(chunk.count)
         assert num_rows is not None
         self._last = 1, end
+        if end == End.DRAWN:
+            self._put_settings([chunk.sequence])
         host = self._on_host(num_rows + 2)
         host[: chunk.count] = torch.tensor(chunk.token_ids)
         host[num_rows], host[num_rows + 1] = chunk.start, chunk.end
@@ -203,11 +218,7 @@ class DecodeGraphs:
         return self._decode(size, End.DRAFT)[: len(rows)]
 
     def _end_of(self, chunks: list[Chunk[Any]]) -> End:
-        """How a graph draws for these, whose settings are put in place."""
-        if all(chunk.sequence.draw.temperature == 0 for chunk in chunks):
-            return End.GREEDY
-        self._put_settings([chunk.sequence for chunk in chunks])
-        return End.DRAWN
+        return End.GREEDY if all(chunk.sequence.draw.temperature == 0 for chunk in chunks) else End.DRAWN
 
     def _run(self, chunks: list[Chunk[Any]], before_Z: Tensor | None, end: End) -> Tensor:
         self._last = size, _ = padded(len(chunks)), end

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,19 @@ _CPU_STEP_TOKENS = 512
 _CUDA_STEP_TOKENS = 4096
 
 
+class Lockstep(Protocol):
+    """Engines whose experts are spread over ranks take their steps together (`teacher.parallel.serving`)."""
+
+    is_on: bool  # whether any rank may still have something to compute
+
+    def begin(self, num_rows: int, num_warm_ups: int) -> bool:
+        """Before each step, of so many rows here, none perhaps: whether it may be a graph. Collective.
+
+        Where there are no rows the ranks are given their share of the step, before it returns.
+        """
+        ...
+
+
 class Engine:
     """Generates for many sequences at once with one model.
 
@@ -40,6 +53,8 @@ class Engine:
     device never waits for the host, and of a sequence that ends meanwhile a token too many is computed, or two. It
     waits nevertheless for a sequence whose next token is not the device's alone to say (thinking limits, logprobs), and
     with speculation where sequences come or go: only the graph of a batch knows how many of its drafts came true.
+
+    `lockstep`: the model shares its experts with other ranks' engines, which all take their steps together.
     """
 
     def __init__(
@@ -56,7 +71,11 @@ class Engine:
         speculate: bool = False,
         run_ahead: bool | None = None,
         decode: Decode | None = None,
+        lockstep: Lockstep | None = None,
     ) -> None:
+        if lockstep is not None and speculate:
+            raise ValueError("ranks that share experts do not speculate: the drafts' experts are not shared")
+        self._lockstep = lockstep
         self.precision = model.precision
         self.batch_size = batch_size
         self.speculate = speculate
@@ -104,7 +123,8 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return not (self.scheduler.running or self.scheduler.waiting or self._ended)
+        others = self._lockstep is not None and self._lockstep.is_on
+        return not (self.scheduler.running or self.scheduler.waiting or self._ended or others)
 
     def step(self) -> list[Sequence[Any]]:
         """Compute and sample once; returns the sequences that are finished."""
@@ -118,7 +138,11 @@ class Engine:
     def _step(self) -> None:
         before, self._under_way = self._under_way, None
         chunks = in_order(self.scheduler.schedule())
-        launched = self._launch(chunks, before) if chunks else None
+        graphed = True
+        if self._lockstep is not None:
+            num_rows = sum(chunk.num_rows for chunk in chunks)
+            graphed = self._lockstep.begin(num_rows, self.runner.num_warm_ups(chunks))
+        launched = self._launch(chunks, before, graphed=graphed) if chunks else None
         if before is not None:
             self._take(before)
         if launched is not None and launched.runs_ahead:
@@ -153,8 +177,11 @@ class Engine:
         """Yield each sequence once it is finished, with its `fault` where it has one.
 
         `more` is asked before every step which sequences have come since; the run ends when it has none and all are
-        finished. Whoever abandons the run abandons its sequences.
+        finished. Whoever abandons the run abandons its sequences. With `lockstep` all ranks run, with or without
+        sequences, and the runs end when all are finished on all of them.
         """
+        if self._lockstep is not None:
+            self._lockstep.is_on = True
         try:
             for sequence in sequences:
                 self.add(sequence)
@@ -171,11 +198,10 @@ class Engine:
         sequence.is_wanted = False
         self.scheduler.remove(sequence)
 
-    def _launch(self, chunks: list[Chunk[Any]], before: _Launched | None = None) -> _Launched:
+    def _launch(self, chunks: list[Chunk[Any]], before: _Launched | None = None, *, graphed: bool = True) -> _Launched:
         """`before` is the step under way, where its tokens are not here yet."""
-        outcome = self.runner.run(
-            chunks, self.blocks.take_copies(), None if before is None else before.outcome.tokens_Z
-        )
+        before_Z = None if before is None else before.outcome.tokens_Z
+        outcome = self.runner.run(chunks, self.blocks.take_copies(), before_Z, graphed=graphed)
         runs_ahead = self._runs_ahead and not self.speculate and all(chunk.sequence.may_run_ahead for chunk in chunks)
         if runs_ahead:
             writing = [chunk.sequence for chunk in chunks if chunk.ends_text]

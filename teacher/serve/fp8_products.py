@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from teacher.kernels.experts import routed_experts_fp8
+from teacher.kernels.experts import ExpertWeights, routed_experts_fp8
 from teacher.kernels.gemm import block_gemm
 from teacher.kernels.quantise import Quantised, quantise, rms_norm_quantise, swiglu_quantise
-from teacher.kernels.route import Routes, route
+from teacher.kernels.route import Choice, Routes, route
 from teacher.model.block_checkpoint import Entry
 from teacher.model.config import DeepseekV3Config
 from teacher.model.fp8 import BlockMatrix
@@ -54,4 +54,7 @@ class Fp8Products:
     def experts(self, x: Input, weights: Fp8MoEWeights) -> Tensor:
         assert x.normed_MD is not None
         choice = route(fp32_product(x.normed_MD, weights.router_ED), weights.bias_E, self._routes)
-        return routed_experts_fp8(x.quantised, choice, weights.experts) + self.mlp(x, weights.shared)
+        return self._routed(x.quantised, choice, weights.experts) + self.mlp(x, weights.shared)
+
+    def _routed(self, x: Quantised, choice: Choice, weights: ExpertWeights) -> Tensor:
+        return routed_experts_fp8(x, choice, weights)

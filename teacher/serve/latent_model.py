@@ -27,7 +27,7 @@ from teacher.model.mla import LATENT_NORM_EPS
 from teacher.model.transformer import DeepseekV3
 from teacher.serve.cache import CacheShape
 from teacher.serve.operations import Operations, gathered, operations_for
-from teacher.serve.products import fp32_product, products_for
+from teacher.serve.products import Products, fp32_product, products_for
 from teacher.serve.step import Decodes, PromptChunk, Step
 from teacher.serve.weights import (
     AttentionWeights,
@@ -42,11 +42,13 @@ from teacher.serve.weights import (
 class LatentModel:
     """A `teacher.serve.architecture.Architecture`."""
 
-    def __init__(self, weights: InferenceWeights, operations: Operations | None = None) -> None:
+    def __init__(
+        self, weights: InferenceWeights, operations: Operations | None = None, products: Products | None = None
+    ) -> None:
         self.weights = weights
         self.config = config = weights.config
         self.operations = operations or operations_for(weights)
-        self.products = products_for(weights, self.operations)
+        self.products = products or products_for(weights, self.operations)
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.max_positions = config.max_position_embeddings
         self.cache_shape = CacheShape(config.num_hidden_layers, config.kv_lora_rank + config.qk_rope_head_dim)

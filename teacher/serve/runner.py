@@ -50,19 +50,29 @@ class ModelRunner:
             self._graphs = DecodeGraphs(model, self._entries, max_graphed, self._draft_entries if drafts else None)
             self.cache.clear(num_pages)  # padding may look at any page
 
+    def num_warm_ups(self, chunks: list[Chunk[Any]]) -> int:
+        """Passes that `run` would make of these before the one that counts."""
+        graphs = self._graphs
+        if graphs is None or not chunks or not (graphs.fit(chunks) or graphs.fit_prompt(chunks)):
+            return 0
+        return graphs.num_warm_ups(chunks)
+
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk[Any]], copies: list[Copy], before_Z: Tensor | None = None) -> Outcome:
+    def run(
+        self, chunks: list[Chunk[Any]], copies: list[Copy], before_Z: Tensor | None = None, *, graphed: bool = True
+    ) -> Outcome:
         """Make the copies of pages, then compute chunks that are `in_order` and put their entries into the cache.
 
         A token is drawn behind each chunk that ends its sequence's text, and behind its draft. `before` are the tokens
         that the step before has drawn, int64, to which expected ones refer (`Sequence.expect`).
+        Only where `graphed` may this be a graph.
         """
-        graphs = self._graphs
+        graphs = self._graphs if graphed else None
         if graphs is not None and graphs.may_draw(chunks) and (graphs.fit(chunks) or graphs.fit_prompt(chunks)):
             self.cache.copy(copies)
             drawn = graphs.draw(chunks, before_Z) if graphs.fit(chunks) else graphs.read(chunks[0])
             return Outcome(drawn.tokens_M, None, drawn.drafts_B)
-        logits_ZV = self.logits(chunks, copies, before_Z)
+        logits_ZV = self.logits(chunks, copies, before_Z, graphed)
         places = [(chunk.sequence, ahead) for chunk in chunks for ahead in range(chunk.num_sampled)]
         uniform = [sequence.uniform(ahead + sequence.num_expected) for sequence, ahead in places]
         return Outcome(choose(logits_ZV, uniform, [sequence.draw for sequence, _ in places]), logits_ZV, None)
@@ -79,11 +89,13 @@ class ModelRunner:
         return Outcome(drawn.tokens_M, None, drawn.drafts_B)
 
     @torch.inference_mode()
-    def logits(self, chunks: list[Chunk[Any]], copies: list[Copy], before_Z: Tensor | None = None) -> Tensor:
+    def logits(
+        self, chunks: list[Chunk[Any]], copies: list[Copy], before_Z: Tensor | None = None, graphed: bool = True
+    ) -> Tensor:
         """`run` without drawing: what there is to draw from, FP32 [Z, vocabulary]."""
         self.cache.copy(copies)
         self._last = None
-        if self._graphs is not None and self._graphs.fit(chunks):
+        if self._graphs is not None and graphed and self._graphs.fit(chunks):
             return self._graphs.logits(chunks, before_Z)
         step = build_step(chunks, self.model.device)
         if before_Z is not None and len(before_Z):
