@@ -79,7 +79,7 @@ class Pipeline:
         one_stage = STAGES_PER_RANK[layout.schedule] == 1
         make = _SCHEDULES[layout.schedule]
         # Losses say themselves what share of the batch they are.
-        self._schedule = make(stages[0] if one_stage else stages, layout.microbatches, loss_fn=loss, scale_grads=False)
+        self.schedule = make(stages[0] if one_stage else stages, layout.microbatches, loss_fn=loss, scale_grads=False)
 
     def step(self, input_ids_BT: Tensor, labels_BT: Tensor) -> Tensor | None:
         """Gradients of the micro-batches' losses, summed and added to the blocks' parameters.
@@ -89,7 +89,7 @@ class Pipeline:
         RuntimeError.
         """
         losses: list[Tensor] = []
-        self._schedule.step(
+        self.schedule.step(
             *([input_ids_BT] if self.is_first else []),
             **({"input_ids_BT": input_ids_BT} if self._with_ids else {}),
             **({"target": labels_BT, "losses": losses} if self.is_last else {}),

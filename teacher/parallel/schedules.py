@@ -14,7 +14,7 @@ backward, `I` the gradient of the input alone, `W` that of the weights, which no
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -64,6 +64,16 @@ class Durations:
             return self.overlapped
         times = {"F": self.forward, "B": self.backward, "I": self.backward - self.weights, "W": self.weights}
         return times[action[0].kind]
+
+
+@dataclass(frozen=True)
+class StageDurations:
+    """Of each kind of work on each stage, as measured, say; of a pair the one behind the other."""
+
+    by_work: Mapping[tuple[Kind, int], float]
+
+    def of(self, action: Action) -> float:
+        return sum(self.by_work[work.kind, work.stage] for work in action)
 
 
 class Bound(NamedTuple):

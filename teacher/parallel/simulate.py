@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from teacher.parallel.schedules import Action, Durations, Schedule, Work
+from teacher.parallel.schedules import Action, Durations, Schedule, StageDurations, Work
 
 
 class Span(NamedTuple):
@@ -33,7 +33,7 @@ class Timeline(NamedTuple):
         return max(self.bubbles)
 
 
-def simulate(schedule: Schedule, times: Durations, *, transfer: float = 0.0) -> Timeline:
+def simulate(schedule: Schedule, times: Durations | StageDurations, *, transfer: float = 0.0) -> Timeline:
     """Raises ValueError for an order in which ranks wait for one another for ever."""
     done: dict[tuple[str, int, int], tuple[float, int]] = {}  # work to (end, rank); B counts as I and W
     spans: list[list[Span]] = [[] for _ in schedule.actions_by_rank]

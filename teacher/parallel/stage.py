@@ -134,8 +134,11 @@ def own_part(model: DeepseekV3, meshes: Meshes, *, decode_tokens: int | None = N
     """`model`, built without storage, with only this rank's experts in every MoE layer.
 
     With `decode_tokens` calls without gradients take the low-latency form, for that many tokens a rank at the most.
+    Where one rank holds them all nothing is sent, and nothing rounded on the way.
     """
     config = model.config
+    if meshes.layout.ep == 1:
+        return model
     exchange = Exchange(meshes.experts, meshes.layout.placement(config.n_routed_experts), wire=meshes.layout.wire)
     decode = None
     if decode_tokens is not None:
