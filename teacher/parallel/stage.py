@@ -65,7 +65,7 @@ class PipelineBlock(nn.Module):
         if self.lm_head is None:
             return hidden_BTD
         hidden_BTD = self.norm(hidden_BTD)
-        logits_BTV = self.lm_head(hidden_BTD)
+        logits_BTV = self.lm_head(hidden_BTD).float()  # under autocast too: the schedule was told what a stage gives
         if self.mtp is None:
             return logits_BTV
         assert input_ids_BT is not None
@@ -78,7 +78,7 @@ class PipelineBlock(nn.Module):
         if of_mtp is not None:
             mtp_BTD = self._with_balance(mtp_BTD, [of_mtp])
             self._seen[-1].append(MoEStatistics(*(part.detach() for part in of_mtp)))
-        return self.lm_head(mtp_BTD)
+        return self.lm_head(mtp_BTD).float()
 
     def _with_balance(self, hidden_BTD: Tensor, seen: list[MoEStatistics]) -> Tensor:
         if not seen or not self.balance_weight:

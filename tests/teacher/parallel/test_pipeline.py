@@ -154,3 +154,23 @@ def test_our_dualpipev_is_torchs(num_ranks, extra) -> None:
             if action is not None
         ]
         assert ours == said
+
+
+def under_autocast(ranks: Ranks) -> list[float]:
+    layout = Layout(pp=2, schedule="dualpipev", microbatches=MICROBATCHES)
+    pipeline = Pipeline(model(), formed(layout, ranks), loss=next_token_loss, shape=(2, POSITIONS))
+    optimizer = torch.optim.SGD(pipeline.blocks.parameters(), lr=0.3, momentum=0.9)
+    losses = []
+    for step in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            total = pipeline.step(*batch(step))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses += [] if total is None else [float(total)]
+    return losses
+
+
+def test_stages_give_what_they_promised_under_autocast(tmp_path) -> None:
+    """BF16 rounds to 2^-9; the losses of three steps follow those in FP32."""
+    (losses, _), wanted = run_ranks(under_autocast, 2, tmp_path), alone(3)[0]
+    assert losses == pytest.approx(wanted, rel=3e-2)
