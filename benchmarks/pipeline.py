@@ -1,14 +1,14 @@
 """Pipeline schedules on GPUs: the measured bubble beside the simulator's, and the loss curve beside one process's.
 
-    python -m benchmarks.pipeline [--ranks 2] [--dry-run] [--out DIR]
+    python -m benchmarks.pipeline [--ranks 2] [--only bubble|curve] [--dry-run] [--out DIR]
 
 Steps of a model of V3's architecture with an MTP module, two layers of experts a stage of DualPipeV. Every action of a
 rank (a forward, a backward or one of its halves, of one micro-batch on one stage) is timed by events around it. The
 bubble is what of the step a rank works on nothing; the simulator reckons it from the schedule's order, the measured
-means of each action's time and one measured transfer. Then a small model learns to count for fifty steps, over the
-pipeline and on one rank with the same micro-batches.
+means of each action's time and one measured transfer. Then a small model learns to count for fifty steps in FP32, over
+the pipeline and on one rank with the same micro-batches.
 
-Results go to benchmarks/results/<gpu>/pipeline.json. With --dry-run, or with fewer GPUs than ranks, the sizes are toys,
+Results go to benchmarks/results/<gpu>/pipeline-bubble.json and pipeline-curve.json. With --dry-run, or with fewer GPUs than ranks, the sizes are toys,
 over gloo on the CPU, and nothing is written unless --out names a folder.
 """
 
@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,37 +73,46 @@ CURVE_STEPS = 50
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--dry-run", action="store_true", help="toy sizes over gloo; nothing is written without --out")
     parser.add_argument("--out", type=Path, metavar="DIR", help="instead of benchmarks/results/<gpu>")
     arguments = parser.parse_args()
     toy = arguments.dry_run or torch.cuda.device_count() < arguments.ranks
-    rows, losses = [], {}
-    for schedule in ("1f1b", "dualpipev"):
-        rows.append(_spawn(bubble, arguments.ranks, schedule, toy))
-        row = rows[-1]
-        print(
-            f"{schedule:10} step {row['step_ms']:.1f} ms, bubble {row['bubble_ms']:.2f} ms ({row['share']:.1%}), "
-            f"simulated {row['simulated_bubble_ms']:.2f} ms of {row['simulated_step_ms']:.1f} ms",
-            flush=True,
-        )
-    for name, ranks in (("one process", 1), ("dualpipev", arguments.ranks)):
-        losses[name] = _spawn(curve, ranks, name, toy)
-    apart = max(abs(a - b) / a for a, b in zip(*losses.values(), strict=True))
-    print(f"loss {losses['dualpipev'][0]} to {losses['dualpipev'][-1]}, at most {apart:.1e} from one process's")
     device = torch.device("cpu" if toy else "cuda")
-    result = {
+    about = {
         "device": device_name(device),
         "sizes": "toy" if toy else "full",
         "torch": torch.__version__,
         "driver": None if toy else driver_version(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "config": (TOY if toy else FULL)._asdict(),
-        "rows": rows,
-        "losses": losses,
-        "losses_apart": apart,
     }
-    if arguments.out or not toy:
-        print(write_result("pipeline", result, device=device_name(device), folder=arguments.out))
+    for part in [arguments.only] if arguments.only else PARTS:
+        result = about | PARTS[part](arguments.ranks, toy)
+        if arguments.out or not toy:
+            print(write_result(f"pipeline-{part}", result, device=device_name(device), folder=arguments.out))
+
+
+def measure_bubbles(num_ranks: int, toy: bool) -> dict[str, Any]:
+    rows = []
+    for schedule in ("1f1b", "dualpipev"):
+        row = _spawn(bubble, num_ranks, schedule, toy)
+        rows.append(row)
+        print(
+            f"{schedule:10} step {row['step_ms']:.1f} ms, bubble {row['bubble_ms']:.2f} ms ({row['share']:.1%}), "
+            f"simulated {row['simulated_bubble_ms']:.2f} ms of {row['simulated_step_ms']:.1f} ms",
+            flush=True,
+        )
+    return {"config": (TOY if toy else FULL)._asdict(), "rows": rows}
+
+
+def compare_curves(num_ranks: int, toy: bool) -> dict[str, Any]:
+    alone, piped = (_spawn(curve, ranks, name, toy) for name, ranks in (("1f1b", 1), ("dualpipev", num_ranks)))
+    apart = max(abs(a - b) / a for a, b in zip(alone, piped, strict=True))
+    print(f"loss {piped[0]} to {piped[-1]}, at most {apart:.1e} from one process's", flush=True)
+    return {"config": SMALL, "one_process": alone, "dualpipev": piped, "apart": apart}
+
+
+PARTS: dict[str, Callable[[int, bool], dict[str, Any]]] = {"bubble": measure_bubbles, "curve": compare_curves}
 
 
 def _spawn(body: Any, ranks: int, *given: Any) -> Any:
@@ -272,8 +282,8 @@ def _meet(meshes: Meshes) -> None:
 # --- the curve --------------------------------------------------------------------------------------------------------
 
 
-def curve(ranks: Ranks, name: str, toy: bool) -> list[float]:
-    layout = {"pp": ranks.num_ranks, "schedule": "dualpipev" if ranks.num_ranks > 1 else "1f1b", "microbatches": 8}
+def curve(ranks: Ranks, schedule: str, toy: bool) -> list[float]:
+    layout = {"pp": ranks.num_ranks, "schedule": schedule, "microbatches": 8}
     architecture = {key: value for key, value in SMALL.items() if key != "vocab_size"}
     config = PretrainConfig.model_validate(
         {
@@ -293,7 +303,7 @@ def curve(ranks: Ranks, name: str, toy: bool) -> list[float]:
     ids = ((start + stride * np.arange(32)) % 24).astype(np.uint16)
     meshes = formed(config.layout, ranks)
     model = drawn_part(DeepseekV3Config(**SMALL), meshes, seed=0)
-    run = SpreadPretraining(model, Rows(ids, np.ones_like(ids, dtype=bool)), config, meshes, log_every=1)
+    run = SpreadPretraining(model, Rows(ids, np.ones_like(ids, dtype=bool)), config, meshes, log_every=1, bf16=False)
     run.run(silent())
     return [row["loss"] for row in run.log]
 

@@ -57,7 +57,7 @@ class SpreadPretraining:
     """One run on one of its ranks; all ranks make the same calls.
 
     `model` is this rank's part of it (`drawn_part`, `teacher.parallel.weights.load_part`). `log` is that of
-    `Pretraining`, on every rank.
+    `Pretraining`, on every rank. With `bf16` (None: on a GPU) products are in BF16, else all is in FP32.
     """
 
     def __init__(
@@ -69,7 +69,9 @@ class SpreadPretraining:
         *,
         checkpoint_dir: Path | None = None,
         log_every: int = LOG_EVERY,
+        bf16: bool | None = None,
     ) -> None:
+        self.bf16 = meshes.device.type == "cuda" if bf16 is None else bf16
         self.model, self.config, self.meshes, self.log_every = model, config, meshes, log_every
         self.ids_RT = torch.from_numpy(rows.ids.astype("int64"))
         self.labels_RT = labels(self.ids_RT, torch.from_numpy(rows.is_target))
@@ -83,7 +85,7 @@ class SpreadPretraining:
             loss=self._loss,
             shape=(num_sequences, self.ids_RT.shape[1]),
             balance_weight=config.balance_alpha * self._share,
-            experts="grouped" if meshes.device.type == "cuda" else "sorted",
+            experts="grouped" if meshes.device.type == "cuda" and self.bf16 else "sorted",
         )
         memory = config.memory
         SavedActivations(self.pipeline.blocks, recompute=memory.recompute, fp8=memory.activations == "fp8")
@@ -136,7 +138,7 @@ class SpreadPretraining:
         self._seen.clear()
         own = rows.chunk(self.meshes.layout.num_replicas)[self.meshes.replica]
         with (
-            torch.autocast(self.meshes.device.type, torch.bfloat16, enabled=self.meshes.device.type == "cuda"),
+            torch.autocast(self.meshes.device.type, torch.bfloat16, enabled=self.bf16),
             lost_peers(self.meshes.pipeline),
         ):
             self.pipeline.step(*(part[own].to(self.meshes.device) for part in (self.ids_RT, self.labels_RT)))
