@@ -8,8 +8,8 @@ bubble is what of the step a rank works on nothing; the simulator reckons it fro
 means of each action's time and one measured transfer. Then a small model learns to count for fifty steps in FP32, over
 the pipeline and on one rank with the same micro-batches.
 
-Results go to benchmarks/results/<gpu>/pipeline-bubble.json and pipeline-curve.json. With --dry-run, or with fewer GPUs than ranks, the sizes are toys,
-over gloo on the CPU, and nothing is written unless --out names a folder.
+Results go to benchmarks/results/<gpu>/pipeline-bubble.json and pipeline-curve.json. With --dry-run, or with fewer GPUs
+than ranks, the sizes are toys, over gloo on the CPU, and nothing is written unless --out names a folder.
 """
 
 from __future__ import annotations

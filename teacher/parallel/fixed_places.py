@@ -181,7 +181,12 @@ def routed_experts_over_ranks(
     sum, and the order of the sum.
     """
     received = form.dispatch(x, indices_NK, weights_NK)
+    return form.combine(received_experts(form, received, experts), received)
+
+
+def received_experts(form: FixedPlaces, received: Received, experts: ExpertWeights) -> Tensor:
+    """What this rank's experts make of what arrived, BF16 [Q, D]."""
     # Places are for every token on every rank; of the choices in them one in R is this rank's, on average.
     num_pairs = received.choice.indices_NK.numel() // form.ranks.num_ranks
     plan = default_plan(num_pairs, form.placement.slots_per_rank)
-    return form.combine(routed_experts_fp8(received.x, received.choice, experts, plan=plan), received)
+    return routed_experts_fp8(received.x, received.choice, experts, plan=plan)

@@ -5,13 +5,21 @@ experts, and every layer's tokens travel to theirs and back. So all ranks pass t
 step they agree how many tokens the fullest has: few go through small inboxes, and may be a CUDA graph; more, as where
 any of them reads a prompt, through large ones. A rank that has nothing to compute serves its experts to the others.
 
+Steps of many tokens may go in halves (s.3.4.1): while one half's tokens travel, the device computes the other's
+attention, shared expert and routed experts. The travelling has a stream of its own:
+
+    compute   attention A   attention B    shared A, experts A   shared B, experts B   attention A of the next layer
+    travel                  to experts A   to experts B          back A                back B
+
 Shape legend: M rows, D hidden, K experts a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,22 +31,65 @@ from teacher.kernels.route import Choice
 from teacher.model.block_checkpoint import load_blocks
 from teacher.model.config import DeepseekV3Config, read_config
 from teacher.parallel.dispatch import Exchange
-from teacher.parallel.fixed_places import FixedPlaces, routed_experts_over_ranks
+from teacher.parallel.fixed_places import FixedPlaces, received_experts, routed_experts_over_ranks
 from teacher.parallel.groups import Ranks, lost_peers
 from teacher.parallel.placement import Placement
 from teacher.parallel.wire import Wire
 from teacher.serve.decode_graph import padded
-from teacher.serve.fp8_products import Fp8Products
+from teacher.serve.fp8_products import Fp8Products, Input
 from teacher.serve.latent_model import LatentModel
+from teacher.serve.step import Step, halved
 from teacher.serve.weights import Fp8MoEWeights, fuse_entries
 
 _AGREE_S = 300.0
 
 
-class SpreadProducts(Fp8Products):
-    """`teacher.serve.products.Products` whose routed experts are those of all ranks: `experts` is collective."""
+class Travel:
+    """A stream beside the one that computes; on a CPU all is one behind the other."""
 
-    def __init__(self, config: DeepseekV3Config, ranks: Ranks, placement: Placement, few: int, many: int) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def begin(self, run: Callable[[], Any]) -> Travelling:
+        """`run` once all that computes so far is done. What it reads must be kept until `Travelling.end`."""
+        if self._stream is None:
+            return Travelling(run(), None)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            result, event = run(), torch.cuda.Event()
+            event.record()
+        return Travelling(result, event)
+
+
+class Travelling(NamedTuple):
+    result: Any
+    arrival: torch.cuda.Event | None
+
+    def end(self) -> Any:
+        """What computes from here on waits for it."""
+        if self.arrival is not None:
+            torch.cuda.current_stream().wait_event(self.arrival)
+        return self.result
+
+
+class Sent(NamedTuple):
+    """A half's tokens on their way to a layer's experts, with what they were made of."""
+
+    form: FixedPlaces
+    x: Input
+    choice: Choice
+    travelling: Travelling  # a `Received`
+
+
+class SpreadProducts(Fp8Products):
+    """`teacher.serve.products.Products` whose routed experts are those of all ranks: `experts` is collective.
+
+    A step's fullest rank has up to `few` rows, or up to `many`, and then goes in halves if `in_halves`.
+    """
+
+    def __init__(
+        self, config: DeepseekV3Config, ranks: Ranks, placement: Placement, *, few: int, many: int, in_halves: bool
+    ) -> None:
         super().__init__(config)
         exchange = Exchange(ranks, placement, wire=Wire(out="fp8", back="bf16"))
         kind = FixedPlaces
@@ -47,23 +98,82 @@ class SpreadProducts(Fp8Products):
 
             kind = SymmetricFixedPlaces
         sized = {"hidden": config.hidden_size, "per_token": config.num_experts_per_tok}
-        self._few, self._many = (kind(exchange, **sized, max_tokens=most) for most in (few, many))
-        self._form = self._few
+        self._few = kind(exchange, **sized, max_tokens=few)
+        # A cut at whole sequences leaves the halves a row apart.
+        many_of_each = [many // 2 + 1] * 2 if in_halves else [many]
+        self._many = [kind(exchange, **sized, max_tokens=most) for most in many_of_each]
+        self.forms = [self._few]  # of the next step, one for each of its parts
+        self._travel = Travel(ranks.device)
 
     def choose(self, most_rows: int) -> bool:
         """For the next step, whose fullest rank has so many rows; whether they go through the small inboxes."""
-        self._form = self._few if most_rows <= self._few.max_tokens else self._many
-        return self._form is self._few
+        is_few = most_rows <= self._few.max_tokens
+        self.forms = [self._few] if is_few else self._many
+        return is_few
 
     def serve(self, experts: ExpertWeights) -> None:
         """The others' tokens of one layer, and none of this rank's."""
-        hidden, per_token, device = self._form.hidden, self._form.per_token, experts.down_EDI.device
-        nothing = torch.empty(0, hidden, dtype=torch.bfloat16, device=device)
-        indices = torch.empty(0, per_token, dtype=torch.int32, device=device)
-        routed_experts_over_ranks(self._form, nothing, indices, indices.float(), experts)
+        device, (few, *_) = experts.down_EDI.device, self.forms
+        nothing = torch.empty(0, few.hidden, dtype=torch.bfloat16, device=device)
+        indices = torch.empty(0, few.per_token, dtype=torch.int32, device=device)
+        received = [form.dispatch(nothing, indices, indices.float()) for form in self.forms]
+        for form, of_form in zip(self.forms, received, strict=True):
+            form.combine(received_experts(form, of_form, experts), of_form)
+
+    def send(self, x: Input, weights: Fp8MoEWeights, form: FixedPlaces) -> Sent:
+        """Tokens of one half set out for their experts."""
+        choice = self._choice(x, weights)
+        given = x.quantised, choice.indices_NK, choice.weights_NK
+        return Sent(form, x, choice, self._travel.begin(lambda: form.dispatch(*given)))
+
+    def arrive(self, sent: Sent, weights: Fp8MoEWeights) -> Callable[[], Tensor]:
+        """They are computed and set out for home; the result waits for them, [M, D]."""
+        shared_MD = self.mlp(sent.x, weights.shared)
+        received = sent.travelling.end()
+        out_QD = received_experts(sent.form, received, weights.experts)
+        travelling = self._travel.begin(lambda: sent.form.combine(out_QD, received))
+        read = [sent, received, out_QD]
+
+        def home() -> Tensor:
+            routed_MD: Tensor = travelling.end()
+            read.clear()  # not before
+            return routed_MD + shared_MD
+
+        return home
 
     def _routed(self, x: Quantised, choice: Choice, weights: ExpertWeights) -> Tensor:
-        return routed_experts_over_ranks(self._form, x, choice.indices_NK, choice.weights_NK, weights)
+        (form,) = self.forms
+        return routed_experts_over_ranks(form, x, choice.indices_NK, choice.weights_NK, weights)
+
+
+class SpreadModel(LatentModel):
+    """A `LatentModel` that takes steps in halves where its products say so."""
+
+    products: SpreadProducts
+
+    def hidden(self, step: Step, entries_LPSE: Tensor) -> Tensor:
+        if len(self.products.forms) == 1:
+            return super().hidden(step, entries_LPSE)
+        halves = halved(step, self.plan)
+        x_MD = [self.weights.embedding[half.token_ids_M] for half in halves]
+        branches: list[Callable[[], Tensor] | None] = [None, None]
+        for layer, cache_PSE in zip(self.weights.layers, entries_LPSE, strict=True):
+            sent = []
+            for number, half in enumerate(halves):
+                branch_MD = None if (branch := branches[number]) is None else branch()
+                x_MD[number], normed = self._attended(layer, x_MD[number], branch_MD, half, cache_PSE)
+                if isinstance(layer.mlp, Fp8MoEWeights):
+                    sent.append(self.products.send(normed, layer.mlp, self.products.forms[number]))
+                else:
+                    branches[number] = _ready(self.products.mlp(normed, layer.mlp))
+            if isinstance(layer.mlp, Fp8MoEWeights):
+                branches = [self.products.arrive(of_half, layer.mlp) for of_half in sent]
+        ends = [x if branch is None else x + branch() for x, branch in zip(x_MD, branches, strict=True)]
+        return self._norm(torch.cat(ends), self.weights.norm)
+
+
+def _ready(result: Tensor) -> Callable[[], Tensor]:
+    return lambda: result
 
 
 class RanksInStep:
@@ -90,18 +200,26 @@ class RanksInStep:
 
 
 def load_spread(
-    folder: Path, ranks: Ranks, *, batch_size: int, max_step_tokens: int, placement: Placement | None = None
-) -> tuple[LatentModel, RanksInStep]:
+    folder: Path,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    max_step_tokens: int,
+    placement: Placement | None = None,
+    in_halves: bool = False,
+) -> tuple[SpreadModel, RanksInStep]:
     """A checkpoint folder's model in FP8, of whose routed experts this rank reads its own alone. Collective.
 
-    `placement` says which; None: equal shares in order. The numbers are the engine's, and the same on all ranks.
-    Raises CheckpointError as `load_blocks`, DataError for experts that do not divide among the ranks.
+    `placement` says which; None: equal shares in order. `in_halves`: steps of many tokens compute one half while the
+    other travels. The numbers are the engine's; all that is given is the same on all ranks. Raises CheckpointError as
+    `load_blocks`, DataError for experts that do not divide among the ranks.
     """
     placement = placement or Placement.contiguous(
         num_experts=read_config(folder).n_routed_experts, num_ranks=ranks.num_ranks, ranks_per_node=ranks.ranks_per_node
     )
     config, entries = load_blocks(folder, ranks.device, experts=placement.of_rank(ranks.rank))
     weights = fuse_entries(config, entries)
-    products = SpreadProducts(config, ranks, placement, padded(max(batch_size, 128)), max_step_tokens)
+    few = padded(max(batch_size, 128))
+    products = SpreadProducts(config, ranks, placement, few=few, many=max_step_tokens, in_halves=in_halves)
     experts = [layer.mlp.experts for layer in weights.layers if isinstance(layer.mlp, Fp8MoEWeights)]
-    return LatentModel(weights, products=products), RanksInStep(ranks, products, experts)
+    return SpreadModel(weights, products=products), RanksInStep(ranks, products, experts)

@@ -52,9 +52,11 @@ class Fp8Products:
         return self.linear(Input(swiglu_quantise(gate_up), None), weights.down)
 
     def experts(self, x: Input, weights: Fp8MoEWeights) -> Tensor:
+        return self._routed(x.quantised, self._choice(x, weights), weights.experts) + self.mlp(x, weights.shared)
+
+    def _choice(self, x: Input, weights: Fp8MoEWeights) -> Choice:
         assert x.normed_MD is not None
-        choice = route(fp32_product(x.normed_MD, weights.router_ED), weights.bias_E, self._routes)
-        return self._routed(x.quantised, choice, weights.experts) + self.mlp(x, weights.shared)
+        return route(fp32_product(x.normed_MD, weights.router_ED), weights.bias_E, self._routes)
 
     def _routed(self, x: Quantised, choice: Choice, weights: ExpertWeights) -> Tensor:
         return routed_experts_fp8(x, choice, weights)

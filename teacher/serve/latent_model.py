@@ -112,14 +112,19 @@ class LatentModel:
         self, layer: LayerWeights, x_MD: Tensor, branch_MD: Tensor | None, step: Step, cache_PSE: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The residual stream, and what is still to be added to it: before the layer, and behind it."""
-        eps = self.config.rms_norm_eps
+        x_MD, normed = self._attended(layer, x_MD, branch_MD, step, cache_PSE)
+        if isinstance(layer.mlp, MLPWeights):
+            return x_MD, self.products.mlp(normed, layer.mlp)
+        return x_MD, self.products.experts(normed, layer.mlp)
+
+    def _attended(
+        self, layer: LayerWeights, x_MD: Tensor, branch_MD: Tensor | None, step: Step, cache_PSE: Tensor
+    ) -> tuple[Tensor, Any]:
+        """The residual stream behind the layer's attention, and what its MLP or experts read."""
+        eps, for_experts = self.config.rms_norm_eps, not isinstance(layer.mlp, MLPWeights)
         x_MD, normed = self.products.norm(x_MD, layer.attention.norm, eps, add_MD=branch_MD)
         branch_MD = self._attention(layer.attention, normed, step, cache_PSE)
-        if isinstance(layer.mlp, MLPWeights):
-            x_MD, normed = self.products.norm(x_MD, layer.mlp_norm, eps, add_MD=branch_MD)
-            return x_MD, self.products.mlp(normed, layer.mlp)
-        x_MD, normed = self.products.norm(x_MD, layer.mlp_norm, eps, add_MD=branch_MD, for_experts=True)
-        return x_MD, self.products.experts(normed, layer.mlp)
+        return self.products.norm(x_MD, layer.mlp_norm, eps, add_MD=branch_MD, for_experts=for_experts)
 
     def _attention(self, w: AttentionWeights, normed: Any, step: Step, cache_PSE: Tensor) -> Tensor:
         """`normed` is what products read, that of the layer's input."""

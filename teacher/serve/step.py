@@ -8,7 +8,8 @@ Shape legend: M rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -103,6 +104,48 @@ def build_step(chunks: list[Chunk[Any]], device: torch.device) -> Step:
         sampled += range(len(token_ids) - chunk.num_sampled, len(token_ids))
     table = torch.tensor([token_ids, positions, slots], device=device)
     return Step(*table, decodes, prompts, torch.tensor(sampled, dtype=torch.long, device=device), highest + 1)
+
+
+def halved(step: Step, plan: Callable[[Decodes], Any]) -> tuple[Step, Step]:
+    """The rows of a step as two, as equal as whole sequences that decode allow; the second attends to the first's.
+
+    `plan` is the model's: groups of decoding sequences that are cut need another one each.
+    """
+    cut, row = len(step.token_ids_M) // 2, 0
+    for group in step.decodes:
+        if row < cut < row + group.num_rows:
+            cut -= (cut - row) % group.num_queries
+        row += group.num_rows
+    decodes: tuple[list[Decodes], list[Decodes]] = ([], [])
+    row = 0
+    for group in step.decodes:
+        num_first = max(0, min(len(group), (cut - row) // group.num_queries))
+        row += group.num_rows
+        for half, part in zip(decodes, (slice(num_first), slice(num_first, None)), strict=True):
+            of_half = replace(group, pages=group.pages[part], lengths=group.lengths[part])
+            if of_half.lengths:
+                half.append(group if len(of_half) == len(group) else replace(of_half, plan=plan(of_half)))
+    chunks: tuple[list[PromptChunk], list[PromptChunk]] = ([], [])
+    for chunk in step.chunks:
+        if chunk.start < cut:
+            end = min(chunk.end, cut)
+            chunks[0].append(PromptChunk(chunk.start, end, chunk.context - (chunk.end - end), chunk.pages))
+        if chunk.end > cut:
+            start = max(chunk.start, cut)
+            chunks[1].append(PromptChunk(start - cut, chunk.end - cut, chunk.context, chunk.pages))
+    rows = slice(cut), slice(cut, None)
+    first, second = (
+        replace(
+            step,
+            token_ids_M=step.token_ids_M[part],
+            positions_M=step.positions_M[part],
+            slots_M=step.slots_M[part],
+            decodes=of_decodes,
+            chunks=of_chunks,
+        )
+        for part, of_decodes, of_chunks in zip(rows, decodes, chunks, strict=True)
+    )
+    return first, second
 
 
 def with_expected(token_ids_M: Tensor, before_Z: Tensor) -> Tensor:
