@@ -82,8 +82,11 @@ bench: $(STAMP) ## Measure what the speed claims rest on; results go to benchmar
 bench-kernels: $(STAMP) ## Time every kernel of the teacher beside its floor and its peers (DRY_RUN=1: toy sizes)
 	@$(BIN)/python -m benchmarks.kernels $(if $(DRY_RUN),--dry-run)
 
-bench-parallel: $(STAMP) ## Time expert parallelism between GPUs beside NCCL (DRY_RUN=1: toy sizes over gloo)
+bench-parallel: $(STAMP) ## Time dispatch, serving and pipelines over GPUs (DRY_RUN=1: toy sizes over gloo)
 	@$(BIN)/python -m benchmarks.parallel $(if $(DRY_RUN),--dry-run)
+	@$(BIN)/python -m benchmarks.parallel_serving $(if $(DRY_RUN),--dry-run)
+	@$(BIN)/python -m benchmarks.overlap $(if $(DRY_RUN),--dry-run)
+	@$(BIN)/python -m benchmarks.pipeline $(if $(DRY_RUN),--dry-run)
 
 tune: $(STAMP) ## Measure the kernels' plans on this GPU and keep the fastest in teacher/kernels/tables
 	@$(BIN)/python -m benchmarks.kernels.tune
