@@ -2,7 +2,8 @@
 
     potstill run|generate|distill|eval|compare RECIPE [--set a.b=value] [--out runs]
     potstill push|push-traces|serve RECIPE [--dry-run]     potstill doctor [RECIPE]     potstill zoo list|show
-    potstill pretrain RECIPE (under torchrun)     potstill pico teacher|bases     potstill ledger merge OUT IN...
+    potstill pretrain RECIPE (under torchrun)     potstill launch JOB [--dry-run]     potstill pico teacher|bases
+    potstill ledger merge OUT IN...
 
 Results go to standard output, progress and errors to standard error. A fault is one line and an exit code of
 `distill.errors`; Ctrl-C exits with 130 and SIGTERM with 75, both after what is done so far has been kept.
@@ -144,6 +145,37 @@ def serve(
                 reasoning_parser=reasoning_parser,
                 end_loops=end_loops,
             )
+
+
+@app.command()
+def launch(
+    job: Annotated[Path, typer.Argument(metavar="JOB", help="job file: launcher, nodes, command (docs/launch.md)")],
+    set_: Overrides = [],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="where to write what is rendered")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="render and check, start nothing")] = False,
+) -> None:
+    """Start a job on one machine, a Slurm or Ray cluster, or a cloud."""
+    import subprocess
+
+    from distill.manifest import write_atomically
+    from distill.recipe import load_settings
+    from pipelines.launch.check import check, submit
+    from pipelines.launch.config import LaunchConfig
+    from pipelines.launch.render import rendered
+
+    config = load_settings(LaunchConfig, job, set_)
+    text = rendered(config)
+    checked = check(config, text)
+    if dry_run and out is None:
+        typer.echo(text, nl=False)
+        typer.echo(f"potstill: {config.name} for {config.launcher}: {checked}; nothing is started", err=True)
+        return
+    path = out or Path(f"{config.name}.{'yaml' if config.launcher == 'skypilot' else 'sh'}")
+    command = [] if dry_run else submit(config, path)
+    write_atomically(path, text)
+    typer.echo(f"{path}: {checked}")
+    if command:
+        raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
 @app.command()
