@@ -120,11 +120,6 @@ def test_a_sequence_withdrawn_while_its_token_is_under_way_leaves_nothing(
     assert engine.blocks.num_available == engine.blocks.num_pages
 
 
-def test_steps_ahead_of_drafts_are_refused(model: DeepseekV3) -> None:
-    with pytest.raises(ValueError, match="cannot be launched ahead"):
-        Engine(LatentModel.of(model), batch_size=1, eos_token_ids=(), speculate=True, run_ahead=True)
-
-
 def test_a_text_met_again_is_read_from_the_cache(model: DeepseekV3) -> None:
     engine = Engine(LatentModel.of(model), batch_size=2, eos_token_ids=())
     first, again = Sequence(0, [7] * 150, max_tokens=50, seed=0), Sequence(1, [7] * 150, max_tokens=50, seed=0)
