@@ -155,7 +155,7 @@ class DecodeGraphs:
         return plain and (self._num_queries == 1 or all(chunk.sequence.may_run_ahead for chunk in chunks))
 
     def num_warm_ups(self, chunks: list[Chunk[Any]]) -> int:
-        """Passes beside its own that a step of these takes, where they fit a graph: those before it is captured."""
+        """Passes beside its own that a step of these takes, which is a graph: those before it is captured."""
         if self.fit(chunks):
             end = self._end_of(chunks) if self.may_draw(chunks) else End.LOGITS
             key = _Key(padded(len(chunks)), self._num_queries, end)
@@ -163,7 +163,7 @@ class DecodeGraphs:
             num_rows = padded_prompt(chunks[0].count)
             assert num_rows is not None
             key = _Key(1, num_rows, self._end_of(chunks))
-        return 0 if key in self._graphs else _WARM_UP_RUNS
+        return 0 if key in self._graphs or not self._on_gpu else _WARM_UP_RUNS
 
     def logits(self, chunks: list[Chunk[Any]], before_Z: Tensor | None) -> Tensor:
         """Behind each row, FP32 [M, V]; they hold until the next run. `before` as `ModelRunner.logits` takes it."""

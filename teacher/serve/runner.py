@@ -53,9 +53,10 @@ class ModelRunner:
     def num_warm_ups(self, chunks: list[Chunk[Any]]) -> int:
         """Passes that `run` would make of these before the one that counts."""
         graphs = self._graphs
-        if graphs is None or not chunks or not (graphs.fit(chunks) or graphs.fit_prompt(chunks)):
+        if graphs is None or not chunks:
             return 0
-        return graphs.num_warm_ups(chunks)
+        is_graph = graphs.fit(chunks) or (graphs.fit_prompt(chunks) and graphs.may_draw(chunks))
+        return graphs.num_warm_ups(chunks) if is_graph else 0
 
     @torch.inference_mode()
     def run(
