@@ -196,7 +196,7 @@ def test_torchrun_on_this_machine_trains(tmp_path: Path) -> None:
     recipe.write_text(yaml.safe_dump(PRETRAIN))
     given = config(
         launcher="torchrun", job="pretrain", recipe=str(recipe), out=str(tmp_path / "teacher"),
-        workdir=str(ROOT), gpus_per_node=0, processes_per_node=2, rendezvous_port=29_571,
+        workdir=str(ROOT), gpus_per_node=0, processes_per_node=2, rendezvous_port=ports()["metrics_agent_port"],
         overrides=["layout.ep=2"], arguments=["--held-out", "1"], env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     result = run(rendered(given), tmp_path)
