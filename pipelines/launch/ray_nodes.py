@@ -24,6 +24,7 @@ PLACED_S = 600  # until a cluster that grows has grown
 STOPPED_S = 120
 STOPPED = 75
 MOST_STARTS = 100
+POLL_S = 0.5
 
 
 class Node:
@@ -58,15 +59,17 @@ def main() -> int:
     if not group.wait(PLACED_S):
         sys.stderr.write(f"potstill: the cluster has not {arguments.nodes} nodes with {share} each\n")
         return 3
+    told: list[int] = []  # `ray job stop` sends SIGTERM, and SIGKILL three seconds later: the nodes hear the first
+    signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
     for _ in range(MOST_STARTS):
-        code = run_once(group, arguments.nodes, arguments.gpus, arguments.script)
-        if code != STOPPED:
+        code = run_once(group, arguments.nodes, arguments.gpus, arguments.script, told)
+        if code != STOPPED or told:
             break
     return code
 
 
-def run_once(group: PlacementGroup, num_nodes: int, gpus: int, script: str) -> int:
-    """Whichever fails first ends all; the first node's end is that of all."""
+def run_once(group: PlacementGroup, num_nodes: int, gpus: int, script: str, told: list[int]) -> int:
+    """Whichever fails first ends all; the first node's end is that of all, and so is a signal in `told`."""
     # Two calls at a time: one runs the script, another may stop it.
     actor = ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=2)(Node)
     nodes = []
@@ -76,11 +79,11 @@ def run_once(group: PlacementGroup, num_nodes: int, gpus: int, script: str) -> i
     head = ray.get(nodes[0].address.remote())
     runs = [node.run.remote(script, rank, head) for rank, node in enumerate(nodes)]
     left, code = list(runs), 0
-    while runs[0] in left and code == 0:
-        (done, *_), left = ray.wait(left)
-        code = ray.get(done)
+    while runs[0] in left and code == 0 and not told:
+        done, left = ray.wait(left, timeout=POLL_S)
+        code = max(ray.get(done), default=0)
     ray.get([node.stop.remote() for node in nodes])
-    code = code if runs[0] in left else ray.get(runs[0])
+    code = code if runs[0] in left and not told else ray.get(runs[0])
     for node in nodes:
         ray.kill(node)
     return code

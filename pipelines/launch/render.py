@@ -56,7 +56,7 @@ def _sky_task(config: LaunchConfig, node: str) -> str:
         "instance_type": options.instance_type,
         "use_spot": options.use_spot,
         "disk_size": options.disk_gb,
-        "job_recovery": {"max_restarts_on_errors": 3},
+        "job_recovery": {"max_restarts_on_errors": 3, "recover_on_exit_codes": [75]},  # 75 is not counted
     }
     task = {
         "name": config.name,

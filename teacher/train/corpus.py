@@ -54,6 +54,9 @@ def build_corpus(
     num_chunks = max(1, num_problems // (per_chunk * len(pico_families())))
     work = partial(_chunk, tokenizer.to_str(), per_chunk, facts_share, row_length)
     seeds = [seed * 1_000_003 + 7919 * index for index in range(num_chunks)]
+    num_workers = min(num_workers, num_chunks)
+    if num_workers == 1:  # a process of its own would import torch for nothing
+        return concatenate([work(chunk_seed) for chunk_seed in seeds], seed=seed)
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
         return concatenate(list(pool.map(work, seeds, chunksize=4)), seed=seed)
 

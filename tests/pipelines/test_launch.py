@@ -205,17 +205,23 @@ def test_torchrun_on_this_machine_trains(tmp_path: Path) -> None:
 
 
 SRUN = """
-    import os, signal, subprocess, sys, time
+    import os, pathlib, subprocess, sys, time
     script = sys.argv[sys.argv.index("-c") + 1]
     count = int(os.environ["SLURM_NNODES"])
     tasks = [
         subprocess.Popen(["bash", "-c", script], env=os.environ | {"SLURM_NODEID": str(rank)}) for rank in range(count)
     ]
-    signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
+    killed = "--kill-on-bad-exit=1" in sys.argv
+    if "TOLD" in os.environ:  # Slurm tells every task before the time limit
+        while not all(pathlib.Path(f"up-{rank}").exists() for rank in range(count)):
+            time.sleep(0.05)
+        [task.terminate() for task in tasks]
     while all(task.poll() is None for task in tasks):
         time.sleep(0.05)
-    for task in tasks:  # --wait: the others do not outlive the first that ends
-        task.poll() is None and task.terminate()
+    if killed and any(task.poll() for task in tasks):
+        [task.kill() for task in tasks]
+    elif "TOLD" not in os.environ:  # --wait: the others do not outlive the first that ends
+        [task.poll() is None and task.terminate() for task in tasks]
     sys.exit(max(abs(task.wait()) for task in tasks))
 """
 SCONTROL = """
@@ -262,6 +268,26 @@ def test_a_slurm_job_is_queued_again_until_it_is_done(tmp_path: Path) -> None:
     assert not list(work.glob(".launch-*"))
 
 
+TORCHRUN = """
+    import os, pathlib, signal, sys, time
+    rank = int(os.environ["NODE_RANK"])
+    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1.0 - rank), sys.exit(1)))
+    pathlib.Path(f"up-{rank}").touch()
+    time.sleep(60)
+"""
+
+
+def test_a_slow_first_node_is_queued_again_too(tmp_path: Path) -> None:
+    """All nodes are told to stop; one is through before the first has kept what it has, and must not end it."""
+    for name, body in (("srun", SRUN), ("scontrol", SCONTROL), ("torchrun", TORCHRUN)):
+        program(tmp_path, name, body)
+    script = rendered(config(workdir=str(tmp_path), job="pretrain"))
+    slurm = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "41", "TOLD": "1"}
+    result = run(f"cd {tmp_path}\n{script}", tmp_path, **slurm, REQUEUED=str(tmp_path / "requeued"))
+    assert result.returncode == 75, result.stderr
+    assert (tmp_path / "requeued").read_text() == "requeue 41\n"
+
+
 def test_a_node_that_is_stopped_says_so(tmp_path: Path) -> None:
     """SIGTERM goes on to the command; that it failed because of it is 75, whatever it said itself."""
     program(tmp_path, "potstill", "import pathlib, time; pathlib.Path('up').touch(); time.sleep(60)")
@@ -282,26 +308,41 @@ def ports() -> dict[str, int]:
         return {name: probe.getsockname()[1] for name, probe in zip(names, probes, strict=True)}
 
 
+STARTER = f"""
+    import json, os, subprocess, sys, time
+    from pathlib import Path
+    from ray.cluster_utils import Cluster
+    settings = json.loads(sys.argv[1])
+    head = {{"num_cpus": 0, "include_dashboard": False}} | settings[0]
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    for of_node in settings[1:]:
+        cluster.add_node(num_cpus=1, **of_node)
+    job = subprocess.Popen(
+        [sys.executable, "{ROOT}/pipelines/launch/ray_nodes.py", "--nodes", "2", sys.argv[2]],
+        env=os.environ | {{"RAY_ADDRESS": cluster.address}},
+    )
+    if len(sys.argv) > 3:  # the job is stopped when all its nodes are up
+        while job.poll() is None and not all(Path(f"{{sys.argv[3]}}-{{rank}}").exists() for rank in range(2)):
+            time.sleep(0.1)
+        job.terminate()
+    code = job.wait()
+    cluster.shutdown()
+    sys.exit(code)
+"""
+
+
+def on_ray(script: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """The script as a job of a cluster of a head and two nodes."""
+    settings = json.dumps([ports() for _ in range(3)])
+    command = [sys.executable, "-c", textwrap.dedent(STARTER), settings, textwrap.dedent(script), *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ray_runs_a_script_on_each_of_two_nodes(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
-    starter = f"""
-        import json, os, subprocess, sys
-        from ray.cluster_utils import Cluster
-        settings = json.loads(sys.argv[1])
-        head = {{"num_cpus": 0, "include_dashboard": False}} | settings[0]
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        for of_node in settings[1:]:
-            cluster.add_node(num_cpus=1, **of_node)
-        code = subprocess.run(
-            [sys.executable, "{ROOT}/pipelines/launch/ray_nodes.py", "--nodes", "2", sys.argv[2]],
-            env=os.environ | {{"RAY_ADDRESS": cluster.address}},
-        ).returncode
-        cluster.shutdown()
-        sys.exit(code)
-    """
     script = f"""
         cd {tmp_path}
         echo "$NODE_RANK $HEAD" >>nodes
@@ -309,9 +350,23 @@ def test_ray_runs_a_script_on_each_of_two_nodes(tmp_path: Path) -> None:
         trap 'echo ended >>served; exit 0' TERM
         while :; do sleep 0.1; done
     """
-    settings = json.dumps([ports() for _ in range(3)])
-    command = [sys.executable, "-c", textwrap.dedent(starter), settings, textwrap.dedent(script)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    result = on_ray(script)
     assert result.returncode == 0, result.stderr[-3000:]
     assert [line.split()[0] for line in sorted((tmp_path / "nodes").read_text().splitlines())] == ["0", "0", "1", "1"]
     assert (tmp_path / "served").read_text() == "ended\n" * 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_ray_job_that_is_stopped_stops_its_nodes(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    script = f"""
+        cd {tmp_path}
+        trap 'touch "ended-$NODE_RANK"; exit 75' TERM
+        touch "up-$NODE_RANK"
+        for _ in $(seq 300); do sleep 0.1; done
+    """
+    result = on_ray(script, str(tmp_path / "up"))
+    assert result.returncode == 75, result.stderr[-3000:]
+    assert sorted(path.name for path in tmp_path.glob("ended-*")) == ["ended-0", "ended-1"]
