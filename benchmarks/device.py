@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import platform
 import re
@@ -36,6 +37,18 @@ def driver_version() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.splitlines()[0].strip() if result.stdout else None
+
+
+def where_and_when(device: torch.device) -> dict[str, Any]:
+    """What every result of one device begins with."""
+    import torch
+
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "driver": driver_version() if device.type == "cuda" else None,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
 
 
 def write_result(name: str, result: dict[str, Any], *, device: str | None = None, folder: Path | None = None) -> Path:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from benchmarks.device import device_name, driver_version, write_result
+from benchmarks.device import device_name, where_and_when, write_result
 from teacher.model.config import DeepseekV3Config
 from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
@@ -88,11 +87,8 @@ def main() -> None:
             rows.append(measured(name, memory, config, tokens, meshes))
             print(rows[-1], flush=True)
     result: dict[str, Any] = {
-        "device": device_name(device),
+        **where_and_when(device),
         "sizes": {"tokens": tokens, **fields},
-        "torch": torch.__version__,
-        "driver": driver_version() if on_gpu else None,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "rows": [asdict(row) for row in rows],
     }
     if arguments.out or not arguments.dry_run:

@@ -13,7 +13,6 @@ CPU, where nothing overlaps, and nothing is written unless --out names a folder.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import tempfile
@@ -24,18 +23,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
-from benchmarks.device import RESULTS, device_name, driver_version, write_result
+from benchmarks.device import device_name, where_and_when, write_result
 from benchmarks.parallel import NO_MULTICAST
+from benchmarks.parallel_serving import device_of, spawn, spread_engine, write
 from benchmarks.serve import v3
-from teacher.kernels.mla_cache import PAGE
 from teacher.parallel.groups import Ranks, opened_ranks
-from teacher.parallel.serving import load_spread
 from teacher.serve.engine import Engine
 from teacher.serve.sequence import Sequence
 
-STEP_TOKENS = 4096
 REPEATS = 5
 
 
@@ -59,45 +55,35 @@ def main() -> None:
     device = torch.device("cpu" if toy else "cuda")
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
         folder = Path(scratch) / "v3-slice"
-        _spawn(_write, 1, folder, scale, toy)
+        spawn(write, 1, folder, scale, toy)
         print("weights written", flush=True)
-        _spawn(_measure, num_ranks, folder, scale, toy)
+        spawn(_measure, num_ranks, folder, scale, toy)
         result = json.loads((folder / "result.json").read_text())
         drawn = (folder / "overlap.svg").read_text() if not toy else None
     print(json.dumps(result, indent=2))
     about = {
-        "device": device_name(device),
+        **where_and_when(device),
         "ranks": num_ranks,
         "sizes": "toy" if toy else "DeepSeek-V3",
-        "torch": torch.__version__,
-        "driver": None if toy else driver_version(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "config": scale.config.to_json(),
     }
     if arguments.out or not toy:
-        print(write_result("overlap", about | result, device=device_name(device), folder=arguments.out))
+        path = write_result("overlap", about | result, device=device_name(device), folder=arguments.out)
+        print(path)
         if drawn is not None:
-            ((arguments.out or RESULTS / device_name(device)) / "overlap.svg").write_text(drawn)
-
-
-def _spawn(body: Any, num_ranks: int, *given: Any) -> None:
-    torch.multiprocessing.start_processes(body, (num_ranks, *given), nprocs=num_ranks, start_method="spawn")
-
-
-def _write(rank: int, num_ranks: int, folder: Path, scale: v3.Scale, toy: bool) -> None:
-    v3.write_random(folder, scale.config, torch.device("cpu") if toy else torch.device("cuda", rank))
+            path.with_suffix(".svg").write_text(drawn)
 
 
 def _measure(rank: int, num_ranks: int, folder: Path, scale: v3.Scale, toy: bool) -> None:
     torch.set_num_threads(1)
-    device = torch.device("cpu") if toy else torch.device("cuda", rank)
+    device = device_of(rank, toy)
     generator = torch.Generator().manual_seed(rank)
     ids = torch.randint(2, scale.config.vocab_size, (v3.PREFILL, scale.context), generator=generator).tolist()
     result: dict[str, Any] = {}
     store = f"file://{folder}/store"
     with opened_ranks(rank=rank, num_ranks=num_ranks, init_method=store, device=device, timeout_s=120) as ranks:
         for in_halves in (False, True):
-            engine = _engine(folder, ranks, scale, in_halves=in_halves)
+            engine = spread_engine(folder, ranks, scale, in_halves=in_halves)
             seconds = [_read(engine, ranks, ids) for _ in range(REPEATS + 2)][2:]
             tokens_per_s = num_ranks * v3.PREFILL * scale.context / sorted(seconds)[REPEATS // 2]
             result["in halves" if in_halves else "whole"] = {"tokens_per_s": tokens_per_s, "seconds": seconds}
@@ -108,15 +94,6 @@ def _measure(rank: int, num_ranks: int, folder: Path, scale: v3.Scale, toy: bool
                 (folder / "overlap.svg").write_text(_drawn(kernels))
     if rank == 0:
         (folder / "result.json").write_text(json.dumps(result))
-
-
-def _engine(folder: Path, ranks: Ranks, scale: v3.Scale, *, in_halves: bool) -> Engine:
-    # Prompts are whole steps' parts, and too long for the small inboxes.
-    step_tokens = max(STEP_TOKENS if ranks.device.type == "cuda" else 0, 4 * scale.context)
-    sizes = {"batch_size": v3.PREFILL, "max_step_tokens": step_tokens}
-    model, lockstep = load_spread(folder, ranks, **sizes, in_halves=in_halves)
-    num_pages = v3.PREFILL * (scale.context // PAGE + 1)
-    return Engine(model, **sizes, eos_token_ids=(), prefix_caching=False, num_pages=num_pages, lockstep=lockstep)
 
 
 def _read(engine: Engine, ranks: Ranks, prompts: list[list[int]]) -> float:

@@ -12,14 +12,14 @@ Times are medians on the slowest rank. The floor is the bytes that leave a rank 
 measured in the same run. Peers are NCCL's all-to-all, once each way, of the very same bytes.
 
 Each section has processes of its own: one that fails or hangs is reported, and the others run. Results go to
-benchmarks/results/<gpu>/parallel.json. With --dry-run, or with fewer than two GPUs, the sizes are toys, over gloo on
-the CPU, and nothing is written unless --out names a folder. NVLink multicast is switched off, in NCCL and in torch.
+benchmarks/results/<gpu>/parallel.json, those of --only to parallel-part.json. With --dry-run, or with fewer than two
+GPUs, the sizes are toys, over gloo on the CPU, and nothing is written unless --out names a folder. NVLink multicast is
+switched off, in NCCL and in torch.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import re
@@ -35,7 +35,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from benchmarks.device import device_name, driver_version, write_result
+from benchmarks.device import device_name, where_and_when, write_result
 from benchmarks.parallel_layer import places_and_layer
 from benchmarks.parallel_timing import (
     FULL,
@@ -78,16 +78,15 @@ def main() -> None:
     rows = [row for name in chosen for row in section_rows(name, ranks, toy=toy)]
     device = torch.device("cpu" if toy else "cuda")
     result = {
-        "device": device_name(device),
+        **where_and_when(device),
         "sizes": "toy" if toy else "DeepSeek-V3",
-        "torch": torch.__version__,
         "nccl": None if toy else ".".join(map(str, torch.cuda.nccl.version())),
-        "driver": None if toy else driver_version(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "rows": [asdict(row) for row in rows],
     }
     if arguments.out or not toy:
-        path = write_result("parallel", result, device=device_name(device), folder=arguments.out)
+        path = write_result(
+            "parallel-part" if arguments.only else "parallel", result, device=device_name(device), folder=arguments.out
+        )
         print(f"\n{path}")
     print_table(result, rows)
     if any(row.failed for row in rows):

@@ -12,7 +12,6 @@ gloo on the CPU, and nothing is written unless --out names a folder.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import tempfile
@@ -24,11 +23,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from benchmarks.device import device_name, driver_version, write_result
+from benchmarks.device import device_name, where_and_when, write_result
 from benchmarks.parallel import NO_MULTICAST
 from benchmarks.serve import v3
 from teacher.kernels.mla_cache import PAGE
-from teacher.parallel.groups import opened_ranks
+from teacher.parallel.groups import Ranks, opened_ranks
 from teacher.parallel.serving import load_spread
 from teacher.serve.engine import Engine
 from teacher.serve.sequence import Sequence
@@ -52,11 +51,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
         folder = Path(scratch) / "v3-slice"
         started = time.perf_counter()
-        _spawn(_write, 1, folder, scale, toy)
+        spawn(write, 1, folder, scale, toy)
         print(f"weights written in {time.perf_counter() - started:.0f} s", flush=True)
         for ranks in (1, num_ranks):
             print(f"ranks: {ranks}", flush=True)
-            _spawn(_measure, ranks, folder, scale, toy)
+            spawn(_measure, ranks, folder, scale, toy)
             results[ranks] = json.loads((folder / "result.json").read_text())
     rows = _rows(results)
     for row in rows:
@@ -65,11 +64,8 @@ def main() -> None:
         print(f"{row['scenario']:10}{row['ranks']:>3}{row['batch']:>6}{step:>14}{row['tokens_per_s']:>12.0f}/s {times}")
     device = torch.device("cpu" if toy else "cuda")
     result = {
-        "device": device_name(device),
+        **where_and_when(device),
         "sizes": "toy" if toy else "DeepSeek-V3",
-        "torch": torch.__version__,
-        "driver": None if toy else driver_version(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "config": scale.config.to_json(),
         "context": scale.context,
         "rows": rows,
@@ -78,29 +74,32 @@ def main() -> None:
         print(write_result("parallel-serving", result, device=device_name(device), folder=arguments.out))
 
 
-def _spawn(body: Any, num_ranks: int, *given: Any) -> None:
+def spawn(body: Any, num_ranks: int, *given: Any) -> None:
     torch.multiprocessing.start_processes(body, (num_ranks, *given), nprocs=num_ranks, start_method="spawn")
 
 
-def _write(rank: int, num_ranks: int, folder: Path, scale: v3.Scale, toy: bool) -> None:
-    v3.write_random(folder, scale.config, _device(rank, toy))
+def write(rank: int, num_ranks: int, folder: Path, scale: v3.Scale, toy: bool) -> None:
+    v3.write_random(folder, scale.config, device_of(rank, toy))
+
+
+def spread_engine(folder: Path, ranks: Ranks, scale: v3.Scale, *, in_halves: bool = False) -> Engine:
+    """For the largest batch; prompts fill steps that are too large for the small inboxes."""
+    batch_size = max(scale.batches)
+    step_tokens = STEP_TOKENS if ranks.device.type == "cuda" else 4 * scale.context
+    sizes = {"batch_size": batch_size, "max_step_tokens": step_tokens}
+    model, lockstep = load_spread(folder, ranks, **sizes, in_halves=in_halves)
+    num_pages = batch_size * (-(-(scale.context + scale.many) // PAGE) + 1)
+    return Engine(model, **sizes, eos_token_ids=(), prefix_caching=False, num_pages=num_pages, lockstep=lockstep)
 
 
 def _measure(rank: int, num_ranks: int, folder: Path, scale: v3.Scale, toy: bool) -> None:
     torch.set_num_threads(1)
+    device, store = device_of(rank, toy), f"file://{folder}/store"
     if num_ranks == 1:
-        result = v3.ours(folder, scale, _device(rank, toy))
+        result = v3.ours(folder, scale, device)
     else:
-        store = f"file://{folder}/store"
-        with opened_ranks(
-            rank=rank, num_ranks=num_ranks, init_method=store, device=_device(rank, toy), timeout_s=300
-        ) as ranks:
-            batch_size, step_tokens = max(scale.batches), scale.context * 2 if toy else STEP_TOKENS
-            model, lockstep = load_spread(folder, ranks, batch_size=batch_size, max_step_tokens=step_tokens)
-            engine = Engine(
-                model, batch_size=batch_size, eos_token_ids=(), prefix_caching=False, max_step_tokens=step_tokens,
-                num_pages=batch_size * (-(-(scale.context + scale.many) // PAGE) + 1), lockstep=lockstep,
-            )  # fmt: skip
+        with opened_ranks(rank=rank, num_ranks=num_ranks, init_method=store, device=device, timeout_s=300) as ranks:
+            engine = spread_engine(folder, ranks, scale)
 
             def generate(prompts: list[list[int]], num_tokens: int) -> None:
                 dist.barrier(ranks.world)
@@ -132,7 +131,7 @@ def _rows(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _device(rank: int, toy: bool) -> torch.device:
+def device_of(rank: int, toy: bool) -> torch.device:
     return torch.device("cpu") if toy else torch.device("cuda", rank)
 
 

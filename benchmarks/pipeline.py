@@ -15,7 +15,6 @@ than ranks, the sizes are toys, over gloo on the CPU, and nothing is written unl
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import tempfile
@@ -31,7 +30,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 
-from benchmarks.device import device_name, driver_version, write_result
+from benchmarks.device import device_name, where_and_when, write_result
 from distill.packing import Rows
 from distill.progress import silent
 from teacher.model.config import DeepseekV3Config
@@ -79,13 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     toy = arguments.dry_run or torch.cuda.device_count() < arguments.ranks
     device = torch.device("cpu" if toy else "cuda")
-    about = {
-        "device": device_name(device),
-        "sizes": "toy" if toy else "full",
-        "torch": torch.__version__,
-        "driver": None if toy else driver_version(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
+    about = {**where_and_when(device), "sizes": "toy" if toy else "full"}
     for part in [arguments.only] if arguments.only else PARTS:
         result = about | PARTS[part](arguments.ranks, toy)
         if arguments.out or not toy:

@@ -155,27 +155,9 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="render and check, start nothing")] = False,
 ) -> None:
     """Start a job on one machine, a Slurm or Ray cluster, or a cloud."""
-    import subprocess
+    from pipelines.launch.start import start
 
-    from distill.manifest import write_atomically
-    from distill.recipe import load_settings
-    from pipelines.launch.check import check, submit
-    from pipelines.launch.config import LaunchConfig
-    from pipelines.launch.render import rendered
-
-    config = load_settings(LaunchConfig, job, set_)
-    text = rendered(config)
-    checked = check(config, text)
-    if dry_run and out is None:
-        typer.echo(text, nl=False)
-        typer.echo(f"potstill: {config.name} for {config.launcher}: {checked}; nothing is started", err=True)
-        return
-    path = out or Path(f"{config.name}.{'yaml' if config.launcher == 'skypilot' else 'sh'}")
-    command = [] if dry_run else submit(config, path)
-    write_atomically(path, text)
-    typer.echo(f"{path}: {checked}")
-    if command:
-        raise typer.Exit(subprocess.run(command, check=False).returncode)
+    raise typer.Exit(start(job, set_, out=out, dry_run=dry_run, announce=typer.echo))
 
 
 @app.command()

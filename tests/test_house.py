@@ -46,6 +46,12 @@ def test_help_describes_every_target() -> None:
     assert all(len(text) > 10 for _, text in lines)
 
 
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by their names alone: a second one is an error where one process gets both."""
+    names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
 @pytest.mark.parametrize("target", sorted(set(TARGETS) - {"help", "clean"}))
 def test_every_target_sets_up_first(clone: Path, target: str) -> None:
     planned = run("make", "-n", target, cwd=clone).stdout.splitlines()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_the_program_prints_a_table_and_writes_it(tmp_path: Path, only: str, wha
     command = [sys.executable, "-m", "benchmarks.parallel", "--dry-run", "--only", only, "--out", str(tmp_path)]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stdout[-2_000:] + result.stderr[-2_000:]
-    written = json.loads((tmp_path / "parallel.json").read_text())
+    written = json.loads((tmp_path / ("parallel-part.json" if only else "parallel.json")).read_text())
     assert {row["what"] for row in written["rows"]} == whats
     for row in written["rows"]:
         assert row["us"] > 0
@@ -44,6 +45,41 @@ def test_the_program_prints_a_table_and_writes_it(tmp_path: Path, only: str, wha
             assert row["peers"]["all-to-all"] > 0
         if row["what"] != "all-to-all":
             assert 0 <= row["error"] <= parallel_timing.ERROR
+
+
+def rows_of(program: str, name: str, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"benchmarks.{program}", "--dry-run", "--out", str(folder)]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
+    assert result.returncode == 0, result.stdout[-2_000:] + result.stderr[-2_000:]
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.slow
+def test_serving_over_ranks_is_timed_beside_one(tmp_path: Path) -> None:
+    rows = rows_of("parallel_serving", "parallel-serving", tmp_path)["rows"]
+    assert {(row["scenario"], row["ranks"]) for row in rows} == {(s, n) for s in ("decode", "prefill") for n in (1, 2)}
+    assert all(row["times_one"] == 1 for row in rows if row["ranks"] == 1)
+    assert all(row["tokens_per_s"] > 0 and row["times_one"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_whole_steps_are_timed_beside_halves(tmp_path: Path) -> None:
+    result = rows_of("overlap", "overlap", tmp_path)
+    assert all(result[kind]["tokens_per_s"] > 0 for kind in ("whole", "in halves"))
+    assert not (tmp_path / "overlap.svg").exists()  # nothing overlaps on a CPU
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_timed_beside_its_simulation(tmp_path: Path) -> None:
+    rows = rows_of("pipeline", "pipeline-bubble", tmp_path)["rows"]
+    assert [row["schedule"] for row in rows] == ["1f1b", "dualpipev"]
+    for row in rows:
+        assert 0 < row["simulated_bubble_ms"] < row["simulated_step_ms"]
+        assert 0 < row["bubble_ms"] < row["step_ms"]
+    curves = json.loads((tmp_path / "pipeline-curve.json").read_text())
+    assert len(curves["dualpipev"]) == 50
+    assert curves["dualpipev"][-1] < 0.05 * curves["dualpipev"][0]
+    assert curves["apart"] < 1e-3  # FP32 sums in another order
 
 
 def test_a_pattern_that_matches_nothing_is_an_error() -> None:

@@ -15,7 +15,6 @@ by the clock, and nothing is written unless --out names a folder.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
 import importlib.util
 import itertools
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.device import device_name, driver_version, write_result
+from benchmarks.device import device_name, where_and_when, write_result
 from benchmarks.kernels import ceilings as speeds
 from benchmarks.kernels.case import Case, Peer, PeerMissing, Work
 from benchmarks.kernels.families import all_cases
@@ -47,12 +46,9 @@ def main() -> None:
         warm(chosen)
     ceilings = speeds.measure(device)
     header = {
-        "device": device_name(device),
+        **where_and_when(device),
         "sizes": "toy" if toy else "DeepSeek-V3",
-        "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
-        "driver": driver_version() if device.type == "cuda" else None,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         **ceilings._asdict(),
     }
     for name, value in header.items():

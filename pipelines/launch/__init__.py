@@ -4,6 +4,7 @@
     nodes       what every node runs, the same under all launchers
     render      that, wrapped for one launcher
     check       what can be said of a rendered file before it is submitted
+    start       all of that, and the launcher itself
     ray_nodes   one task a node of a Ray cluster
 
 A job that is stopped ends with exit code 75 and is started again by whoever stopped it; every command of potstill's

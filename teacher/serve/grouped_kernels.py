@@ -8,9 +8,6 @@ Shape legend: as in `teacher.serve.grouped_operations`; Q pages a sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
@@ -18,17 +15,11 @@ from torch.nn.attention.bias import causal_lower_right
 from teacher.kernels.device import has_fp8
 from teacher.kernels.gqa_cache import HeadNorms, place_heads, place_heads_twin
 from teacher.kernels.gqa_decode import fits, gqa_decode, gqa_decode_twin, num_shares
-from teacher.kernels.mla_schedule import DecodeSchedule, schedule_decode
+from teacher.kernels.mla_schedule import schedule_decode
 from teacher.serve.grouped_weights import GroupedLayer, GroupedWeights
+from teacher.serve.kernels import Plan
 from teacher.serve.operations import gathered
 from teacher.serve.step import Decodes, PromptChunk, Step
-
-
-@dataclass(frozen=True)
-class Plan:
-    pages_BQ: Tensor
-    lengths_B: Tensor
-    schedule: DecodeSchedule | None
 
 
 class GroupedKernels:
@@ -46,10 +37,7 @@ class GroupedKernels:
         return self._fits and has_fp8(self._device)
 
     def plan(self, decodes: Decodes) -> Plan:
-        widest = max(len(pages) for pages in decodes.pages)
-        pages_BQ = torch.tensor([pages + [0] * (widest - len(pages)) for pages in decodes.pages], dtype=torch.int32)
-        lengths_B = torch.tensor(decodes.lengths, dtype=torch.int32)
-        return self.plan_on_device(pages_BQ.to(self._device), lengths_B.to(self._device))
+        return self.plan_on_device(*decodes.tables(self._device))
 
     def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Plan:
         if not self._fits:

@@ -31,15 +31,8 @@ from teacher.serve.weights import AttentionWeights, InferenceWeights, MLPWeights
 INVARIANT = "float32-invariant"
 
 
-class InvariantGroupedModel(GroupedModel):
-    """Raises UserInputError for weights on a GPU or not in FP32, EnvironmentFault for uneven products."""
-
-    @one_thread()
-    def __init__(self, weights: GroupedWeights) -> None:
-        _check_embedding(weights.embedding)
-        super().__init__(weights, _LevelsGrouped(weights))
-        layer = weights.layers[0]
-        check_matrices([weights.head, *(part.weight for part in (layer.qkv, layer.o, layer.gate_up, layer.down))])
+class _Invariant:
+    """Before an architecture among a model's bases."""
 
     @property
     def precision(self) -> str:
@@ -56,6 +49,17 @@ class InvariantGroupedModel(GroupedModel):
     def logits(self, x_ZD: Tensor) -> Tensor:
         return linear(x_ZD, self.weights.head)
 
+
+class InvariantGroupedModel(_Invariant, GroupedModel):
+    """Raises UserInputError for weights on a GPU or not in FP32, EnvironmentFault for uneven products."""
+
+    @one_thread()
+    def __init__(self, weights: GroupedWeights) -> None:
+        _check_embedding(weights.embedding)
+        super().__init__(weights, _LevelsGrouped(weights))
+        layer = weights.layers[0]
+        check_matrices([weights.head, *(part.weight for part in (layer.qkv, layer.o, layer.gate_up, layer.down))])
+
     def _linear(self, x: Tensor, part: Linear) -> Tensor:
         return linear(x, part.weight, part.bias)
 
@@ -63,7 +67,7 @@ class InvariantGroupedModel(GroupedModel):
         return silu(x)
 
 
-class InvariantLatentModel(LatentModel):
+class InvariantLatentModel(_Invariant, LatentModel):
     """Raises UserInputError and EnvironmentFault as `InvariantGroupedModel` does."""
 
     @one_thread()
@@ -76,21 +80,6 @@ class InvariantLatentModel(LatentModel):
         w, config = weights.layers[0].attention, weights.config
         check_places(partial(super()._absorb, w), (config.num_attention_heads, config.qk_head_dim))
         check_places(partial(super()._unabsorb, w), (config.num_attention_heads, config.kv_lora_rank))
-
-    @property
-    def precision(self) -> str:
-        return INVARIANT
-
-    def plan(self, decodes: Decodes) -> None:
-        """All rows of a step are planned together, in `hidden`."""
-
-    @one_thread()
-    def hidden(self, step: Step, entries_LPSE: Tensor) -> Tensor:
-        return super().hidden(planned(step, self.dtype), entries_LPSE)
-
-    @one_thread()
-    def logits(self, x_ZD: Tensor) -> Tensor:
-        return linear(x_ZD, self.weights.head)
 
     @one_thread()
     def draft_hidden(self, hidden_MD: Tensor, next_ids_M: Tensor, step: Step, entries_LPSE: Tensor) -> Tensor:

@@ -53,10 +53,7 @@ class KernelOperations:
         return self._device.type == "cuda" and self._decode_fits and self._routes_fit
 
     def plan(self, decodes: Decodes) -> Plan:
-        widest = max(len(pages) for pages in decodes.pages)
-        pages_BQ = torch.tensor([pages + [0] * (widest - len(pages)) for pages in decodes.pages], dtype=torch.int32)
-        lengths_B = torch.tensor(decodes.lengths, dtype=torch.int32)
-        return self.plan_on_device(pages_BQ.to(self._device), lengths_B.to(self._device), decodes.num_queries)
+        return self.plan_on_device(*decodes.tables(self._device), decodes.num_queries)
 
     def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor, num_queries: int) -> Plan:
         return Plan(pages_BQ, lengths_B, self._schedule(lengths_B, num_queries=num_queries))

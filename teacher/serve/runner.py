@@ -69,10 +69,12 @@ class ModelRunner:
         Only where `graphed` may this be a graph.
         """
         graphs = self._graphs if graphed else None
-        if graphs is not None and graphs.may_draw(chunks) and (graphs.fit(chunks) or graphs.fit_prompt(chunks)):
-            self.cache.copy(copies)
-            drawn = graphs.draw(chunks, before_Z) if graphs.fit(chunks) else graphs.read(chunks[0])
-            return Outcome(drawn.tokens_M, None, drawn.drafts_B)
+        if graphs is not None and graphs.may_draw(chunks):
+            decodes = graphs.fit(chunks)
+            if decodes or graphs.fit_prompt(chunks):
+                self.cache.copy(copies)
+                drawn = graphs.draw(chunks, before_Z) if decodes else graphs.read(chunks[0])
+                return Outcome(drawn.tokens_M, None, drawn.drafts_B)
         logits_ZV = self.logits(chunks, copies, before_Z, graphed)
         places = [(chunk.sequence, ahead) for chunk in chunks for ahead in range(chunk.num_sampled)]
         uniform = [sequence.uniform(ahead + sequence.num_expected) for sequence, ahead in places]

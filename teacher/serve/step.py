@@ -3,7 +3,7 @@
 Rows are tokens: first one of each sequence that decodes without a draft, then two of each that has one, then the chunks
 of prompts, one after another.
 
-Shape legend: M rows.
+Shape legend: M rows, B sequences that decode, Q pages a sequence.
 """
 
 from __future__ import annotations
@@ -52,6 +52,12 @@ class Decodes:
     @property
     def num_rows(self) -> int:
         return len(self.lengths) * self.num_queries
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Pages [B, Q], zero behind a sequence's last, and lengths [B], int32."""
+        widest = max(len(pages) for pages in self.pages)
+        pages_BQ = torch.tensor([pages + [0] * (widest - len(pages)) for pages in self.pages], dtype=torch.int32)
+        return pages_BQ.to(device), torch.tensor(self.lengths, dtype=torch.int32).to(device)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class Case:
     max_chunk: int
     jobs: list[Job]
     drafts: Literal["none", "right", "wrong", "mixed"] = "none"
+    ahead: bool = False  # a step is launched before the drafts of the last one are judged, where that can be
 
 
 lengths = st.sampled_from([1, 2, 63, 64, 65, 100, 127, 128, 129, 150])
@@ -66,6 +67,7 @@ cases = st.builds(
     max_chunk=st.sampled_from([1, 7, 64, 1000]),
     jobs=st.lists(jobs, min_size=1, max_size=9),
     drafts=st.sampled_from(["none", "right", "wrong", "mixed"]),
+    ahead=st.booleans(),
 )
 
 
@@ -80,6 +82,8 @@ class World:
     finished: dict[int, Sequence[int]] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
     num_computed: int = 0
+    num_ahead: int = 0
+    under_way: list[Chunk[int]] = field(default_factory=list)  # computed, and not yet taken
 
     def __post_init__(self) -> None:
         case = self.case
@@ -101,6 +105,7 @@ class World:
                 alive[number] = sequence, gone
                 self.scheduler.waiting.append(sequence)
             for number in [n for n, (_, gone) in alive.items() if gone is not None and gone <= step]:
+                alive[number][0].is_wanted = False
                 self.scheduler.remove(alive.pop(number)[0])
                 self.cancelled.add(number)
             computed = self.step()
@@ -114,6 +119,8 @@ class World:
             assert step < 20_000
 
     def step(self) -> int:
+        if self.under_way:
+            return self.step_ahead()
         chunks = self.scheduler.schedule()
         assert len({chunk.sequence.key for chunk in chunks}) == len(chunks)
         total = sum(chunk.num_rows for chunk in chunks)
@@ -125,12 +132,51 @@ class World:
             self.draft_places[target] = list(self.draft_places[source])
         for chunk in chunks:
             self.compute(chunk)
+        self.num_computed += total
+        drafted = all(chunk.count == 1 and chunk.draft is not None for chunk in chunks)
+        alone = len(chunks) == 1 and chunks[0].ends_text
+        if self.case.ahead and self.case.drafts != "none" and (drafted or alone):
+            self.under_way = chunks
+        else:
+            self.judge(chunks)
+        return total
+
+    def step_ahead(self) -> int:
+        """As `Engine._step_with_drafts`: pages for the next step before this one's drafts are judged.
+
+        What that step computes the device knows by then; here it is computed once it is known, before anything else.
+        """
+        chunks, self.under_way = self.under_way, []
+        sequences = [chunk.sequence for chunk in chunks]
+        fits = all(sequence.num_tokens + 3 <= self.room for sequence in sequences)
+        goes_on = fits and self.scheduler.go_on(sequences, 3)
+        self.check()
+        for source, target in self.blocks.take_copies():
+            self.places[target] = list(self.places[source])
+            self.draft_places[target] = list(self.draft_places[source])
+        if goes_on:
+            assert sequences == [s for s in sequences if s in self.scheduler.running]
+            assert len(sequences) == len(self.scheduler.running), "a prompt is passed over"
+            room = self.case.max_running - len(sequences)
+            assert not (room and self.scheduler.waiting), "one who waits is passed over"
+        self.judge(chunks)
+        if goes_on:
+            self.num_ahead += 1
+            for sequence in sequences:
+                chunk = Chunk(sequence, 1, -1 if sequence.draft is None else sequence.draft)
+                chunk.ends_text = True
+                if not sequence.is_ended:
+                    assert chunk.end <= len(sequence.pages) * PAGE, "there is no page for what was launched"
+                    self.compute(chunk)
+                self.under_way.append(chunk)
+        return sum(chunk.num_rows for chunk in chunks)
+
+    def judge(self, chunks: list[Chunk[int]]) -> None:
+        chunks = [chunk for chunk in chunks if not chunk.sequence.is_ended]
         for chunk in chunks:
             self.take(chunk)
         for chunk in chunks:
             self.draft(chunk)
-        self.num_computed += total
-        return total
 
     def compute(self, chunk: Chunk[int]) -> None:
         sequence = chunk.sequence
@@ -224,6 +270,20 @@ def play(case: Case) -> World:
     fitting = {n for n, job in enumerate(case.jobs) if 0 < len(job.prompt(n)) <= case.num_pages * PAGE - 1}
     assert world.finished.keys() | world.cancelled == fitting
     return world
+
+
+@pytest.mark.parametrize("drafts", ["right", "wrong", "mixed"])
+def test_steps_go_ahead_while_the_same_sequences_go_on(drafts: Any) -> None:
+    jobs = [Job(0, 60, n, 100, 0, None) for n in range(3)]
+    world = play(Case(14, 4, True, 3, 300, 1000, jobs, drafts=drafts, ahead=True))
+    assert world.num_ahead > 40
+
+
+def test_steps_do_not_go_ahead_of_the_pages() -> None:
+    """Two sequences of three pages each in a cache of five: one has to give way, and both end as if alone."""
+    world = play(Case(5, 1, False, 2, 300, 1000, [Job(0, 60, n, 120, 0, None) for n in range(2)], "right", True))
+    assert world.num_ahead > 20
+    assert world.scheduler.num_preempted > 0
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))

@@ -1,0 +1,34 @@
+"""A job file to a job that runs, or, in a dry run, to what would have started it."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from distill.manifest import write_atomically
+from distill.recipe import load_settings
+from pipelines.launch.check import check, submit
+from pipelines.launch.config import LaunchConfig
+from pipelines.launch.render import rendered
+
+
+def start(
+    job: Path, overrides: Iterable[str], *, out: Path | None, dry_run: bool, announce: Callable[..., object]
+) -> int:
+    """The exit code of what started it. A dry run without `out` announces what was rendered, and writes nothing.
+
+    Raises RecipeError for what is wrong with the job, EnvironmentFault where its launcher is not installed.
+    """
+    config = load_settings(LaunchConfig, job, overrides)
+    text = rendered(config)
+    checked = check(config, text)
+    if dry_run and out is None:
+        announce(text, nl=False)
+        announce(f"potstill: {config.name} for {config.launcher}: {checked}; nothing is started", err=True)
+        return 0
+    path = out or Path(f"{config.name}.{'yaml' if config.launcher == 'skypilot' else 'sh'}")
+    command = [] if dry_run else submit(config, path)
+    write_atomically(path, text)
+    announce(f"{path}: {checked}")
+    return subprocess.run(command, check=False).returncode if command else 0
