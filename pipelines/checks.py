@@ -40,7 +40,8 @@ def check_weights(recipe: Recipe, stages: Collection[str], *, known: Collection[
         if _is_new(folder, known):
             from teacher.backends import open_teacher
 
-            open_teacher(recipe.teacher, base_dir=Path.cwd()).close()
+            alone = recipe.teacher.model_copy(update={"num_ranks": 1, "num_nodes": 1, "in_halves": False})
+            open_teacher(alone, base_dir=Path.cwd()).close()
     if {"distill", "eval"} & set(stages):
         new = [folder for folder in _local_bases(recipe) if _is_new(folder, known)]
         for folder in new:

@@ -123,7 +123,7 @@ def serve(
         str | None, typer.Option(metavar="NAME", help="deepseek_r1: a native server's answers have reasoning_content")
     ] = None,
     end_loops: Annotated[bool, typer.Option("--end-loops", help="a native server ends texts that loop")] = False,
-    node_rank: Annotated[int, typer.Option(min=0, help="which node of a vLLM plan this one is")] = 0,
+    node_rank: Annotated[int, typer.Option(min=0, help="which node this one is; others than 0 have ranks alone")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every node's vLLM command, start nothing")] = False,
 ) -> None:
     """Serve the recipe's teacher, or the model in a folder, over an OpenAI-compatible HTTP API."""
@@ -144,6 +144,7 @@ def serve(
                 speculate=speculate,
                 reasoning_parser=reasoning_parser,
                 end_loops=end_loops,
+                progress=_progress(),
             )
 
 

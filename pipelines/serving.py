@@ -1,7 +1,7 @@
 """`potstill serve`: a recipe's teacher, or the model in a folder, behind an HTTP API.
 
-A native one in this process, by `teacher.serve`; a vLLM one as a server of this node that is watched, and started again
-where it dies, until a signal ends it.
+A native one in this process or over ranks, by `teacher.serve`; a vLLM one as a server of this node that is watched,
+and started again where it dies, until a signal ends it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distill.errors import EnvironmentFault, Preempted, RecipeError
-from distill.recipe import NativeTeacher, Recipe, TeacherConfig, VllmTeacher
+from distill.progress import Progress
+from distill.recipe import SERVER_KEY_ENV, NativeTeacher, Recipe, TeacherConfig, VllmTeacher
 from distill.records import Sampling
+from pipelines.preemption import preemptible
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# The key that a native server asks for; a vLLM one has the variable that its recipe names.
-API_KEY_ENV = "POTSTILL_API_KEY"
 # What a native teacher can be told to tell apart, under vLLM's names.
 REASONING_PARSERS = ("deepseek_r1",)
 
@@ -34,16 +34,18 @@ def serve_teacher(
     announce: Callable[[str], object],
     node_rank: int = 0,
     speculate: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; `sampling` says what a request leaves open.
 
-    `announce` is told the address. `node_rank`: which node of a vLLM plan this is. Of a native server `max_waiting`
-    bounds the queue (None: as `build_app` does), `reasoning_parser` (of `REASONING_PARSERS`) tells reasoning and answer
-    apart, `end_loops` ends texts by `RepetitionLimit`'s defaults, and `speculate` has it draft with its MTP layer
-    whatever the recipe says.
+    `announce` is told the address. `node_rank`: which node this is; others than the first serve its ranks. Of a native
+    server `max_waiting` bounds the queue (None: as `build_app` does), `reasoning_parser` (of `REASONING_PARSERS`) tells
+    reasoning and answer apart, `end_loops` ends texts by `RepetitionLimit`'s defaults, and `speculate` has it draft
+    with its MTP layer whatever the recipe says.
 
     Raises RecipeError for a teacher that is itself an endpoint, for an address that others reach without a key set, and
-    for a native server's settings with vLLM; EnvironmentFault where the address cannot be bound.
+    for a native server's settings with vLLM; EnvironmentFault where the address cannot be bound, and for ranks that do
+    not come or are lost; Preempted where another node was told to stop.
     """
     if reasoning_parser not in (None, *REASONING_PARSERS):
         message = f"{reasoning_parser!r} is not known; {', '.join(REASONING_PARSERS)} is"
@@ -60,9 +62,14 @@ def serve_teacher(
         return
     if not isinstance(config, NativeTeacher):
         raise RecipeError("only a native or a vllm teacher can be served", where="recipe", field="teacher.backend")
+    _check_node(config.num_nodes, node_rank)
     if node_rank:
-        raise RecipeError(f"a native teacher has one node, got {node_rank}", where="--node-rank")
-    key = _key(API_KEY_ENV, host)
+        from teacher.backends.fleet import serve_node
+
+        with preemptible():
+            serve_node(config, node_rank, base_dir=Path.cwd(), announce=announce)
+        return
+    key = _key(SERVER_KEY_ENV, host)
     listener = _bind(host, port)
 
     from teacher.backends import open_teacher
@@ -72,13 +79,13 @@ def serve_teacher(
     name = Path(config.model).name
     if speculate:
         config = config.model_copy(update={"speculate": True})
-    teacher = open_teacher(config, base_dir=Path.cwd())
+    teacher = open_teacher(config, base_dir=Path.cwd(), progress=progress)
     limits = {} if max_waiting is None else {"max_waiting": max_waiting}
     app = build_app(
         teacher,
         model=name,
         sampling=sampling,
-        max_batch=config.batch_size,
+        max_batch=config.batch_size * config.num_ranks,
         api_key=key,
         reasoning="content" if reasoning_parser is None else "apart",
         repetition=RepetitionLimit() if end_loops else None,
@@ -117,8 +124,7 @@ def _serve_vllm(
     from teacher.backends.vllm_launch import installed_version
 
     version = installed_version()
-    if node_rank >= config.num_nodes:
-        raise RecipeError(f"the plan has nodes 0 to {config.num_nodes - 1}, got {node_rank}", where="--node-rank")
+    _check_node(config.num_nodes, node_rank)
     key = os.environ.get(config.api_key_env, "") if node_rank else _key(config.api_key_env, host)
     if node_rank == 0 and port:
         _bind(host, port).close()
@@ -135,6 +141,11 @@ def _serve_vllm(
         pass
     finally:
         server.stop()
+
+
+def _check_node(num_nodes: int, node_rank: int) -> None:
+    if node_rank >= num_nodes:
+        raise RecipeError(f"the plan has nodes 0 to {num_nodes - 1}, got {node_rank}", where="--node-rank")
 
 
 def _key(variable: str, host: str) -> str:

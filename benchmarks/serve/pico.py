@@ -43,7 +43,7 @@ def ours(folder: Path, scale: Scale, *, batch_invariant: bool = False) -> dict[s
     cores = num_cores()
     batch_size = max(scale.requests) // cores
     settings = EngineSettings(folder, batch_size, frozenset(), batch_invariant=batch_invariant)
-    engines = WorkerEngines(settings, num_workers=cores)
+    engines = WorkerEngines.started(settings, num_workers=cores)
 
     def generate(prompts: list[list[int]], num_tokens: int) -> None:
         left = threading.Semaphore(0)

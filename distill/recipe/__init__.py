@@ -20,6 +20,7 @@ from distill.recipe.reading import load_recipe, load_settings, load_student, par
 from distill.recipe.results import EvalConfig
 from distill.recipe.students import SFTConfig, StudentConfig
 from distill.recipe.teachers import (
+    SERVER_KEY_ENV,
     AdaptiveSampling,
     FlagValue,
     GenerateConfig,
@@ -34,6 +35,7 @@ from distill.recipe.teachers import (
 from distill.recipe.whole import Recipe
 
 __all__ = [
+    "SERVER_KEY_ENV",
     "AdaptiveSampling",
     "BestOfN",
     "CodeLimits",

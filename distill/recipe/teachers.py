@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,16 +18,52 @@ RESERVED_FLAGS = {
 }
 
 
-class NativeTeacher(Config):
-    """This project's own engine, in this process: a `deepseek_v3` folder, or a student's (qwen2, qwen3, llama)."""
+# The key that a native server asks for, and its nodes each other; a vLLM one has the variable that its recipe names.
+SERVER_KEY_ENV = "POTSTILL_API_KEY"
+
+
+class OverNodes(Config):
+    """Where the ranks of a teacher are, and how the nodes find each other."""
+
+    num_nodes: int = Field(1, ge=1, description="nodes that share the ranks")
+    head_address: str | None = Field(None, description="address of node 0, as the other nodes reach it")
+    rpc_port: int = Field(13_345, ge=1, le=65_535, description="port of node 0 at which the other nodes report")
+
+    @model_validator(mode="after")
+    def _head_is_known(self) -> Self:
+        if self.num_nodes > 1 and self.head_address is None:
+            raise ValueError("head_address: several nodes need the address of the first")
+        return self
+
+
+class NativeTeacher(OverNodes):
+    """This project's own engine: a `deepseek_v3` folder, or a student's (qwen2, qwen3, llama).
+
+    In this process, or over ranks (processes, a GPU each), which share the requests and the routed experts.
+    """
 
     backend: Literal["native"] = "native"
     model: str = Field(description="checkpoint folder")
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, description="sequences in progress together, on each rank")
     speculate: bool = Field(False, description="draft a token a step with the MTP layer; same texts")
     batch_invariant: bool = Field(
         False, description="on a CPU: the same bits for a request whatever is computed beside it; slower"
     )
+    num_ranks: int = Field(1, ge=1, description="of a deepseek_v3 folder, in FP8; each has sequences of its own")
+    in_halves: bool = Field(
+        False, description="ranks compute half of a large step while the other half's tokens travel"
+    )
+
+    @model_validator(mode="after")
+    def _ranks_fill_the_nodes(self) -> NativeTeacher:
+        if self.num_ranks % self.num_nodes:
+            raise ValueError(f"num_ranks: must be a multiple of num_nodes {self.num_nodes}, got {self.num_ranks}")
+        for name in ("speculate", "batch_invariant") if self.num_ranks > 1 else ():
+            if getattr(self, name):
+                raise ValueError(f"{name}: is for one rank, got num_ranks {self.num_ranks}")
+        if self.in_halves and self.num_ranks == 1:
+            raise ValueError("in_halves: is for several ranks")
+        return self
 
 
 # Fields of a request that have a place of their own in the recipe, or none at all.
@@ -120,23 +156,18 @@ class VllmServing(Config):
         return flags
 
 
-class VllmTeacher(ServedTeacher, VllmServing):
+class VllmTeacher(ServedTeacher, VllmServing, OverNodes):
     """A vLLM server that potstill starts, watches and ends; over several nodes with data parallelism."""
 
     backend: Literal["vllm"] = "vllm"
     model: str = Field(description="checkpoint folder, or a repository of the Hub")
     revision: str = Field("main", description="of a Hub repository")
-    num_nodes: int = Field(1, ge=1, description="nodes that share the ranks of data-parallel-size")
-    head_address: str | None = Field(None, description="address of node 0, as the other nodes reach it")
-    rpc_port: int = Field(13_345, ge=1, le=65_535, description="port of node 0 at which the other nodes report")
 
     @model_validator(mode="after")
     def _ranks_fill_the_nodes(self) -> VllmTeacher:
         size = self.flags.get("data-parallel-size", 1)
         if self.num_nodes > 1 and (isinstance(size, bool) or not isinstance(size, int) or size % self.num_nodes):
             raise ValueError(f"flags.data-parallel-size must be a multiple of num_nodes {self.num_nodes}, got {size!r}")
-        if self.num_nodes > 1 and self.head_address is None:
-            raise ValueError("head_address: several nodes need the address of the first")
         return self
 
 

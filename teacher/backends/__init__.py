@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill.recipe import NativeTeacher, RayTeacher, TeacherConfig, VllmTeacher
 
@@ -28,7 +29,11 @@ def open_teacher(
     if isinstance(config, NativeTeacher):
         from teacher.backends.native import open_native
 
-        kind = {"speculate": config.speculate, "batch_invariant": config.batch_invariant}
+        kind: dict[str, Any] = {"speculate": config.speculate, "batch_invariant": config.batch_invariant}
+        if config.num_ranks > 1:
+            from teacher.backends.fleet import open_fleet
+
+            kind["over_ranks"] = partial(open_fleet, config=config, progress=progress)
         return open_native(base_dir / config.model, batch_size=config.batch_size, **kind)
     if isinstance(config, VllmTeacher):
         from teacher.backends.vllm import open_vllm

@@ -1,8 +1,7 @@
 """Engines that stay: sequences join their batches as they come, which is what a server needs.
 
-`LocalEngine` runs one on a thread of this process; `WorkerEngines` one a core, each in a process of its own (for why,
-see `teacher.backends.workers`), and gives each sequence to the one that has fewest. Both call back from a thread of
-theirs.
+`LocalEngine` runs one on a thread of this process; `WorkerEngines` several, each in a process of its own (for why, see
+`teacher.backends.workers`), and gives each sequence to the one that has fewest. Both call back from a thread of theirs.
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ import contextlib
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Many
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from distill.errors import DataError, EnvironmentFault, PotstillError
-from teacher.backends.workers import EngineSettings, LiveWorker, take_generated
+from teacher.backends.workers import EngineSettings, LiveWorker, packed, take_generated
 from teacher.serve.engine import Engine
 from teacher.serve.loop import EngineLoop, Withdrawn
 from teacher.serve.sequence import Logprobs, Sequence
@@ -28,6 +28,11 @@ WITHDRAWN = "the request was withdrawn"
 
 
 class LiveEngine(Protocol):
+    @property
+    def fault(self) -> PotstillError | None:
+        """Why it takes no more sequences, or should be given none: those under way may end yet."""
+        ...
+
     def submit(self, sequence: Sequence[int], done: Done, grew: Grew | None = None) -> None:
         """Begin a sequence. `done` is called once, with it when it is finished, or with what went wrong; before that,
         if the sequence is streamed, `grew` with the tokens of each step but the last."""
@@ -48,17 +53,17 @@ class _Begun:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_key: dict[int, tuple[Sequence[int], Done, Grew | None]] = {}
-        self._fault: PotstillError | None = None
+        self.fault: PotstillError | None = None
 
     def __len__(self) -> int:
         return len(self._by_key)
 
     def begin(self, sequence: Sequence[int], done: Done, grew: Grew | None) -> bool:
         with self._lock:
-            if self._fault is None:
+            if self.fault is None:
                 self._by_key[sequence.key] = sequence, done, grew
                 return True
-        done(self._fault)
+        done(self.fault)
         return False
 
     def grow(self, news: Iterable[tuple[int, list[int], list[Logprobs]]]) -> None:
@@ -86,7 +91,7 @@ class _Begun:
     def fail(self, fault: PotstillError) -> None:
         """Everything under way, and all that is begun from now on."""
         with self._lock:
-            self._fault = fault
+            self.fault = self.fault or fault
             left, self._by_key = list(self._by_key.values()), {}
         for _, done, _ in left:
             done(fault)
@@ -99,6 +104,10 @@ class LocalEngine:
         self._loop = EngineLoop(engine, self._jobs, lambda done: self._begun.finish(done.key), self._begun.grow)
         self._thread = threading.Thread(target=self._run, name="potstill-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def fault(self) -> PotstillError | None:
+        return self._begun.fault
 
     def submit(self, sequence: Sequence[int], done: Done, grew: Grew | None = None) -> None:
         if self._begun.begin(sequence, done, grew):
@@ -121,31 +130,56 @@ class LocalEngine:
         self._begun.fail(fault)
 
 
+class Worker(Protocol):
+    """What `teacher.backends.workers.LiveWorker` is, and a rank on another node too."""
+
+    def write(self, line: str) -> None: ...
+
+    def lines(self) -> Iterator[str]: ...
+
+    def check(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
 class WorkerEngines:
-    def __init__(self, engine: EngineSettings, *, num_workers: int) -> None:
-        self._stack = contextlib.ExitStack()
-        self._crew = [self._stack.enter_context(LiveWorker(json.dumps(engine.packed()))) for _ in range(num_workers)]
-        self._begun = [_Begun() for _ in self._crew]
+    """Over workers that were started; `stack` is closed with them. If one is lost, all are ended."""
+
+    def __init__(self, crew: Many[Worker], stack: contextlib.ExitStack) -> None:
+        self._crew, self._stack = crew, stack
+        self._begun = [_Begun() for _ in crew]
         self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._read, args=(n,), daemon=True) for n in range(num_workers)]
+        self._fault: PotstillError | None = None
+        self._threads = [threading.Thread(target=self._read, args=(n,), daemon=True) for n in range(len(crew))]
         for thread in self._threads:
             thread.start()
+
+    @classmethod
+    def started(cls, engine: EngineSettings, *, num_workers: int) -> WorkerEngines:
+        stack = contextlib.ExitStack()
+        settings = json.dumps(engine.packed())
+        return cls([stack.enter_context(LiveWorker(settings)) for _ in range(num_workers)], stack)
+
+    @property
+    def fault(self) -> PotstillError | None:
+        return self._fault
 
     def submit(self, sequence: Sequence[int], done: Done, grew: Grew | None = None) -> None:
         with self._lock:
             number = min(range(len(self._crew)), key=lambda n: len(self._begun[n]))
             if self._begun[number].begin(sequence, done, grew):
-                self._crew[number].send(sequence)
+                self._crew[number].write(json.dumps(packed(sequence)))
 
     def withdraw(self, key: int) -> None:
         with self._lock:
             for worker, begun in zip(self._crew, self._begun, strict=True):
                 if begun.withdraw(key):
-                    worker.withdraw(key)
+                    worker.write(json.dumps([key]))
 
     def close(self) -> None:
-        for worker in self._crew:
-            worker.end()
+        with self._lock:
+            for worker in self._crew:
+                worker.write("[]")
         for thread in self._threads:
             thread.join()
         self._stack.close()
@@ -153,14 +187,26 @@ class WorkerEngines:
     def _read(self, number: int) -> None:
         worker, begun = self._crew[number], self._begun[number]
         for line in worker.lines():
-            if isinstance(line, dict):
-                begun.grow(line["grown"])
+            news = json.loads(line)
+            if isinstance(news, dict):
+                self._tell(number, news)
             else:
-                key, *generated = line
+                key, *generated = news
                 begun.finish(key, partial(take_generated, generated=generated))
-        fault: PotstillError = EnvironmentFault(ENDED)
         try:
             worker.check()
-        except EnvironmentFault as exc:
-            fault = exc
-        begun.fail(fault)
+        except PotstillError as exc:
+            self._lose(exc)
+        else:
+            begun.fail(EnvironmentFault(ENDED))
+
+    def _tell(self, number: int, news: dict[str, Any]) -> None:
+        self._begun[number].grow(news["grown"])
+
+    def _lose(self, fault: PotstillError) -> None:
+        """A worker ended that should not have: so do all."""
+        self._fault = self._fault or fault
+        for begun in self._begun:
+            begun.fail(fault)
+        for worker in self._crew:
+            worker.kill()

@@ -1,4 +1,4 @@
-"""The native backend: this project's engine in this process, on the GPU where there is one.
+"""The native backend: this project's engine in this process, on the GPU where there is one, or over ranks.
 
 The prompt is the folder's own chat template with generation prompt. Where that opens the reasoning (`<think>` and a
 line break), the completion's text gets it back in front, so that every trace begins alike whatever the backend; and
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from distill.errors import CheckpointError, DataError, PotstillError, UserInputError
 from distill.logprobs import TokenLogprobs
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
+from teacher.backends.fleet import Fleet
 from teacher.backends.folder import folder_identity
 from teacher.backends.live import LiveEngine, LocalEngine, WorkerEngines
 from teacher.backends.workers import EngineSettings, generate_in_workers
@@ -44,12 +45,18 @@ _WORKER_PARAMETERS = 100_000_000
 
 
 def open_native(
-    folder: Path, *, batch_size: int, speculate: bool = False, batch_invariant: bool = False
+    folder: Path,
+    *,
+    batch_size: int,
+    speculate: bool = False,
+    batch_invariant: bool = False,
+    over_ranks: Callable[[EngineSettings], Fleet] | None = None,
 ) -> NativeBackend:
     """Load a checkpoint folder, of the teacher's architecture or of a student's (`teacher.serve.models`).
 
-    Raises CheckpointError for anything wrong with weights, config or tokenizer, and with `speculate` for a model that
-    has no MTP layer; UserInputError for `batch_invariant` on a GPU.
+    `over_ranks` opens the engine elsewhere than here. Raises what that raises, CheckpointError for anything wrong with
+    weights, config or tokenizer, and with `speculate` for a model that has no MTP layer; UserInputError for
+    `batch_invariant` on a GPU.
     """
     facts = read_facts(folder)
     if speculate and not facts.has_mtp:
@@ -64,6 +71,10 @@ def open_native(
         eos_token_ids = tuple({*eos_token_ids, *_turn_end(tokenizer)})
     if not eos_token_ids:
         raise CheckpointError("required, but not given", where=folder / "config.json", field="eos_token_id")
+    if over_ranks is not None:
+        spelled = tokenizer.backend_tokenizer.to_str()
+        fleet = over_ranks(EngineSettings(folder, batch_size, frozenset(eos_token_ids), tokenizer=spelled))
+        return NativeBackend(folder, tokenizer, fleet)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = device.type == "cpu" and facts.num_parameters <= _WORKER_PARAMETERS
     decode = decode_by(tokenizer.backend_tokenizer)
@@ -77,7 +88,7 @@ class NativeBackend:
     """A `Teacher` over one engine."""
 
     def __init__(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, engine: Engine, *, max_workers: int = 1
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, engine: Engine | Fleet, *, max_workers: int = 1
     ) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
@@ -144,12 +155,20 @@ class NativeBackend:
     def spell(self, *token_ids: int) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    @property
+    def fault(self) -> PotstillError | None:
+        """Why it should be given no more."""
+        return self._live.fault if "_live" in self.__dict__ else None
+
     @cached_property
     def _live(self) -> LiveEngine:
+        if isinstance(self.engine, Fleet):
+            return self.engine
         if self.max_workers < 2:
             return LocalEngine(self.engine)
         tokenizer = self.tokenizer.backend_tokenizer.to_str()
-        return WorkerEngines(replace(self._worker_engine, tokenizer=tokenizer), num_workers=self.max_workers)
+        settings = replace(self._worker_engine, tokenizer=tokenizer)
+        return WorkerEngines.started(settings, num_workers=self.max_workers)
 
     def _begin(self, number: int, request: TraceRequest, sampling: Sampling) -> tuple[str, Sequence[int]]:
         """What stands in front of the completion's text, and the sequence that writes the rest."""
@@ -230,7 +249,7 @@ class NativeBackend:
 
     def close(self) -> None:
         """Finish what was submitted, free weights and cache; the teacher cannot be used afterwards."""
-        if "_live" in self.__dict__:
+        if "_live" in self.__dict__ or isinstance(self.engine, Fleet):
             self._live.close()
         del self.engine
 

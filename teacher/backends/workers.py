@@ -3,7 +3,8 @@
 A decode step of a small model is hundreds of products of a few microseconds; threads inside one spend their time
 waiting for each other (and come to a standstill where cores are shared), while processes do not meet at all. A worker
 is this module run as a program: it reads one job from its standard input and writes each finished sequence as a line;
-`live`, it reads sequences line by line for as long as they come. It ends by itself when its reader is gone.
+`live`, it reads sequences line by line for as long as they come. It ends by itself when its reader is gone. A live one
+may also be a rank that shares a model's experts with others (`teacher.backends.ranks`).
 """
 
 from __future__ import annotations
@@ -21,20 +22,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from distill.errors import EnvironmentFault
+from distill.errors import EnvironmentFault, PotstillError, UserInputError
 from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Sequence, ThinkingLimit
 from teacher.serve.stopping import RepetitionLimit
 
 if TYPE_CHECKING:
-    from teacher.serve.engine import Engine
+    from teacher.backends.ranks import Place
+    from teacher.serve.detokenizer import Decode
+    from teacher.serve.engine import Engine, Lockstep
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """The engine that a worker makes: a checkpoint folder, and how to run it.
 
-    `tokenizer` is one of the tokenizers library, serialised; None: the engine gets no stop strings.
+    `tokenizer` is one of the tokenizers library, serialised; None: the engine gets no stop strings. `place`: it is a
+    rank among others, in FP8.
     """
 
     folder: Path
@@ -43,6 +47,7 @@ class EngineSettings:
     speculate: bool = False
     batch_invariant: bool = False
     tokenizer: str | None = None
+    place: Place | None = None
 
     def packed(self) -> dict[str, Any]:
         return asdict(self) | {"folder": str(self.folder.resolve()), "eos_token_ids": sorted(self.eos_token_ids)}
@@ -60,7 +65,7 @@ def generate_in_workers(
     lines: queue.SimpleQueue[tuple[_Worker, str | None]] = queue.SimpleQueue()
     with contextlib.ExitStack() as stack:
         for number in range(num_workers):
-            share = [_packed(sequence) for sequence in sequences[number::num_workers]]
+            share = [packed(sequence) for sequence in sequences[number::num_workers]]
             stack.enter_context(_Worker(json.dumps(settings | {"sequences": share}), lines))
         running = num_workers
         while running:
@@ -117,7 +122,7 @@ class LiveWorker:
 
     def __enter__(self) -> LiveWorker:
         self._process = _started(self._stderr, "live")
-        self._write(self._settings)
+        self.write(self._settings)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -125,44 +130,40 @@ class LiveWorker:
         self._process.wait()
         self._stderr.close()
 
-    def send(self, sequence: Sequence[int]) -> None:
-        self._write(json.dumps(_packed(sequence)))
-
-    def withdraw(self, key: int) -> None:
-        self._write(json.dumps([key]))
-
-    def end(self) -> None:
-        """It finishes what it has, and ends."""
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-
-    def lines(self) -> Iterator[Any]:
-        """Until the worker ends: of every finished sequence its key and what `take_generated` takes, as a list; after a
-        step, what streamed sequences have written in it, as `{"grown": [[key, token_ids, logprobs], ...]}`."""
-        for line in self._process.stdout:
-            yield json.loads(line)
-
-    def check(self) -> None:
-        """Raise EnvironmentFault unless the worker ended well."""
-        _check(self._process, self._stderr)
-
-    def _write(self, line: str) -> None:
+    def write(self, line: str) -> None:
+        """A sequence, `packed`, or `[key]` of one that is withdrawn; `[]`: it finishes what it has, and ends."""
         with contextlib.suppress(OSError):  # it has died: `lines` ends, and `check` says so
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
+
+    def lines(self) -> Iterator[str]:
+        """Until the worker ends: of every finished sequence its key and what `take_generated` takes, as a list; after a
+        step, what streamed sequences have written in it, as `{"grown": [[key, token_ids, logprobs], ...]}`; of a rank
+        first `{"ready": ...}`, with its engine's `max_positions` and `precision`."""
+        return iter(self._process.stdout)
+
+    def check(self) -> None:
+        """Raise EnvironmentFault unless the worker ended well, UserInputError where it says that of its model."""
+        _check(self._process, self._stderr)
+
+    def kill(self) -> None:
+        self._process.kill()
 
 
 def _started(stderr: IO[bytes], *arguments: str) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "teacher.backends.workers", *arguments]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr}
-    return subprocess.Popen(command, env=environment, text=True, **pipes)
+    # A session of its own: a Ctrl-C at the terminal is for this process, which then lets its workers finish.
+    return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
 
 
 def _check(process: subprocess.Popen[str], stderr: IO[bytes]) -> None:
     if status := process.wait():
         stderr.seek(0)
         last = stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
+        if status == UserInputError.exit_code and last:
+            raise UserInputError(last)
         message = f"ended with status {status}: {last[-300:] or 'killed; is there enough memory?'}"
         raise EnvironmentFault(message, where="generation worker")
 
@@ -173,7 +174,7 @@ def take_generated(sequence: Sequence[int], generated: list[Any]) -> None:
     sequence.num_drafts, sequence.num_accepted = drafts
 
 
-def _packed(sequence: Sequence[int]) -> list[Any]:
+def packed(sequence: Sequence[int]) -> list[Any]:
     """What the caller has set of it; `_unpacked` makes it again."""
     limit, repetition = sequence.thinking, sequence.repetition
     settings = {
@@ -206,9 +207,7 @@ def _unpacked(row: list[Any]) -> Sequence[int]:
 
 def _engine(settings: dict[str, Any]) -> Engine:
     import torch
-    from tokenizers import Tokenizer
 
-    from teacher.serve.detokenizer import decode_by
     from teacher.serve.engine import Engine
     from teacher.serve.models import load_model
 
@@ -216,9 +215,32 @@ def _engine(settings: dict[str, Any]) -> Engine:
     speculate, invariant = settings["speculate"], settings["batch_invariant"]
     folder = Path(settings["folder"])
     model = load_model(folder, torch.device("cpu"), with_mtp=speculate, batch_invariant=invariant)
-    decode = decode_by(Tokenizer.from_str(settings["tokenizer"])) if settings["tokenizer"] else None
     limits = {"batch_size": settings["batch_size"], "eos_token_ids": settings["eos_token_ids"]}
-    return Engine(model, **limits, speculate=speculate, decode=decode)
+    return Engine(model, **limits, speculate=speculate, decode=_decode(settings))
+
+
+def _decode(settings: dict[str, Any]) -> Decode | None:
+    from tokenizers import Tokenizer
+
+    from teacher.serve.detokenizer import decode_by
+
+    return decode_by(Tokenizer.from_str(settings["tokenizer"])) if settings["tokenizer"] else None
+
+
+@contextlib.contextmanager
+def _live_engine(settings: dict[str, Any]) -> Iterator[tuple[Engine, Lockstep | None]]:
+    if settings["place"] is None:
+        yield _engine(settings), None
+        return
+    import torch
+
+    from teacher.backends.ranks import Place, engine_of_rank
+
+    torch.set_num_threads(1)
+    limits = {"batch_size": settings["batch_size"], "eos_token_ids": settings["eos_token_ids"]}
+    place = Place(**settings["place"])
+    with engine_of_rank(Path(settings["folder"]), place, **limits, decode=_decode(settings)) as opened:
+        yield opened
 
 
 def _write(done: Sequence[int], output: IO[str]) -> None:
@@ -235,33 +257,45 @@ def _work(job: dict[str, Any], output: IO[str]) -> None:
 
 
 def _work_live(lines: IO[str], output: IO[str]) -> None:
-    """The first line holds the settings, every other one a sequence or the key of one that is withdrawn; the end of the
-    lines ends the work."""
-    engine = _engine(json.loads(lines.readline()))
+    """The first line holds the settings, the others are as `LiveWorker.write` says."""
+    settings = json.loads(lines.readline())
     from teacher.serve.loop import EngineLoop, Grown, Withdrawn
 
     jobs: queue.SimpleQueue[Sequence[int] | Withdrawn[int] | None] = queue.SimpleQueue()
 
     def read() -> None:
         for line in lines:
-            row = json.loads(line)
+            if not (row := json.loads(line)):
+                jobs.put(None)
+                return
             jobs.put(Withdrawn(row[0]) if len(row) == 1 else _unpacked(row))
-        jobs.put(None)
+        os._exit(1)  # who would read the answers is gone
 
     threading.Thread(target=read, daemon=True).start()
 
-    def grew(news: list[Grown[int]]) -> None:
-        output.write(json.dumps({"grown": news}) + "\n")
+    def tell(news: dict[str, Any]) -> None:
+        output.write(json.dumps(news) + "\n")
         output.flush()
 
-    EngineLoop(engine, jobs, lambda done: _write(done, output), grew).run()
+    def grew(news: list[Grown[int]]) -> None:
+        tell({"grown": news})
+
+    with _live_engine(settings) as (engine, lockstep):
+        if lockstep is not None:
+            tell({"ready": {"max_positions": engine.max_positions, "precision": engine.precision}})
+        EngineLoop(engine, jobs, lambda done: _write(done, output), grew, lockstep).run()
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
+    try:
         if sys.argv[1:] == ["live"]:
             _work_live(sys.stdin, sys.stdout)
         else:
             _work(json.load(sys.stdin), sys.stdout)
+    except PotstillError as exc:
+        sys.stderr.write(f"{exc}\n")
+        sys.exit(exc.exit_code)
+    except (BrokenPipeError, KeyboardInterrupt):
+        pass
     # Nothing is left to flush; skips the interpreter's complaint about a closed pipe.
     sys.stderr.close()

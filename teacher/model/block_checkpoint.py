@@ -37,6 +37,14 @@ def unfit_for_fp8(config: DeepseekV3Config) -> str | None:
     return next((f"{name} {width}" for name, width in widths.items() if width % BLOCK), None)
 
 
+def read_fp8_config(folder: Path) -> DeepseekV3Config:
+    """Raises CheckpointError as `read_config` does, and for widths that blocks of 128 do not fill."""
+    config = read_config(folder)
+    if (unfit := unfit_for_fp8(config)) is not None:
+        raise CheckpointError(f"is no multiple of {BLOCK}, as FP8 needs it", where=folder / "config.json", field=unfit)
+    return config
+
+
 def load_blocks(
     folder: Path | str, device: torch.device, *, experts: Sequence[int] | None = None
 ) -> tuple[DeepseekV3Config, dict[str, Entry]]:
@@ -48,9 +56,7 @@ def load_blocks(
     widths that blocks of 128 do not fill.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    if (unfit := unfit_for_fp8(config)) is not None:
-        raise CheckpointError(f"is no multiple of {BLOCK}, as FP8 needs it", where=folder / "config.json", field=unfit)
+    config = read_fp8_config(folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
     stored, wanted = judged(folder, config, shapes)
     named = list(range(config.n_routed_experts)) if experts is None else list(experts)

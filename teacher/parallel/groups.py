@@ -20,6 +20,8 @@ from torch import Tensor
 
 from distill.errors import DataError, EnvironmentFault
 
+LOST_PEERS = "lost its peers"
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -40,12 +42,14 @@ def opened_ranks(
     *,
     rank: int,
     num_ranks: int,
-    init_method: str,
+    init_method: str | None = None,
+    store: dist.Store | None = None,
     ranks_per_node: int | None = None,
     device: torch.device | str = "cpu",
     timeout_s: float = 30.0,
 ) -> Iterator[Ranks]:
-    """Join the others at `init_method` (torch's: tcp://host:port, file:///path); leaves them at the end.
+    """Join the others at `init_method` (torch's: tcp://host:port, file:///path) or in a `store` that somebody keeps;
+    leaves them at the end.
 
     Raises EnvironmentFault where they do not come within `timeout_s`, DataError for nodes that are not whole.
     """
@@ -60,6 +64,7 @@ def opened_ranks(
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             init_method=init_method,
+            store=store,
             rank=rank,
             world_size=num_ranks,
             timeout=timedelta(seconds=timeout_s),
@@ -139,5 +144,5 @@ def lost_peers(group: dist.ProcessGroup) -> Iterator[None]:
         yield
     except RuntimeError as exc:
         first_line = str(exc).splitlines()[0]
-        message = f"rank {dist.get_rank()} lost its peers in an exchange among {group.size()} ranks: {first_line}"
+        message = f"rank {dist.get_rank()} {LOST_PEERS} in an exchange among {group.size()} ranks: {first_line}"
         raise EnvironmentFault(message) from exc

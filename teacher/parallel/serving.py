@@ -92,8 +92,8 @@ class SpreadProducts(Fp8Products):
     ) -> None:
         super().__init__(config)
         exchange = Exchange(ranks, placement, wire=Wire(out="fp8", back="bf16"))
-        kind = FixedPlaces
-        if ranks.device.type == "cuda":
+        kind = FixedPlaces  # over exchanges: NVLink ends at the node
+        if ranks.device.type == "cuda" and ranks.ranks_per_node == ranks.num_ranks:
             from teacher.parallel.symmetric_places import SymmetricFixedPlaces
 
             kind = SymmetricFixedPlaces
@@ -185,11 +185,12 @@ class RanksInStep:
         # Captures and compilations lie between two agreements.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=_AGREE_S))
 
+    def wait(self, num_waiting: int, is_closing: bool) -> tuple[int, bool]:
+        most_waiting, stay = self._most(num_waiting, not is_closing)
+        return most_waiting, not stay
+
     def begin(self, num_rows: int, num_warm_ups: int) -> bool:
-        agreed = torch.tensor([num_rows, num_warm_ups])
-        with lost_peers(self._group):
-            dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self._group)
-        most_rows, most_warm_ups = agreed.tolist()
+        most_rows, most_warm_ups = self._most(num_rows, num_warm_ups)
         self.is_on = most_rows > 0
         is_few = self._products.choose(most_rows)
         missing = most_warm_ups - num_warm_ups if is_few else 0
@@ -197,6 +198,12 @@ class RanksInStep:
             for experts in self._experts:
                 self._products.serve(experts)
         return is_few
+
+    def _most(self, *numbers: int) -> list[int]:
+        most = torch.tensor(numbers)
+        with lost_peers(self._group):
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)
+        return most.tolist()
 
 
 def load_spread(

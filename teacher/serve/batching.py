@@ -129,6 +129,11 @@ class _Waiting:
 class LiveTeacher(Protocol):
     """A Teacher that takes requests while others are under way, goes on from any beginning and knows its tokens."""
 
+    @property
+    def fault(self) -> PotstillError | None:
+        """Why it takes no more requests, or should be given none; those under way may be finished yet."""
+        ...
+
     def submit(
         self,
         asked: Asked,
@@ -173,6 +178,10 @@ class Live:
                 raise queue.Full
             self._unfinished += len(asked)
         return [self._begin(one, sampling, Sample(wake)) for one in asked]
+
+    @property
+    def fault(self) -> PotstillError | None:
+        return self._live.fault
 
     def num_waiting(self) -> int:
         return self._unfinished
@@ -235,6 +244,11 @@ class Batcher:
                     earlier.future.cancel()
                 raise
         return [entry.future for entry in waiting]
+
+    @property
+    def fault(self) -> PotstillError | None:
+        """One bad batch is no reason to end: the next one is tried."""
+        return None
 
     def num_waiting(self) -> int:
         return self._waiting.qsize()

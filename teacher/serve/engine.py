@@ -26,10 +26,19 @@ _CPU_STEP_TOKENS = 512
 _CUDA_STEP_TOKENS = 4096
 
 
+def default_step_tokens(device: torch.device) -> int:
+    return _CPU_STEP_TOKENS if device.type == "cpu" else _CUDA_STEP_TOKENS
+
+
 class Lockstep(Protocol):
     """Engines whose experts are spread over ranks take their steps together (`teacher.parallel.serving`)."""
 
     is_on: bool  # whether any rank may still have something to compute
+
+    def wait(self, num_waiting: int, is_closing: bool) -> tuple[int, bool]:
+        """Between runs: the sequences that wait on the rank where most do, and whether all ranks are closing.
+        Collective."""
+        ...
 
     def begin(self, num_rows: int, num_warm_ups: int) -> bool:
         """Before each step, of so many rows here, none perhaps: whether it may be a graph. Collective.
@@ -90,8 +99,7 @@ class Engine:
         self.max_positions = min(model.max_positions, num_pages * PAGE)
         self.num_computed_tokens = 0  # drafts among them
         self.num_drafts = self.num_accepted = 0
-        step_tokens = max_step_tokens or (_CPU_STEP_TOKENS if model.device.type == "cpu" else _CUDA_STEP_TOKENS)
-        step_tokens = max(step_tokens, batch_size * (1 + speculate))
+        step_tokens = max(max_step_tokens or default_step_tokens(model.device), batch_size * (1 + speculate))
         graphed = batch_size if cuda_graphs else 0
         self.runner = ModelRunner(model, num_pages, max_graphed=graphed, drafts=speculate)
         self.blocks = BlockManager(num_pages, extent=model.extent, caching=prefix_caching)

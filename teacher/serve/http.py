@@ -86,7 +86,7 @@ class Server:
         self._indices = itertools.count()
 
     async def health(self, _: HTTPRequest) -> Response:
-        return Response()
+        return Response(status_code=200 if self.batcher.fault is None else 503)
 
     async def version(self, _: HTTPRequest) -> Response:
         return JSONResponse({"version": importlib.metadata.version("potstill")})
@@ -280,7 +280,8 @@ def build_app(
 def serve(app: Starlette, listener: socket.socket, *, ready: Callable[[], object]) -> None:
     """Serve on a bound socket until SIGINT or SIGTERM, calling `ready` once requests are taken.
 
-    Requests that are under way when the signal comes are finished first; then this returns.
+    Requests that are under way when the signal comes are finished first; then this returns. Raises what ended the
+    teacher, if something did, or why it is to be given no more.
     """
     import uvicorn
 
@@ -293,6 +294,9 @@ def serve(app: Starlette, listener: socket.socket, *, ready: Callable[[], object
             gc.freeze()
             ready()
 
+        async def on_tick(self, counter: int) -> bool:
+            return await super().on_tick(counter) or app.state.batcher.fault is not None
+
     server = Ready(
         uvicorn.Config(app, log_level="error", http=GuardedProtocol, ws="none", timeout_graceful_shutdown=SHUTDOWN_S)
     )
@@ -301,3 +305,5 @@ def serve(app: Starlette, listener: socket.socket, *, ready: Callable[[], object
             server.run([listener])
     finally:
         gc.unfreeze()
+    if (fault := app.state.batcher.fault) is not None:
+        raise fault

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, NamedTuple
 
-from teacher.serve.engine import Engine
+from teacher.serve.engine import Engine, Lockstep
 from teacher.serve.sequence import Key, Logprobs, Sequence
+
+# How often ranks ask each other for work while there is none: a request waits that long at the most to be begun.
+IDLE_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Grown(NamedTuple, Generic[Key]):
 class EngineLoop(Generic[Key]):
     """Takes jobs from a queue until None comes, calls `done` with every finished sequence, in the caller's thread.
 
-    `grew` hears after a step of all streamed sequences that have grown in it and go on.
+    `grew` hears after a step of all streamed sequences that have grown in it and go on. With `lockstep`, which is the
+    engine's, runs begin and end on all ranks together, and None must come to all of them.
     """
 
     def __init__(
@@ -38,21 +43,38 @@ class EngineLoop(Generic[Key]):
         jobs: queue.SimpleQueue[Sequence[Key] | Withdrawn[Key] | None],
         done: Callable[[Sequence[Key]], object],
         grew: Callable[[list[Grown[Key]]], object] = lambda _: None,
+        lockstep: Lockstep | None = None,
     ) -> None:
         self._engine = engine
         self._jobs = jobs
         self._done = done
         self._grew = grew
+        self._lockstep = lockstep
         self._streamed: dict[Key, tuple[Sequence[Key], int]] = {}  # how many of its tokens have been told
         self._closing = False
 
     def run(self) -> None:
-        while not self._closing:
-            first: list[Sequence[Key]] = []
-            self._take(self._jobs.get(), first)
+        while (first := self._first()) is not None:
             for sequence in self._engine.run(first, more=self._joining):
                 self._streamed.pop(sequence.key, None)
                 self._done(sequence)
+
+    def _first(self) -> list[Sequence[Key]] | None:
+        """What the next run begins with, once there is work, here or on another rank; None at the end."""
+        first: list[Sequence[Key]] = []
+        if self._lockstep is None:
+            if not self._closing:
+                self._take(self._jobs.get(), first)
+            return None if self._closing else first
+        while True:
+            if not self._closing:
+                with suppress(queue.Empty):
+                    self._take(self._jobs.get(timeout=IDLE_S), first)
+            most_waiting, all_closing = self._lockstep.wait(len(first), self._closing)
+            if most_waiting:
+                return first
+            if all_closing:
+                return None
 
     def _joining(self) -> list[Sequence[Key]]:
         self._tell()

@@ -1,0 +1,61 @@
+"""The engine of one rank among others that share the routed experts (`teacher.parallel.serving`), in a process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distill.errors import EnvironmentFault
+from teacher.parallel.groups import opened_ranks
+from teacher.parallel.serving import RanksInStep, load_spread
+from teacher.serve.detokenizer import Decode
+from teacher.serve.engine import Engine, default_step_tokens
+
+# Ranks read weights for as long as it takes; one that is lost shows when its connections close.
+MEET_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank among the others, and where they meet: a file of the node that they share, or `host:port` of a store."""
+
+    rank: int
+    num_ranks: int
+    ranks_per_node: int
+    meet: str
+    in_halves: bool = False
+
+    @property
+    def local(self) -> int:
+        return self.rank % self.ranks_per_node
+
+
+def check_devices(ranks_per_node: int) -> None:
+    """Raises EnvironmentFault where this node has GPUs, and fewer than ranks."""
+    if 0 < (count := torch.cuda.device_count()) < ranks_per_node:
+        raise EnvironmentFault(f"{ranks_per_node} ranks of this node need a GPU each, it has {count}", where="cuda")
+
+
+@contextmanager
+def engine_of_rank(
+    folder: Path, place: Place, *, batch_size: int, eos_token_ids: Iterable[int], decode: Decode | None
+) -> Iterator[tuple[Engine, RanksInStep]]:
+    """Collective. Raises as `opened_ranks` and `load_spread` do."""
+    device = torch.device("cuda", place.local) if torch.cuda.is_available() else torch.device("cpu")
+    among: dict[str, Any] = {"rank": place.rank, "num_ranks": place.num_ranks, "ranks_per_node": place.ranks_per_node}
+    if place.num_ranks > place.ranks_per_node:
+        host, _, port = place.meet.rpartition(":")
+        among["store"] = dist.TCPStore(host, int(port), is_master=False)
+    else:
+        among["init_method"] = f"file://{place.meet}"
+    with opened_ranks(**among, device=device, timeout_s=MEET_S) as ranks:
+        step_tokens = max(default_step_tokens(device), batch_size)
+        sizes = {"batch_size": batch_size, "max_step_tokens": step_tokens}
+        model, lockstep = load_spread(folder, ranks, **sizes, in_halves=place.in_halves)
+        yield Engine(model, **sizes, eos_token_ids=eos_token_ids, decode=decode, lockstep=lockstep), lockstep
