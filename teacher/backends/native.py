@@ -96,6 +96,7 @@ class NativeBackend:
         # What outlives the engine: a part of the identity, and how the last texts end.
         self._precision, self._eos_token_ids = engine.precision, engine.eos_token_ids
         self.max_workers = max_workers
+        self._alive: LiveEngine | None = engine if isinstance(engine, Fleet) else None
         self._numbers = itertools.count()
 
     @cached_property
@@ -158,17 +159,17 @@ class NativeBackend:
     @property
     def fault(self) -> PotstillError | None:
         """Why it should be given no more."""
-        return self._live.fault if "_live" in self.__dict__ else None
+        return None if self._alive is None else self._alive.fault
 
-    @cached_property
+    @property
     def _live(self) -> LiveEngine:
-        if isinstance(self.engine, Fleet):
-            return self.engine
-        if self.max_workers < 2:
-            return LocalEngine(self.engine)
-        tokenizer = self.tokenizer.backend_tokenizer.to_str()
-        settings = replace(self._worker_engine, tokenizer=tokenizer)
-        return WorkerEngines.started(settings, num_workers=self.max_workers)
+        if self._alive is None and self.max_workers < 2:
+            self._alive = LocalEngine(self.engine)
+        elif self._alive is None:
+            tokenizer = self.tokenizer.backend_tokenizer.to_str()
+            settings = replace(self._worker_engine, tokenizer=tokenizer)
+            self._alive = WorkerEngines.started(settings, num_workers=self.max_workers)
+        return self._alive
 
     def _begin(self, number: int, request: TraceRequest, sampling: Sampling) -> tuple[str, Sequence[int]]:
         """What stands in front of the completion's text, and the sequence that writes the rest."""
@@ -249,8 +250,8 @@ class NativeBackend:
 
     def close(self) -> None:
         """Finish what was submitted, free weights and cache; the teacher cannot be used afterwards."""
-        if "_live" in self.__dict__ or isinstance(self.engine, Fleet):
-            self._live.close()
+        if self._alive is not None:
+            self._alive.close()
         del self.engine
 
     def _render(self, question: str) -> str:

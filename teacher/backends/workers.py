@@ -144,7 +144,7 @@ class LiveWorker:
 
     def check(self) -> None:
         """Raise EnvironmentFault unless the worker ended well, UserInputError where it says that of its model."""
-        _check(self._process, self._stderr)
+        _check(self._process, self._stderr, UserInputError)
 
     def kill(self) -> None:
         self._process.kill()
@@ -158,12 +158,12 @@ def _started(stderr: IO[bytes], *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
 
 
-def _check(process: subprocess.Popen[str], stderr: IO[bytes]) -> None:
+def _check(process: subprocess.Popen[str], stderr: IO[bytes], of_model: type[PotstillError] = EnvironmentFault) -> None:
     if status := process.wait():
         stderr.seek(0)
         last = stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
         if status == UserInputError.exit_code and last:
-            raise UserInputError(last)
+            raise of_model(last, where="generation worker")
         message = f"ended with status {status}: {last[-300:] or 'killed; is there enough memory?'}"
         raise EnvironmentFault(message, where="generation worker")
 

@@ -286,6 +286,8 @@ def serve(app: Starlette, listener: socket.socket, *, ready: Callable[[], object
     import uvicorn
 
     class Ready(uvicorn.Server):
+        fault: PotstillError | None = None
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             # What has been imported and loaded stays: every full collection would look through it all again, which
@@ -295,7 +297,8 @@ def serve(app: Starlette, listener: socket.socket, *, ready: Callable[[], object
             ready()
 
         async def on_tick(self, counter: int) -> bool:
-            return await super().on_tick(counter) or app.state.batcher.fault is not None
+            self.fault = app.state.batcher.fault
+            return await super().on_tick(counter) or self.fault is not None
 
     server = Ready(
         uvicorn.Config(app, log_level="error", http=GuardedProtocol, ws="none", timeout_graceful_shutdown=SHUTDOWN_S)
@@ -305,5 +308,5 @@ def serve(app: Starlette, listener: socket.socket, *, ready: Callable[[], object
             server.run([listener])
     finally:
         gc.unfreeze()
-    if (fault := app.state.batcher.fault) is not None:
-        raise fault
+    if server.fault is not None:
+        raise server.fault

@@ -136,7 +136,7 @@ def test_what_this_vllm_does_not_know_is_one_line(cache: str, override: str, mes
     ("arguments", "message"),
     [
         (("pico", "--dry-run"), "teacher.backend: only a vllm teacher has a launch plan"),
-        (("pico", "--node-rank", "1"), "--node-rank: a native teacher has one node, got 1"),
+        (("pico", "--node-rank", "1"), "--node-rank: the plan has nodes 0 to 0, got 1"),
         (
             ("r1-two-nodes", "--set", "teacher.num_nodes=3"),
             "flags.data-parallel-size must be a multiple of num_nodes 3",
