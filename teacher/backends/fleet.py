@@ -130,22 +130,22 @@ def open_fleet(settings: EngineSettings, config: NativeTeacher, *, progress: Pro
     bound, nodes that do not come and ranks that end.
     """
     per_node = _checked(settings.folder, config)
-    stack = contextlib.ExitStack()
-    try:
-        with (progress or silent()).task("ranks", config.num_ranks, unit="ranks") as task:
+    with (progress or silent()).task("ranks", config.num_ranks, unit="ranks") as task:
+        with contextlib.ExitStack() as stack:
             meet, links = _met(settings.folder, config, stack)
-            place = Place(0, config.num_ranks, per_node, meet, config.in_halves)
-            settings = replace(settings, place=place)
+            settings = replace(settings, place=Place(0, config.num_ranks, per_node, meet, config.in_halves))
             nodes = []
             for number, link in sorted(links.items()):
                 link.send({"settings": settings.packed()})
                 nodes.append(Node(number, link, _ranks_of(number, per_node)))
             crew: list[Worker] = [*_started(settings.packed(), _ranks_of(0, per_node), stack).values()]
-            fleet = Fleet(crew + [rank for node in nodes for rank in node.ranks], nodes, stack, settings)
+            crew += [rank for node in nodes for rank in node.ranks]
+            fleet = Fleet(crew, nodes, stack.pop_all(), settings)
+        try:
             fleet.wait_until_ready(task)
-    except BaseException:
-        stack.close()
-        raise
+        except BaseException:
+            fleet.abort()
+            raise
     return fleet
 
 

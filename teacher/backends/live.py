@@ -180,6 +180,15 @@ class WorkerEngines:
         with self._lock:
             for worker in self._crew:
                 worker.write("[]")
+        self._end()
+
+    def abort(self) -> None:
+        """End at once what is under way."""
+        for worker in self._crew:
+            worker.kill()
+        self._end()
+
+    def _end(self) -> None:
         for thread in self._threads:
             thread.join()
         self._stack.close()

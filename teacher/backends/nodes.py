@@ -211,13 +211,14 @@ def join(address: str, port: int, hello: dict[str, Any], key: bytes) -> tuple[Li
 
 
 class Relay:
-    """This node's workers, by rank, for the first node."""
+    """This node's workers, by rank, for the first node; they end with it."""
 
     def __init__(self, link: Link, workers: dict[int, LiveWorker]) -> None:
         self._link = link
         self._workers = workers
         self._working = set(workers)
         self._fault: PotstillError | None = None
+        self._is_over = threading.Event()
         self._threads = [threading.Thread(target=self._read, args=(rank,), daemon=True) for rank in workers]
         self._threads.append(threading.Thread(target=self._obey, daemon=True))
 
@@ -230,24 +231,29 @@ class Relay:
         for thread in self._threads:
             thread.start()
         try:
-            self._wait(None)
+            self._is_over.wait()  # no thread's `join`: Python 3.11 takes one that a signal interrupts for ended
+            working = list(self._working)
         except Preempted as exc:
             self._link.send({"leaving": str(exc)})
-            self._wait(LEAVE_S)
+            self._is_over.wait(LEAVE_S)
             raise
+        finally:
+            for worker in self._workers.values():
+                worker.kill()
+            self._link.close()
+            for thread in self._threads:
+                thread.join()
         if self._fault is not None:
             raise self._fault
-        if self._working:
+        if working:
             raise EnvironmentFault("node 0 has ended, or is not reached any more")
-
-    def _wait(self, timeout_s: float | None) -> None:
-        self._threads[-1].join(timeout_s)
 
     def _obey(self) -> None:
         with contextlib.suppress(EOFError):
             while True:
                 rank, line = self._link.receive()
                 self._workers[rank].write(line)
+        self._is_over.set()
 
     def _read(self, rank: int) -> None:
         worker = self._workers[rank]

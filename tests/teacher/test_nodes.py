@@ -41,6 +41,9 @@ class Echo:
         if self.fault is not None:
             raise self.fault
 
+    def kill(self) -> None:
+        self._lines.put(None)
+
 
 def hello(node: int, **changes: Any) -> dict[str, Any]:
     return {"node": node, "potstill": "1", "model": "abc", "num_ranks": 4, "num_nodes": 2, **changes}
