@@ -3,6 +3,7 @@
     config      what a job file may say
     nodes       what every node runs, the same under all launchers
     render      that, wrapped for one launcher
+    recipes     whether the recipe is for such a job
     check       what can be said of a rendered file before it is submitted
     start       all of that, and the launcher itself
     ray_nodes   one task a node of a Ray cluster

@@ -10,6 +10,7 @@ from distill.manifest import write_atomically
 from distill.recipe import load_settings
 from pipelines.launch.check import check, submit
 from pipelines.launch.config import LaunchConfig
+from pipelines.launch.recipes import check_recipe
 from pipelines.launch.render import rendered
 
 
@@ -18,11 +19,12 @@ def start(
 ) -> int:
     """The exit code of what started it. A dry run without `out` announces what was rendered, and writes nothing.
 
-    Raises RecipeError for what is wrong with the job, EnvironmentFault where its launcher is not installed.
+    Raises RecipeError for what is wrong with the job or its recipe, EnvironmentFault where its launcher is missing.
     """
     config = load_settings(LaunchConfig, job, overrides)
     text = rendered(config)
-    checked = check(config, text)
+    recipe = check_recipe(config)
+    checked = ", ".join(filter(None, (check(config, text), recipe)))
     if dry_run and out is None:
         announce(text, nl=False)
         announce(f"potstill: {config.name} for {config.launcher}: {checked}; nothing is started", err=True)

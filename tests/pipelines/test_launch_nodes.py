@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from distill.recipe import load_settings, parse
 from pipelines.cli import app
 from pipelines.launch.check import check, submit
 from pipelines.launch.config import LaunchConfig
+from pipelines.launch.recipes import check_recipe
 from pipelines.launch.render import rendered
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +113,56 @@ def test_bad_input_is_one_line_and_writes_nothing(change: dict[str, Any], said: 
     assert said in result.stderr
     assert CANARY not in result.stderr
     assert not out.exists()
+
+
+NATIVE = {
+    "name": "r",
+    "problems": [{"kind": "local", "path": "p.jsonl"}],
+    "teacher": {"backend": "native", "model": "m", "num_ranks": 16, "num_nodes": 2, "head_address": "h"},
+    "distill": {"students": ["qwen2-0.2m"]},
+    "eval": {"suites": ["gsm8k"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("job", "recipe", "said"),
+    [
+        ({}, NATIVE, None),
+        ({}, {"extends": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"nodes": 3}, NATIVE, "teacher.num_nodes: the recipe's teacher is for 2, the job has 3"),
+        ({"overrides": ["teacher.num_ranks=15"]}, NATIVE, "num_ranks: must be a multiple of num_nodes 2, got 15"),
+        ({"overrides": ["teacher.num_rank=16"]}, NATIVE, "num_rank"),
+        ({"gpus_per_node": 4}, NATIVE, "teacher.num_ranks: 8 ranks of a node need a GPU each, the job has 4"),
+        ({"secrets": []}, NATIVE, "secrets: POTSTILL_API_KEY must be among them: nodes know each other by it"),
+        ({"job": "pretrain", "overrides": ["layout.ep=16"]}, PRETRAIN, None),
+        ({"job": "pretrain"}, PRETRAIN, "layout: is for 1 ranks, the job has 16"),
+        ({"job": "train", "student": "qwen2-0.3m"}, NATIVE, "no student 'qwen2-0.3m' in the zoo"),
+        ({"job": "train", "student": "qwen2-0.2m", "overrides": ["lr=1e-4"]}, NATIVE, None),
+        ({"job": "train", "student": "qwen2-0.2m", "overrides": ["rl=1e-4"]}, NATIVE, "rl"),
+        (
+            {"job": "serve", "nodes": 1, "host": "0.0.0.0", "overrides": ["teacher.num_nodes=1"], "secrets": [],
+             "gpus_per_node": 16},
+            NATIVE,
+            "secrets: POTSTILL_API_KEY must be among them: 0.0.0.0 can be reached from outside",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_recipe_that_is_not_for_these_nodes_is_refused(
+    job: dict[str, Any], recipe: dict[str, Any], said: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    tree = {"recipe": "recipe.yaml", "workdir": str(tmp_path), "secrets": ["POTSTILL_API_KEY"], "examples": "e.parquet"}
+    given = config(**tree | job)
+    if said is None:
+        assert check_recipe(given) is not None
+    else:
+        with pytest.raises(RecipeError, match=re.escape(said)):
+            check_recipe(given)
+
+
+def test_a_recipe_that_the_nodes_have_alone_is_not_checked() -> None:
+    assert check_recipe(config(recipe="r1.yaml")) is None
 
 
 def test_setup_that_is_no_bash_is_refused() -> None:
