@@ -36,8 +36,11 @@ RETRY_S = 1.0
 # A node that was told to stop stays as long for the requests that are under way.
 LEAVE_S = 90.0
 HELLO_BYTES, HELLO_S = 2**16, 10
-# A machine that is switched off closes no connection: after 10 s of silence it is asked, thrice.
-KEEP_ALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
+# A machine that is switched off closes no connection: after 10 s of silence it is asked, thrice, and what was sent must
+# be confirmed within 25 s.
+KEEP_ALIVE = {
+    socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3, socket.TCP_USER_TIMEOUT: 25_000
+}  # fmt: skip
 
 
 class Link:
@@ -232,7 +235,7 @@ class Relay:
             thread.start()
         try:
             self._is_over.wait()  # no thread's `join`: Python 3.11 takes one that a signal interrupts for ended
-            working = list(self._working)
+            fault, working = self._fault, list(self._working)
         except Preempted as exc:
             self._link.send({"leaving": str(exc)})
             self._is_over.wait(LEAVE_S)
@@ -243,8 +246,8 @@ class Relay:
             self._link.close()
             for thread in self._threads:
                 thread.join()
-        if self._fault is not None:
-            raise self._fault
+        if fault is not None:
+            raise fault
         if working:
             raise EnvironmentFault("node 0 has ended, or is not reached any more")
 

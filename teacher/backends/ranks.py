@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +23,7 @@ from teacher.serve.engine import Engine, default_step_tokens
 
 # Ranks read weights for as long as it takes; one that is lost shows when its connections close.
 MEET_S = 3600.0
+_SIOCGIFADDR = 0x8915  # netdevice(7)
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,9 @@ def engine_of_rank(
     among: dict[str, Any] = {"rank": place.rank, "num_ranks": place.num_ranks, "ranks_per_node": place.ranks_per_node}
     if place.num_ranks > place.ranks_per_node:
         host, _, port = place.meet.rpartition(":")
+        # Gloo would take the address of the host's name, which on many machines is a loopback one.
+        if (interface := _interface_to(host)) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         among["store"] = dist.TCPStore(host, int(port), is_master=False)
     else:
         among["init_method"] = f"file://{place.meet}"
@@ -59,3 +67,21 @@ def engine_of_rank(
         sizes = {"batch_size": batch_size, "max_step_tokens": step_tokens}
         model, lockstep = load_spread(folder, ranks, **sizes, in_halves=place.in_halves)
         yield Engine(model, **sizes, eos_token_ids=eos_token_ids, decode=decode, lockstep=lockstep), lockstep
+
+
+def _interface_to(host: str) -> str | None:
+    """The network interface that packets to `host` leave by; None where none has their address (IPv6, say)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing
+        except OSError:
+            return None
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            try:
+                request = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # it has no IPv4 address
+                continue
+            if request[20:24] == own:
+                return name
+    return None

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -164,7 +165,8 @@ def _check(process: subprocess.Popen[str], stderr: IO[bytes], of_model: type[Pot
         last = stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
         if status == UserInputError.exit_code and last:
             raise of_model(last, where="generation worker")
-        message = f"ended with status {status}: {last[-300:] or 'killed; is there enough memory?'}"
+        why = last[-300:] if last and status != -signal.SIGKILL else "killed; is there enough memory?"
+        message = f"ended with status {status}: {why}"
         raise EnvironmentFault(message, where="generation worker")
 
 
