@@ -4,10 +4,10 @@ Token n of rank s lies at place `s * max_tokens + n` of every rank that it goes 
 sends, no shape depends on the routing, the host never waits (a CUDA graph may hold it all), and nothing can overflow.
 The price is memory, not traffic: places for all tokens of all ranks.
 
-Where the experts lie is each dispatch's to say (`SlotTables`): layers that are placed differently take turns with the
-same inboxes. A rank has three. `values`: E4M3 numbers, row by row without anything between, as the FP8 experts read them.
+A rank has three inboxes. `values`: E4M3 numbers, row by row without anything between, as the FP8 experts read them.
 `headers`: scales, slots and weights; every token's goes to every rank, so that an empty place says so. `returned`: the
 rows that come back, BF16, each rank's share of a token's weighted sum; the origin adds them in the order of the ranks.
+Where experts lie is each dispatch's to say, so that layers which are placed differently take turns with the inboxes.
 
 `FixedPlaces` works over any backend by exchanges of equal parts, which move empty places too; it is the twin of
 `teacher.parallel.symmetric_places`, which stores straight to the peers. A dispatch must be followed by its combine
@@ -89,7 +89,10 @@ class FixedPlaces:
         return self.hidden + self._header.row_bytes, 2 * self.hidden
 
     def dispatch(self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor, tables: SlotTables) -> Received:
-        """Tokens [N, D] to the ranks of their experts by `tables`, alike on all ranks. Raises ValueError for more than `max_tokens` of them."""
+        """Tokens [N, D] to the ranks of their experts by `tables`, which are alike on all ranks.
+
+        Raises ValueError for more than `max_tokens` tokens.
+        """
         if len(indices_NK) > self.max_tokens:
             raise ValueError(f"{len(indices_NK)} tokens, at most {self.max_tokens} fit")
         ranks_N = self.send(x, indices_NK, weights_NK, tables)
