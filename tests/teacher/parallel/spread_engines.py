@@ -17,6 +17,9 @@ from teacher.serve.sequence import Sequence
 from teacher.serve.weights import fuse_entries
 
 BATCH, STEP = 3, 200
+ENGINE: dict[str, Any] = {
+    "batch_size": BATCH, "max_step_tokens": STEP, "num_pages": 20, "eos_token_ids": (), "prefix_caching": False
+}  # fmt: skip
 WIDTHS = {
     "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "q_lora_rank": 128, "kv_lora_rank": 128,
     "num_attention_heads": 4, "v_head_dim": 32, "max_position_embeddings": 512, "rope_scaling": None,
@@ -53,16 +56,12 @@ def written(engine: Engine, sequences: list[Sequence[int]], after_step: Callable
 def spread_engine(ranks: Ranks, folder: Path, **options: Any) -> tuple[Engine, SpreadModel, RanksInStep]:
     """`options` are those of `load_spread`."""
     model, lockstep = load_spread(folder, ranks, batch_size=BATCH, max_step_tokens=STEP, **options)
-    engine = Engine(model, batch_size=BATCH, eos_token_ids=(), max_step_tokens=STEP, num_pages=20, lockstep=lockstep)
-    return engine, model, lockstep
+    return Engine(model, **ENGINE, lockstep=lockstep), model, lockstep
 
 
 def assert_one_engine_writes(turns_of_ranks: list[list[Written]], folder: Path) -> None:
     """What each rank wrote in turn n, of the requests of rank + n, is what one engine with all experts writes."""
-    alone = Engine(
-        LatentModel(fuse_entries(*load_blocks(folder, torch.device("cpu")))), batch_size=BATCH, eos_token_ids=(),
-        max_step_tokens=STEP, num_pages=20, prefix_caching=False,
-    )  # fmt: skip
+    alone = Engine(LatentModel(fuse_entries(*load_blocks(folder, torch.device("cpu")))), **ENGINE)
     same = total = 0
     for rank, turns in enumerate(turns_of_ranks):
         for turn, (texts, logits_ZV) in enumerate(turns):
