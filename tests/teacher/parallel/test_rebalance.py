@@ -149,7 +149,8 @@ class Loaded(NamedTuple):
 
 def loaded(ranks: Ranks, folder: Path) -> Loaded:
     """Two turns, whose loads say where experts go; two behind the moves; and one after looking at loads again."""
-    options = {"num_redundant": REDUNDANT, "rebalancing": Rebalancing(every_steps=4, least_gain=0.1)}
+    rebalancing = Rebalancing(every_steps=4, least_gain=0.1)
+    options = {"num_redundant": REDUNDANT, "rebalancing": rebalancing, "in_halves": True}
     engine, model, lockstep = spread_engine(ranks, folder, **options)
     layers, arrived, balancer = moe_layers(model), Counter(), lockstep.balancer
     first, dispatch = balancer.placements[0], FixedPlaces.dispatch
