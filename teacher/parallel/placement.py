@@ -118,7 +118,10 @@ class SlotTables:
         return self.slots_EC[indices_NK, turn_N1 % self.num_copies_E[indices_NK]]
 
     def become(self, placement: Placement) -> None:
-        """Those of another placement of as many experts and slots, in place: CUDA graphs that read them stay valid."""
-        fresh = placement.tables(self.slots_EC.device)
-        self.slots_EC.copy_(fresh.slots_EC)
-        self.num_copies_E.copy_(fresh.num_copies_E)
+        """Those of another placement of as many experts and slots, in place: CUDA graphs that read them stay valid.
+
+        On a GPU in the order of the current stream; the host does not wait.
+        """
+        new = placement.tables()
+        for table, of_new in ((self.slots_EC, new.slots_EC), (self.num_copies_E, new.num_copies_E)):
+            table.copy_(of_new.pin_memory() if table.is_cuda else of_new, non_blocking=True)

@@ -4,6 +4,9 @@
     place      every so many steps the ranks add up their counts, and find a placement for each layer, all the same one
     move       the weights, one layer before each of the next steps, so that none waits long; then the layer's tables
 
+A V3 layer's slot is 44 MB, and a placement for its 256 experts tens of milliseconds of Python, while a step is under
+way: hence one layer a step.
+
 Weights, tables and counts change where they lie: CUDA graphs stay valid. Counts are of chosen experts, wherever they
 were, and of all rows that travelled, a graph's padding and warm-ups among them; a rank without rows adds nothing.
 
@@ -87,8 +90,7 @@ def placed(weights: InferenceWeights, placement: Placement) -> tuple[InferenceWe
         if isinstance(mlp := layer.mlp, Fp8MoEWeights):
             device = mlp.bias_E.device
             load_E = torch.zeros(placement.num_experts, dtype=torch.int64, device=device)
-            parts = mlp.router_ED, mlp.bias_E, mlp.experts, mlp.shared
-            moe_layers.append(PlacedMoEWeights(*parts, placement.tables(device), load_E))
+            moe_layers.append(PlacedMoEWeights(**vars(mlp), tables=placement.tables(device), load_E=load_E))
             layer = replace(layer, mlp=moe_layers[-1])
         layers.append(layer)
     return replace(weights, layers=tuple(layers)), moe_layers

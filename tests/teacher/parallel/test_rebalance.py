@@ -90,6 +90,7 @@ def moving(ranks: Ranks, folder: Path, every_steps: int, in_halves: bool) -> Mov
 
     turns = [written(engine, requests((ranks.rank + turn) % 4), after_step) for turn in range(2)]
     assert addresses(layers) == before  # what a CUDA graph has captured
+    assert lockstep.balancer.num_rebalancings == len(lockstep.balancer.reports)
     held = [[part.view(torch.uint8) for part in w.experts] for w in layers]
     tables = [(w.tables.slots_EC, w.tables.num_copies_E) for w in layers]
     return Moved(turns, held, tables, steps, list(lockstep.balancer.reports))
