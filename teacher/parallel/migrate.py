@@ -36,9 +36,9 @@ class Move(NamedTuple):
 def plan_moves(old: Placement, new: Placement) -> list[Move]:
     """Copies that make `new` out of `old`, in the order of their targets. Raises DataError for unlike shapes.
 
-    >>> old, new = (Placement(experts, 2, 2, 2) for experts in ((0, 1), (1, 1)))
+    >>> old, new = (Placement(experts, 2, 2, 2) for experts in ((0, 1, 0, 1), (0, 1, 1, 1)))
     >>> plan_moves(old, new)
-    [Move(expert=1, source_slot=1, target_slot=0)]
+    [Move(expert=1, source_slot=3, target_slot=2)]
     """
     shapes = [(p.num_experts, p.num_slots, p.num_ranks, p.ranks_per_node) for p in (old, new)]
     if shapes[0] != shapes[1]:
