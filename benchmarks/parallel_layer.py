@@ -15,7 +15,7 @@ from benchmarks.parallel_timing import (
     Row,
     Sizes,
     all_to_all_us,
-    exchange_of,
+    placement_of,
     row_of,
     shape_of,
     slowest_us,
@@ -39,12 +39,13 @@ def places_and_layer(ranks: Ranks, sizes: Sizes) -> Iterator[Row]:
 def fixed_places(ranks: Ranks, sizes: Sizes, form: FixedPlaces) -> Iterator[Row]:
     tokens = form.max_tokens
     x, choice = routed_input(ranks, sizes, tokens)
-    received = form.dispatch(x, choice.indices_NK, choice.weights_NK)
+    tables = placement_of(ranks, sizes).tables(ranks.device)
+    received = form.dispatch(x, choice.indices_NK, choice.weights_NK, tables)
     error = wrong_by(x, choice.weights_NK, form.combine(scaled(received), received))
     out = torch.randn(received.x.values_MK.shape, device=ranks.device).to(torch.bfloat16)
 
     def dispatch() -> Tensor:
-        return form.dispatch(x, choice.indices_NK, choice.weights_NK).x.scale_inv_MG
+        return form.dispatch(x, choice.indices_NK, choice.weights_NK, tables).x.scale_inv_MG
 
     counts_R = torch.stack([(received.ranks_N >> rank & 1).sum() for rank in range(ranks.num_ranks)])
     send, receive = exchange_counts(counts_R, ranks.world)
@@ -66,7 +67,8 @@ def fixed_places(ranks: Ranks, sizes: Sizes, form: FixedPlaces) -> Iterator[Row]
 def fp8_layer(ranks: Ranks, sizes: Sizes, forms: dict[str, FixedPlaces]) -> Iterator[Row]:
     """The peer is one rank that holds every expert, for as many tokens as each rank has here."""
     whole = layer_weights(ranks, sizes)
-    num_own = sizes.experts // ranks.num_ranks
+    placement = placement_of(ranks, sizes)
+    num_own, tables = placement.slots_per_rank, placement.tables(ranks.device)
     own = ExpertWeights(*(part[ranks.rank * num_own : (ranks.rank + 1) * num_own] for part in whole))
     for what, form in forms.items():
         tokens = form.max_tokens
@@ -76,7 +78,7 @@ def fp8_layer(ranks: Ranks, sizes: Sizes, forms: dict[str, FixedPlaces]) -> Iter
             return routed_experts_fp8(quantise(x), choice, whole)
 
         def over_ranks(form: FixedPlaces = form, x: Tensor = x, choice: Choice = choice) -> Tensor:
-            return routed_experts_over_ranks(form, x, choice.indices_NK, choice.weights_NK, own)
+            return routed_experts_over_ranks(form, x, choice.indices_NK, choice.weights_NK, own, tables)
 
         wanted = alone().float()
         error = float((over_ranks().float() - wanted).abs().max() / wanted.abs().max())
@@ -89,7 +91,8 @@ def fp8_layer(ranks: Ranks, sizes: Sizes, forms: dict[str, FixedPlaces]) -> Iter
 
 def form_of(ranks: Ranks, sizes: Sizes, tokens: int) -> FixedPlaces:
     kind = SymmetricFixedPlaces if ranks.device.type == "cuda" else FixedPlaces
-    return kind(exchange_of(ranks, sizes), hidden=sizes.hidden, per_token=sizes.per_token, max_tokens=tokens)
+    sized = {"hidden": sizes.hidden, "per_token": sizes.per_token, "max_tokens": tokens}
+    return kind(ranks, slots_per_rank=placement_of(ranks, sizes).slots_per_rank, **sized)
 
 
 def routed_input(ranks: Ranks, sizes: Sizes, tokens: int) -> tuple[Tensor, Choice]:

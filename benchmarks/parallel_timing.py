@@ -53,8 +53,11 @@ class Row:
 
 
 def exchange_of(ranks: Ranks, sizes: Sizes) -> Exchange:
-    placement = Placement.contiguous(num_experts=sizes.experts, num_ranks=ranks.num_ranks)
-    return Exchange(ranks, placement, wire=Wire(out="fp8", back="bf16"))
+    return Exchange(ranks, placement_of(ranks, sizes), wire=Wire(out="fp8", back="bf16"))
+
+
+def placement_of(ranks: Ranks, sizes: Sizes) -> Placement:
+    return Placement.contiguous(num_experts=sizes.experts, num_ranks=ranks.num_ranks)
 
 
 def layer_input(ranks: Ranks, sizes: Sizes, tokens: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,7 +40,7 @@ def check_weights(recipe: Recipe, stages: Collection[str], *, known: Collection[
         if _is_new(folder, known):
             from teacher.backends import open_teacher
 
-            alone = recipe.teacher.model_copy(update={"num_ranks": 1, "num_nodes": 1, "in_halves": False})
+            alone = recipe.teacher.model_copy(update={"num_ranks": 1, "num_nodes": 1})
             open_teacher(alone, base_dir=Path.cwd()).close()
     if {"distill", "eval"} & set(stages):
         new = [folder for folder in _local_bases(recipe) if _is_new(folder, known)]

@@ -36,6 +36,13 @@ class OverNodes(Config):
         return self
 
 
+class ExpertRebalancing(Config):
+    """Experts change their ranks by how much they are used, as DeepSeek-V3's do (2412.19437 s.3.4.1)."""
+
+    every_steps: int = Field(10_000, ge=1, description="of the engine; minutes, at the pace of a large model")
+    least_gain: float = Field(0.05, gt=0, lt=1, description="of the imbalance; a layer that gains less stays")
+
+
 class NativeTeacher(OverNodes):
     """This project's own engine: a `deepseek_v3` folder, or a student's (qwen2, qwen3, llama).
 
@@ -50,6 +57,8 @@ class NativeTeacher(OverNodes):
         False, description="on a CPU: the same bits for a request whatever is computed beside it; slower"
     )
     num_ranks: int = Field(1, ge=1, description="of a deepseek_v3 folder, in FP8; each has sequences of its own")
+    num_redundant: int = Field(0, ge=0, description="slots beyond one an expert, for those that are used most")
+    rebalance: ExpertRebalancing | None = Field(None, description="none: experts stay where they are at first")
     in_halves: bool = Field(
         False, description="ranks compute half of a large step while the other half's tokens travel"
     )
@@ -61,8 +70,9 @@ class NativeTeacher(OverNodes):
         for name in ("speculate", "batch_invariant") if self.num_ranks > 1 else ():
             if getattr(self, name):
                 raise ValueError(f"{name}: is for one rank, got num_ranks {self.num_ranks}")
-        if self.in_halves and self.num_ranks == 1:
-            raise ValueError("in_halves: is for several ranks")
+        for name in ("in_halves", "num_redundant", "rebalance") if self.num_ranks == 1 else ():
+            if getattr(self, name):
+                raise ValueError(f"{name}: is for several ranks")
         return self
 
 

@@ -35,7 +35,8 @@ LEDGER, PROBLEMS, TRACES = "ledger.sqlite", "problems.parquet", "traces"
 # What changes how fast and how patiently a teacher is asked, and nothing of what it writes.
 SPEED = {"batch_size", "speculate", "max_concurrency", "timeout_s", "idle_timeout_s", "stream", "max_retries"}
 SPEED |= {"api_key_env"}
-SPEED |= {"startup_timeout_s", "max_restarts", "num_nodes", "head_address", "rpc_port", "in_halves"}
+SPEED |= {"startup_timeout_s", "max_restarts", "num_nodes", "head_address", "rpc_port"}
+SPEED |= {"in_halves", "num_redundant", "rebalance"}
 SPEED |= {"address", "base_urls", "num_replicas", "cpus_per_replica", "gpus_per_replica"}
 # What is noted of the samples besides, and changes none of them.
 PRICES = {"price_per_million_prompt_tokens", "price_per_million_completion_tokens"}

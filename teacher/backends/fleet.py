@@ -60,6 +60,9 @@ class Fleet(WorkerEngines):
         self._nodes = nodes
         self.batch_size = settings.batch_size * len(crew)
         self.eos_token_ids = settings.eos_token_ids
+        # Of the last rebalancing: the worst layer's most loaded rank over the mean.
+        self.gauges: dict[str, float] = {}
+        self._num_moved = 0
         self._ready: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._cause_known = threading.Event()
         super().__init__(crew, stack)
@@ -112,6 +115,12 @@ class Fleet(WorkerEngines):
     def _tell(self, number: int, news: dict[str, Any]) -> None:
         if "ready" in news:
             self._ready.put(news["ready"])
+        elif "rebalanced" in news:
+            self._num_moved += news["rebalanced"]["num_slots_moved"]
+            (_, before), (_, after) = news["rebalanced"]["before"], news["rebalanced"]["after"]
+            self.gauges = {
+                "expert_imbalance_before": before, "expert_imbalance": after, "experts_moved": self._num_moved
+            }  # fmt: skip
         else:
             super()._tell(number, news)
 
@@ -133,7 +142,9 @@ def open_fleet(settings: EngineSettings, config: NativeTeacher, *, progress: Pro
     with (progress or silent()).task("ranks", config.num_ranks, unit="ranks") as task:
         with contextlib.ExitStack() as stack:
             meet, links = _met(settings.folder, config, stack)
-            settings = replace(settings, place=Place(0, config.num_ranks, per_node, meet, config.in_halves))
+            rebalance = None if config.rebalance is None else config.rebalance.model_dump()
+            place = Place(0, config.num_ranks, per_node, meet, config.in_halves, config.num_redundant, rebalance)
+            settings = replace(settings, place=place)
             nodes = []
             for number, link in sorted(links.items()):
                 link.send({"settings": settings.packed()})
@@ -200,9 +211,10 @@ def _checked(folder: Path, config: NativeTeacher) -> int:
     if kind != LATENT:
         message = f"only {LATENT} models have experts to share over ranks, this is {kind!r}"
         raise RecipeError(message, where="recipe", field="teacher.num_ranks")
-    num_experts = read_fp8_config(folder).n_routed_experts
-    if num_experts % config.num_ranks:
-        message = f"{num_experts} experts do not divide among {config.num_ranks} ranks"
+    num_slots = read_fp8_config(folder).n_routed_experts + config.num_redundant
+    if num_slots % config.num_ranks:
+        more = f" and {config.num_redundant} more" if config.num_redundant else ""
+        message = f"{num_slots - config.num_redundant} experts{more} do not divide among {config.num_ranks} ranks"
         raise RecipeError(message, where="recipe", field="teacher.num_ranks")
     if config.num_nodes > 1:
         _key()

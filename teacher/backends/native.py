@@ -161,6 +161,9 @@ class NativeBackend:
         """Why it should be given no more."""
         return None if self._alive is None else self._alive.fault
 
+    def gauges(self) -> dict[str, float]:
+        return self.engine.gauges if isinstance(self.engine, Fleet) else {}
+
     @property
     def _live(self) -> LiveEngine:
         if self._alive is None and self.max_workers < 2:

@@ -6,7 +6,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from distill.errors import EnvironmentFault
 from teacher.parallel.groups import opened_ranks
+from teacher.parallel.rebalance import Rebalancing, Report
 from teacher.parallel.serving import RanksInStep, load_spread
 from teacher.serve.detokenizer import Decode
 from teacher.serve.engine import Engine, default_step_tokens
@@ -35,6 +36,8 @@ class Place:
     ranks_per_node: int
     meet: str
     in_halves: bool = False
+    num_redundant: int = 0
+    rebalance: dict[str, Any] | None = None  # `Rebalancing`
 
     @property
     def local(self) -> int:
@@ -49,9 +52,16 @@ def check_devices(ranks_per_node: int) -> None:
 
 @contextmanager
 def engine_of_rank(
-    folder: Path, place: Place, *, batch_size: int, eos_token_ids: Iterable[int], decode: Decode | None
+    folder: Path,
+    place: Place,
+    *,
+    batch_size: int,
+    eos_token_ids: Iterable[int],
+    decode: Decode | None,
+    on_report: Callable[[Report], object],
 ) -> Iterator[tuple[Engine, RanksInStep]]:
-    """Collective. Raises as `opened_ranks` and `load_spread` do."""
+    """Collective. The first rank's `on_report` hears of every rebalancing. Raises as `opened_ranks` and `load_spread`
+    do."""
     device = torch.device("cuda", place.local) if torch.cuda.is_available() else torch.device("cpu")
     among: dict[str, Any] = {"rank": place.rank, "num_ranks": place.num_ranks, "ranks_per_node": place.ranks_per_node}
     if place.num_ranks > place.ranks_per_node:
@@ -65,7 +75,12 @@ def engine_of_rank(
     with opened_ranks(**among, device=device, timeout_s=MEET_S) as ranks:
         step_tokens = max(default_step_tokens(device), batch_size)
         sizes = {"batch_size": batch_size, "max_step_tokens": step_tokens}
-        model, lockstep = load_spread(folder, ranks, **sizes, in_halves=place.in_halves)
+        model, lockstep = load_spread(
+            folder, ranks, **sizes, num_redundant=place.num_redundant, in_halves=place.in_halves,
+            rebalancing=None if place.rebalance is None else Rebalancing(**place.rebalance),
+        )  # fmt: skip
+        if lockstep.balancer is not None and place.rank == 0:
+            lockstep.balancer.on_report = on_report
         yield Engine(model, **sizes, eos_token_ids=eos_token_ids, decode=decode, lockstep=lockstep), lockstep
 
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from teacher.serve.stopping import RepetitionLimit
 
 if TYPE_CHECKING:
     from teacher.backends.ranks import Place
+    from teacher.parallel.rebalance import Report
     from teacher.serve.detokenizer import Decode
     from teacher.serve.engine import Engine, Lockstep
 
@@ -140,7 +141,8 @@ class LiveWorker:
     def lines(self) -> Iterator[str]:
         """Until the worker ends: of every finished sequence its key and what `take_generated` takes, as a list; after a
         step, what streamed sequences have written in it, as `{"grown": [[key, token_ids, logprobs], ...]}`; of a rank
-        first `{"ready": ...}`, with its engine's `max_positions` and `precision`."""
+        first `{"ready": ...}`, with its engine's `max_positions` and `precision`, and `{"rebalanced": ...}`, a
+        `teacher.parallel.rebalance.Report`, of the first rank when experts have moved."""
         return iter(self._process.stdout)
 
     def check(self) -> None:
@@ -230,7 +232,9 @@ def _decode(settings: dict[str, Any]) -> Decode | None:
 
 
 @contextlib.contextmanager
-def _live_engine(settings: dict[str, Any]) -> Iterator[tuple[Engine, Lockstep | None]]:
+def _live_engine(
+    settings: dict[str, Any], tell: Callable[[dict[str, Any]], object]
+) -> Iterator[tuple[Engine, Lockstep | None]]:
     if settings["place"] is None:
         yield _engine(settings), None
         return
@@ -240,8 +244,12 @@ def _live_engine(settings: dict[str, Any]) -> Iterator[tuple[Engine, Lockstep | 
 
     torch.set_num_threads(1)
     limits = {"batch_size": settings["batch_size"], "eos_token_ids": settings["eos_token_ids"]}
-    place = Place(**settings["place"])
-    with engine_of_rank(Path(settings["folder"]), place, **limits, decode=_decode(settings)) as opened:
+    place, folder = Place(**settings["place"]), Path(settings["folder"])
+
+    def on_report(report: Report) -> None:
+        tell({"rebalanced": report._asdict()})
+
+    with engine_of_rank(folder, place, **limits, decode=_decode(settings), on_report=on_report) as opened:
         yield opened
 
 
@@ -282,7 +290,7 @@ def _work_live(lines: IO[str], output: IO[str]) -> None:
     def grew(news: list[Grown[int]]) -> None:
         tell({"grown": news})
 
-    with _live_engine(settings) as (engine, lockstep):
+    with _live_engine(settings, tell) as (engine, lockstep):
         if lockstep is not None:
             tell({"ready": {"max_positions": engine.max_positions, "precision": engine.precision}})
         EngineLoop(engine, jobs, lambda done: _write(done, output), grew, lockstep).run()

@@ -81,7 +81,7 @@ class Exchange:
         slots_NK = self._tables.choose(indices_NK, rank=self.ranks.rank)
         sent: list[Sent] = []
         x_MD, weights_MK, slots_MK = _Dispatch.apply(x_ND, weights_NK, slots_NK, self.hops, self.wire, sent)
-        local_MK = plan.local_slots(slots_MK, self.placement, self.ranks.rank)
+        local_MK = plan.local_slots(slots_MK, self.placement.slots_per_rank, self.ranks.rank)
         return Dispatched(x_MD, local_MK, weights_MK, tuple(sent))
 
     def combine(self, out_MD: Tensor, dispatched: Dispatched) -> Tensor:

@@ -7,6 +7,7 @@ The price is memory, not traffic: places for all tokens of all ranks.
 A rank has three inboxes. `values`: E4M3 numbers, row by row without anything between, as the FP8 experts read them.
 `headers`: scales, slots and weights; every token's goes to every rank, so that an empty place says so. `returned`: the
 rows that come back, BF16, each rank's share of a token's weighted sum; the origin adds them in the order of the ranks.
+Where experts lie is each dispatch's to say, so that layers which are placed differently take turns with the inboxes.
 
 `FixedPlaces` works over any backend by exchanges of equal parts, which move empty places too; it is the twin of
 `teacher.parallel.symmetric_places`, which stores straight to the peers. A dispatch must be followed by its combine
@@ -27,12 +28,11 @@ from teacher.kernels.experts import ExpertWeights, default_plan, routed_experts_
 from teacher.kernels.quantise import Quantised, empty_scales, quantise
 from teacher.kernels.route import Choice
 from teacher.parallel import wire
-from teacher.parallel.dispatch import Exchange
+from teacher.parallel.groups import Ranks
 from teacher.parallel.low_latency import MakeMailbox
 from teacher.parallel.mailbox import AllToAllMailbox
-from teacher.parallel.placement import Placement
+from teacher.parallel.placement import Placement, SlotTables
 from teacher.parallel.plan import NOWHERE, local_slots
-from teacher.parallel.wire import Wire
 
 MOST_RANKS = 31  # bits of an int32 that is not negative
 
@@ -53,23 +53,22 @@ class Received(NamedTuple):
 class FixedPlaces:
     """The form for up to `max_tokens` a rank of one width. Ranks may have different numbers of tokens, or none.
 
-    Raises ValueError for another wire than FP8 out and BF16 back, and for more than 31 ranks.
+    Raises ValueError for more than 31 ranks.
     """
 
     def __init__(
         self,
-        exchange: Exchange,
+        ranks: Ranks,
         *,
+        slots_per_rank: int,
         hidden: int,
         per_token: int,
         max_tokens: int,
         make_mailbox: MakeMailbox = AllToAllMailbox,
     ) -> None:
-        if exchange.wire != Wire(out="fp8", back="bf16"):
-            raise ValueError(f"the wire must be FP8 out and BF16 back, got {exchange.wire}")
-        if exchange.ranks.num_ranks > MOST_RANKS:
-            raise ValueError(f"at most {MOST_RANKS} ranks, got {exchange.ranks.num_ranks}")
-        self.ranks, self.placement, self.max_tokens = exchange.ranks, exchange.placement, max_tokens
+        if ranks.num_ranks > MOST_RANKS:
+            raise ValueError(f"at most {MOST_RANKS} ranks, got {ranks.num_ranks}")
+        self.ranks, self.slots_per_rank, self.max_tokens = ranks, slots_per_rank, max_tokens
         self.hidden, self.per_token = hidden, per_token
         row = wire.layout(hidden, per_token, "fp8")
         # The row of the other forms, cut where its numbers end.
@@ -80,7 +79,6 @@ class FixedPlaces:
             weights=row.weights - row.numbers,
             row_bytes=row.row_bytes - row.numbers,
         )
-        self._tables = self.placement.tables(self.ranks.device)
         self._values = make_mailbox(self.ranks, max_tokens, row.numbers)
         self._headers = make_mailbox(self.ranks, max_tokens, self._header.row_bytes)
         self._returned = make_mailbox(self.ranks, max_tokens, 2 * hidden)
@@ -90,11 +88,14 @@ class FixedPlaces:
         """What a token takes on the way out, and on the way back."""
         return self.hidden + self._header.row_bytes, 2 * self.hidden
 
-    def dispatch(self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor) -> Received:
-        """Tokens [N, D] to the ranks of their experts. Raises ValueError for more than `max_tokens` of them."""
+    def dispatch(self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor, tables: SlotTables) -> Received:
+        """Tokens [N, D] to the ranks of their experts by `tables`, which are alike on all ranks.
+
+        Raises ValueError for more than `max_tokens` tokens.
+        """
         if len(indices_NK) > self.max_tokens:
             raise ValueError(f"{len(indices_NK)} tokens, at most {self.max_tokens} fit")
-        ranks_N = self.send(x, indices_NK, weights_NK)
+        ranks_N = self.send(x, indices_NK, weights_NK, tables)
         self.deliver_out()
         return self.received(ranks_N)
 
@@ -110,13 +111,13 @@ class FixedPlaces:
         self._values.deliver()
         self._headers.deliver()
 
-    def send(self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def send(self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor, tables: SlotTables) -> Tensor:
         """Put every token where it must go; returns `Received.ranks_N`."""
         values_ND, scale_inv_NG = x if isinstance(x, Quantised) else quantise(x)
-        slots_NK = self._tables.choose(indices_NK, rank=self.ranks.rank)
+        slots_NK = tables.choose(indices_NK, rank=self.ranks.rank)
         num_tokens, num_ranks, device = len(slots_NK), self.ranks.num_ranks, self.ranks.device
         ranks_R = torch.arange(num_ranks, device=device)
-        goes_NR = (slots_NK.unsqueeze(1) // self.placement.slots_per_rank == ranks_R.view(1, -1, 1)).any(dim=2)
+        goes_NR = (slots_NK.unsqueeze(1) // self.slots_per_rank == ranks_R.view(1, -1, 1)).any(dim=2)
 
         headers_NB = torch.zeros(num_tokens, self._header.weights, dtype=torch.uint8, device=device)
         headers_NB[:, : self._header.scales].view(torch.float32).copy_(scale_inv_NG)
@@ -139,10 +140,9 @@ class FixedPlaces:
         turns = torch.arange(self.max_tokens, device=self.ranks.device)
         filled_Q1 = (turns < counts_R.unsqueeze(1)).view(-1, 1)
         slots_QK, weights_QK = wire.addresses(headers_QB, self._header)
-        local_QK = local_slots(slots_QK, self.placement, self.ranks.rank)
+        local_QK = local_slots(slots_QK, self.slots_per_rank, self.ranks.rank)
         local_QK = torch.where(filled_Q1, local_QK, NOWHERE)
-        num_slots = self.placement.slots_per_rank
-        counted = torch.zeros(num_slots + 1, dtype=torch.int32, device=self.ranks.device)
+        counted = torch.zeros(self.slots_per_rank + 1, dtype=torch.int32, device=self.ranks.device)
         counted.scatter_add_(0, local_QK.flatten().long() + 1, torch.ones_like(local_QK).flatten())
         choice = Choice(local_QK, torch.where(local_QK >= 0, weights_QK, 0.0), counted[1:])
         scales_QG = headers_QB[:, : self._header.scales].view(torch.float32)
@@ -173,14 +173,20 @@ def own_experts(weights: ExpertWeights, placement: Placement, rank: int) -> Expe
 
 
 def routed_experts_over_ranks(
-    form: FixedPlaces, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor, experts: ExpertWeights
+    form: FixedPlaces,
+    x: Tensor | Quantised,
+    indices_NK: Tensor,
+    weights_NK: Tensor,
+    experts: ExpertWeights,
+    tables: SlotTables,
 ) -> Tensor:
-    """A layer's routed experts in FP8, spread over ranks: BF16 [N, D]. Collective; `experts` are this rank's own.
+    """A layer's routed experts in FP8, spread over ranks: BF16 [N, D]. Collective; `experts` are this rank's own,
+    `tables` say where all lie.
 
     What `routed_experts_fp8` gives with all experts on one rank, but for one rounding to BF16 of each rank's share of a
     sum, and the order of the sum.
     """
-    received = form.dispatch(x, indices_NK, weights_NK)
+    received = form.dispatch(x, indices_NK, weights_NK, tables)
     return form.combine(received_experts(form, received, experts), received)
 
 
@@ -188,5 +194,5 @@ def received_experts(form: FixedPlaces, received: Received, experts: ExpertWeigh
     """What this rank's experts make of what arrived, BF16 [Q, D]."""
     # Places are for every token on every rank; of the choices in them one in R is this rank's, on average.
     num_pairs = received.choice.indices_NK.numel() // form.ranks.num_ranks
-    plan = default_plan(num_pairs, form.placement.slots_per_rank)
+    plan = default_plan(num_pairs, form.slots_per_rank)
     return routed_experts_fp8(received.x, received.choice, experts, plan=plan)

@@ -140,7 +140,7 @@ class LowLatency:
             self.capacity, output_size=self._places_Q.numel()
         )
         slots_MK, weights_MK = wire.addresses(rows_QB, self._parts)
-        local_MK = plan.local_slots(slots_MK.long(), self.placement, self.ranks.rank)
+        local_MK = plan.local_slots(slots_MK.long(), self.placement.slots_per_rank, self.ranks.rank)
         local_MK = torch.where(filled_Q.unsqueeze(1), local_MK, NOWHERE)
         return Arrived(rows_QB, self._parts, filled_Q, local_MK, weights_MK, places_NK)
 

@@ -5,7 +5,10 @@ now, on the same rank if one does, else on the same node, else anywhere, senders
 targets at once, so what arrives waits beside the weights until everything has left: memory for as many slots as a rank
 receives, one tensor at a time.
 
-Only weights move. CUDA graphs that were captured before must be captured again: they hold the old tables.
+Weights keep their addresses. On a GPU all is in the order of the current stream: behind the step that was launched
+last, before the next one, and the host does not wait. CUDA graphs stay valid if the tables too are changed in place
+(`SlotTables.become`, as `teacher.parallel.rebalance` does); `relocate` makes new ones, behind which graphs must be
+captured again.
 """
 
 from __future__ import annotations
@@ -33,9 +36,9 @@ class Move(NamedTuple):
 def plan_moves(old: Placement, new: Placement) -> list[Move]:
     """Copies that make `new` out of `old`, in the order of their targets. Raises DataError for unlike shapes.
 
-    >>> old, new = (Placement(experts, 2, 2, 2) for experts in ((0, 1), (1, 1)))
+    >>> old, new = (Placement(experts, 2, 2, 2) for experts in ((0, 1, 0, 1), (0, 1, 1, 1)))
     >>> plan_moves(old, new)
-    [Move(expert=1, source_slot=1, target_slot=0)]
+    [Move(expert=1, source_slot=3, target_slot=2)]
     """
     shapes = [(p.num_experts, p.num_slots, p.num_ranks, p.ranks_per_node) for p in (old, new)]
     if shapes[0] != shapes[1]:
@@ -62,11 +65,12 @@ def _cost(source: int, target: int, placement: Placement, sent: Counter[int]) ->
 
 @torch.no_grad()
 def move_weights(weights: Sequence[Tensor], moves: Sequence[Move], ranks: Ranks) -> None:
-    """Carry out `moves` on this rank's stacked weights, [slots, ...] each, in place. Collective.
+    """Carry out `moves` on this rank's stacked weights, contiguous [slots, ...] each, in place. Collective.
 
     Raises EnvironmentFault where a rank is lost: weights of the survivors are then of neither placement.
     """
-    for weight in weights:
+    for tensor in weights:
+        weight = tensor.view(torch.uint8)  # gloo knows no E4M3
         per_rank = weight.shape[0]
         work: list[dist.P2POp] = []
         waiting: list[tuple[int, Tensor]] = []

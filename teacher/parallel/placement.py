@@ -3,7 +3,7 @@
 DeepSeek-V3 (arXiv 2412.19437 s.3.4.1) deploys hot experts several times, so that ranks are loaded evenly. All ranks
 have the same number of slots; slot s lies on rank `s // slots_per_rank`; ranks of a node are neighbours.
 
-Shape legend: E experts, S slots in all, N tokens, K experts per token, C copies of the most replicated expert.
+Shape legend: E experts, S slots in all, N tokens, K experts per token, C = S - E + 1 copies that an expert may have.
 """
 
 from __future__ import annotations
@@ -44,9 +44,25 @@ class Placement:
             raise DataError(f"expert {max(unknown)} of {self.num_experts} does not exist", field="experts_S")
 
     @classmethod
-    def contiguous(cls, *, num_experts: int, num_ranks: int, ranks_per_node: int | None = None) -> Placement:
-        """Experts in order, each once; one node unless told otherwise."""
-        return cls(tuple(range(num_experts)), num_experts, num_ranks, ranks_per_node or num_ranks)
+    def contiguous(
+        cls, *, num_experts: int, num_ranks: int, num_redundant: int = 0, ranks_per_node: int | None = None
+    ) -> Placement:
+        """Experts in order: each rank's share, and behind it the first of the next rank's as its part of the
+        redundant ones; one node unless told otherwise.
+
+        Nobody knows loads yet: under even ones all ranks are loaded alike where shares and redundant experts divide.
+        Raises DataError where their sum does not divide among the ranks.
+
+        >>> Placement.contiguous(num_experts=4, num_ranks=2, num_redundant=2).experts_S
+        (0, 1, 2, 2, 3, 0)
+        """
+        num_slots = num_experts + num_redundant
+        if num_redundant < 0 or num_ranks < 1 or num_slots % num_ranks:
+            message = f"{num_experts} experts and {num_redundant} redundant ones do not divide among {num_ranks} ranks"
+            raise DataError(message, field="num_redundant")
+        per_rank = range(num_slots // num_ranks)
+        slots = (rank * num_experts // num_ranks + n for rank in range(num_ranks) for n in per_rank)
+        return cls(tuple(slot % num_experts for slot in slots), num_experts, num_ranks, ranks_per_node or num_ranks)
 
     @property
     def num_slots(self) -> int:
@@ -77,8 +93,8 @@ class Placement:
         return tuple(map(tuple, slots))
 
     def tables(self, device: torch.device | str = "cpu") -> SlotTables:
-        """The same on a device, for `SlotTables.choose`."""
-        most = max(map(len, self.slots_of_expert))
+        """The same on a device, for `SlotTables.choose`; as wide for every placement of as many slots."""
+        most = self.num_slots - self.num_experts + 1
         padded = [slots + (0,) * (most - len(slots)) for slots in self.slots_of_expert]
         counts = [len(slots) for slots in self.slots_of_expert]
         return SlotTables(torch.tensor(padded, device=device), torch.tensor(counts, device=device))
@@ -100,3 +116,12 @@ class SlotTables:
         indices_NK = indices_NK.long()
         turn_N1 = torch.arange(indices_NK.shape[0], device=indices_NK.device).unsqueeze(1) + rank
         return self.slots_EC[indices_NK, turn_N1 % self.num_copies_E[indices_NK]]
+
+    def become(self, placement: Placement) -> None:
+        """Those of another placement of as many experts and slots, in place: CUDA graphs that read them stay valid.
+
+        On a GPU in the order of the current stream; the host does not wait.
+        """
+        new = placement.tables()
+        for table, of_new in ((self.slots_EC, new.slots_EC), (self.num_copies_E, new.num_copies_E)):
+            table.copy_(of_new.pin_memory() if table.is_cuda else of_new, non_blocking=True)

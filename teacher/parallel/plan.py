@@ -91,10 +91,10 @@ def _table(of_slots: list[int]) -> Tensor:
     return torch.tensor([*of_slots, NOWHERE])
 
 
-def local_slots(slots_MK: Tensor, placement: Placement, rank: int) -> Tensor:
+def local_slots(slots_MK: Tensor, slots_per_rank: int, rank: int) -> Tensor:
     """Received slots as numbers within `rank`'s own slots, -1 for those of other ranks."""
-    local = slots_MK - rank * placement.slots_per_rank
-    return torch.where((local >= 0) & (local < placement.slots_per_rank) & (slots_MK >= 0), local, NOWHERE)
+    local = slots_MK - rank * slots_per_rank
+    return torch.where((local >= 0) & (local < slots_per_rank) & (slots_MK >= 0), local, NOWHERE)
 
 
 def sum_copies(rows_CD: Tensor, places_NK: Tensor) -> Tensor:

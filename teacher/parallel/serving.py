@@ -11,12 +11,15 @@ attention, shared expert and routed experts. The travelling has a stream of its 
     compute   attention A   attention B    shared A, experts A   shared B, experts B   attention A of the next layer
     travel                  to experts A   to experts B          back A                back B
 
+With `Rebalancing` experts move while the engines serve (`teacher.parallel.rebalance`): every layer has a placement of
+its own, and all share the inboxes.
+
 Shape legend: M rows, D hidden, K experts a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,21 +28,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from teacher.kernels.experts import ExpertWeights
-from teacher.kernels.quantise import Quantised
 from teacher.kernels.route import Choice
 from teacher.model.block_checkpoint import load_blocks
 from teacher.model.config import DeepseekV3Config, read_config
-from teacher.parallel.dispatch import Exchange
 from teacher.parallel.fixed_places import FixedPlaces, received_experts, routed_experts_over_ranks
 from teacher.parallel.groups import Ranks, lost_peers
 from teacher.parallel.placement import Placement
-from teacher.parallel.wire import Wire
+from teacher.parallel.rebalance import Balancer, PlacedMoEWeights, Rebalancing, placed
 from teacher.serve.decode_graph import padded
 from teacher.serve.fp8_products import Fp8Products, Input
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.step import Step, halved
-from teacher.serve.weights import Fp8MoEWeights, fuse_entries
+from teacher.serve.weights import fuse_entries
 
 _AGREE_S = 300.0
 
@@ -84,24 +84,35 @@ class Sent(NamedTuple):
 class SpreadProducts(Fp8Products):
     """`teacher.serve.products.Products` whose routed experts are those of all ranks: `experts` is collective.
 
-    A step's fullest rank has up to `few` rows, or up to `many`, and then goes in halves if `in_halves`.
+    A step's fullest rank has up to `few` rows, or up to `many`, and then goes in halves if `in_halves`. Choices add to
+    their layer's `load_E` if `counts`.
     """
 
     def __init__(
-        self, config: DeepseekV3Config, ranks: Ranks, placement: Placement, *, few: int, many: int, in_halves: bool
+        self,
+        config: DeepseekV3Config,
+        ranks: Ranks,
+        *,
+        slots_per_rank: int,
+        few: int,
+        many: int,
+        in_halves: bool,
+        counts: bool,
     ) -> None:
         super().__init__(config)
-        exchange = Exchange(ranks, placement, wire=Wire(out="fp8", back="bf16"))
+        self._counts = counts
         kind = FixedPlaces  # over exchanges: NVLink ends at the node
         if ranks.device.type == "cuda" and ranks.ranks_per_node == ranks.num_ranks:
             from teacher.parallel.symmetric_places import SymmetricFixedPlaces
 
             kind = SymmetricFixedPlaces
-        sized = {"hidden": config.hidden_size, "per_token": config.num_experts_per_tok}
-        self._few = kind(exchange, **sized, max_tokens=few)
+        sized = {
+            "slots_per_rank": slots_per_rank, "hidden": config.hidden_size, "per_token": config.num_experts_per_tok
+        }  # fmt: skip
+        self._few = kind(ranks, **sized, max_tokens=few)
         # A cut at whole sequences leaves the halves a row apart.
         many_of_each = [many // 2 + 1] * 2 if in_halves else [many]
-        self._many = [kind(exchange, **sized, max_tokens=most) for most in many_of_each]
+        self._many = [kind(ranks, **sized, max_tokens=most) for most in many_of_each]
         self.forms = [self._few]  # of the next step, one for each of its parts
         self._travel = Travel(ranks.device)
 
@@ -111,22 +122,30 @@ class SpreadProducts(Fp8Products):
         self.forms = [self._few] if is_few else self._many
         return is_few
 
-    def serve(self, experts: ExpertWeights) -> None:
+    def serve(self, weights: PlacedMoEWeights) -> None:
         """The others' tokens of one layer, and none of this rank's."""
-        device, (few, *_) = experts.down_EDI.device, self.forms
+        device, (few, *_) = weights.bias_E.device, self.forms
         nothing = torch.empty(0, few.hidden, dtype=torch.bfloat16, device=device)
         indices = torch.empty(0, few.per_token, dtype=torch.int32, device=device)
-        received = [form.dispatch(nothing, indices, indices.float()) for form in self.forms]
+        received = [form.dispatch(nothing, indices, indices.float(), weights.tables) for form in self.forms]
         for form, of_form in zip(self.forms, received, strict=True):
-            form.combine(received_experts(form, of_form, experts), of_form)
+            form.combine(received_experts(form, of_form, weights.experts), of_form)
 
-    def send(self, x: Input, weights: Fp8MoEWeights, form: FixedPlaces) -> Sent:
+    def experts(self, x: Input, weights: PlacedMoEWeights) -> Tensor:
+        (form,) = self.forms
+        choice = self._choice(x, weights)
+        routed_MD = routed_experts_over_ranks(
+            form, x.quantised, choice.indices_NK, choice.weights_NK, weights.experts, weights.tables
+        )
+        return routed_MD + self.mlp(x, weights.shared)
+
+    def send(self, x: Input, weights: PlacedMoEWeights, form: FixedPlaces) -> Sent:
         """Tokens of one half set out for their experts."""
         choice = self._choice(x, weights)
-        given = x.quantised, choice.indices_NK, choice.weights_NK
+        given = x.quantised, choice.indices_NK, choice.weights_NK, weights.tables
         return Sent(form, x, choice, self._travel.begin(lambda: form.dispatch(*given)))
 
-    def arrive(self, sent: Sent, weights: Fp8MoEWeights) -> Callable[[], Tensor]:
+    def arrive(self, sent: Sent, weights: PlacedMoEWeights) -> Callable[[], Tensor]:
         """They are computed and set out for home; the result waits for them, [M, D]."""
         shared_MD = self.mlp(sent.x, weights.shared)
         received = sent.travelling.end()
@@ -141,9 +160,11 @@ class SpreadProducts(Fp8Products):
 
         return home
 
-    def _routed(self, x: Quantised, choice: Choice, weights: ExpertWeights) -> Tensor:
-        (form,) = self.forms
-        return routed_experts_over_ranks(form, x, choice.indices_NK, choice.weights_NK, weights)
+    def _choice(self, x: Input, weights: PlacedMoEWeights) -> Choice:
+        choice = super()._choice(x, weights)
+        if self._counts:
+            weights.load_E.add_(choice.load_E)
+        return choice
 
 
 class SpreadModel(LatentModel):
@@ -162,11 +183,11 @@ class SpreadModel(LatentModel):
             for number, half in enumerate(halves):
                 branch_MD = None if (branch := branches[number]) is None else branch()
                 x_MD[number], normed = self._attended(layer, x_MD[number], branch_MD, half, cache_PSE)
-                if isinstance(layer.mlp, Fp8MoEWeights):
+                if isinstance(layer.mlp, PlacedMoEWeights):
                     sent.append(self.products.send(normed, layer.mlp, self.products.forms[number]))
                 else:
                     branches[number] = _ready(self.products.mlp(normed, layer.mlp))
-            if isinstance(layer.mlp, Fp8MoEWeights):
+            if isinstance(layer.mlp, PlacedMoEWeights):
                 branches = [self.products.arrive(of_half, layer.mlp) for of_half in sent]
         ends = [x if branch is None else x + branch() for x, branch in zip(x_MD, branches, strict=True)]
         return self._norm(torch.cat(ends), self.weights.norm)
@@ -177,13 +198,18 @@ def _ready(result: Tensor) -> Callable[[], Tensor]:
 
 
 class RanksInStep:
-    """`teacher.serve.engine.Lockstep` over gloo."""
+    """`teacher.serve.engine.Lockstep` over gloo. `balancer`, if any: what moves experts between two steps."""
 
-    def __init__(self, ranks: Ranks, products: SpreadProducts, experts: list[ExpertWeights]) -> None:
+    def __init__(
+        self,
+        products: SpreadProducts,
+        layers: Sequence[PlacedMoEWeights],
+        group: dist.ProcessGroup,
+        balancer: Balancer | None,
+    ) -> None:
         self.is_on = True
-        self._products, self._experts = products, experts
-        # Captures and compilations lie between two agreements.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=_AGREE_S))
+        self.balancer = balancer
+        self._products, self._layers, self._group = products, layers, group
 
     def wait(self, num_waiting: int, is_closing: bool) -> tuple[int, bool]:
         most_waiting, stay = self._most(num_waiting, not is_closing)
@@ -192,11 +218,13 @@ class RanksInStep:
     def begin(self, num_rows: int, num_warm_ups: int) -> bool:
         most_rows, most_warm_ups = self._most(num_rows, num_warm_ups)
         self.is_on = most_rows > 0
+        if self.is_on and self.balancer is not None:
+            self.balancer.before_step()
         is_few = self._products.choose(most_rows)
         missing = most_warm_ups - num_warm_ups if is_few else 0
         for _ in range(missing + (self.is_on and not num_rows)):
-            for experts in self._experts:
-                self._products.serve(experts)
+            for layer in self._layers:
+                self._products.serve(layer)
         return is_few
 
     def _most(self, *numbers: int) -> list[int]:
@@ -212,21 +240,30 @@ def load_spread(
     *,
     batch_size: int,
     max_step_tokens: int,
-    placement: Placement | None = None,
+    num_redundant: int = 0,
+    rebalancing: Rebalancing | None = None,
     in_halves: bool = False,
 ) -> tuple[SpreadModel, RanksInStep]:
     """A checkpoint folder's model in FP8, of whose routed experts this rank reads its own alone. Collective.
 
-    `placement` says which; None: equal shares in order. `in_halves`: steps of many tokens compute one half while the
-    other travels. The numbers are the engine's; all that is given is the same on all ranks. Raises CheckpointError as
-    `load_blocks`, DataError for experts that do not divide among the ranks.
+    Experts lie in order at first, `num_redundant` of them twice or more often (`Placement.contiguous`), and with
+    `rebalancing` move by their loads. `in_halves`: steps of many tokens compute one half while the other travels. The
+    numbers are the engine's; all that is given is the same on all ranks. Raises CheckpointError as `load_blocks`,
+    DataError for experts that do not divide among the ranks.
     """
-    placement = placement or Placement.contiguous(
-        num_experts=read_config(folder).n_routed_experts, num_ranks=ranks.num_ranks, ranks_per_node=ranks.ranks_per_node
-    )
+    placement = Placement.contiguous(
+        num_experts=read_config(folder).n_routed_experts, num_redundant=num_redundant,
+        num_ranks=ranks.num_ranks, ranks_per_node=ranks.ranks_per_node,
+    )  # fmt: skip
     config, entries = load_blocks(folder, ranks.device, experts=placement.of_rank(ranks.rank))
-    weights = fuse_entries(config, entries)
-    few = padded(max(batch_size, 128))
-    products = SpreadProducts(config, ranks, placement, few=few, many=max_step_tokens, in_halves=in_halves)
-    experts = [layer.mlp.experts for layer in weights.layers if isinstance(layer.mlp, Fp8MoEWeights)]
-    return SpreadModel(weights, products=products), RanksInStep(ranks, products, experts)
+    weights, layers = placed(fuse_entries(config, entries), placement)
+    products = SpreadProducts(
+        config, ranks, slots_per_rank=placement.slots_per_rank, few=padded(max(batch_size, 128)), many=max_step_tokens,
+        in_halves=in_halves, counts=rebalancing is not None,
+    )  # fmt: skip
+    # Captures and compilations lie between two agreements.
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=_AGREE_S))
+    balancer = None
+    if rebalancing is not None:
+        balancer = Balancer(rebalancing, layers, placement, ranks, group, num_groups=config.n_group)
+    return SpreadModel(weights, products=products), RanksInStep(products, layers, group, balancer)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from teacher.kernels.quantise import Quantised
-from teacher.parallel.dispatch import Exchange
 from teacher.parallel.fixed_places import FixedPlaces, Received
+from teacher.parallel.groups import Ranks
+from teacher.parallel.placement import SlotTables
 from teacher.parallel.symmetric import SymmetricMailbox
 
 
@@ -35,19 +36,19 @@ class SymmetricFixedPlaces(FixedPlaces):
     """
 
     def __init__(
-        self, exchange: Exchange, *, max_programs: int | None = None, make_mailbox: Any = SymmetricMailbox, **sizes: Any
+        self, ranks: Ranks, *, max_programs: int | None = None, make_mailbox: Any = SymmetricMailbox, **sizes: Any
     ) -> None:
-        super().__init__(exchange, make_mailbox=make_mailbox, **sizes)
+        super().__init__(ranks, make_mailbox=make_mailbox, **sizes)
         self.max_programs = max_programs
 
     def deliver_out(self) -> None:
         self._headers.deliver()  # one barrier for all stores, the values' too
 
-    def send(self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def send(self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor, tables: SlotTables) -> Tensor:
         from teacher.parallel import symmetric_places_triton as kernels
 
         return kernels.dispatch_kernel(
-            x, indices_NK.contiguous(), weights_NK.float().contiguous(), self._tables, self._addresses(), self._header,
+            x, indices_NK.contiguous(), weights_NK.float().contiguous(), tables, self._addresses(), self._header,
             values=self._values, headers=self._headers, max_programs=self.max_programs,
         )  # fmt: skip
 
@@ -72,4 +73,4 @@ class SymmetricFixedPlaces(FixedPlaces):
     def _addresses(self) -> Any:
         from teacher.parallel.symmetric_places_triton import Addresses
 
-        return Addresses(self.ranks.rank, self.ranks.num_ranks, self.max_tokens, self.placement.slots_per_rank)
+        return Addresses(self.ranks.rank, self.ranks.num_ranks, self.max_tokens, self.slots_per_rank)

@@ -5,7 +5,7 @@ numbers begin at multiples of 128 and are stored in vectors of 16 bytes a thread
 and rows for different peers alternate, so that all links are busy all the time. Loads of experts are counted by atomic
 additions of whole numbers, whose sum does not depend on their order.
 
-Shape legend: as `teacher.parallel.fixed_places`; E experts, C copies of the most replicated expert.
+Shape legend: as `teacher.parallel.fixed_places`; E experts, C copies that an expert may have.
 """
 
 from __future__ import annotations

@@ -148,6 +148,10 @@ class LiveTeacher(Protocol):
         """
         ...
 
+    def gauges(self) -> dict[str, float]:
+        """Numbers of its own for `/metrics`, by name."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """The text's tokens, with none added for its beginning or end."""
         ...

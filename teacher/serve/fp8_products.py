@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from teacher.kernels.experts import ExpertWeights, routed_experts_fp8
+from teacher.kernels.experts import routed_experts_fp8
 from teacher.kernels.gemm import block_gemm
 from teacher.kernels.quantise import Quantised, quantise, rms_norm_quantise, swiglu_quantise
 from teacher.kernels.route import Choice, Routes, route
@@ -52,11 +52,9 @@ class Fp8Products:
         return self.linear(Input(swiglu_quantise(gate_up), None), weights.down)
 
     def experts(self, x: Input, weights: Fp8MoEWeights) -> Tensor:
-        return self._routed(x.quantised, self._choice(x, weights), weights.experts) + self.mlp(x, weights.shared)
+        routed = routed_experts_fp8(x.quantised, self._choice(x, weights), weights.experts)
+        return routed + self.mlp(x, weights.shared)
 
     def _choice(self, x: Input, weights: Fp8MoEWeights) -> Choice:
         assert x.normed_MD is not None
         return route(fp32_product(x.normed_MD, weights.router_ED), weights.bias_E, self._routes)
-
-    def _routed(self, x: Quantised, choice: Choice, weights: ExpertWeights) -> Tensor:
-        return routed_experts_fp8(x, choice, weights)

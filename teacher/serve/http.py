@@ -81,7 +81,7 @@ class Server:
             self.batcher = Live(teacher, max_unfinished=self.most_samples)
         else:
             self.batcher = Batcher(teacher, max_batch=max_batch, max_waiting=max_waiting)
-        self.metrics = Metrics(self.batcher.num_waiting)
+        self.metrics = Metrics(self.batcher.num_waiting, dict if self.live is None else self.live.gauges)
         self.started = int(time.time())
         self._indices = itertools.count()
 

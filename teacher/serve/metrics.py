@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # An answer takes from milliseconds (an error) to hours (32k tokens of a large model).
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000)
 
 
-class Metrics:
-    """`unfinished` says how many samples are begun or wait."""
+class _OfTeacher(Collector):
+    def __init__(self, gauges: Callable[[], dict[str, float]]) -> None:
+        self._gauges = gauges
 
-    def __init__(self, unfinished: Callable[[], int]) -> None:
+    def collect(self) -> Iterator[Metric]:
+        for name, value in self._gauges().items():
+            yield GaugeMetricFamily(f"potstill_{name}", "Of the teacher.", value)
+
+
+class Metrics:
+    """`unfinished` says how many samples are begun or wait; `gauges` are numbers of the teacher's own."""
+
+    def __init__(self, unfinished: Callable[[], int], gauges: Callable[[], dict[str, float]] = dict) -> None:
         self._registry = CollectorRegistry()
         labels = ("route", "status")
         self._requests = Counter("potstill_requests", "Requests answered.", labels, registry=self._registry)
@@ -33,6 +44,7 @@ class Metrics:
         self.num_drafts = self.num_accepted = 0
         gauge = Gauge("potstill_unfinished_samples", "Samples begun or waiting.", registry=self._registry)
         gauge.set_function(unfinished)
+        self._registry.register(_OfTeacher(gauges))
 
     def count_tokens(self, *, prompt: int, completion: int) -> None:
         self._tokens.labels("prompt").inc(prompt)

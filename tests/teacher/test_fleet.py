@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from starlette.testclient import TestClient
 from test_native_backend import SAMPLING, requests
 from v3_models import tiny_config, write_model_folder
 
@@ -23,6 +24,7 @@ from teacher.backends.native import NativeBackend
 from teacher.model.block_checkpoint import load_blocks
 from teacher.serve.batching import Asked, Written
 from teacher.serve.engine import Engine
+from teacher.serve.http import build_app
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.weights import fuse_entries
 from tests.students.tiny_bases import make_base
@@ -128,6 +130,21 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_sent(teacher: NativeB
 
 
 @pytest.mark.slow
+def test_experts_move_while_it_writes_and_it_says_so(folder: Path) -> None:
+    """All that a recipe can ask of ranks, at once."""
+    moving = {"num_redundant": 2, "rebalance": {"every_steps": 3, "least_gain": 0.001}, "in_halves": True}
+    teacher = opened(folder, **moving)
+    alone = by_request(list(in_one_process(folder).generate(requests(count=10), SHORT)))
+    with TestClient(build_app(teacher, model="v3", sampling=SAMPLING)) as client:
+        assert "potstill_expert_imbalance" not in client.get("/metrics").text
+        found = by_request(list(teacher.generate(requests(count=10), SHORT)))
+        told = dict(line.split() for line in client.get("/metrics").text.splitlines() if "_expert" in line[:16])
+    assert sum(found[key].text == alone[key].text for key in alone) >= 0.6 * len(alone)
+    assert float(told["potstill_experts_moved"]) > 0
+    assert 1 <= float(told["potstill_expert_imbalance"]) <= float(told["potstill_expert_imbalance_before"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("under_way", [True, False])
 def test_a_rank_that_is_killed_ends_all_and_is_named(folder: Path, under_way: bool) -> None:
     teacher = opened(folder)
@@ -165,6 +182,7 @@ def test_weights_that_cannot_be_read_are_named(folder: Path, tmp_path: Path) -> 
     ("changes", "problem"),
     [
         ({"num_ranks": 3}, "teacher.num_ranks: 8 experts do not divide among 3 ranks"),
+        ({"num_redundant": 1}, "teacher.num_ranks: 8 experts and 1 more do not divide among 2 ranks"),
         (
             {"num_nodes": 2, "head_address": "127.0.0.1"},
             r"teacher.num_nodes: nodes know each other by a key: set one in \$POTSTILL_API_KEY",

@@ -12,12 +12,10 @@ from shared_inboxes import Shared
 from teacher.kernels.experts import ExpertWeights, default_plan, routed_experts_fp8
 from teacher.kernels.quantise import quantise, quantise_weight
 from teacher.kernels.route import Choice
-from teacher.parallel.dispatch import Exchange
 from teacher.parallel.fixed_places import FixedPlaces, Received, own_experts
 from teacher.parallel.groups import Ranks
-from teacher.parallel.placement import Placement
+from teacher.parallel.placement import Placement, SlotTables
 from teacher.parallel.symmetric_places import SymmetricFixedPlaces
-from teacher.parallel.wire import Wire
 
 HIDDEN, INNER, PER_TOKEN, MAX_TOKENS = 384, 128, 3, 6
 Tokens = list[tuple[Any, torch.Tensor, torch.Tensor]]
@@ -26,10 +24,11 @@ Tokens = list[tuple[Any, torch.Tensor, torch.Tensor]]
 def forms(kind: type[FixedPlaces], placement: Placement, device: str, **options: Any) -> list[FixedPlaces]:
     shared = Shared(placement.num_ranks, device)
     sizes = {"hidden": HIDDEN, "per_token": PER_TOKEN, "max_tokens": MAX_TOKENS, "make_mailbox": shared, **options}
+    sizes["slots_per_rank"] = placement.slots_per_rank
     made = []
     for rank in range(placement.num_ranks):
         ranks = Ranks(rank, placement.num_ranks, placement.num_ranks, torch.device(device), None, None, None)
-        made.append(kind(Exchange(ranks, placement), **sizes))
+        made.append(kind(ranks, **sizes))
     return made
 
 
@@ -48,8 +47,8 @@ def tokens(sizes: list[int], num_experts: int, routing: str, device: str, seed: 
     return made
 
 
-def dispatched(made: list[FixedPlaces], given: Tokens) -> list[Received]:
-    sent = [form.send(*of_rank) for form, of_rank in zip(made, given, strict=True)]
+def dispatched(made: list[FixedPlaces], given: Tokens, tables: SlotTables) -> list[Received]:
+    sent = [form.send(*of_rank, tables) for form, of_rank in zip(made, given, strict=True)]
     return [form.received(ranks_N) for form, ranks_N in zip(made, sent, strict=True)]
 
 
@@ -77,11 +76,12 @@ def test_stores_to_peers_equal_the_exchange(device, num_ranks, routing, sizes, r
     placement = Placement(tuple(placed), experts, num_ranks, num_ranks)
     stored = forms(SymmetricFixedPlaces, placement, device, **options)
     twins = forms(FixedPlaces, placement, device)
-    for seed in range(2):  # inboxes are used again, by other tokens
+    for seed in range(2):  # inboxes are used again, by other tokens of a layer whose experts lie elsewhere
+        tables = Placement(tuple(placed[::-1] if seed else placed), experts, num_ranks, num_ranks).tables(device)
         given = tokens(sizes[::-1] if seed else sizes, experts, routing, device, seed)
         if quantised:
             given = [(quantise(x), *rest) for x, *rest in given]
-        got, wanted = dispatched(stored, given), dispatched(twins, given)
+        got, wanted = dispatched(stored, given, tables), dispatched(twins, given, tables)
         outs = []
         for of_rank, twin in zip(got, wanted, strict=True):
             assert torch.equal(of_rank.ranks_N, twin.ranks_N)
@@ -124,7 +124,7 @@ def test_fp8_experts_over_ranks_give_what_one_rank_does(device, num_ranks, routi
     experts, given = all_experts(num_experts, device), tokens(sizes, num_experts, routing, device)
     made = forms(SymmetricFixedPlaces, placement, device)
     plan = default_plan(sum(sizes) * PER_TOKEN, num_experts)
-    received = dispatched(made, given)
+    received = dispatched(made, given, placement.tables(device))
     outs = [
         routed_experts_fp8(of_rank.x, of_rank.choice, own_experts(experts, placement, rank), plan=plan)
         for rank, of_rank in enumerate(received)
@@ -152,10 +152,10 @@ def test_fp8_experts_over_ranks_give_what_one_rank_does(device, num_ranks, routi
 
 def test_what_does_not_fit_is_refused() -> None:
     ranks = Ranks(0, 1, 1, torch.device("cpu"), None, None, None)
-    placement = Placement.contiguous(num_experts=2, num_ranks=1)
-    sizes = {"hidden": 128, "per_token": 1, "max_tokens": 4, "make_mailbox": Shared(1, "cpu")}
-    with pytest.raises(ValueError, match="the wire must be FP8 out and BF16 back"):
-        FixedPlaces(Exchange(ranks, placement, wire=Wire(out="bf16")), **sizes)
-    form = FixedPlaces(Exchange(ranks, placement), **sizes)
+    tables = Placement.contiguous(num_experts=2, num_ranks=1).tables()
+    sizes = {"slots_per_rank": 2, "hidden": 128, "per_token": 1, "max_tokens": 4, "make_mailbox": Shared(1, "cpu")}
+    with pytest.raises(ValueError, match="at most 31 ranks, got 32"):
+        FixedPlaces(Ranks(0, 32, 32, torch.device("cpu"), None, None, None), **sizes)
+    form = FixedPlaces(ranks, **sizes)
     with pytest.raises(ValueError, match="5 tokens, at most 4 fit"):
-        form.dispatch(torch.zeros(5, 128), torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1))
+        form.dispatch(torch.zeros(5, 128), torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1), tables)

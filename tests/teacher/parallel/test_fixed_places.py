@@ -10,7 +10,6 @@ from teacher.kernels.experts import ExpertWeights, routed_experts_fp8
 from teacher.kernels.quantise import quantise
 from teacher.kernels.route import Choice
 from teacher.model.fp8 import quantise_blocks
-from teacher.parallel.dispatch import Exchange
 from teacher.parallel.fixed_places import FixedPlaces, own_experts, routed_experts_over_ranks
 from teacher.parallel.groups import Ranks
 from teacher.parallel.placement import Placement
@@ -48,13 +47,14 @@ def problem(num_tokens: int, routing: str) -> tuple[torch.Tensor, torch.Tensor, 
 
 def spread(ranks: Ranks) -> dict[str, torch.Tensor]:
     placement = Placement.contiguous(num_experts=EXPERTS, num_ranks=ranks.num_ranks)
-    form = FixedPlaces(Exchange(ranks, placement), hidden=HIDDEN, per_token=PER_TOKEN, max_tokens=MAX_TOKENS)
+    tables, sized = placement.tables(), {"hidden": HIDDEN, "per_token": PER_TOKEN, "max_tokens": MAX_TOKENS}
+    form = FixedPlaces(ranks, slots_per_rank=placement.slots_per_rank, **sized)
     mine, sizes = own_experts(experts(), placement, ranks.rank), sizes_of(ranks.num_ranks)
     results = {}
     for routing in ROUTINGS:  # one after the other: inboxes are used again
         x, indices, weights = (own(ranks, part, sizes) for part in problem(sum(sizes), routing))
-        results[routing] = routed_experts_over_ranks(form, x, indices, weights, mine)
-        given_quantised = routed_experts_over_ranks(form, quantise(x), indices, weights, mine)
+        results[routing] = routed_experts_over_ranks(form, x, indices, weights, mine, tables)
+        given_quantised = routed_experts_over_ranks(form, quantise(x), indices, weights, mine, tables)
         assert torch.equal(results[routing], given_quantised)
     return results
 

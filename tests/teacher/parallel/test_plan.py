@@ -88,7 +88,7 @@ def test_each_token_reaches_each_of_its_experts_once_and_each_rank_once(world: W
     served: list[tuple] = []
     for rank, (tokens, slots_MK) in enumerate(zip(received, slots, strict=True)):
         assert len(set(tokens)) == len(tokens)  # once a rank, however many of its experts live there
-        local = plan.local_slots(slots_MK, world.placement, rank)
+        local = plan.local_slots(slots_MK, world.placement.slots_per_rank, rank)
         for token, of_token in zip(tokens, local.tolist(), strict=True):
             here = [world.placement.of_rank(rank)[slot] for slot in of_token if slot >= 0]
             assert here  # nobody gets a token that he has no expert for

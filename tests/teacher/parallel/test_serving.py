@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from process_ranks import run_ranks
+from spread_engines import WIDTHS, Written, assert_one_engine_writes, requests, spread_engine, written
 
 from teacher.model.block_checkpoint import load_blocks
 from teacher.model.checkpoint import save_checkpoint
 from teacher.parallel.groups import Ranks
-from teacher.parallel.placement import Placement
-from teacher.parallel.serving import load_spread
 from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.scheduler import Chunk
@@ -23,75 +22,36 @@ from teacher.serve.weights import Fp8MoEWeights, fuse_entries
 from tests.teacher.v3_models import random_model, tiny_config
 
 CPU = torch.device("cpu")
-BATCH, STEP = 3, 200
-# Each rank's share of a token is rounded to BF16 (2^-9), and a half's attention may take its other form: either turns
-# an E4M3 number behind it now and then (2^-4).
-ROUNDING = 6e-2
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config(
-        hidden_size=128, intermediate_size=256, moe_intermediate_size=128, q_lora_rank=128, kv_lora_rank=128,
-        num_attention_heads=4, v_head_dim=32, max_position_embeddings=512, rope_scaling=None,
-    )  # fmt: skip
     path = tmp_path_factory.mktemp("spread")
-    save_checkpoint(random_model(config, std=0.05).to(torch.bfloat16), path, fp8=True)
+    save_checkpoint(random_model(tiny_config(**WIDTHS), std=0.05).to(torch.bfloat16), path, fp8=True)
     return path
 
 
-def requests(rank: int) -> list[Sequence[int]]:
-    """The first rank has more than a batch; the second none; the third one prompt, too long for the small inboxes."""
-    lengths = [[5, 17, 40, 9, 1], [], [170], [3, 2]][rank]
-    generator = torch.Generator().manual_seed(rank)
-    prompts = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in lengths]
-    return [Sequence(n, prompt, max_tokens=4 + n, seed=n) for n, prompt in enumerate(prompts)]
-
-
-def written(engine: Engine, sequences: list[Sequence[int]]) -> tuple[dict[int, list[int]], torch.Tensor | None]:
-    """Tokens, and the logits behind the prompts that the first step reads."""
-    logits_of, seen = engine.runner.logits, []
-    engine.runner.logits = lambda *given: seen.append(logits_of(*given)) or seen[-1]
-    texts = {done.key: done.generated_ids for done in engine.run(sequences)}
-    engine.runner.logits = logits_of
-    return texts, seen[0] if seen else None
-
-
-def one_rank(ranks: Ranks, folder: Path, experts: tuple[int, ...] | None, in_halves: bool) -> list[Any]:
-    placement = experts and Placement(experts, 8, ranks.num_ranks, ranks.num_ranks)
-    sizes = {"batch_size": BATCH, "max_step_tokens": STEP}
-    model, lockstep = load_spread(folder, ranks, **sizes, placement=placement, in_halves=in_halves)
+def one_rank(ranks: Ranks, folder: Path, options: dict[str, Any]) -> tuple[list[int], list[Written]]:
+    engine, model, _ = spread_engine(ranks, folder, **options)
     held = [len(w.mlp.experts.down_EDI) for w in model.weights.layers if isinstance(w.mlp, Fp8MoEWeights)]
-    engine = Engine(model, batch_size=BATCH, eos_token_ids=(), max_step_tokens=STEP, num_pages=20, lockstep=lockstep)
-    return [held, *(written(engine, requests((ranks.rank + turn) % 4)) for turn in range(2))]
+    return held, [written(engine, requests((ranks.rank + turn) % 4)) for turn in range(2)]
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "experts", "in_halves"),
-    [(2, None, False), (4, None, True), (2, (0, 1, 2, 3, 7, 4, 5, 6, 7, 0), True)],
+    ("num_ranks", "options", "held"),
+    [
+        (2, {}, [4, 4]),
+        (4, {"in_halves": True}, [2, 2]),
+        (2, {"in_halves": True, "num_redundant": 2}, [5, 5]),
+    ],
     ids=str,
 )
 def test_ranks_write_what_one_writes(
-    folder: Path, tmp_path: Path, num_ranks: int, experts: tuple[int, ...] | None, in_halves: bool
+    folder: Path, tmp_path: Path, num_ranks: int, options: dict[str, Any], held: list[int]
 ) -> None:
-    results = run_ranks(one_rank, num_ranks, tmp_path, folder, experts, in_halves)
-    alone = Engine(
-        LatentModel(fuse_entries(*load_blocks(folder, CPU))), batch_size=BATCH, eos_token_ids=(), max_step_tokens=STEP,
-        num_pages=20, prefix_caching=False,
-    )  # fmt: skip
-    same = total = 0
-    for rank, (held, *turns) in enumerate(results):
-        assert set(held) == {len(experts or range(8)) // num_ranks}
-        for turn, (texts, logits_ZV) in enumerate(turns):
-            wanted, wanted_logits_ZV = written(alone, requests((rank + turn) % 4))
-            assert texts.keys() == wanted.keys()
-            assert [len(texts[key]) for key in texts] == [len(wanted[key]) for key in texts]
-            if wanted_logits_ZV is not None:
-                error = (logits_ZV - wanted_logits_ZV).norm() / wanted_logits_ZV.norm()
-                assert error < ROUNDING
-            same += sum(texts[key] == wanted[key] for key in texts)
-            total += len(texts)
-    assert same >= 0.7 * total  # a near tie turns the rest of a text
+    results = run_ranks(one_rank, num_ranks, tmp_path, folder, options)
+    assert all(of_rank == held for of_rank, _ in results)
+    assert_one_engine_writes([turns for _, turns in results], folder)
 
 
 @pytest.mark.parametrize("decoding", [[], [1], [1, 1, 2, 2, 2], [2] * 7])

@@ -1,0 +1,76 @@
+"""Engines over ranks, what they are given to write, and the engine with all experts that they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from teacher.model.block_checkpoint import load_blocks
+from teacher.parallel.groups import Ranks
+from teacher.parallel.serving import RanksInStep, SpreadModel, load_spread
+from teacher.serve.engine import Engine
+from teacher.serve.latent_model import LatentModel
+from teacher.serve.sequence import Sequence
+from teacher.serve.weights import fuse_entries
+
+BATCH, STEP = 3, 200
+ENGINE: dict[str, Any] = {
+    "batch_size": BATCH, "max_step_tokens": STEP, "num_pages": 20, "eos_token_ids": (), "prefix_caching": False
+}  # fmt: skip
+WIDTHS = {
+    "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "q_lora_rank": 128, "kv_lora_rank": 128,
+    "num_attention_heads": 4, "v_head_dim": 32, "max_position_embeddings": 512, "rope_scaling": None,
+}  # fmt: skip
+# Each rank's share of a token is rounded to BF16 (2^-9), and a half's attention may take its other form: either turns
+# an E4M3 number behind it now and then (2^-4).
+ROUNDING = 6e-2
+
+
+class Written(NamedTuple):
+    """Tokens by key, and the logits behind the prompts that the first step reads."""
+
+    texts: dict[int, list[int]]
+    logits_ZV: torch.Tensor | None
+
+
+def requests(rank: int) -> list[Sequence[int]]:
+    """The first rank has more than a batch; the second none; the third one prompt, too long for the small inboxes."""
+    lengths = [[5, 17, 40, 9, 1], [], [170], [3, 2]][rank]
+    generator = torch.Generator().manual_seed(rank)
+    prompts = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in lengths]
+    return [Sequence(n, prompt, max_tokens=4 + n, seed=n) for n, prompt in enumerate(prompts)]
+
+
+def written(engine: Engine, sequences: list[Sequence[int]], after_step: Callable[[], None] = lambda: None) -> Written:
+    logits_of, seen = engine.runner.logits, []
+    engine.runner.logits = lambda *given: seen.append(logits_of(*given)) or seen[-1]
+    run = engine.run(sequences, more=lambda: after_step() or ())
+    texts = {done.key: done.generated_ids for done in run}
+    engine.runner.logits = logits_of
+    return Written(texts, seen[0] if seen else None)
+
+
+def spread_engine(ranks: Ranks, folder: Path, **options: Any) -> tuple[Engine, SpreadModel, RanksInStep]:
+    """`options` are those of `load_spread`."""
+    model, lockstep = load_spread(folder, ranks, batch_size=BATCH, max_step_tokens=STEP, **options)
+    return Engine(model, **ENGINE, lockstep=lockstep), model, lockstep
+
+
+def assert_one_engine_writes(turns_of_ranks: list[list[Written]], folder: Path) -> None:
+    """What each rank wrote in turn n, of the requests of rank + n, is what one engine with all experts writes."""
+    alone = Engine(LatentModel(fuse_entries(*load_blocks(folder, torch.device("cpu")))), **ENGINE)
+    same = total = 0
+    for rank, turns in enumerate(turns_of_ranks):
+        for turn, (texts, logits_ZV) in enumerate(turns):
+            wanted, wanted_logits_ZV = written(alone, requests((rank + turn) % 4))
+            assert texts.keys() == wanted.keys()
+            assert [len(texts[key]) for key in texts] == [len(wanted[key]) for key in texts]
+            if wanted_logits_ZV is not None:
+                error = (logits_ZV - wanted_logits_ZV).norm() / wanted_logits_ZV.norm()
+                assert error < ROUNDING
+            same += sum(texts[key] == wanted[key] for key in texts)
+            total += len(texts)
+    assert same >= 0.7 * total  # a near tie turns the rest of a text
