@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.errors import DataError, EnvironmentFault
+from teacher.parallel import turns
 
 LOST_PEERS = "lost its peers"
 
@@ -92,15 +93,27 @@ def _grouped(rank: int, num_ranks: int, per_node: int, device: torch.device) -> 
 def exchange(rows_CB: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """Rows to the members of `group` in their order, and theirs here, [M, B]. Raises EnvironmentFault for lost ones."""
     received_MB = rows_CB.new_empty(sum(receive), *rows_CB.shape[1:])
+    rows_CB = rows_CB.contiguous()
     with lost_peers(group):
-        dist.all_to_all_single(received_MB, rows_CB.contiguous(), list(receive), list(send), group=group)
+        _finish(
+            dist.all_to_all_single(
+                received_MB, rows_CB, list(receive), list(send), group=group, async_op=turns.are_taken()
+            )
+        )
     return received_MB
 
 
 def exchange_evenly(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> None:
     """The same for equal parts, into a tensor that is there already: no host synchronisation."""
     with lost_peers(group):
-        dist.all_to_all_single(received, sent, group=group)
+        _finish(dist.all_to_all_single(received, sent, group=group, async_op=turns.are_taken()))
+
+
+def _finish(work: dist.Work | None) -> None:
+    """Whoever has turns lets the other compute until the exchange is done."""
+    if work is not None:
+        turns.pass_on()
+        work.wait()
 
 
 def exchange_counts(counts_R: Tensor, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:

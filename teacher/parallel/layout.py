@@ -47,6 +47,9 @@ class Layout(Config):
     ep: int = Field(1, ge=1, description="ranks that share a layer's experts")
     dp: int = Field(1, ge=1, description="copies of all that")
     schedule: ScheduleName = "1f1b"
+    overlapped: bool = Field(
+        True, description="dualpipev: a forward and a backward that it pairs hide each other's exchanges of tokens"
+    )
     microbatches: int = Field(1, ge=1, description="parts of a rank's batch that are in the pipeline one after another")
     dispatch: Form = "fp8"
     combine: Literal["bf16", "fp32"] = "bf16"

@@ -6,8 +6,8 @@ is torch's own; `teacher.parallel.schedules.dual_pipe_v` is the same order, for 
 
 The sequence-wise balance loss (DeepSeek-V3 eq. 17-20) arises in every MoE layer, but the loss only at the end: each
 stage adds its layers' share to the gradients on the way back, so that what is optimised is the sum of the
-micro-batches' losses plus `balance_weight` times that of the balance losses. Without functions for overlapped steps
-torch runs a forward and a backward that `dualpipev` pairs one after the other.
+micro-batches' losses plus `balance_weight` times that of the balance losses. A forward and a backward that `dualpipev`
+pairs are overlapped where experts are spread (`teacher.parallel.overlapped`), else one runs behind the other.
 
 Shape legend: B sequences of a micro-batch, T positions, D hidden, V vocabulary.
 """
@@ -25,6 +25,7 @@ from teacher.model.experts import ExpertsKind
 from teacher.model.transformer import DeepseekV3
 from teacher.parallel.layout import STAGES_PER_RANK, ScheduleName
 from teacher.parallel.meshes import Meshes
+from teacher.parallel.overlapped import overlap_pairs
 from teacher.parallel.stage import pipeline_blocks
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -80,6 +81,8 @@ class Pipeline:
         make = _SCHEDULES[layout.schedule]
         # Losses say themselves what share of the batch they are.
         self.schedule = make(stages[0] if one_stage else stages, layout.microbatches, loss_fn=loss, scale_grads=False)
+        if layout.schedule == "dualpipev" and layout.overlapped and layout.ep > 1:
+            overlap_pairs(self.schedule)
 
     def step(self, input_ids_BT: Tensor, labels_BT: Tensor) -> Tensor | None:
         """Gradients of the micro-batches' losses, summed and added to the blocks' parameters.
