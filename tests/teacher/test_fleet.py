@@ -29,6 +29,7 @@ from teacher.serve.latent_model import LatentModel
 from teacher.serve.weights import fuse_entries
 from tests.students.tiny_bases import make_base
 
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
 WIDTHS = {
     "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "q_lora_rank": 128,
     "kv_lora_rank": 128, "num_attention_heads": 4, "v_head_dim": 32, "max_position_embeddings": 256,

@@ -1,4 +1,4 @@
-"""Ranks as processes of their own over gloo, forked from a server that has imported torch once."""
+"""Ranks as processes of their own over gloo, or NCCL, forked from a server that has imported torch once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from teacher.parallel.groups import Ranks, opened_ranks
@@ -19,6 +20,10 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "teacher.train.spread"])
 
 
+def needs_gpus(count: int) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} GPUs")
+
+
 def run_ranks(
     body: Callable[..., Any],
     num_ranks: int,
@@ -26,12 +31,13 @@ def run_ranks(
     *arguments: Any,
     ranks_per_node: int | None = None,
     timeout_s: float = 120.0,
+    device: str = "cpu",
     lost: tuple[int, ...] = (),
     wait_for_lost: bool = True,
 ) -> list[Any]:
     """`body(ranks, *arguments)` on every rank; its results in order. Ranks in `lost` may die and give None."""
     folder.mkdir(parents=True, exist_ok=True)
-    options = {"num_ranks": num_ranks, "ranks_per_node": ranks_per_node, "timeout_s": timeout_s}
+    options = {"num_ranks": num_ranks, "ranks_per_node": ranks_per_node, "timeout_s": timeout_s, "device": device}
     processes = [
         _context.Process(target=_one, args=(folder, rank, options, body, arguments), daemon=True)
         for rank in range(num_ranks)
@@ -62,7 +68,9 @@ def run_ranks(
 def _one(folder: Path, rank: int, options: dict[str, Any], body: Callable[..., Any], arguments: tuple) -> None:
     torch.set_num_threads(1)
     try:
-        with opened_ranks(rank=rank, init_method=f"file://{folder / 'store'}", **options) as ranks:
+        device = "cpu" if options["device"] == "cpu" else f"cuda:{rank}"
+        options = options | {"device": device, "init_method": f"file://{folder / 'store'}"}
+        with opened_ranks(rank=rank, **options) as ranks:
             result = body(ranks, *arguments)
     except BaseException:  # noqa: BLE001 - reported by the test
         result = traceback.format_exc()
@@ -72,5 +80,5 @@ def _one(folder: Path, rank: int, options: dict[str, Any], body: Callable[..., A
 
 
 def own(ranks: Ranks, whole: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """This rank's rows of a tensor that all ranks made alike."""
-    return whole.split(sizes)[ranks.rank]
+    """This rank's rows of a tensor that all ranks made alike, on its device."""
+    return whole.split(sizes)[ranks.rank].to(ranks.device)

@@ -76,7 +76,7 @@ def alone(config: PretrainConfig) -> tuple[list[dict[str, float]], dict[str, tor
 def spread_run(ranks: Ranks, config: PretrainConfig, folder: Path | None = None) -> SpreadPretraining:
     meshes = formed(config.layout, ranks)
     part = drawn_part(architecture(config), meshes, seed=config.seed)
-    return SpreadPretraining(part, rows(), config, meshes, checkpoint_dir=folder, log_every=1)
+    return SpreadPretraining(part, rows(), config, meshes, checkpoint_dir=folder, log_every=1, bf16=False)
 
 
 class Trained(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from process_ranks import own, run_ranks
+from process_ranks import needs_gpus, own, run_ranks
 
 from teacher.kernels.quantise import quantise_twin
 from teacher.model.config import DeepseekV3Config
@@ -80,14 +80,16 @@ def spread(ranks: Ranks, routing: str, form: Wire, two_hops: bool) -> list[torch
     placement = Placement.contiguous(
         num_experts=EXPERTS, num_ranks=ranks.num_ranks, ranks_per_node=ranks.ranks_per_node
     )
-    layer = ExpertParallelExperts(experts(), Exchange(ranks, placement, wire=form, two_hops=two_hops))
+    whole = experts().to(ranks.device)
+    layer = ExpertParallelExperts(whole, Exchange(ranks, placement, wire=form, two_hops=two_hops))
     sizes = sizes_of(ranks.num_ranks)
     x, indices, weights, grad = (own(ranks, part, sizes) for part in problem(sum(sizes), routing))
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
     out = layer(x, Routing(indices, weights, weights), "sorted")
     out.backward(grad)
     assert layer.gate_up_proj.grad is not None
-    return [out.detach(), x.grad, weights.grad, layer.gate_up_proj.grad, layer.down_proj.grad]
+    found = [out.detach(), x.grad, weights.grad, layer.gate_up_proj.grad, layer.down_proj.grad]
+    return [tensor.cpu() for tensor in found]
 
 
 def everything(ranks: Ranks) -> dict[tuple, list[torch.Tensor]]:
@@ -102,7 +104,20 @@ def everything(ranks: Ranks) -> dict[tuple, list[torch.Tensor]]:
     [(2, 2), (4, 2), pytest.param(8, 4, marks=pytest.mark.torture), pytest.param(8, 2, marks=pytest.mark.torture)],
 )
 def test_experts_over_ranks_compute_what_one_process_does(tmp_path, num_ranks, ranks_per_node) -> None:
-    of_ranks = run_ranks(everything, num_ranks, tmp_path, ranks_per_node=ranks_per_node)
+    assert_alone_computes(run_ranks(everything, num_ranks, tmp_path, ranks_per_node=ranks_per_node))
+
+
+@pytest.mark.gpu
+@needs_gpus(2)
+def test_experts_over_gpus_compute_what_one_process_does(tmp_path) -> None:
+    """Each a node of its own too, so that there are two hops."""
+    for ranks_per_node in (2, 1):
+        folder = tmp_path / str(ranks_per_node)
+        assert_alone_computes(run_ranks(everything, 2, folder, ranks_per_node=ranks_per_node, device="cuda"))
+
+
+def assert_alone_computes(of_ranks: list[dict[tuple, list[torch.Tensor]]]) -> None:
+    num_ranks = len(of_ranks)
     for case in of_ranks[0]:
         routing, form, _ = case
         wanted = alone(routing, sum(sizes_of(num_ranks)), form)
@@ -129,7 +144,7 @@ def decoding(ranks: Ranks) -> dict[str, list]:
         placement = Placement(placed, EXPERTS, ranks.num_ranks, ranks.ranks_per_node)
         exchange = Exchange(ranks, placement, wire=FP32)
         decode = LowLatency(exchange, hidden=HIDDEN, per_token=PER_TOKEN, max_tokens=8, capacity=capacity)
-        layer = ExpertParallelExperts(experts(), exchange, decode)
+        layer = ExpertParallelExperts(experts().to(ranks.device), exchange, decode)
         x, indices, weights, _ = (own(ranks, part, sizes) for part in problem(sum(sizes), routing))
         with torch.no_grad():
             for _ in range(2):  # buffers are used again
@@ -138,13 +153,23 @@ def decoding(ranks: Ranks) -> dict[str, list]:
             again = decode.take_overflow()
             out = replayed([layer], lambda: layer(x, Routing(indices, weights, weights), "sorted"))  # noqa: B023
         assert layer.decode is decode
-        results[name] = [out, overflowed, again, bool(torch.equal(raw, out))]
+        results[name] = [out.cpu(), overflowed, again, bool(torch.equal(raw, out))]
     return results
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, pytest.param(8, marks=pytest.mark.torture)])
 def test_decoding_without_host_synchronisation_drops_nothing(tmp_path, num_ranks) -> None:
-    of_ranks = run_ranks(decoding, num_ranks, tmp_path)
+    assert_nothing_is_dropped(run_ranks(decoding, num_ranks, tmp_path))
+
+
+@pytest.mark.gpu
+@needs_gpus(2)
+def test_decoding_over_gpus_drops_nothing(tmp_path) -> None:
+    assert_nothing_is_dropped(run_ranks(decoding, 2, tmp_path, device="cuda"))
+
+
+def assert_nothing_is_dropped(of_ranks: list[dict[str, list]]) -> None:
+    num_ranks = len(of_ranks)
     for name, routing in (("room", "skewed"), ("overflow", "one"), ("replicas", "one"), ("one place", "random")):
         wanted = alone(routing, sum(sizes_of(num_ranks)))[0]
         got = torch.cat([of_rank[name][0] for of_rank in of_ranks])
