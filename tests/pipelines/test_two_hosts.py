@@ -34,17 +34,18 @@ def ip(*arguments: str) -> int:
 @pytest.fixture
 def hosts() -> Iterator[tuple[str, str]]:
     names = (f"potstill-a{os.getpid()}", f"potstill-b{os.getpid()}")
-    if shutil.which("ip") is None or ip("netns", "add", names[0]):
-        pytest.skip("network namespaces cannot be made here")
-    ip("netns", "add", names[1])
-    ip("-n", names[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", names[1])
+    commands = [["netns", "add", name] for name in names]
+    commands += [["-n", names[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", names[1]]]
     for name, address in zip(names, ADDRESSES, strict=True):
-        ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
-        for link in ("lo", "cable"):
-            ip("-n", name, "link", "set", link, "up")
-    yield names
-    for name in names:
-        ip("netns", "delete", name)
+        commands += [["-n", name, "addr", "add", f"{address}/24", "dev", "cable"]]
+        commands += [["-n", name, "link", "set", link, "up"] for link in ("lo", "cable")]
+    try:
+        if shutil.which("ip") is None or any(ip(*command) for command in commands):
+            pytest.skip("network namespaces cannot be made here")
+        yield names
+    finally:
+        for name in names if shutil.which("ip") else ():
+            ip("netns", "delete", name)
 
 
 def on(host: str, command: list[str], **options: Any) -> subprocess.Popen[str]:
