@@ -38,9 +38,7 @@ LEAVE_S = 90.0
 HELLO_BYTES, HELLO_S = 2**16, 10
 # A machine that is switched off closes no connection: after 10 s of silence it is asked, thrice, and what was sent must
 # be confirmed within 25 s.
-KEEP_ALIVE = {
-    socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3, socket.TCP_USER_TIMEOUT: 25_000
-}  # fmt: skip
+KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
 
 
 class Link:
@@ -51,8 +49,9 @@ class Link:
         self._lock = threading.Lock()
         with self._socket() as of_it:
             of_it.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in KEEP_ALIVE.items():
-                of_it.setsockopt(socket.IPPROTO_TCP, option, value)
+            for name, value in KEEP_ALIVE.items():
+                if (option := getattr(socket, name, None)) is not None:  # not every system has all of them
+                    of_it.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def wait_at_most(self, seconds: int) -> None:
         """For what is received from now on; 0: as long as it takes."""
