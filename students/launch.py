@@ -14,11 +14,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import yaml
-
 from distill.errors import PotstillError
 from students.sft import train_student
-from students.zoo import find_student
+from students.zoo import find_student, sft_overrides
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,9 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=17)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override of an sft setting")
     options = parser.parse_args(argv)
-    overrides = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in options.set)}
     try:
-        student = find_student(options.student, overrides)
+        student = find_student(options.student, sft_overrides(options.set))
         train_student(student, options.examples, options.method, options.out, seed=options.seed)
     except PotstillError as exc:
         sys.stderr.write(f"{exc}\n")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from distill.errors import RecipeError
 from distill.recipe import SERVER_KEY_ENV, NativeTeacher, TeacherConfig, VllmTeacher, load_recipe, load_settings
 from pipelines.launch.config import LaunchConfig
@@ -59,8 +57,7 @@ def _check_teacher(teacher: TeacherConfig, config: LaunchConfig, path: Path) -> 
 
 
 def _check_student(config: LaunchConfig) -> str:
-    from students.zoo import find_student
+    from students.zoo import find_student, sft_overrides
 
-    overrides = dict(text.partition("=")[::2] for text in config.overrides)
-    student = find_student(config.student or "", {name: yaml.safe_load(value) for name, value in overrides.items()})
-    return student.name
+    assert config.student is not None
+    return find_student(config.student, sft_overrides(config.overrides)).name

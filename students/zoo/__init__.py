@@ -6,9 +6,11 @@ students on bases that this project bundles. A student of one's own is a file of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from distill.errors import RecipeError, nearest
 from distill.recipe import StudentConfig, load_student
@@ -20,6 +22,11 @@ def list_students() -> list[StudentConfig]:
     """Every student of the zoo, smallest first."""
     students = [load_student(path) for path in ZOO.glob("*.yaml")]
     return sorted(students, key=lambda student: (student.num_parameters, student.name))
+
+
+def sft_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """`NAME=VALUE` each, the value as YAML, for `find_student`."""
+    return {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in texts)}
 
 
 def find_student(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> StudentConfig:

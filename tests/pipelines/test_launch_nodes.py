@@ -385,6 +385,7 @@ STARTER = f"""
 
 def on_ray(script: str, *more: str) -> subprocess.CompletedProcess[str]:
     """The script as a job of a cluster of a head and two nodes."""
+    pytest.importorskip("ray", reason="Ray is not installed")
     settings = json.dumps([ports() for _ in range(3)])
     command = [sys.executable, "-c", textwrap.dedent(STARTER), settings, textwrap.dedent(script), *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -394,7 +395,6 @@ def on_ray(script: str, *more: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ray_runs_a_script_on_each_of_two_nodes(tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed")
     script = f"""
         cd {tmp_path}
         echo "$NODE_RANK $HEAD" >>nodes
@@ -412,7 +412,6 @@ def test_ray_runs_a_script_on_each_of_two_nodes(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_ray_job_that_is_stopped_stops_its_nodes(tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed")
     script = f"""
         cd {tmp_path}
         trap 'touch "ended-$NODE_RANK"; exit 75' TERM

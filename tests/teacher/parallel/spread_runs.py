@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from distill.errors import EnvironmentFault
 from distill.packing import Rows
 from distill.progress import silent
 from teacher.model.config import DeepseekV3Config
@@ -91,6 +93,16 @@ def trained(ranks: Ranks, config: PretrainConfig, folder: Path | None = None) ->
     run = spread_run(ranks, config, folder)
     run.run(silent())
     return state_of(run)
+
+
+def missed(run: SpreadPretraining) -> tuple[str, float]:
+    """What ends a run in which a rank dies, and after how many seconds."""
+    started = time.monotonic()
+    try:
+        run.run(silent())
+    except EnvironmentFault as fault:
+        return str(fault), time.monotonic() - started
+    raise AssertionError("nobody was missed")
 
 
 def state_of(run: SpreadPretraining) -> Trained:
