@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pyarrow.parquet as pq
 import pytest
 
 from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, REPOSITORY, potstill
 
+openai = pytest.importorskip("openai", reason="the openai package comes with vLLM")
 pytestmark = pytest.mark.slow
 
 PICO = "pipelines/recipes/pico.yaml"

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import uvicorn
 from test_http_server import SpellingTeacher
@@ -23,6 +22,7 @@ from teacher.serve.http import build_app
 from teacher.serve.reasoning import END_OF_THINKING, THINK, split
 from teacher.serve.stopping import RepetitionLimit
 
+openai = pytest.importorskip("openai", reason="the openai package comes with vLLM")
 LIMIT = 60
 QUESTION: Any = [{"role": "user", "content": "1 + 1?"}]
 STEP_S = 0.03
