@@ -11,7 +11,9 @@ The first product's two blocks of columns are gate and up of the same 128, so th
 for each row's 128) end it in registers; for the tail, the consumers tell each other the largest magnitudes that they
 have found.
 
-Units come from a list, those with a tail first, so that the programs, which are persistent, have the same of each.
+Units come from a list, those with a tail first. Programs are persistent and take the next piece of work when they are
+through with one, since pieces differ: a counter in memory says which is next, the loader asks it and tells the
+consumers.
 
 Shape legend: M rows by expert with padding, T tiles of 128 rows, U units, E experts, N columns (of one expert),
 K inner, B = 128, D hidden, I expert intermediate, P and G blocks of the weights' rows and columns.
@@ -19,6 +21,7 @@ K inner, B = 128, D hidden, I expert intermediate, P and G blocks of the weights
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -54,6 +57,7 @@ STORE = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 STORE_E4M3 = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
 TAIL_STORE = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
 MAXIMA = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 SHARED = gl.NVMMASharedLayout.get_default_for
 STAGES = 3
 CONSUMER_REGISTERS, LOADER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
@@ -75,13 +79,18 @@ def _place(units_ptr, work, N_GROUPS, FUSED: gl.constexpr):
 
 
 @gluon.jit
-def _load(sources, lists, buffers, bars, N_GROUPS, K_GROUPS, FUSED: gl.constexpr, STAGES: gl.constexpr):
+def _load(sources, lists, buffers, bars, news, N_GROUPS, K_GROUPS, FUSED: gl.constexpr, STAGES: gl.constexpr):
+    """Takes the next piece of work when it is through with one, and tells the consumers."""
     x_desc, tail_desc, weight_desc = sources
-    units_ptr, experts_ptr = lists
+    units_ptr, experts_ptr, taken_ptr = lists
     x_bufs, tail_bufs, weight_bufs = buffers
     full, empty = bars
+    box, told, heard = news
     count = 0
-    for work in range(gl.program_id(0), gl.load(units_ptr) * ((N_GROUPS + 1) // 2), gl.num_programs(0)):
+    turn = 0
+    work = gl.program_id(0)
+    total = gl.load(units_ptr) * ((N_GROUPS + 1) // 2)
+    while work < total:
         row, kind, left, right = _place(units_ptr, work, N_GROUPS, FUSED)
         first_group = gl.load(experts_ptr + row // B) * N_GROUPS
         left_row = (first_group + left) * B
@@ -104,6 +113,20 @@ def _load(sources, lists, buffers, bars, N_GROUPS, K_GROUPS, FUSED: gl.constexpr
             tma.async_copy_global_to_shared(weight_desc, [right_row, k], ready, weight_bufs.index(2 * slot + 1))
             tma.async_copy_global_to_shared(tail_desc, [row + B, k], ready, tail, pred=kind == TAILED)
             count += 1
+        work = gl.num_programs(0) + gl.atomic_add(taken_ptr, 1, sem="relaxed")
+        mbarrier.wait(heard.index(turn & 1), (turn >> 1 & 1) ^ 1)
+        box.index(turn & 1).store(gl.full([1], work, gl.int32, ONE))
+        mbarrier.arrive(told.index(turn & 1))
+        turn += 1
+
+
+@gluon.jit
+def _next_work(news, turn):
+    box, told, heard = news
+    mbarrier.wait(told.index(turn & 1), turn >> 1 & 1)
+    work = gl.max(box.index(turn & 1).load(ONE), axis=0)
+    mbarrier.arrive(heard.index(turn & 1))
+    return work
 
 
 @gluon.jit
@@ -205,14 +228,14 @@ def _quantise_rows(results, gate, up, row, column):
 @gluon.jit
 def _quantise_tail(results, exchange, gate, up, row, column, tails, WHICH: gl.constexpr):
     out_ptr, num_columns, out_scale_ptr, out_scale_stride = results
-    maxima, told = exchange
+    maxima, measured = exchange
     layout: gl.constexpr = gl.SliceLayout(0, TAIL_MMA)
     activated = _swiglu(gate, up)
     mine = gl.max(gl.abs(activated), axis=0)
     place = 2 * (tails & 1)  # the other consumer may still be reading what it was told of the last tail
     maxima.index(place + WHICH).store(mine)
-    mbarrier.arrive(told)
-    mbarrier.wait(told, tails & 1)
+    mbarrier.arrive(measured)
+    mbarrier.wait(measured, tails & 1)
     largest = gl.maximum(gl.maximum(mine, maxima.index(place + 1 - WHICH).load(layout)), LEAST)
     scaled = activated * gl.div_rn(gl.full_like(largest, MAX), largest)[None, :]
     _store_tail(out_ptr, scaled, row, column * B + WHICH * HALF, num_columns)
@@ -249,14 +272,17 @@ def _unit(
 
 @gluon.jit
 def _multiply(
-    x_scales, weight_scale_ptr, lists, buffers, bars, exchange, results, N_GROUPS, K_GROUPS,
+    x_scales, weight_scale_ptr, lists, buffers, bars, news, exchange, results, N_GROUPS, K_GROUPS,
     WHICH: gl.constexpr, FUSED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    units_ptr, experts_ptr = lists
+    units_ptr, experts_ptr = lists[0], lists[1]
     full, empty = bars
     count = 0
     tails = 0
-    for work in range(gl.program_id(0), gl.load(units_ptr) * ((N_GROUPS + 1) // 2), gl.num_programs(0)):
+    turn = 0
+    work = gl.program_id(0)
+    total = gl.load(units_ptr) * ((N_GROUPS + 1) // 2)
+    while work < total:
         row, kind, left_group, right_group = _place(units_ptr, work, N_GROUPS, FUSED)
         first_group = gl.load(experts_ptr + row // B) * N_GROUPS
         left_scales = weight_scale_ptr + (first_group + left_group) * K_GROUPS
@@ -278,12 +304,15 @@ def _multiply(
                 mbarrier.wait(full.index(slot), count // STAGES & 1)
                 mbarrier.arrive(empty.index(slot))
                 count += 1
+        work = _next_work(news, turn)
+        turn += 1
 
 
 @gluon.jit(do_not_specialize=["N_GROUPS", "K_GROUPS"])
 def _unit_gemm(
-    x_desc, tail_desc, weight_desc, x_scale_ptr, weight_scale_ptr, experts_ptr, units_ptr, out_ptr, out_scale_ptr,
-    num_columns, x_scale_stride, out_scale_stride, N_GROUPS, K_GROUPS, FUSED: gl.constexpr, STAGES: gl.constexpr,
+    x_desc, tail_desc, weight_desc, x_scale_ptr, weight_scale_ptr, experts_ptr, units_ptr, taken_ptr, out_ptr,
+    out_scale_ptr, num_columns, x_scale_stride, out_scale_stride, N_GROUPS, K_GROUPS,
+    FUSED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, HALF, B], x_desc.layout)
     weight_bufs = gl.allocate_shared_memory(weight_desc.dtype, [2 * STAGES, B, B], weight_desc.layout)
@@ -291,26 +320,33 @@ def _unit_gemm(
     maxima = gl.allocate_shared_memory(gl.float32, [4, TAIL], MAXIMA)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    told = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    measured = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    box = gl.allocate_shared_memory(gl.int32, [2, 1], MAXIMA)
+    told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)
-    mbarrier.init(told.index(0), count=2)
+    mbarrier.init(measured.index(0), count=2)
+    for slot in gl.static_range(2):
+        mbarrier.init(told.index(slot), count=1)
+        mbarrier.init(heard.index(slot), count=2)
     fence_async_shared()
-    sources, lists = (x_desc, tail_desc, weight_desc), (units_ptr, experts_ptr)
+    sources, lists = (x_desc, tail_desc, weight_desc), (units_ptr, experts_ptr, taken_ptr)
     x_scales, results = (x_scale_ptr, x_scale_stride), (out_ptr, num_columns, out_scale_ptr, out_scale_stride)
-    buffers, bars, exchange = (x_bufs, tail_bufs, weight_bufs), (full, empty), (maxima, told.index(0))
+    buffers, bars, exchange = (x_bufs, tail_bufs, weight_bufs), (full, empty), (maxima, measured.index(0))
+    news = (box, told, heard)
     gl.warp_specialize(
         [
             (_multiply, (
-                x_scales, weight_scale_ptr, lists, buffers, bars, exchange, results, N_GROUPS, K_GROUPS,
+                x_scales, weight_scale_ptr, lists, buffers, bars, news, exchange, results, N_GROUPS, K_GROUPS,
                 FIRST, FUSED, STAGES,
             )),
             (_multiply, (
-                x_scales, weight_scale_ptr, lists, buffers, bars, exchange, results, N_GROUPS, K_GROUPS,
+                x_scales, weight_scale_ptr, lists, buffers, bars, news, exchange, results, N_GROUPS, K_GROUPS,
                 SECOND, FUSED, STAGES,
             )),
-            (_load, (sources, lists, buffers, bars, N_GROUPS, K_GROUPS, FUSED, STAGES)),
+            (_load, (sources, lists, buffers, bars, news, N_GROUPS, K_GROUPS, FUSED, STAGES)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, LOADER_REGISTERS],
@@ -346,10 +382,11 @@ def _launch(
 ) -> None:
     _, num_columns, num_inner = weight_ENK.shape
     groups = num_columns // BLOCK
+    taken = torch.zeros(1, dtype=torch.int32, device=out.device)
     programs = min(num_multiprocessors(out.device), experts_T.numel() * ((groups + 1) // 2))
     _unit_gemm[(programs,)](
         _boxes(rows.values_MK, BLOCK // 2), _boxes(rows.values_MK, TAIL_ROWS),
-        _boxes(weight_ENK.flatten(0, 1), BLOCK), rows.scale_inv_MG, scale_inv_EPG, experts_T, units_U,
+        _boxes(weight_ENK.flatten(0, 1), BLOCK), rows.scale_inv_MG, scale_inv_EPG, experts_T, units_U, taken,
         out, out_scales, out.shape[1], rows.scale_inv_MG.stride(1),
         0 if out_scales is None else out_scales.stride(1), groups, num_inner // BLOCK,
         FUSED=out_scales is not None, STAGES=STAGES, num_warps=4,

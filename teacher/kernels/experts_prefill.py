@@ -1,6 +1,6 @@
 """The routed experts for many tokens an expert: rows gathered by expert, two grouped products, one sum.
 
-    1. each (token, choice) gets a row in its expert's run; tokens and their scales are copied there;
+    1. each (token, choice) gets a row in its expert's run, to which the token and its scales are copied;
     2. gate and up, SwiGLU and quantisation, down, each over all rows; what is padding alone is skipped;
     3. a token's rows, times their gates, are summed in the order of its choices.
 
@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from teacher.kernels.align_triton import align_kernel
 from teacher.kernels.device import runs_hopper_kernels
-from teacher.kernels.experts import Alignment, ExpertWeights
-from teacher.kernels.experts_triton import align_kernel
+from teacher.kernels.experts import ExpertWeights
 from teacher.kernels.grouped import Grouping
 from teacher.kernels.grouped_triton import sum_choices_kernel
 from teacher.kernels.quantise import Quantised, empty_scales
@@ -33,17 +33,18 @@ B = tl.constexpr(BLOCK)
 FULL_UNIT, TAILED_UNIT, HALF_UNIT, UNIT_KINDS = 0, 1, 2, 4
 FULL, TAILED, HALF, KINDS = (tl.constexpr(kind) for kind in (FULL_UNIT, TAILED_UNIT, HALF_UNIT, UNIT_KINDS))
 BYTES_A_STEP = 2_048
+GROUPS_A_PROGRAM = 8
 
 
 def routed_experts_prefill(x: Quantised, choice: Choice, weights: ExpertWeights) -> Tensor:
     """BF16 [N, D]; `teacher.kernels.experts.routed_experts_fp8` has checked the shapes, N is not zero."""
-    num_tokens, top_k = choice.indices_NK.shape
-    num_pairs = num_tokens * top_k
-    alignment = align_kernel(choice.indices_NK, choice.load_E, BLOCK)
-    rows, rows_P = gather_rows(x, alignment, num_pairs, top_k)
+    top_k = choice.indices_NK.shape[1]
+    rows_NK = torch.empty_like(choice.indices_NK)
+    alignment = align_kernel(choice.indices_NK, choice.load_E, BLOCK, rows_NK=rows_NK)
+    rows = spread_tokens(x, choice.indices_NK, rows_NK, alignment.pairs_R)
     products = _products_hopper if runs_hopper_kernels(x.values_MK.device) else _products
     down_RD = products(rows, Grouping(*alignment, choice.load_E), weights)
-    placed = {"places_P": rows_P, "gates_NK": choice.weights_NK}
+    placed = {"places_P": rows_NK.flatten(), "gates_NK": choice.weights_NK}
     return sum_choices_kernel(down_RD, top_k, indices_NK=choice.indices_NK, **placed)
 
 
@@ -104,36 +105,54 @@ def _list_units(load_ptr, units_ptr, E: tl.constexpr, E_PADDED: tl.constexpr, TA
     tl.store(units_ptr, num_tailed + tl.sum(others, axis=0))
 
 
-def gather_rows(x: Quantised, alignment: Alignment, num_pairs: int, top_k: int) -> tuple[Quantised, Tensor]:
-    """(tokens by row, the row of each pair); padding stays unwritten, and so do pairs that no expert here serves."""
-    (length,), (_, hidden) = alignment.pairs_R.shape, x.values_MK.shape
+def spread_tokens(x: Quantised, indices_NK: Tensor, rows_NK: Tensor, pairs_R: Tensor) -> Quantised:
+    """Each token copied to the rows of its choices; padding stays unwritten.
+
+    A token's program writes its values to all of its rows, a tile's program the scales of all its rows: in either case
+    what is written lies together.
+    """
+    (num_tokens, top_k), hidden, num_rows = indices_NK.shape, x.values_MK.shape[1], pairs_R.numel()
     device, groups = x.values_MK.device, hidden // BLOCK
-    values = torch.empty(length, hidden, dtype=torch.float8_e4m3fn, device=device)
-    scales = empty_scales(length, groups, device)
-    rows_P = torch.empty(num_pairs, dtype=torch.int32, device=device)
-    _gather[(length,)](
-        x.values_MK.view(torch.uint8), x.scale_inv_MG, alignment.pairs_R, values.view(torch.uint8), scales, rows_P,
-        num_pairs, top_k, x.scale_inv_MG.stride(1), scales.stride(1),
-        GROUPS=groups, PADDED=triton.next_power_of_2(groups), STEP=BYTES_A_STEP,
+    values = torch.empty(num_rows, hidden, dtype=torch.float8_e4m3fn, device=device)
+    scales = empty_scales(num_rows, groups, device)
+    _spread[(num_tokens,)](
+        x.values_MK.view(torch.uint8), indices_NK, rows_NK, values.view(torch.uint8), hidden,
+        TOP_K=top_k, STEPS=triton.cdiv(hidden, BYTES_A_STEP), STEP=BYTES_A_STEP,
     )  # fmt: skip
-    return Quantised(values, scales), rows_P
+    _spread_scales[(triton.cdiv(num_rows, BLOCK), triton.cdiv(groups, GROUPS_A_PROGRAM))](
+        x.scale_inv_MG, pairs_R, scales, num_rows, num_tokens * top_k, top_k, groups, x.scale_inv_MG.stride(1),
+        scales.stride(1), GROUPS=GROUPS_A_PROGRAM,
+    )  # fmt: skip
+    return Quantised(values, scales)
 
 
 @triton.jit
-def _gather(
-    x_ptr, x_scale_ptr, pairs_ptr, out_ptr, out_scale_ptr, rows_ptr, num_pairs, top_k, x_scale_stride, out_scale_stride,
-    GROUPS: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr,
+def _spread(
+    x_ptr, indices_ptr, rows_ptr, out_ptr, width,
+    TOP_K: tl.constexpr, STEPS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    pair = tl.load(pairs_ptr + row)
-    if pair < num_pairs:
-        token = (pair // top_k).to(tl.int64)
-        width: tl.constexpr = GROUPS * B
-        for begin in tl.static_range(0, width, STEP):
-            columns = begin + tl.arange(0, STEP)
-            values = tl.load(x_ptr + token * width + columns, mask=columns < width)
-            tl.store(out_ptr + row * width + columns, values, mask=columns < width)
-        groups = tl.arange(0, PADDED)
-        scales = tl.load(x_scale_ptr + groups * x_scale_stride + token, mask=groups < GROUPS)
-        tl.store(out_scale_ptr + groups * out_scale_stride + row, scales, mask=groups < GROUPS)
-        tl.store(rows_ptr + pair, row.to(tl.int32))
+    token = tl.program_id(0).to(tl.int64)
+    parts = ()
+    for step in tl.static_range(STEPS):
+        columns = step * STEP + tl.arange(0, STEP)
+        parts = parts + (tl.load(x_ptr + token * width + columns, mask=columns < width),)  # noqa: RUF005 - as Triton can
+    for choice in tl.static_range(TOP_K):
+        pair = token * TOP_K + choice
+        reach = tl.where(tl.load(indices_ptr + pair) >= 0, width, 0)  # nothing, for an expert that is elsewhere
+        row = tl.load(rows_ptr + pair).to(tl.int64)
+        for step in tl.static_range(STEPS):
+            columns = step * STEP + tl.arange(0, STEP)
+            tl.store(out_ptr + row * width + columns, parts[step], mask=columns < reach)
+
+
+@triton.jit
+def _spread_scales(
+    x_scale_ptr, pairs_ptr, out_scale_ptr, num_rows, num_pairs, top_k, num_groups, x_scale_stride, out_scale_stride,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * B + tl.arange(0, B)
+    groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    pairs = tl.load(pairs_ptr + rows, mask=rows < num_rows, other=num_pairs)
+    inside = (groups[:, None] < num_groups) & (pairs[None, :] < num_pairs)
+    scales = tl.load(x_scale_ptr + groups[:, None] * x_scale_stride + (pairs // top_k)[None, :], mask=inside)
+    tl.store(out_scale_ptr + groups[:, None] * out_scale_stride + rows[None, :], scales, mask=inside)

@@ -13,8 +13,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from teacher.kernels import quantise as quantise_twin
+from teacher.kernels.align_triton import align_kernel
 from teacher.kernels.arithmetic_triton import sigmoid, to_dtype, to_e4m3
-from teacher.kernels.experts import Alignment, ExpertsPlan, ExpertWeights, num_rows
+from teacher.kernels.experts import ExpertsPlan, ExpertWeights
 from teacher.kernels.grouped_triton import sum_choices_kernel
 from teacher.kernels.quantise import Quantised, empty_scales
 from teacher.kernels.route import Choice
@@ -23,43 +24,6 @@ from teacher.model.fp8 import BLOCK, E4M3_MAX
 B = tl.constexpr(BLOCK)
 MAX = tl.constexpr(E4M3_MAX)
 LEAST = tl.constexpr(quantise_twin.LEAST_MAGNITUDE)
-PAIRS_A_STEP = 1_024
-
-
-@triton.jit
-def _align(
-    indices_ptr, load_ptr, pairs_ptr, experts_ptr, num_pairs, num_tiles,
-    E: tl.constexpr, E_PADDED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """A program an expert, and one for what is left of the tiles. Rank within an expert is the order of the pairs."""
-    me = tl.program_id(0)
-    experts = tl.arange(0, E_PADDED)
-    tiles_E = (tl.load(load_ptr + experts, mask=experts < E, other=0) + ROWS - 1) // ROWS
-    first_tile = tl.sum(tl.where(experts < me, tiles_E, 0), axis=0)
-    steps = tl.arange(0, STEP)
-    if me == E:
-        for begin in range(first_tile, num_tiles, STEP):
-            tl.store(experts_ptr + begin + steps, tl.full((STEP,), -1, tl.int32), mask=begin + steps < num_tiles)
-        for begin in range(first_tile * ROWS, num_tiles * ROWS, STEP):
-            rest = begin + steps
-            tl.store(pairs_ptr + rest, tl.zeros((STEP,), tl.int32) + num_pairs, mask=rest < num_tiles * ROWS)
-    else:
-        mine = tl.sum(tl.where(experts == me, tiles_E, 0), axis=0)
-        for begin in range(0, mine, STEP):
-            tl.store(
-                experts_ptr + first_tile + begin + steps, tl.zeros((STEP,), tl.int32) + me, mask=begin + steps < mine
-            )
-        row = first_tile * ROWS
-        for begin in range(0, num_pairs, STEP):
-            pairs = begin + steps
-            chosen = tl.load(indices_ptr + pairs, mask=pairs < num_pairs, other=-1) == me
-            rank = tl.cumsum(chosen.to(tl.int32), axis=0)
-            tl.store(pairs_ptr + row + rank - 1, pairs, mask=chosen)
-            row += tl.sum(chosen.to(tl.int32), axis=0)
-        padding = row + tl.arange(0, ROWS)
-        tl.store(
-            pairs_ptr + padding, tl.zeros((ROWS,), tl.int32) + num_pairs, mask=padding < (first_tile + mine) * ROWS
-        )
 
 
 @triton.jit
@@ -166,19 +130,6 @@ def _down(
         else:
             out = to_dtype(sums * gates[:, None], out_ptr.dtype.element_ty)
             tl.store(out_ptr + targets[:, None] + columns[None, :], out, mask=inside[:, None])
-
-
-def align_kernel(indices_NK: Tensor, load_E: Tensor, rows_a_tile: int) -> Alignment:
-    """As `teacher.kernels.experts.align_twin`; `load_E` is the router's count of each expert's pairs."""
-    num_pairs, num_experts = indices_NK.numel(), load_E.numel()
-    length = num_rows(num_pairs, num_experts, rows_a_tile)
-    pairs = torch.empty(length, dtype=torch.int32, device=indices_NK.device)
-    experts = torch.empty(length // rows_a_tile, dtype=torch.int32, device=indices_NK.device)
-    _align[(num_experts + 1,)](
-        indices_NK, load_E, pairs, experts, num_pairs, length // rows_a_tile,
-        E=num_experts, E_PADDED=triton.next_power_of_2(num_experts), ROWS=rows_a_tile, STEP=PAIRS_A_STEP,
-    )  # fmt: skip
-    return Alignment(pairs, experts)
 
 
 def routed_experts_kernel(x: Quantised, choice: Choice, weights: ExpertWeights, *, plan: ExpertsPlan) -> Tensor:

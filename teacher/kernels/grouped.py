@@ -48,7 +48,7 @@ def group_rows(indices_NK: Tensor, num_experts: int) -> Grouping:
     load_E = torch.zeros(num_experts, dtype=torch.int32, device=flat.device)
     load_E.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
     if flat.numel() and runs_bf16_kernels(indices_NK):
-        from teacher.kernels.experts_triton import align_kernel
+        from teacher.kernels.align_triton import align_kernel
 
         return Grouping(*align_kernel(indices_NK.to(torch.int32).contiguous(), load_E, BLOCK), load_E)
     return Grouping(*align_twin(indices_NK, num_experts, BLOCK), load_E)

@@ -107,7 +107,7 @@ def _finish(acc, total, highest, begin, end, length, sequence, block, results, W
     """Divide and store this warpgroup's half: the result itself if the share has all of the sequence, else a part."""
     parts_ptr, lse_ptr, out_ptr, part = results
     divisor = gl.where(total == 0, 1.0, total)
-    acc = acc / gl.convert_layout(divisor, OUT_ROWS)[:, None]
+    acc = acc * gl.convert_layout(1.0 / divisor, OUT_ROWS)[:, None]
     rows = block * ROWS + gl.arange(0, ROWS, OUT_ROWS)
     columns = half * HALF + gl.arange(0, HALF, OUT_COLUMNS)
     inside = (rows < W)[:, None]
@@ -132,8 +132,9 @@ def _even(buffers, bars, schedule, results, lengths_ptr, scale, block, W, H, S, 
     q_phase = 0
     phase = 0
     for sequence in range(schedule[0], schedule[2] + 1):
-        begin, end, length = share_of(schedule, lengths_ptr, sequence)
+        begin, end = share_of(schedule, lengths_ptr, sequence)
         if begin < end:
+            length = gl.load(lengths_ptr + sequence)
             visible = length - S + 1 + rows // H
             highest = gl.full([ROWS], LOWEST, gl.float32, LOGIT_ROWS)
             total = gl.zeros([ROWS], gl.float32, LOGIT_ROWS)
@@ -193,8 +194,9 @@ def _odd(buffers, bars, schedule, results, lengths_ptr, scale, block, W, H, S, F
     q_phase = 0
     phase = 0
     for sequence in range(schedule[0], schedule[2] + 1):
-        begin, end, length = share_of(schedule, lengths_ptr, sequence)
+        begin, end = share_of(schedule, lengths_ptr, sequence)
         if begin < end:
+            length = gl.load(lengths_ptr + sequence)
             visible = length - S + 1 + rows // H
             highest = gl.full([ROWS], LOWEST, gl.float32, LOGIT_ROWS)
             total = gl.zeros([ROWS], gl.float32, LOGIT_ROWS)
@@ -308,7 +310,7 @@ def decode_kernel(
     query_desc = TensorDescriptor.from_tensor(query_BSHE.view(-1, width), tile, SHARED.value)
     cache_desc = TensorDescriptor.from_tensor(in_bf16, tile, SHARED.value)
     _decode[(triton.cdiv(rows, rows_a_program), shares_Z4.shape[0])](
-        query_desc, cache_desc, cache.latent_LPC if fp8 else None, cache.scale_LP, pages_BQ, lengths_B, shares_Z4,
+        query_desc, cache_desc, cache.latent_LPC, cache.scale_LP, pages_BQ, lengths_B, shares_Z4,
         parts_2ZWC, lse_2ZW, out_BSHC, scale_log2, pages_BQ.stride(0), cache.latent_LPC.stride(1),
         cache.scale_LP.stride(1) if cache.scale_LP is not None else 0, rows, num_heads, num_queries, FP8=fp8,
         REGISTERS=FP8_REGISTERS if fp8 else REGISTERS, num_warps=4, maxnreg=168,

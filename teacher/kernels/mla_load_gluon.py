@@ -34,23 +34,49 @@ Q_FULL, Q_EMPTY, K_FULL, K_EMPTY = gl.constexpr(0), gl.constexpr(1), gl.constexp
 
 @gluon.jit
 def share_of(schedule, lengths_ptr, sequence):
-    """This program's pages of one sequence, [begin, end), and the sequence's length."""
+    """This program's pages of one sequence, [begin, end). Of the last sequence they are known before its length is."""
     first, begin_page, last, end_page = schedule
-    length = gl.load(lengths_ptr + sequence)
     begin = gl.where(sequence == first, begin_page, 0)
-    end = gl.where(sequence == last, end_page, (length + P - 1) // P)
-    return begin, end, length
+    end = end_page
+    if sequence != last:
+        end = (gl.load(lengths_ptr + sequence) + P - 1) // P
+    return begin, end
+
+
+@gluon.jit
+def _ask_for(page, source, wanted):
+    """Let the L2 cache bring a page's entries; one thread asks for all of them."""
+    entries_ptr, stride = source
+    BYTES_A_NUMBER: gl.constexpr = entries_ptr.dtype.element_ty.primitive_bitwidth // 8
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred asks;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 asks, thread, 0;
+        setp.ne.and.s32 asks, $3, 0, asks;
+        @asks cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r,r",
+        [(entries_ptr + page.to(gl.int64) * (P * stride)).to(gl.int64), P * stride * BYTES_A_NUMBER, wanted],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
 def load(buffers, bars, sources, schedule, lengths_ptr, pages_ptr, pages_stride, block, W, FP8: gl.constexpr):
     q_latent, q_rope = buffers[0], buffers[1]
-    query_desc = sources[0]
+    query_desc, entries = sources[0], (sources[2], sources[3])
     q_phase = 1
     k_phase = 1
     for sequence in range(schedule[0], schedule[2] + 1):
-        begin, end, _ = share_of(schedule, lengths_ptr, sequence)
+        begin, end = share_of(schedule, lengths_ptr, sequence)
         if begin < end:
+            pages = pages_ptr + sequence * pages_stride
+            even = gl.load(pages + begin)
+            # Beyond an odd number of pages the last one comes again, to be hidden.
+            odd = gl.load(pages + gl.minimum(begin + 1, end - 1))
             mbarrier.wait(bars.index(Q_EMPTY), q_phase)
             q_phase ^= 1
             mbarrier.expect(bars.index(Q_FULL), ROWS * (C + R) * BYTES)
@@ -59,18 +85,19 @@ def load(buffers, bars, sources, schedule, lengths_ptr, pages_ptr, pages_stride,
                 view = q_latent.index(0).slice(tile * TILE, TILE, dim=1)
                 tma.async_copy_global_to_shared(query_desc, [row, tile * TILE], bars.index(Q_FULL), view)
             tma.async_copy_global_to_shared(query_desc, [row, C], bars.index(Q_FULL), q_rope.index(0))
-            pages = pages_ptr + sequence * pages_stride
             for number in range(begin, end, 2):
-                even = gl.load(pages + number) * P
-                # Beyond an odd number of pages the last one comes again, to be hidden.
-                odd = gl.load(pages + gl.minimum(number + 1, end - 1)) * P
+                next_even = gl.load(pages + gl.minimum(number + 2, end - 1))
+                next_odd = gl.load(pages + gl.minimum(number + 3, end - 1))
+                _ask_for(next_even, entries, (number + 2 < end).to(gl.int32))
+                _ask_for(next_odd, entries, (number + 3 < end).to(gl.int32))
                 if FP8:
-                    _convert_pair(buffers, bars, sources, even, odd, k_phase)
+                    _convert_pair(buffers, bars, sources, even * P, odd * P, k_phase)
                 else:
-                    _copy_half(buffers, bars, sources[1], 0, 0, even, k_phase, False)
-                    _copy_half(buffers, bars, sources[1], 1, 1, odd, k_phase, False)
-                    _copy_half(buffers, bars, sources[1], 1, 0, odd, k_phase, True)
-                    _copy_half(buffers, bars, sources[1], 0, 1, even, k_phase, True)
+                    _copy_half(buffers, bars, sources[1], 0, 0, even * P, k_phase, False)
+                    _copy_half(buffers, bars, sources[1], 1, 1, odd * P, k_phase, False)
+                    _copy_half(buffers, bars, sources[1], 1, 0, odd * P, k_phase, True)
+                    _copy_half(buffers, bars, sources[1], 0, 1, even * P, k_phase, True)
+                even, odd = next_even, next_odd
                 k_phase ^= 1
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from teacher.kernels import quantise as twin
-from teacher.kernels.arithmetic_triton import divide, sigmoid, to_dtype, to_e4m3
+from teacher.kernels.arithmetic_triton import INTERPRETED, divide, sigmoid, to_dtype, to_e4m3
 from teacher.kernels.quantise import Normed, Quantised, empty_scales
 from teacher.model.fp8 import BLOCK, E4M3_MAX, scale_shape
 
@@ -35,6 +35,8 @@ class Cut(NamedTuple):
 # The fastest on an H200 of those with 8 to 64 numbers a thread.
 CUT, SWIGLU_CUT = Cut(16, 2, 4), Cut(1, 8, 1)
 FEW_ROWS, FEW_ROWS_CUT = 512, Cut(1, 2, 1)
+# Tiles of a row that the norm holds as one, and its warps: for many rows, and for few or with a residual.
+NORM_CUT, FEW_ROWS_NORM_CUT = (32, 4), (64, 8)
 
 
 @triton.jit
@@ -72,32 +74,58 @@ def _quantise(
 
 
 @triton.jit
+def _again(x):
+    """The same numbers, but the compiler must not know: it would keep them as FP32 from their first use to their next,
+    in twice the registers, and fewer rows would be under way at once."""
+    if INTERPRETED:
+        out = x
+    else:
+        PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+        out = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=PACK)
+    return out
+
+
+@triton.jit
 def _rms_norm_quantise(
     x_ptr, add_ptr, weight_ptr, residual_ptr, normed_ptr, values_ptr, scale_ptr,
     x_stride, add_stride, scale_stride, eps,
-    GROUPS: tl.constexpr, PADDED: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr, UE8M0: tl.constexpr,
+    GROUPS: tl.constexpr, PART: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr, UE8M0: tl.constexpr,
 ):  # fmt: skip
+    """A row, in parts of PART tiles so that little is padding."""
     row = tl.program_id(0).to(tl.int64)
-    groups = tl.arange(0, PADDED)
-    columns = groups[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    inside = columns < GROUPS * TILE
-    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    width = GROUPS * TILE
-    if ADD:
-        x += tl.load(add_ptr + row * add_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        residual = to_dtype(x, residual_ptr.dtype.element_ty)
-        tl.store(residual_ptr + row * width + columns, residual, mask=inside)
-        x = residual.to(tl.float32)
-    total = tl.sum(tl.sum((x * x).to(tl.float64), axis=1), axis=0)
-    mean_square = (total / width).to(tl.float32)
+    width: tl.constexpr = GROUPS * TILE
+    places = tl.arange(0, PART)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    squares = tl.zeros((PART, TILE), tl.float64)
+    parts = ()
+    for begin in tl.static_range(0, width, PART * TILE):
+        columns = begin + places
+        inside = columns < width
+        part = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
+        if ADD:
+            added = tl.load(add_ptr + row * add_stride + columns, mask=inside, other=0.0)
+            part = to_dtype(part.to(tl.float32) + added.to(tl.float32), residual_ptr.dtype.element_ty)
+            tl.store(residual_ptr + row * width + columns, part, mask=inside)
+        parts = parts + (part,)  # noqa: RUF005 - as Triton can
+    for begin in tl.static_range(0, width, PART * TILE):
+        x = parts[begin // (PART * TILE)].to(tl.float32)
+        squares += (x * x).to(tl.float64)
+    mean_square = (tl.sum(tl.reshape(squares, (PART * TILE,)), axis=0) / width).to(tl.float32)
     inverse = tl.math.div_rn(1.0, tl.math.sqrt_rn(mean_square + eps))
-    normed = x * inverse * tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    if KEEP:
-        tl.store(normed_ptr + row * width + columns, to_dtype(normed, normed_ptr.dtype.element_ty), mask=inside)
-    largest = tl.maximum(tl.max(tl.abs(normed), axis=1), LEAST)
-    scale_inv, scale = scales_of(largest, UE8M0)
-    tl.store(values_ptr + row * width + columns, to_e4m3(normed * scale[:, None]), mask=inside)
-    tl.store(scale_ptr + groups * scale_stride + row, scale_inv, mask=groups < GROUPS)
+    later = ()
+    for begin in tl.static_range(0, width, PART * TILE):
+        later = later + (_again(parts[begin // (PART * TILE)]),)  # noqa: RUF005
+    for begin in tl.static_range(0, width, PART * TILE):
+        columns = begin + places
+        inside = columns < width
+        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        normed = later[begin // (PART * TILE)].to(tl.float32) * inverse * weight
+        if KEEP:
+            tl.store(normed_ptr + row * width + columns, to_dtype(normed, normed_ptr.dtype.element_ty), mask=inside)
+        largest = tl.maximum(tl.max(tl.abs(normed), axis=1), LEAST)
+        scale_inv, scale = scales_of(largest, UE8M0)
+        tl.store(values_ptr + row * width + columns, to_e4m3(normed * scale[:, None]), mask=inside)
+        groups = begin // TILE + tl.arange(0, PART)
+        tl.store(scale_ptr + groups * scale_stride + row, scale_inv, mask=groups < GROUPS)
 
 
 @triton.jit
@@ -157,12 +185,13 @@ def rms_norm_quantise_kernel(
     scales = empty_scales(num_rows, groups, x.device)
     residual = x_MK if add_MK is None else torch.empty(num_rows, num_columns, dtype=x.dtype, device=x.device)
     normed = torch.empty(num_rows, num_columns, dtype=x.dtype, device=x.device) if keep_normed else None
+    part, num_warps = NORM_CUT if num_rows > FEW_ROWS and add_MK is None else FEW_ROWS_NORM_CUT
     if num_rows:
         _rms_norm_quantise[(num_rows,)](
             x, added, weight_K.contiguous(), residual, x if normed is None else normed, values, scales,
             x.stride(0), added.stride(0), scales.stride(1), eps,
-            GROUPS=groups, PADDED=triton.next_power_of_2(groups), ADD=add_MK is not None, KEEP=keep_normed,
-            UE8M0=ue8m0, num_warps=8 if num_columns > 2_048 else 4, **EXACT,
+            GROUPS=groups, PART=min(part, triton.next_power_of_2(groups)), ADD=add_MK is not None, KEEP=keep_normed,
+            UE8M0=ue8m0, num_warps=num_warps if num_columns > 2_048 else 4, **EXACT,
         )  # fmt: skip
     return Normed(Quantised(values, scales), residual, normed)
 

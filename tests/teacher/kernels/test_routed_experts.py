@@ -210,17 +210,22 @@ def test_fused_products_on_hopper_equal_the_twin(device: str) -> None:
 
 
 @pytest.mark.parametrize("concentrated", [False, True])
-def test_alignment_on_the_device_equals_its_twin(device: str, concentrated: bool) -> None:
-    from teacher.kernels.experts_triton import align_kernel
+@pytest.mark.parametrize(("num_tokens", "rows"), [(1, 16), (9, 32), (700, 16), (1_500, 128), (4_097, 16)])
+def test_alignment_on_the_device_equals_its_twin(device: str, num_tokens: int, rows: int, concentrated: bool) -> None:
+    from teacher.kernels.align_triton import align_kernel
 
-    for num_tokens, rows in ((1, 16), (9, 32), (700 if device == "cpu" else 9_000, 16)):
-        _, choice = tokens(num_tokens, device, concentrated=concentrated)
-        got, wanted = (
-            align_kernel(choice.indices_NK, choice.load_E, rows),
-            align_twin(choice.indices_NK, NUM_EXPERTS, rows),
-        )
+    _, choice = tokens(num_tokens, device, concentrated=concentrated)
+    for first in (0, 3):  # experts before it are elsewhere
+        indices = torch.where(choice.indices_NK >= first, choice.indices_NK - first, -1)
+        rows_NK = torch.full_like(indices, -1)
+        got = align_kernel(indices, choice.load_E[first:].contiguous(), rows, rows_NK=rows_NK)
+        wanted = align_twin(indices, NUM_EXPERTS - first, rows)
         assert torch.equal(got.pairs_R, wanted.pairs_R)
         assert torch.equal(got.experts_T, wanted.experts_T)
+        places = (wanted.pairs_R < indices.numel()).nonzero().flatten()
+        expected = torch.full_like(rows_NK.flatten(), -1)
+        expected[wanted.pairs_R[places].long()] = places.to(torch.int32)
+        assert torch.equal(rows_NK.flatten(), expected)
 
 
 def test_shapes_that_do_not_belong_together_are_refused(device: str, weights: ExpertWeights) -> None:
