@@ -86,6 +86,25 @@ def _again(x):
 
 
 @triton.jit
+def _store_in_place(pointers, values, inside):
+    """tl.store of FP32 numbers by the threads that hold them, where it would bring them into another order first,
+    through shared memory and with all threads waiting."""
+    if INTERPRETED:
+        tl.store(pointers, values, mask=inside)
+    else:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred inside;
+            setp.ne.s32 inside, $3, 0;
+            @inside st.global.f32 [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,f,r", [pointers.to(tl.int64, bitcast=True), values, inside.to(tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _rms_norm_quantise(
     x_ptr, add_ptr, weight_ptr, residual_ptr, normed_ptr, values_ptr, scale_ptr,
     x_stride, add_stride, scale_stride, eps,
@@ -94,11 +113,9 @@ def _rms_norm_quantise(
     """A row, in parts of PART tiles so that little is padding."""
     row = tl.program_id(0).to(tl.int64)
     width: tl.constexpr = GROUPS * TILE
-    places = tl.arange(0, PART)[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    squares = tl.zeros((PART, TILE), tl.float64)
     parts = ()
     for begin in tl.static_range(0, width, PART * TILE):
-        columns = begin + places
+        columns = begin + tl.arange(0, PART)[:, None] * TILE + tl.arange(0, TILE)[None, :]
         inside = columns < width
         part = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
         if ADD:
@@ -106,26 +123,24 @@ def _rms_norm_quantise(
             part = to_dtype(part.to(tl.float32) + added.to(tl.float32), residual_ptr.dtype.element_ty)
             tl.store(residual_ptr + row * width + columns, part, mask=inside)
         parts = parts + (part,)  # noqa: RUF005 - as Triton can
+    squares = tl.zeros((PART, TILE), tl.float64)
     for begin in tl.static_range(0, width, PART * TILE):
         x = parts[begin // (PART * TILE)].to(tl.float32)
         squares += (x * x).to(tl.float64)
     mean_square = (tl.sum(tl.reshape(squares, (PART * TILE,)), axis=0) / width).to(tl.float32)
     inverse = tl.math.div_rn(1.0, tl.math.sqrt_rn(mean_square + eps))
-    later = ()
     for begin in tl.static_range(0, width, PART * TILE):
-        later = later + (_again(parts[begin // (PART * TILE)]),)  # noqa: RUF005
-    for begin in tl.static_range(0, width, PART * TILE):
-        columns = begin + places
+        groups = begin // TILE + tl.arange(0, PART)
+        columns = groups[:, None] * TILE + tl.arange(0, TILE)[None, :]
         inside = columns < width
         weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        normed = later[begin // (PART * TILE)].to(tl.float32) * inverse * weight
+        normed = _again(parts[begin // (PART * TILE)]).to(tl.float32) * inverse * weight
         if KEEP:
             tl.store(normed_ptr + row * width + columns, to_dtype(normed, normed_ptr.dtype.element_ty), mask=inside)
         largest = tl.maximum(tl.max(tl.abs(normed), axis=1), LEAST)
         scale_inv, scale = scales_of(largest, UE8M0)
         tl.store(values_ptr + row * width + columns, to_e4m3(normed * scale[:, None]), mask=inside)
-        groups = begin // TILE + tl.arange(0, PART)
-        tl.store(scale_ptr + groups * scale_stride + row, scale_inv, mask=groups < GROUPS)
+        _store_in_place(scale_ptr + groups * scale_stride + row, scale_inv, groups < GROUPS)
 
 
 @triton.jit
