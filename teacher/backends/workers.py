@@ -296,12 +296,20 @@ def _work_live(lines: IO[str], output: IO[str]) -> None:
         EngineLoop(engine, jobs, lambda done: _write(done, output), grew, lockstep).run()
 
 
+def _answers() -> IO[str]:
+    """Standard output as it was. What libraries print there from now on, as NCCL does its log, goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
 if __name__ == "__main__":
+    output = _answers()
     try:
         if sys.argv[1:] == ["live"]:
-            _work_live(sys.stdin, sys.stdout)
+            _work_live(sys.stdin, output)
         else:
-            _work(json.load(sys.stdin), sys.stdout)
+            _work(json.load(sys.stdin), output)
     except PotstillError as exc:
         sys.stderr.write(f"{exc}\n")
         sys.exit(exc.exit_code)

@@ -62,6 +62,20 @@ def test_what_joins_a_running_batch_is_what_it_is_alone(folder: Path, workers: i
         )
 
 
+def test_what_libraries_print_is_no_answer(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's log goes to standard output, below Python's."""
+    condition = "event == 'import' and given[0] == 'teacher.serve.engine'"
+    hook = f"lambda event, given: {condition} and os.write(1, b'NCCL INFO cudaDriver\\n')"
+    (tmp_path / "sitecustomize.py").write_text(f"import os, sys\nsys.addaudithook({hook})\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    live = teacher(folder, workers=2)
+    assert len(list(live.generate(requests(count=4), SAMPLING))) == 8
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    live.submit(Asked(requests(count=1)[0]), SAMPLING, outcomes.put)
+    assert isinstance(outcomes.get(timeout=100), Written)
+    live.close()
+
+
 class _Runs:
     """Stands where the engine does: finishes what it runs one by one, and remembers in which run it was."""
 
