@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from distill.errors import EnvironmentFault
-from teacher.parallel.groups import opened_ranks
+from teacher.parallel.groups import SHARED_GPU_ENV, device_of, opened_ranks
 from teacher.parallel.rebalance import Rebalancing, Report
 from teacher.parallel.serving import RanksInStep, load_spread
 from teacher.serve.detokenizer import Decode
@@ -39,14 +39,10 @@ class Place:
     num_redundant: int = 0
     rebalance: dict[str, Any] | None = None  # `Rebalancing`
 
-    @property
-    def local(self) -> int:
-        return self.rank % self.ranks_per_node
-
 
 def check_devices(ranks_per_node: int) -> None:
-    """Raises EnvironmentFault where this node has GPUs, and fewer than ranks."""
-    if 0 < (count := torch.cuda.device_count()) < ranks_per_node:
+    """Raises EnvironmentFault where this node has GPUs, and fewer than ranks, unless these may share them."""
+    if 0 < (count := torch.cuda.device_count()) < ranks_per_node and os.environ.get(SHARED_GPU_ENV) != "1":
         raise EnvironmentFault(f"{ranks_per_node} ranks of this node need a GPU each, it has {count}", where="cuda")
 
 
@@ -62,7 +58,7 @@ def engine_of_rank(
 ) -> Iterator[tuple[Engine, RanksInStep]]:
     """Collective. The first rank's `on_report` hears of every rebalancing. Raises as `opened_ranks` and `load_spread`
     do."""
-    device = torch.device("cuda", place.local) if torch.cuda.is_available() else torch.device("cpu")
+    device = device_of(place.rank, place.ranks_per_node)
     among: dict[str, Any] = {"rank": place.rank, "num_ranks": place.num_ranks, "ranks_per_node": place.ranks_per_node}
     if place.num_ranks > place.ranks_per_node:
         host, _, port = place.meet.rpartition(":")

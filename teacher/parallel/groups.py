@@ -9,6 +9,7 @@ Shape legend: C rows sent, M rows received, B columns.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from distill.errors import DataError, EnvironmentFault
 from teacher.parallel import turns
 
 LOST_PEERS = "lost its peers"
+# torch's switch for ranks that share a GPU; "1" is our word too that they may.
+SHARED_GPU_ENV = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,20 @@ class Ranks:
     world: dist.ProcessGroup
     rail: dist.ProcessGroup | None
     node: dist.ProcessGroup
+
+
+def device_of(rank: int, ranks_per_node: int) -> torch.device:
+    """A rank's GPU on its node; the CPU where that has none.
+
+    Ranks that outnumber the GPUs share them, for tests: they store to each other's memory as over NVLink, but a kernel
+    that waits for a peer waits for the peer's turn on the GPU, and NCCL goes by sockets.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if (num_gpus := torch.cuda.device_count()) < ranks_per_node:
+        # NCCL takes two ranks of one GPU where each says that it is on a host of its own.
+        os.environ |= {SHARED_GPU_ENV: "1", "NCCL_HOSTID": str(rank)}
+    return torch.device("cuda", rank % ranks_per_node % num_gpus)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import socket
 import time
@@ -22,6 +23,7 @@ from teacher.backends import fleet as fleets
 from teacher.backends import open_teacher
 from teacher.backends.native import NativeBackend
 from teacher.model.block_checkpoint import load_blocks
+from teacher.parallel.groups import SHARED_GPU_ENV, device_of
 from teacher.serve.batching import Asked, Written
 from teacher.serve.engine import Engine
 from teacher.serve.http import build_app
@@ -29,20 +31,28 @@ from teacher.serve.latent_model import LatentModel
 from teacher.serve.weights import fuse_entries
 from tests.students.tiny_bases import make_base
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
 WIDTHS = {
     "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "q_lora_rank": 128,
-    "kv_lora_rank": 128, "num_attention_heads": 4, "v_head_dim": 32, "max_position_embeddings": 256,
-    "rope_scaling": None,
+    "kv_lora_rank": 128, "num_attention_heads": 4, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32,
+    "max_position_embeddings": 256, "rope_scaling": None,
 }  # fmt: skip
 SHORT = SAMPLING.model_copy(update={"max_tokens": 6})
 LONG = SAMPLING.model_copy(update={"max_tokens": 150})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _gpu_for_all() -> Iterator[None]:
+    """Where there is one GPU alone, ranks share it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SHARED_GPU_ENV, "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("teacher")
-    write_model_folder(path, tiny_config(**WIDTHS), fp8=True, std=0.1)
+    # Large weights: few draws are so close that rounding turns them.
+    write_model_folder(path, tiny_config(**WIDTHS), fp8=True, std=0.3)
     return path
 
 
@@ -63,7 +73,8 @@ def teacher(folder: Path) -> Iterator[NativeBackend]:
 def in_one_process(folder: Path) -> NativeBackend:
     """All experts in one engine, in FP8 as the ranks have them."""
     plain = open_teacher(NativeTeacher(model=folder.name), base_dir=folder.parent)
-    model = LatentModel(fuse_entries(*load_blocks(folder, torch.device("cpu"))))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = LatentModel(fuse_entries(*load_blocks(folder, device)))
     engine = Engine(model, batch_size=6, eos_token_ids=plain.engine.eos_token_ids, decode=plain.engine._decode)
     return NativeBackend(folder, plain.tokenizer, engine)
 
@@ -196,6 +207,20 @@ def test_what_cannot_be_spread_is_refused_at_once(
     monkeypatch.delenv("POTSTILL_API_KEY", raising=False)
     with pytest.raises(RecipeError, match=problem):
         opened(folder, **changes)
+
+
+def test_ranks_share_gpus_where_that_is_asked_for_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for variable in (SHARED_GPU_ENV, "NCCL_HOSTID"):
+        monkeypatch.setenv(variable, "")  # and back to what it was, whatever is set below
+    with pytest.raises(EnvironmentFault, match="cuda: 4 ranks of this node need a GPU each, it has 2"):
+        fleets._checked(folder, NativeTeacher(model="teacher", num_ranks=4))
+    assert [device_of(rank, 2).index for rank in range(4)] == [0, 1, 0, 1]  # of two nodes
+    assert os.environ[SHARED_GPU_ENV] == os.environ["NCCL_HOSTID"] == ""
+    monkeypatch.setenv(SHARED_GPU_ENV, "1")
+    assert fleets._checked(folder, NativeTeacher(model="teacher", num_ranks=4)) == 4
+    assert [(device_of(rank, 4).index, os.environ["NCCL_HOSTID"]) for rank in (1, 2)] == [(1, "1"), (0, "2")]
 
 
 def test_an_address_that_is_taken_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from teacher.parallel.groups import Ranks, opened_ranks
+from teacher.parallel.groups import Ranks, device_of, opened_ranks
 
 JOIN_S = 240.0  # two busy cores
 _context = multiprocessing.get_context("forkserver")
@@ -22,6 +22,10 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "teacher.train.sp
 
 def needs_gpus(count: int) -> pytest.MarkDecorator:
     return pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} GPUs")
+
+
+# Where there is one GPU alone, ranks share it.
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpus(1)])]
 
 
 def run_ranks(
@@ -68,7 +72,7 @@ def run_ranks(
 def _one(folder: Path, rank: int, options: dict[str, Any], body: Callable[..., Any], arguments: tuple) -> None:
     torch.set_num_threads(1)
     try:
-        device = "cpu" if options["device"] == "cpu" else f"cuda:{rank}"
+        device = "cpu" if options["device"] == "cpu" else device_of(rank, options["num_ranks"])
         options = options | {"device": device, "init_method": f"file://{folder / 'store'}"}
         with opened_ranks(rank=rank, **options) as ranks:
             result = body(ranks, *arguments)

@@ -20,9 +20,11 @@ BATCH, STEP = 3, 200
 ENGINE: dict[str, Any] = {
     "batch_size": BATCH, "max_step_tokens": STEP, "num_pages": 20, "eos_token_ids": (), "prefix_caching": False
 }  # fmt: skip
+# Powers of two, as the kernels of a GPU take them.
 WIDTHS = {
     "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "q_lora_rank": 128, "kv_lora_rank": 128,
-    "num_attention_heads": 4, "v_head_dim": 32, "max_position_embeddings": 512, "rope_scaling": None,
+    "num_attention_heads": 4, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32,
+    "max_position_embeddings": 512, "rope_scaling": None,
 }  # fmt: skip
 # Each rank's share of a token is rounded to BF16 (2^-9), and a half's attention may take its other form: either turns
 # an E4M3 number behind it now and then (2^-4).
@@ -50,18 +52,26 @@ def written(engine: Engine, sequences: list[Sequence[int]], after_step: Callable
     run = engine.run(sequences, more=lambda: after_step() or ())
     texts = {done.key: done.generated_ids for done in run}
     engine.runner.logits = logits_of
-    return Written(texts, seen[0] if seen else None)
+    return Written(texts, seen[0].cpu() if seen else None)
 
 
-def spread_engine(ranks: Ranks, folder: Path, **options: Any) -> tuple[Engine, SpreadModel, RanksInStep]:
-    """`options` are those of `load_spread`."""
+def spread_engine(
+    ranks: Ranks, folder: Path, features: dict[str, bool] | None = None, **options: Any
+) -> tuple[Engine, SpreadModel, RanksInStep]:
+    """`features` are those of `Engine`, `options` those of `load_spread`."""
     model, lockstep = load_spread(folder, ranks, batch_size=BATCH, max_step_tokens=STEP, **options)
-    return Engine(model, **ENGINE, lockstep=lockstep), model, lockstep
+    return Engine(model, **ENGINE, **(features or {}), lockstep=lockstep), model, lockstep
 
 
-def assert_one_engine_writes(turns_of_ranks: list[list[Written]], folder: Path) -> None:
+def num_graphs(engine: Engine) -> int:
+    """CUDA graphs that it has captured."""
+    graphs = engine.runner._graphs
+    return 0 if graphs is None else len(graphs._graphs)
+
+
+def assert_one_engine_writes(turns_of_ranks: list[list[Written]], folder: Path, device: str) -> None:
     """What each rank wrote in turn n, of the requests of rank + n, is what one engine with all experts writes."""
-    alone = Engine(LatentModel(fuse_entries(*load_blocks(folder, torch.device("cpu")))), **ENGINE)
+    alone = Engine(LatentModel(fuse_entries(*load_blocks(folder, torch.device(device)))), **ENGINE)
     same = total = 0
     for rank, turns in enumerate(turns_of_ranks):
         for turn, (texts, logits_ZV) in enumerate(turns):

@@ -1,4 +1,4 @@
-"""Engines over gloo processes that share their experts: what each writes is what one engine with all of them writes."""
+"""Engines over processes that share their experts: what each writes is what one engine with all of them writes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from process_ranks import run_ranks
-from spread_engines import WIDTHS, Written, assert_one_engine_writes, requests, spread_engine, written
+from process_ranks import DEVICES, run_ranks
+from spread_engines import (
+    WIDTHS,
+    Written,
+    assert_one_engine_writes,
+    num_graphs,
+    requests,
+    spread_engine,
+    written,
+)
 
 from teacher.model.block_checkpoint import load_blocks
 from teacher.model.checkpoint import save_checkpoint
@@ -31,12 +39,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def one_rank(ranks: Ranks, folder: Path, options: dict[str, Any]) -> tuple[list[int], list[Written]]:
+def one_rank(ranks: Ranks, folder: Path, options: dict[str, Any]) -> tuple[list[int], list[Written], int]:
     engine, model, _ = spread_engine(ranks, folder, **options)
     held = [len(w.mlp.experts.down_EDI) for w in model.weights.layers if isinstance(w.mlp, Fp8MoEWeights)]
-    return held, [written(engine, requests((ranks.rank + turn) % 4)) for turn in range(2)]
+    turns = [written(engine, requests((ranks.rank + turn) % 4)) for turn in range(2)]
+    return held, turns, num_graphs(engine)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("num_ranks", "options", "held"),
     [
@@ -47,11 +57,12 @@ def one_rank(ranks: Ranks, folder: Path, options: dict[str, Any]) -> tuple[list[
     ids=str,
 )
 def test_ranks_write_what_one_writes(
-    folder: Path, tmp_path: Path, num_ranks: int, options: dict[str, Any], held: list[int]
+    folder: Path, tmp_path: Path, num_ranks: int, options: dict[str, Any], held: list[int], device: str
 ) -> None:
-    results = run_ranks(one_rank, num_ranks, tmp_path, folder, options)
-    assert all(of_rank == held for of_rank, _ in results)
-    assert_one_engine_writes([turns for _, turns in results], folder)
+    results = run_ranks(one_rank, num_ranks, tmp_path, folder, options, device=device)
+    assert all(of_rank == held for of_rank, _, _ in results)
+    assert all((graphs > 0) == (device == "cuda") for _, _, graphs in results)
+    assert_one_engine_writes([turns for _, turns, _ in results], folder, device)
 
 
 @pytest.mark.parametrize("decoding", [[], [1], [1, 1, 2, 2, 2], [2] * 7])
