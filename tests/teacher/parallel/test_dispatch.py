@@ -108,7 +108,7 @@ def test_experts_over_ranks_compute_what_one_process_does(tmp_path, num_ranks, r
 
 
 @pytest.mark.gpu
-@needs_gpus(2)
+@needs_gpus(1)
 def test_experts_over_gpus_compute_what_one_process_does(tmp_path) -> None:
     """Each a node of its own too, so that there are two hops."""
     for ranks_per_node in (2, 1):
@@ -163,7 +163,7 @@ def test_decoding_without_host_synchronisation_drops_nothing(tmp_path, num_ranks
 
 
 @pytest.mark.gpu
-@needs_gpus(2)
+@needs_gpus(1)
 def test_decoding_over_gpus_drops_nothing(tmp_path) -> None:
     assert_nothing_is_dropped(run_ranks(decoding, 2, tmp_path, device="cuda"))
 

@@ -133,7 +133,7 @@ def test_overlapped_pairs_learn_what_they_learn_one_behind_the_other(tmp_path: P
 
 
 @pytest.mark.gpu
-@needs_gpus(4)
+@needs_gpus(1)
 def test_overlapped_pairs_learn_the_same_on_gpus(tmp_path: Path) -> None:
     """Within FP32's rounding: sums there have no fixed order."""
     plain = run_ranks(trained, 4, tmp_path / "plain", False, "dualpipev", device="cuda")
