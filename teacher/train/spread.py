@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import Tensor
 
-from distill.errors import RecipeError, TrainingFailure
+from distill.errors import EnvironmentFault, RecipeError, TrainingFailure
 from distill.failpoints import failpoint
 from distill.packing import Rows
 from distill.progress import Progress
@@ -28,6 +29,7 @@ from teacher.model.initialise import drawn
 from teacher.model.names import empty_model
 from teacher.model.transformer import DeepseekV3
 from teacher.parallel.groups import lost_peers, summed_over
+from teacher.parallel.layout import STAGES_PER_RANK
 from teacher.parallel.meshes import Meshes
 from teacher.parallel.pipeline import Pipeline
 from teacher.parallel.stage import EMBEDDING, fill, own_entries, own_part
@@ -38,6 +40,9 @@ from teacher.train.pretrain import LOG_EVERY
 from teacher.train.zero import ZeroAdamW
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# torch 2.11 splits a backward pass wrongly where an operation has several outputs, as those recomputed here have: it
+# adds up their gradients.
+SPLITS_RECOMPUTED = Version("2.12")
 
 
 def drawn_part(config: DeepseekV3Config, meshes: Meshes, *, seed: int) -> DeepseekV3:
@@ -57,7 +62,8 @@ class SpreadPretraining:
     """One run on one of its ranks; all ranks make the same calls.
 
     `model` is this rank's part of it (`drawn_part`, `teacher.parallel.weights.load_part`). `log` is that of
-    `Pretraining`, on every rank. With `bf16` (None: on a GPU) products are in BF16, else all is in FP32.
+    `Pretraining`, on every rank. With `bf16` (None: on a GPU) products are in BF16, else all is in FP32. Raises
+    EnvironmentFault for recomputation under a schedule whose backward passes torch is too old to split.
     """
 
     def __init__(
@@ -87,7 +93,12 @@ class SpreadPretraining:
             balance_weight=config.balance_alpha * self._share,
             experts="grouped" if meshes.device.type == "cuda" and self.bf16 else "sorted",
         )
-        memory = config.memory
+        memory, schedule = config.memory, meshes.layout.schedule
+        if memory.recompute and STAGES_PER_RANK[schedule] > 1 and Version(torch.__version__) < SPLITS_RECOMPUTED:
+            message = (
+                f"recomputation with {schedule} needs torch {SPLITS_RECOMPUTED} or later, this is {torch.__version__}"
+            )
+            raise EnvironmentFault(message, where="torch")
         SavedActivations(self.pipeline.blocks, recompute=memory.recompute, fp8=memory.activations == "fp8")
         held = {id(parameter) for parameter in self.pipeline.blocks.parameters()}
         self.optimizer = ZeroAdamW(

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
+from packaging.version import Version
 
 from distill.errors import EnvironmentFault
 from distill.packing import Rows
@@ -22,7 +24,7 @@ from teacher.parallel.meshes import formed
 from teacher.parallel.stage import fill
 from teacher.train.config import PretrainConfig
 from teacher.train.pretrain import Pretraining
-from teacher.train.spread import SpreadPretraining, drawn_part
+from teacher.train.spread import SPLITS_RECOMPUTED, SpreadPretraining, drawn_part
 
 ARCHITECTURE = {
     "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 4,
@@ -32,6 +34,9 @@ ARCHITECTURE = {
     "initializer_range": 0.1,
 }  # fmt: skip
 VOCAB_SIZE, ROW_LENGTH, NUM_ROWS = 300, 16, 40
+needs_split_recomputation = pytest.mark.skipif(
+    Version(torch.__version__) < SPLITS_RECOMPUTED, reason=f"needs torch {SPLITS_RECOMPUTED}"
+)
 EXACT = {"dispatch": "fp32", "combine": "fp32"}  # so that only the order of sums differs
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from process_ranks import run_ranks
-from spread_runs import alone, config_of, joined, joined_moments, trained
+from spread_runs import alone, config_of, joined, joined_moments, needs_split_recomputation, spread_run, trained
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from distill.errors import EnvironmentFault
 from teacher.model.experts import ExpertsKind
 from teacher.model.transformer import DeepseekV3
+from teacher.parallel.groups import Ranks
 from teacher.train.activations import SavedActivations
 from tests.teacher.v3_models import random_model, tiny_config
 
@@ -88,6 +90,7 @@ def test_activations_in_fp8_round_gradients_a_little(kind, recompute) -> None:
     assert rounded > 10
 
 
+@needs_split_recomputation
 def test_a_split_backward_pass_recomputes_too(tmp_path) -> None:
     """zbv asks for the gradients of inputs and of weights apart."""
     layout = {"pp": 2, "schedule": "zbv", "microbatches": 4}
@@ -96,6 +99,26 @@ def test_a_split_backward_pass_recomputes_too(tmp_path) -> None:
     again = run_ranks(trained, 2, tmp_path / "again", config_of(layout, num_steps=4, memory=memory))
     wanted, found = joined(config.layout, plain), joined(config.layout, again)
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def asked_of_old_torch(ranks: Ranks) -> list[str]:
+    said = []
+    torch.__version__ = "2.11.0+cu130"  # this process is the test's own
+    for schedule, recompute in (("zbv", True), ("dualpipev", True), ("zbv", False), ("1f1b", True)):
+        layout = {"pp": 2, "schedule": schedule, "microbatches": 4}
+        try:
+            spread_run(ranks, config_of(layout, memory={"recompute": recompute}))
+        except EnvironmentFault as fault:
+            said.append(str(fault))
+    return said
+
+
+def test_recomputation_of_split_backward_passes_is_refused_where_torch_adds_up_wrongly(tmp_path) -> None:
+    for said in run_ranks(asked_of_old_torch, 2, tmp_path):
+        assert said == [
+            f"torch: recomputation with {schedule} needs torch 2.12 or later, this is 2.11.0+cu130"
+            for schedule in ("zbv", "dualpipev")
+        ]
 
 
 def test_moments_in_bf16_learn_alike(tmp_path) -> None:

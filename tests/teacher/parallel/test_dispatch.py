@@ -165,15 +165,19 @@ def test_decoding_without_host_synchronisation_drops_nothing(tmp_path, num_ranks
 @pytest.mark.gpu
 @needs_gpus(1)
 def test_decoding_over_gpus_drops_nothing(tmp_path) -> None:
-    assert_nothing_is_dropped(run_ranks(decoding, 2, tmp_path, device="cuda"))
+    """Experts that decode are grouped products there, in BF16."""
+    assert_nothing_is_dropped(run_ranks(decoding, 2, tmp_path, device="cuda"), of_norm=1e-2)
 
 
-def assert_nothing_is_dropped(of_ranks: list[dict[str, list]]) -> None:
+def assert_nothing_is_dropped(of_ranks: list[dict[str, list]], of_norm: float | None = None) -> None:
     num_ranks = len(of_ranks)
     for name, routing in (("room", "skewed"), ("overflow", "one"), ("replicas", "one"), ("one place", "random")):
         wanted = alone(routing, sum(sizes_of(num_ranks)))[0]
         got = torch.cat([of_rank[name][0] for of_rank in of_ranks])
-        torch.testing.assert_close(got, wanted, **ORDER, msg=lambda said, n=name: f"{n}: {said}")
+        if of_norm is None:
+            torch.testing.assert_close(got, wanted, **ORDER, msg=lambda said, n=name: f"{n}: {said}")
+        else:
+            assert (got - wanted).norm() <= of_norm * wanted.norm(), name
         too_little = name in ("overflow", "one place")
         # Every rank knows, the ones that had room too; and to ask clears it.
         assert [of_rank[name][1] for of_rank in of_ranks] == [too_little] * num_ranks

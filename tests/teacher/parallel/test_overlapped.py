@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from process_ranks import needs_gpus, run_ranks
-from spread_runs import ARCHITECTURE, config_of, missed, spread_run, state_of
+from spread_runs import ARCHITECTURE, config_of, missed, needs_split_recomputation, spread_run, state_of
 
 from distill.progress import silent
 from teacher.parallel import overlapped, turns
@@ -114,6 +114,7 @@ def numbers(log: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name not in ("seconds", "tokens_per_s")} for row in log]
 
 
+@needs_split_recomputation
 def test_overlapped_pairs_learn_what_they_learn_one_behind_the_other(tmp_path: Path) -> None:
     plain = run_ranks(trained, 4, tmp_path / "plain", False, "dualpipev")
     paired = run_ranks(trained, 4, tmp_path / "paired", True, "dualpipev")
@@ -134,6 +135,7 @@ def test_overlapped_pairs_learn_what_they_learn_one_behind_the_other(tmp_path: P
 
 @pytest.mark.gpu
 @needs_gpus(1)
+@needs_split_recomputation
 def test_overlapped_pairs_learn_the_same_on_gpus(tmp_path: Path) -> None:
     """Within FP32's rounding: sums there have no fixed order."""
     plain = run_ranks(trained, 4, tmp_path / "plain", False, "dualpipev", device="cuda")
