@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from process_ranks import needs_gpus, run_ranks
-from spread_runs import ARCHITECTURE, config_of, missed, needs_split_recomputation, spread_run, state_of
+from spread_runs import ARCHITECTURE, RECOMPUTES_SPLIT, config_of, missed, spread_run, state_of
 
 from distill.progress import silent
 from teacher.parallel import overlapped, turns
@@ -93,7 +93,7 @@ def trained(ranks: Ranks, is_overlapped: bool, schedule: str) -> tuple[Any, list
     """A run's end; how often the turn changed in each pair; and which thread began each exchange of tokens."""
     layout = LAYOUT | {"schedule": schedule, "overlapped": is_overlapped}
     architecture = ARCHITECTURE | {"first_k_dense_replace": 0}
-    changed = {"num_steps": 3, "memory": {"recompute": True}, "architecture": architecture}
+    changed = {"num_steps": 3, "memory": {"recompute": RECOMPUTES_SPLIT}, "architecture": architecture}
     run = spread_run(ranks, config_of(layout, **changed))
     changes, began, in_turn, exchange = [], [], turns.in_turn, dist.all_to_all_single
 
@@ -114,7 +114,6 @@ def numbers(log: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name not in ("seconds", "tokens_per_s")} for row in log]
 
 
-@needs_split_recomputation
 def test_overlapped_pairs_learn_what_they_learn_one_behind_the_other(tmp_path: Path) -> None:
     plain = run_ranks(trained, 4, tmp_path / "plain", False, "dualpipev")
     paired = run_ranks(trained, 4, tmp_path / "paired", True, "dualpipev")
@@ -135,7 +134,6 @@ def test_overlapped_pairs_learn_what_they_learn_one_behind_the_other(tmp_path: P
 
 @pytest.mark.gpu
 @needs_gpus(1)
-@needs_split_recomputation
 def test_overlapped_pairs_learn_the_same_on_gpus(tmp_path: Path) -> None:
     """Within FP32's rounding: sums there have no fixed order."""
     plain = run_ranks(trained, 4, tmp_path / "plain", False, "dualpipev", device="cuda")
