@@ -38,8 +38,9 @@ from teacher.serve.stopping import cut
 
 # What stands between thinking and answer in R1's format; written in the model's place when its budget is used up.
 FORCED_END = f"\n{END_OF_THINKING}\n\n"
-# Part of every sample's key. Raise it when the same weights, request and seed would give another text.
-ENGINE_VERSION = "2"
+# Part of every sample's key. Raise it when the same weights, request and seed would give another text; the second is
+# that of other precisions than FP32, whose texts also change with the kernels' rounding.
+ENGINE_VERSION, ROUNDED_ENGINE_VERSION = "2", "3"
 # Models up to this size generate in one process a core, each with a copy of the weights (FP32: 0.4 GB).
 _WORKER_PARAMETERS = 100_000_000
 
@@ -101,7 +102,7 @@ class NativeBackend:
 
     @cached_property
     def identity(self) -> TeacherIdentity:
-        version = ENGINE_VERSION if self._precision == "float32" else f"{ENGINE_VERSION}-{self._precision}"
+        version = ENGINE_VERSION if self._precision == "float32" else f"{ROUNDED_ENGINE_VERSION}-{self._precision}"
         return folder_identity(self.folder, backend="native", backend_version=version)
 
     def generate(self, requests: Many[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
