@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,10 @@ def test_a_job_outlives_one_of_its_two_nodes(world: Any) -> None:
     assert {c.request.problem.id for c in arrived} == {r.problem.id for r in asked}
     assert all(c.text == f"<think>\nseed {c.request.seed(SAMPLING)}</think>x" for c in arrived)
     teacher.close()
-    assert not any(running(pid) for pid in lives(world.folder)), "a server outlived its replica"
+    deadline = time.monotonic() + 30  # a replica's end is seen by the keeper of its server, a node's by its replica
+    while alive := [pid for pid in lives(world.folder) if running(pid)]:
+        assert time.monotonic() < deadline, f"servers outlived their replicas: {alive}"
+        time.sleep(0.1)
 
 
 def test_the_key_is_in_nothing_that_ray_or_the_servers_wrote(world: Any) -> None:
