@@ -102,15 +102,12 @@ def _count(
     """A chunk's pairs of each expert, and each pair's rank among them. All rows begin as padding, all tiles without
     an expert: the programs share these."""
     chunk = tl.program_id(0)
-    mine = tl.arange(0, CHUNK)
-    pairs = chunk * CHUNK + mine
-    others = chunk * CHUNK + tl.arange(0, CHUNK)
+    pairs = chunk * CHUNK + tl.arange(0, CHUNK)
     expert = tl.load(indices_ptr + pairs, mask=pairs < num_pairs, other=-1)
-    other = tl.load(indices_ptr + others, mask=others < num_pairs, other=-1)
-    before = (other[None, :] == expert[:, None]) & (others[None, :] < pairs[:, None])
+    before = (expert[None, :] == expert[:, None]) & (pairs[None, :] < pairs[:, None])
     tl.store(ranks_ptr + pairs, tl.sum(before.to(tl.int32), axis=1), mask=pairs < num_pairs)
     experts = tl.arange(0, E_PADDED)
-    count = tl.sum((other[None, :] == experts[:, None]).to(tl.int32), axis=1)
+    count = tl.sum((expert[None, :] == experts[:, None]).to(tl.int32), axis=1)
     tl.store(counts_ptr + chunk * E + experts, count, mask=experts < E)
     steps = tl.arange(0, STEP)
     for begin in range(chunk * STEP, length, tl.num_programs(0) * STEP):

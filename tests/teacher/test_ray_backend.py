@@ -127,9 +127,11 @@ def test_a_job_outlives_one_of_its_two_nodes(world: Any) -> None:
     assert {c.request.problem.id for c in arrived} == {r.problem.id for r in asked}
     assert all(c.text == f"<think>\nseed {c.request.seed(SAMPLING)}</think>x" for c in arrived)
     teacher.close()
-    deadline = time.monotonic() + 30  # a replica's end is seen by the keeper of its server, a node's by its replica
+    # One server stood on the node that died: its keeper sees that when Ray's worker there has seen it.
+    deadline = time.monotonic() + 30
     while alive := [pid for pid in lives(world.folder) if running(pid)]:
-        assert time.monotonic() < deadline, f"servers outlived their replicas: {alive}"
+        assert len(alive) == 1, f"servers outlived their replicas: {alive}"
+        assert time.monotonic() < deadline, f"a server outlived its node: {alive}"
         time.sleep(0.1)
 
 

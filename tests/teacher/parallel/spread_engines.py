@@ -99,7 +99,7 @@ def assert_one_engine_writes(turns_of_ranks: list[list[Written]], folder: Path, 
                     assert gap < TIE
                 same += found == right
                 total += 1
-    assert same >= total / 2
+    assert same >= total * (0.5 if device == "cuda" else 0.7)
 
 
 def logits_behind(engine: Engine, token_ids: list[int]) -> torch.Tensor:
