@@ -21,7 +21,7 @@ OPTIONS = $(foreach s,$(SET),--set '$(s)') --out '$(OUT)'
 TESTS ?= tests
 
 .PHONY: help setup setup-vllm lock demo generate distill eval compare push push-traces serve doctor zoo
-.PHONY: bench bench-kernels bench-parallel tune bench-graders bench-ledger bench-serve bench-serving torture pico-teacher pico-bases check format test clean
+.PHONY: bench bench-kernels bench-parallel tune bench-graders bench-ledger bench-serve bench-serving torture pico-teacher pico-bases check format test test-gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -113,8 +113,11 @@ format: $(STAMP) ## Format the code and mend what the linter can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-test: $(STAMP) $(if $(NO_VLLM),,$(STAMP_VLLM)) ## Run the tests, vLLM's among them unless NO_VLLM=1
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(TESTS)
+test: $(STAMP) $(if $(NO_VLLM),,$(STAMP_VLLM)) ## Run the tests on the CPU, vLLM's among them unless NO_VLLM=1
+	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(TESTS)
+
+test-gpu: $(STAMP) ## Run the tests of what computes on a GPU, one or several
+	@$(BIN)/python -m pytest -m gpu $(TESTS)
 
 torture: $(STAMP) ## Run the long batteries: kills, hostile answers and programs, thousands of hangs
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture --timeout 7200 $(TESTS)

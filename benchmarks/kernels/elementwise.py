@@ -62,6 +62,15 @@ def _compiled_peer(device: torch.device, function: Callable[..., Any]) -> dict[s
     return {"torch.compile": Peer(lambda inputs: _compiled(function)(*inputs), tolerance=COMPILED_TOLERANCE)}
 
 
+def _copy(size_bytes: int, device: torch.device) -> dict[str, Peer]:
+    """A copy that reads and writes as many bytes in all: what memory takes at this size, where a large copy's bandwidth
+    leaves out how it begins and ends."""
+    words = size_bytes // 8
+    return {
+        "copy": Peer(Tensor.clone, prepare=lambda _: torch.randint(1 << 30, (words,), dtype=torch.int32, device=device))
+    }
+
+
 def _scale_bytes(rows: int, columns: int) -> int:
     return 4 * rows * (columns // BLOCK)
 
@@ -75,7 +84,9 @@ def _quantise(m: int, k: int, device: torch.device) -> Work:
         tolerance=0.0,
         size_bytes=size,
         peers=lambda: (
-            _compiled_peer(device, q.quantise_twin) | {"vLLM per_token_group_quant_fp8": group_quantise(device)}
+            _copy(size, device)
+            | _compiled_peer(device, q.quantise_twin)
+            | {"vLLM per_token_group_quant_fp8": group_quantise(device)}
         ),
     )
 
@@ -102,7 +113,7 @@ def _norm(m: int, k: int, added: bool, device: torch.device) -> Work:
         error=lambda got, inputs: differing_share(numbers(got), numbers(with_twin(*inputs))),
         tolerance=0.0,
         size_bytes=size,
-        peers=lambda: _compiled_peer(device, _norm_added if added else _norm_alone),
+        peers=lambda: _copy(size, device) | _compiled_peer(device, _norm_added if added else _norm_alone),
     )
 
 
@@ -122,7 +133,7 @@ def _swiglu(m: int, inner: int, device: torch.device) -> Work:
         error=lambda got, inputs: differing_share(got, q.swiglu_quantise_twin(*inputs)),
         tolerance=0.0,
         size_bytes=size,
-        peers=lambda: _compiled_peer(device, q.swiglu_quantise_twin),
+        peers=lambda: _copy(size, device) | _compiled_peer(device, q.swiglu_quantise_twin),
     )
 
 
@@ -134,7 +145,7 @@ def _weight(rows: int, columns: int, device: torch.device) -> Work:
         error=lambda got, inputs: differing_share(got, q.quantise_blocks(*inputs)),
         tolerance=0.0,
         size_bytes=size,
-        peers=lambda: _compiled_peer(device, q.quantise_blocks),
+        peers=lambda: _copy(size, device) | _compiled_peer(device, q.quantise_blocks),
     )
 
 

@@ -19,7 +19,7 @@ import queue
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +83,7 @@ class Fleet(WorkerEngines):
         self.max_positions = min(fact["max_positions"] for fact in facts)  # a cache may have found less room
         self.precision = facts[0]["precision"]
 
-    def run(self, sequences: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
+    def run(self, sequences: Iterable[Sequence[int]]) -> Generator[Sequence[int], None, None]:
         """Yield each sequence once it is finished, with its `fault` where it has one, as `Engine.run`.
 
         Raises what ends the fleet, Preempted where a node was told to stop. Whoever abandons the run abandons its

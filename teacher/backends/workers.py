@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ class EngineSettings:
 
 def generate_in_workers(
     engine: EngineSettings, sequences: list[Sequence[int]], *, num_workers: int
-) -> Iterator[Sequence[int]]:
+) -> Generator[Sequence[int], None, None]:
     """Yield the sequences, finished, in the order in which that happens. Raises EnvironmentFault if a worker dies.
 
     Abandoning the iterator ends the workers.

@@ -13,7 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from teacher.kernels import quantise as twin
-from teacher.kernels.arithmetic_triton import INTERPRETED, divide, sigmoid, to_dtype, to_e4m3
+from teacher.kernels.arithmetic_triton import (
+    INTERPRETED,
+    divide,
+    reciprocal,
+    sigmoid,
+    to_dtype,
+    to_e4m3,
+    widen,
+    widen_after,
+)
 from teacher.kernels.quantise import Normed, Quantised, empty_scales
 from teacher.model.fp8 import BLOCK, E4M3_MAX, scale_shape
 
@@ -52,6 +61,21 @@ def scales_of(largest, UE8M0: tl.constexpr):
 
 
 @triton.jit
+def scales_beside_arithmetic(largest, UE8M0: tl.constexpr):
+    """The same numbers, for 1e-4 <= largest < 8e37, without a division's branches: that no instruction crosses them
+    costs a kernel that computes much. One that waits for memory alone is slower this way."""
+    if UE8M0 or INTERPRETED:  # the interpreter's fused multiply-add rounds twice
+        scale_inv, scale = scales_of(largest, UE8M0)
+    else:
+        quotient = largest * (1.0 / MAX)
+        scale_inv = tl.fma(tl.fma(-quotient, MAX, largest), 1.0 / MAX, quotient)
+        inverse = reciprocal(largest)
+        scale = MAX * inverse
+        scale = tl.fma(tl.fma(-scale, largest, MAX), inverse, scale)
+    return scale_inv, scale
+
+
+@triton.jit
 def _quantise(
     x_ptr, values_ptr, scale_ptr, num_rows, num_groups, x_stride, scale_stride,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, SWIGLU: tl.constexpr, UE8M0: tl.constexpr,
@@ -61,28 +85,19 @@ def _quantise(
     columns = groups[:, None] * TILE + tl.arange(0, TILE)[None, :]
     inside = (rows[:, None] < num_rows) & (groups[None, :] < num_groups)
     places = rows[:, None, None] * x_stride + columns[None, :, :]
-    x = tl.load(x_ptr + places, mask=inside[:, :, None], other=0.0).to(tl.float32)
+    x = widen(tl.load(x_ptr + places, mask=inside[:, :, None], other=0.0))
     if SWIGLU:
-        up = tl.load(x_ptr + places + num_groups * TILE, mask=inside[:, :, None], other=0.0).to(tl.float32)
+        up = widen(tl.load(x_ptr + places + num_groups * TILE, mask=inside[:, :, None], other=0.0))
         x = x * sigmoid(x) * up
     largest = tl.maximum(tl.max(tl.abs(x), axis=2), LEAST)
-    scale_inv, scale = scales_of(largest, UE8M0)
+    if SWIGLU:
+        scale_inv, scale = scales_beside_arithmetic(largest, UE8M0)
+    else:
+        scale_inv, scale = scales_of(largest, UE8M0)
     values = to_e4m3(x * scale[:, :, None])
     width = num_groups * TILE
     tl.store(values_ptr + rows[:, None, None] * width + columns[None, :, :], values, mask=inside[:, :, None])
     tl.store(scale_ptr + groups[None, :] * scale_stride + rows[:, None], scale_inv, mask=inside)
-
-
-@triton.jit
-def _again(x):
-    """The same numbers, but the compiler must not know: it would keep them as FP32 from their first use to their next,
-    in twice the registers, and fewer rows would be under way at once."""
-    if INTERPRETED:
-        out = x
-    else:
-        PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
-        out = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=PACK)
-    return out
 
 
 @triton.jit
@@ -120,12 +135,12 @@ def _rms_norm_quantise(
         part = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
         if ADD:
             added = tl.load(add_ptr + row * add_stride + columns, mask=inside, other=0.0)
-            part = to_dtype(part.to(tl.float32) + added.to(tl.float32), residual_ptr.dtype.element_ty)
+            part = to_dtype(widen(part) + widen(added), residual_ptr.dtype.element_ty)
             tl.store(residual_ptr + row * width + columns, part, mask=inside)
         parts = parts + (part,)  # noqa: RUF005 - as Triton can
     squares = tl.zeros((PART, TILE), tl.float64)
     for begin in tl.static_range(0, width, PART * TILE):
-        x = parts[begin // (PART * TILE)].to(tl.float32)
+        x = widen(parts[begin // (PART * TILE)])
         squares += (x * x).to(tl.float64)
     mean_square = (tl.sum(tl.reshape(squares, (PART * TILE,)), axis=0) / width).to(tl.float32)
     inverse = tl.math.div_rn(1.0, tl.math.sqrt_rn(mean_square + eps))
@@ -133,12 +148,12 @@ def _rms_norm_quantise(
         groups = begin // TILE + tl.arange(0, PART)
         columns = groups[:, None] * TILE + tl.arange(0, TILE)[None, :]
         inside = columns < width
-        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        normed = _again(parts[begin // (PART * TILE)]).to(tl.float32) * inverse * weight
+        weight = widen(tl.load(weight_ptr + columns, mask=inside, other=0.0))
+        normed = widen_after(parts[begin // (PART * TILE)], inverse) * inverse * weight
         if KEEP:
             tl.store(normed_ptr + row * width + columns, to_dtype(normed, normed_ptr.dtype.element_ty), mask=inside)
         largest = tl.maximum(tl.max(tl.abs(normed), axis=1), LEAST)
-        scale_inv, scale = scales_of(largest, UE8M0)
+        scale_inv, scale = scales_beside_arithmetic(largest, UE8M0)
         tl.store(values_ptr + row * width + columns, to_e4m3(normed * scale[:, None]), mask=inside)
         _store_in_place(scale_ptr + groups * scale_stride + row, scale_inv, groups < GROUPS)
 
@@ -147,7 +162,8 @@ def _rms_norm_quantise(
 def _quantise_weight(
     weight_ptr, values_ptr, scale_ptr, num_rows, num_columns, weight_stride, num_q,
 ):  # fmt: skip
-    p, q = tl.program_id(0), tl.program_id(1)
+    """A tile a program; programs go along rows, as memory does."""
+    q, p = tl.program_id(0), tl.program_id(1)
     rows = p.to(tl.int64) * TILE + tl.arange(0, TILE)
     columns = q * TILE + tl.arange(0, TILE)
     inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
@@ -217,7 +233,7 @@ def quantise_weight_kernel(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
     num_p, num_q = scale_shape((num_rows, num_columns))
     values = torch.empty(num_rows, num_columns, dtype=torch.float8_e4m3fn, device=weight.device)
     scales = torch.empty(num_p, num_q, dtype=torch.float32, device=weight.device)
-    _quantise_weight[(num_p, num_q)](
+    _quantise_weight[(num_q, num_p)](
         weight, values, scales, num_rows, num_columns, weight.stride(0), num_q, num_warps=4, **EXACT
     )
     return values, scales

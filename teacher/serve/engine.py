@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -181,7 +181,7 @@ class Engine:
 
     def run(
         self, sequences: Iterable[Sequence[Key]], *, more: Callable[[], Iterable[Sequence[Key]]] = tuple
-    ) -> Iterator[Sequence[Key]]:
+    ) -> Generator[Sequence[Key], None, None]:
         """Yield each sequence once it is finished, with its `fault` where it has one.
 
         `more` is asked before every step which sequences have come since; the run ends when it has none and all are

@@ -54,6 +54,7 @@ def test_kernel_forms_compute_what_plain_ones_do(tmp_path: Path, family: str, ch
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize(("family", "changes"), KINDS, ids=str)
 def test_logits_on_a_gpu(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
@@ -64,6 +65,7 @@ def test_logits_on_a_gpu(tmp_path: Path, family: str, changes: dict[str, Any]) -
         assert ((got - wanted).norm() / wanted.norm()) < error
 
 
+@pytest.mark.gpu
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize(("family", "changes"), KINDS[:3], ids=str)

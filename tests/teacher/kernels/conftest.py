@@ -7,6 +7,7 @@ Triton decides when it is imported whether its own library is interpreted, so in
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,13 @@ HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8
 
 if not HAS_FP8 and os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HAS_FP8 and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pytest
 import torch
 import triton
 import triton.language as tl
 
-from teacher.kernels.arithmetic_triton import reciprocal_from_one_to_two, sigmoid
+from teacher.kernels.arithmetic_triton import reciprocal, sigmoid, widen, widen_after
 from teacher.kernels.exponential import sigmoid as sigmoid_twin
+from teacher.kernels.quantise_triton import EXACT, LEAST, scales_beside_arithmetic, scales_of
 
 COUNT = 4_096
 ONE, TWO = 0x3F800000, 0x40000000  # as bits
@@ -20,13 +22,13 @@ SPECIAL = (0.0, -0.0, 1e-45, -1e-45, 87.0, -87.0, -87.1, 3.4e38, -3.4e38)
 def _apply(x_ptr, out_ptr, size, SIGMOID: tl.constexpr, COUNT: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
     x = tl.load(x_ptr + places, mask=places < size, other=1.0)
-    out = sigmoid(x) if SIGMOID else reciprocal_from_one_to_two(x)
+    out = sigmoid(x) if SIGMOID else reciprocal(x)
     tl.store(out_ptr + places, out, mask=places < size)
 
 
 def applied(x: torch.Tensor, *, to_sigmoid: bool) -> torch.Tensor:
     out = torch.full_like(x, float("nan"))
-    _apply[(triton.cdiv(x.numel(), COUNT),)](x, out, x.numel(), to_sigmoid, COUNT, enable_fp_fusion=False)
+    _apply[(triton.cdiv(x.numel(), COUNT),)](x, out, x.numel(), to_sigmoid, COUNT, **EXACT)
     return out
 
 
@@ -52,3 +54,42 @@ def test_sigmoids_are_the_twins(device: str) -> None:
         finite = x[x.isfinite()]
         if finite.numel():
             assert torch.equal(applied(finite, to_sigmoid=True), sigmoid_twin(finite))
+
+
+@triton.jit
+def _both_scales(largest_ptr, out_ptr, size, COUNT: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
+    largest = tl.load(largest_ptr + places, mask=places < size, other=1.0)
+    for way in tl.static_range(2):
+        if way == 0:
+            scale_inv, scale = scales_of(largest, False)
+        else:
+            scale_inv, scale = scales_beside_arithmetic(largest, False)
+        tl.store(out_ptr + (2 * way) * size + places, scale_inv, mask=places < size)
+        tl.store(out_ptr + (2 * way + 1) * size + places, scale, mask=places < size)
+
+
+def test_scales_without_branches_are_those_of_a_division(device: str) -> None:
+    least, most = (torch.tensor(value).view(torch.int32).item() for value in (LEAST.value, 8e37))
+    for begin in range(least, most, 1 << 26):
+        largest = numbers(begin, min(begin + (1 << 26), most), 1 if device == "cuda" else 500_009, device)
+        out = torch.full((2, 2, largest.numel()), float("nan"), device=device)
+        _both_scales[(triton.cdiv(largest.numel(), COUNT),)](largest, out, largest.numel(), COUNT, **EXACT)
+        assert torch.equal(out[0], out[1])
+
+
+@triton.jit
+def _widened(x_ptr, out_ptr, SIZE: tl.constexpr):
+    places = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + places)
+    tl.store(out_ptr + places, widen(x))
+    tl.store(out_ptr + SIZE + places, widen_after(x, tl.sum(widen(x), axis=0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [64, 128, 4_096])  # less than a number a thread, one, and many
+def test_numbers_are_widened(device: str, dtype: torch.dtype, size: int) -> None:
+    x = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype).to(device)
+    out = torch.full((2, size), float("nan"), device=device)
+    _widened[(1,)](x, out, size, **EXACT)
+    assert torch.equal(out, x.float().expand(2, -1))
