@@ -6,8 +6,10 @@ The slice of DeepSeek-V3 of `benchmarks.serve`, eight prompts of 1,024 tokens a 
 (`teacher.parallel.serving`), then one more run in halves under torch's profiler: kernels of the stream on which tokens
 travel, and how much of their time kernels of another stream run too. Barriers, which wait for the other GPU, are
 kernels of that stream. Results go to benchmarks/results/<gpu>/overlap.json, and the kernels of one layer in the middle
-of the run as overlap.svg beside it. With --dry-run, or with fewer than two GPUs, the sizes are toys, over gloo on the
-CPU, where nothing overlaps, and nothing is written unless --out names a folder.
+of the run as overlap.svg beside it. One GPU alone is shared by two ranks: its timeline shows what runs beside what, but
+waits are for turns on the GPU, and nothing is said about speed over NVLink; the files are named overlap-one-gpu. With
+--dry-run, or without a GPU, the sizes are toys, over gloo on the CPU, where nothing overlaps, and nothing is written
+unless --out names a folder.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ import torch.distributed as dist
 
 from benchmarks.device import device_name, where_and_when, write_result
 from benchmarks.parallel import NO_MULTICAST
-from benchmarks.parallel_serving import device_of, spawn, spread_engine, write
+from benchmarks.parallel_serving import spawn, spread_engine, write
 from benchmarks.serve import v3
-from teacher.parallel.groups import Ranks, opened_ranks
+from teacher.parallel.groups import Ranks, device_of, opened_ranks
 from teacher.serve.engine import Engine
 from teacher.serve.sequence import Sequence
 
@@ -48,9 +50,9 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="toy sizes over gloo; nothing is written without --out")
     parser.add_argument("--out", type=Path, metavar="DIR", help="instead of benchmarks/results/<gpu>")
     arguments = parser.parse_args()
-    toy = arguments.dry_run or torch.cuda.device_count() < 2
+    toy = arguments.dry_run or not torch.cuda.is_available()
     scale = v3.scale(moe_layers=arguments.moe_layers, batches=[v3.PREFILL], toy=toy)
-    num_ranks = 2 if toy else torch.cuda.device_count()
+    num_ranks = max(2, 0 if toy else torch.cuda.device_count())
     os.environ.update(NO_MULTICAST)
     device = torch.device("cpu" if toy else "cuda")
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
@@ -68,7 +70,8 @@ def main() -> None:
         "config": scale.config.to_json(),
     }
     if arguments.out or not toy:
-        path = write_result("overlap", about | result, device=device_name(device), folder=arguments.out)
+        name = "overlap-one-gpu" if torch.cuda.device_count() == 1 else "overlap"
+        path = write_result(name, about | result, device=device_name(device), folder=arguments.out)
         print(path)
         if drawn is not None:
             path.with_suffix(".svg").write_text(drawn)
@@ -76,7 +79,7 @@ def main() -> None:
 
 def _measure(rank: int, num_ranks: int, folder: Path, scale: v3.Scale, toy: bool) -> None:
     torch.set_num_threads(1)
-    device = device_of(rank, toy)
+    device = torch.device("cpu") if toy else device_of(rank, num_ranks)
     generator = torch.Generator().manual_seed(rank)
     ids = torch.randint(2, scale.config.vocab_size, (v3.PREFILL, scale.context), generator=generator).tolist()
     result: dict[str, Any] = {}
