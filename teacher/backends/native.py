@@ -113,7 +113,7 @@ class NativeBackend:
         for number, request in enumerate(requests):
             prefixes[number], sequence = self._begin(number, request, sampling)
             sequences.append(sequence)
-        # Whoever abandons this iterator abandons the engine's: Python 3.12 before 3.12.4 would not close that one.
+        # Whoever abandons this iterator abandons the engine's, which Python 3.12 would not close.
         with contextlib.closing(self._finished(sequences)) as finished:
             for done in finished:
                 if done.fault is not None:
