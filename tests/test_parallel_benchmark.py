@@ -70,6 +70,16 @@ def test_whole_steps_are_timed_beside_halves(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_placements_by_recorded_loads_even_them_out(tmp_path: Path) -> None:
+    result = rows_of("placement", "placement", tmp_path)
+    assert len(result["rows"]) == 2 * 3 * 4  # over all ranks and by nodes, windows, layers
+    for row in result["rows"]:
+        assert 1 <= row["anew"] <= row["carried_over"]
+        assert row["anew"] < row["in_order"]
+    assert {sum(loads_E) % 8 for window in result["loads"].values() for loads_E in window} == {0}
+
+
+@pytest.mark.slow
 def test_a_pipeline_is_timed_beside_its_simulation(tmp_path: Path) -> None:
     rows = rows_of("pipeline", "pipeline-bubble", tmp_path)["rows"]
     assert [row["schedule"] for row in rows] == ["1f1b", "dualpipev"]

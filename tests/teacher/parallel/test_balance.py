@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.device import RESULTS
 from distill.errors import DataError
 from teacher.parallel.balance import balanced_placement, imbalance, rank_loads, rebalanced, renamed
 from teacher.parallel.placement import Placement
@@ -35,6 +37,18 @@ def test_32_spare_slots_even_out_256_skewed_experts(kind: str, seeds: tuple[int,
         placement = balanced_placement(loads, num_ranks=32, slots_per_rank=9)
         assert imbalance(placement, loads) <= 1.02  # wanted is 1.1; measured at most 1.0006
         assert apart(placement)
+
+
+def test_recorded_loads_are_evened_out_for_the_next_requests_too() -> None:
+    """What `python -m benchmarks.placement` wrote: V3's router over the bundled teacher's hidden states."""
+    recorded = json.loads((RESULTS / "amd-epyc" / "placement.json").read_text())["loads"]
+    for seen, next_seen in zip(recorded["all kinds"], recorded["all kinds, later"], strict=True):
+        assert imbalance(Placement.contiguous(num_experts=256, num_ranks=32), seen) > 1.9
+        placement = balanced_placement(seen, num_ranks=32, slots_per_rank=9)
+        assert imbalance(placement, seen) <= 1.01
+        assert imbalance(placement, next_seen) <= 1.1
+        by_node = balanced_placement(seen, num_ranks=32, slots_per_rank=9, ranks_per_node=8, num_groups=8)
+        assert imbalance(by_node, seen) <= 1.1
 
 
 def apart(placement: Placement) -> bool:
