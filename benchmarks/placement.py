@@ -3,12 +3,13 @@
     python -m benchmarks.placement [--problems 160] [--dry-run] [--out DIR]
 
 The bundled teacher reads problems with its own answers, in three windows: two of every kind of problem, then one of two
-kinds alone. Before each of its MoE layers a router of DeepSeek-V3's form (256 experts in eight groups, eight a token out
-of four groups; random weights and no bias, as before training evens loads out) chooses for the same tokens, and its
-choices are counted. A window's loads then lie on 32 ranks with a spare slot each: in order of the experts, as the window
-before had placed them, and placed anew by themselves (`teacher.parallel.balance.rebalanced`), over all ranks or with
-groups kept on one of four nodes. Results, the counts included, go to benchmarks/results/<device>/placement.json. With
---dry-run problems are few, and nothing is written unless --out names a folder.
+kinds alone. Before each of its MoE layers a router of DeepSeek-V3's form (256 experts in eight groups, eight a token
+out of four groups; random weights and no bias, as before training evens loads out) chooses for the same tokens, and its
+choices are counted. A window's loads then lie on 32 ranks with a spare slot each: in order of the experts, as the
+window before had placed them, and placed anew where that gains enough (`teacher.parallel.balance.rebalanced`); over all
+ranks, or with groups kept on one of four nodes. Results, the counts included, go to
+benchmarks/results/<device>/placement.json. With --dry-run problems are few, and nothing is written unless --out names a
+folder.
 
 Shape legend: L layers, E experts, N tokens, D hidden.
 """
