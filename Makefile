@@ -120,7 +120,7 @@ test-gpu: $(STAMP) ## Run the tests of what computes on a GPU, one or several
 	@$(BIN)/python -m pytest -m gpu $(TESTS)
 
 torture: $(STAMP) ## Run the long batteries: kills, hostile answers and programs, thousands of hangs
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture --timeout 7200 $(TESTS)
+	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture --timeout 7200 $(TESTS)
 
 clean: ## Delete .venv and the caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache potstill.egg-info

@@ -65,7 +65,7 @@ def _compiled_peer(device: torch.device, function: Callable[..., Any]) -> dict[s
 def _copy(size_bytes: int, device: torch.device) -> dict[str, Peer]:
     """A copy that reads and writes as many bytes in all: what memory takes at this size, where a large copy's bandwidth
     leaves out how it begins and ends."""
-    words = size_bytes // 8 // 1024 * 1024  # what copies go by
+    words = size_bytes // 8 // 1024 * 1024  # round: some others took half as long again
     return {
         "copy": Peer(Tensor.clone, prepare=lambda _: torch.randint(1 << 30, (words,), dtype=torch.int32, device=device))
     }

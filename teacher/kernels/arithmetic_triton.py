@@ -38,27 +38,17 @@ def exp_of_minus_abs(x):
 
 
 @triton.jit
-def widen(x):
-    """BF16 to FP32 in one instruction a number, where the compiler takes three for two of them."""
+def widen(x, after=0.0):
+    """BF16 to FP32 in one instruction a number, where the compiler takes three for two of them.
+
+    Not before the FP32 number `after` is known: for two uses the compiler would else widen once, and hold twice the
+    registers from the first to the second.
+    """
     if INTERPRETED or x.dtype != tl.bfloat16:
         out = x.to(tl.float32)
     else:
         out = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x],
-            dtype=tl.float32, is_pure=True, pack=2,
-        )  # fmt: skip
-    return out
-
-
-@triton.jit
-def widen_after(x, known):
-    """`widen`, but not before `known`, an FP32 number, is: of two uses the compiler would else widen for both at once,
-    and hold twice the registers from the first to the second."""
-    if INTERPRETED or x.dtype != tl.bfloat16:
-        out = x.to(tl.float32)
-    else:
-        out = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r,r,r", [x, known],
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r,r,r", [x, after],
             dtype=tl.float32, is_pure=True, pack=2,
         )  # fmt: skip
     return out

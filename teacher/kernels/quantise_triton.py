@@ -21,7 +21,6 @@ from teacher.kernels.arithmetic_triton import (
     to_dtype,
     to_e4m3,
     widen,
-    widen_after,
 )
 from teacher.kernels.quantise import Normed, Quantised, empty_scales
 from teacher.model.fp8 import BLOCK, E4M3_MAX, scale_shape
@@ -149,7 +148,7 @@ def _rms_norm_quantise(
         columns = groups[:, None] * TILE + tl.arange(0, TILE)[None, :]
         inside = columns < width
         weight = widen(tl.load(weight_ptr + columns, mask=inside, other=0.0))
-        normed = widen_after(parts[begin // (PART * TILE)], inverse) * inverse * weight
+        normed = widen(parts[begin // (PART * TILE)], inverse) * inverse * weight
         if KEEP:
             tl.store(normed_ptr + row * width + columns, to_dtype(normed, normed_ptr.dtype.element_ty), mask=inside)
         largest = tl.maximum(tl.max(tl.abs(normed), axis=1), LEAST)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from teacher.kernels.arithmetic_triton import reciprocal, sigmoid, widen, widen_after
+from teacher.kernels.arithmetic_triton import reciprocal, sigmoid, widen
 from teacher.kernels.exponential import sigmoid as sigmoid_twin
 from teacher.kernels.quantise_triton import EXACT, LEAST, scales_beside_arithmetic, scales_of
 
@@ -83,7 +83,7 @@ def _widened(x_ptr, out_ptr, SIZE: tl.constexpr):
     places = tl.arange(0, SIZE)
     x = tl.load(x_ptr + places)
     tl.store(out_ptr + places, widen(x))
-    tl.store(out_ptr + SIZE + places, widen_after(x, tl.sum(widen(x), axis=0)))
+    tl.store(out_ptr + SIZE + places, widen(x, tl.sum(widen(x), axis=0)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
