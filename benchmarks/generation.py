@@ -26,6 +26,7 @@ import transformers
 from benchmarks.device import device_name, write_result
 from distill.problems import load_problems
 from distill.recipe import ReasoningGymSource
+from distill.records import Problem
 from teacher.backends.workers import EngineSettings, generate_in_workers
 from teacher.model.checkpoint import load_checkpoint, save_checkpoint
 from teacher.model.config import DeepseekV3Config, YarnScaling
@@ -113,14 +114,20 @@ def tokenised_prompts(folder: Path, config: DeepseekV3Config | ModelFacts, count
     if not (folder / "tokenizer.json").exists():
         generator = torch.Generator().manual_seed(1)
         return torch.randint(0, config.vocab_size, (count, 40), generator=generator).tolist()
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    return asked(folder, held_out_problems(count)[:count])
+
+
+def held_out_problems(count: int) -> list[Problem]:
+    """At least `count`, of all kinds."""
     source = ReasoningGymSource(families="distill/problems/pico.yaml", count=count, seed=5, split="held_out")
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": p.prompt}], add_generation_prompt=True, tokenize=False
-        )
-        for p in load_problems([source], base_dir=ROOT)[:count]
-    ]
+    return load_problems([source], base_dir=ROOT)
+
+
+def asked(folder: Path, problems: list[Problem]) -> list[list[int]]:
+    """Token ids of the problems as prompts."""
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    messages = [[{"role": "user", "content": problem.prompt}] for problem in problems]
+    texts = [tokenizer.apply_chat_template(each, add_generation_prompt=True, tokenize=False) for each in messages]
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 

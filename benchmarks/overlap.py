@@ -28,9 +28,9 @@ import torch.distributed as dist
 
 from benchmarks.device import device_name, where_and_when, write_result
 from benchmarks.parallel import NO_MULTICAST
-from benchmarks.parallel_serving import spawn, spread_engine, write
+from benchmarks.parallel_serving import device_of, spawn, spread_engine, write
 from benchmarks.serve import v3
-from teacher.parallel.groups import Ranks, device_of, opened_ranks
+from teacher.parallel.groups import Ranks, opened_ranks
 from teacher.serve.engine import Engine
 from teacher.serve.sequence import Sequence
 
@@ -79,7 +79,7 @@ def main() -> None:
 
 def _measure(rank: int, num_ranks: int, folder: Path, scale: v3.Scale, toy: bool) -> None:
     torch.set_num_threads(1)
-    device = torch.device("cpu") if toy else device_of(rank, num_ranks)
+    device = device_of(rank, num_ranks, toy)
     generator = torch.Generator().manual_seed(rank)
     ids = torch.randint(2, scale.config.vocab_size, (v3.PREFILL, scale.context), generator=generator).tolist()
     result: dict[str, Any] = {}

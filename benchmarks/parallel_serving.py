@@ -27,6 +27,7 @@ from benchmarks.device import device_name, where_and_when, write_result
 from benchmarks.parallel import NO_MULTICAST
 from benchmarks.serve import v3
 from teacher.kernels.mla_cache import PAGE
+from teacher.parallel import groups
 from teacher.parallel.groups import Ranks, opened_ranks
 from teacher.parallel.serving import load_spread
 from teacher.serve.engine import Engine
@@ -79,7 +80,7 @@ def spawn(body: Any, num_ranks: int, *given: Any) -> None:
 
 
 def write(rank: int, num_ranks: int, folder: Path, scale: v3.Scale, toy: bool) -> None:
-    v3.write_random(folder, scale.config, device_of(rank, toy))
+    v3.write_random(folder, scale.config, device_of(rank, num_ranks, toy))
 
 
 def spread_engine(folder: Path, ranks: Ranks, scale: v3.Scale, *, in_halves: bool = False) -> Engine:
@@ -94,7 +95,7 @@ def spread_engine(folder: Path, ranks: Ranks, scale: v3.Scale, *, in_halves: boo
 
 def _measure(rank: int, num_ranks: int, folder: Path, scale: v3.Scale, toy: bool) -> None:
     torch.set_num_threads(1)
-    device, store = device_of(rank, toy), f"file://{folder}/store"
+    device, store = device_of(rank, num_ranks, toy), f"file://{folder}/store"
     if num_ranks == 1:
         result = v3.ours(folder, scale, device)
     else:
@@ -131,8 +132,8 @@ def _rows(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def device_of(rank: int, toy: bool) -> torch.device:
-    return torch.device("cpu") if toy else torch.device("cuda", rank)
+def device_of(rank: int, num_ranks: int, toy: bool) -> torch.device:
+    return torch.device("cpu") if toy else groups.device_of(rank, num_ranks)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from benchmarks.device import where_and_when, write_result
-from benchmarks.generation import BUNDLED, ROOT
-from distill.problems import load_problems
-from distill.recipe import ReasoningGymSource
+from benchmarks.generation import BUNDLED, asked, held_out_problems
+from benchmarks.kernels.elementwise import EXPERTS, V3_ROUTES
+from benchmarks.speculation import MAX_TOKENS
 from distill.records import Problem
-from teacher.kernels.route import Routes, route
+from teacher.kernels.route import route
 from teacher.model.checkpoint import load_checkpoint
 from teacher.parallel.balance import imbalance, rebalanced
 from teacher.parallel.placement import Placement
@@ -39,9 +38,7 @@ from teacher.serve.latent_model import LatentModel
 from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Sequence
 
-EXPERTS, GROUPS, RANKS, REDUNDANT, RANKS_PER_NODE = 256, 8, 32, 32, 8
-V3_ROUTES = Routes(num_experts_per_tok=8, n_group=GROUPS, topk_group=4, norm_topk_prob=True, routed_scaling_factor=2.5)
-MAX_TOKENS = 400
+RANKS, REDUNDANT, RANKS_PER_NODE = 32, 32, 8
 
 
 def main() -> None:
@@ -55,7 +52,8 @@ def main() -> None:
     for name, problems in windows(count).items():
         started = time.perf_counter()
         loads[name] = counted(answered(problems)).tolist()
-        print(f"{name}: {sum(loads[name][0]) // 8} tokens, {time.perf_counter() - started:.0f} s", flush=True)
+        num_tokens = sum(loads[name][0]) // V3_ROUTES.num_experts_per_tok
+        print(f"{name}: {num_tokens} tokens, {time.perf_counter() - started:.0f} s", flush=True)
     rows = [row for per_node in (RANKS, RANKS_PER_NODE) for row in placed(loads, per_node)]
     print(f"{'window':20s} {'nodes':>5s} {'layer':>5s} {'in order':>9s} {'carried over':>12s} {'anew':>7s} {'ms':>6s}")
     for row in rows:
@@ -69,8 +67,7 @@ def main() -> None:
 
 
 def windows(count: int) -> dict[str, list[Problem]]:
-    source = ReasoningGymSource(families="distill/problems/pico.yaml", count=8 * count, seed=5, split="held_out")
-    problems = load_problems([source], base_dir=ROOT)
+    problems = held_out_problems(8 * count)
     kinds = sorted({problem.source for problem in problems})[:2]
     few = [problem for problem in problems[2 * count :] if problem.source in kinds]
     return {
@@ -82,14 +79,9 @@ def windows(count: int) -> dict[str, list[Problem]]:
 
 def answered(problems: list[Problem]) -> list[list[int]]:
     """Tokens of each problem and the teacher's answer to it."""
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(BUNDLED)
     model = LatentModel.load(BUNDLED, torch.device("cpu"))
-    messages = [[{"role": "user", "content": problem.prompt}] for problem in problems]
-    texts = [tokenizer.apply_chat_template(each, add_generation_prompt=True, tokenize=False) for each in messages]
-    sequences = [
-        Sequence(n, tokenizer.encode(text, add_special_tokens=False), MAX_TOKENS, n, Draw(0.6))
-        for n, text in enumerate(texts)
-    ]
+    prompts = asked(BUNDLED, problems)
+    sequences = [Sequence(n, ids, MAX_TOKENS, n, Draw(0.6)) for n, ids in enumerate(prompts)]
     engine = Engine(model, batch_size=64, eos_token_ids=model.config.eos_token_ids)
     return [[*done.prompt_ids, *done.generated_ids] for done in engine.run(sequences)]
 
@@ -125,7 +117,7 @@ def placed(loads: dict[str, list[list[int]]], ranks_per_node: int) -> list[dict[
         for window, loads_LE in loads.items():
             loads_E = loads_LE[layer]
             started = time.perf_counter()
-            found = rebalanced(current, loads_E, num_groups=GROUPS if nodes > 1 else 1)
+            found = rebalanced(current, loads_E, num_groups=V3_ROUTES.n_group if nodes > 1 else 1)
             rows.append(
                 {
                     "window": window,

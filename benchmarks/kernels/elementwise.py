@@ -50,6 +50,10 @@ def cases(*, toy: bool) -> Iterator[Case]:
         yield Case("rotate_queries", f"{m}x{HEADS}x{ROPE}", partial(_rotate_queries, m))
 
 
+def _peers(size_bytes: int, device: torch.device, twin: Callable[..., Any]) -> dict[str, Peer]:
+    return _copy(size_bytes, device) | _compiled_peer(device, twin)
+
+
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
@@ -84,9 +88,7 @@ def _quantise(m: int, k: int, device: torch.device) -> Work:
         tolerance=0.0,
         size_bytes=size,
         peers=lambda: (
-            _copy(size, device)
-            | _compiled_peer(device, q.quantise_twin)
-            | {"vLLM per_token_group_quant_fp8": group_quantise(device)}
+            _peers(size, device, q.quantise_twin) | {"vLLM per_token_group_quant_fp8": group_quantise(device)}
         ),
     )
 
@@ -113,7 +115,7 @@ def _norm(m: int, k: int, added: bool, device: torch.device) -> Work:
         error=lambda got, inputs: differing_share(numbers(got), numbers(with_twin(*inputs))),
         tolerance=0.0,
         size_bytes=size,
-        peers=lambda: _copy(size, device) | _compiled_peer(device, _norm_added if added else _norm_alone),
+        peers=lambda: _peers(size, device, _norm_added if added else _norm_alone),
     )
 
 
@@ -133,7 +135,7 @@ def _swiglu(m: int, inner: int, device: torch.device) -> Work:
         error=lambda got, inputs: differing_share(got, q.swiglu_quantise_twin(*inputs)),
         tolerance=0.0,
         size_bytes=size,
-        peers=lambda: _copy(size, device) | _compiled_peer(device, q.swiglu_quantise_twin),
+        peers=lambda: _peers(size, device, q.swiglu_quantise_twin),
     )
 
 
@@ -145,7 +147,7 @@ def _weight(rows: int, columns: int, device: torch.device) -> Work:
         error=lambda got, inputs: differing_share(got, q.quantise_blocks(*inputs)),
         tolerance=0.0,
         size_bytes=size,
-        peers=lambda: _copy(size, device) | _compiled_peer(device, q.quantise_blocks),
+        peers=lambda: _peers(size, device, q.quantise_blocks),
     )
 
 

@@ -60,9 +60,9 @@ def scales_of(largest, UE8M0: tl.constexpr):
 
 
 @triton.jit
-def scales_beside_arithmetic(largest, UE8M0: tl.constexpr):
-    """The same numbers, for 1e-4 <= largest < 8e37, without a division's branches: that no instruction crosses them
-    costs a kernel that computes much. One that waits for memory alone is slower this way."""
+def scales_without_branches(largest, UE8M0: tl.constexpr):
+    """`scales_of`, for 1e-4 <= largest < 8e37: no instruction crosses a division's branches, which costs a kernel that
+    computes much. One that waits for memory alone is slower this way."""
     if UE8M0 or INTERPRETED:  # the interpreter's fused multiply-add rounds twice
         scale_inv, scale = scales_of(largest, UE8M0)
     else:
@@ -90,7 +90,7 @@ def _quantise(
         x = x * sigmoid(x) * up
     largest = tl.maximum(tl.max(tl.abs(x), axis=2), LEAST)
     if SWIGLU:
-        scale_inv, scale = scales_beside_arithmetic(largest, UE8M0)
+        scale_inv, scale = scales_without_branches(largest, UE8M0)
     else:
         scale_inv, scale = scales_of(largest, UE8M0)
     values = to_e4m3(x * scale[:, :, None])
@@ -152,7 +152,7 @@ def _rms_norm_quantise(
         if KEEP:
             tl.store(normed_ptr + row * width + columns, to_dtype(normed, normed_ptr.dtype.element_ty), mask=inside)
         largest = tl.maximum(tl.max(tl.abs(normed), axis=1), LEAST)
-        scale_inv, scale = scales_beside_arithmetic(largest, UE8M0)
+        scale_inv, scale = scales_without_branches(largest, UE8M0)
         tl.store(values_ptr + row * width + columns, to_e4m3(normed * scale[:, None]), mask=inside)
         _store_in_place(scale_ptr + groups * scale_stride + row, scale_inv, groups < GROUPS)
 

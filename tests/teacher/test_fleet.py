@@ -38,7 +38,10 @@ WIDTHS = {
 }  # fmt: skip
 # Where there is a GPU the ranks compute on it.
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
-SHORT = SAMPLING.model_copy(update={"max_tokens": 6, "temperature": 0.0})
+# Large weights: few draws are so close that rounding turns them. But a GPU rounds all of an engine to BF16, and large
+# weights make more of it: there, small ones and the likeliest tokens.
+STD, TEMPERATURE = (0.05, 0.0) if torch.cuda.is_available() else (0.3, SAMPLING.temperature)
+SHORT = SAMPLING.model_copy(update={"max_tokens": 6, "temperature": TEMPERATURE})
 LONG = SAMPLING.model_copy(update={"max_tokens": 150})
 
 
@@ -53,8 +56,7 @@ def _gpu_for_all() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("teacher")
-    # Small weights: a rounding in one layer stays one in the next.
-    write_model_folder(path, tiny_config(**WIDTHS), fp8=True, std=0.05)
+    write_model_folder(path, tiny_config(**WIDTHS), fp8=True, std=STD)
     return path
 
 
@@ -87,8 +89,7 @@ def by_request(completions: list[Completion]) -> dict[tuple[str, int], Completio
 
 @pytest.mark.slow
 def test_ranks_write_what_one_engine_writes(folder: Path, teacher: NativeBackend) -> None:
-    """More requests than places; their rounding differs, and a near tie turns the rest of a text: drawn tokens it would
-    turn more often."""
+    """More requests than places; their rounding differs, and a near tie turns the rest of a text."""
     alone = in_one_process(folder)
     wanted = by_request(list(alone.generate(requests(count=10), SHORT)))
     found = by_request(list(teacher.generate(requests(count=10), SHORT)))

@@ -11,7 +11,8 @@ import triton.language as tl
 
 from teacher.kernels.arithmetic_triton import reciprocal, sigmoid, widen
 from teacher.kernels.exponential import sigmoid as sigmoid_twin
-from teacher.kernels.quantise_triton import EXACT, LEAST, scales_beside_arithmetic, scales_of
+from teacher.kernels.quantise_triton import EXACT, LEAST, scales_of, scales_without_branches
+from teacher.model.fp8 import E4M3_MAX
 
 COUNT = 4_096
 ONE, TWO = 0x3F800000, 0x40000000  # as bits
@@ -57,25 +58,27 @@ def test_sigmoids_are_the_twins(device: str) -> None:
 
 
 @triton.jit
-def _both_scales(largest_ptr, out_ptr, size, COUNT: tl.constexpr):
+def _scales(largest_ptr, out_ptr, size, COUNT: tl.constexpr):
+    """Of both ways, [2 ways, scale_inv and scale, numbers]."""
     places = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
-    largest = tl.load(largest_ptr + places, mask=places < size, other=1.0)
-    for way in tl.static_range(2):
-        if way == 0:
-            scale_inv, scale = scales_of(largest, False)
-        else:
-            scale_inv, scale = scales_beside_arithmetic(largest, False)
-        tl.store(out_ptr + (2 * way) * size + places, scale_inv, mask=places < size)
-        tl.store(out_ptr + (2 * way + 1) * size + places, scale, mask=places < size)
+    inside = places < size
+    largest = tl.load(largest_ptr + places, mask=inside, other=1.0)
+    scale_inv, scale = scales_of(largest, False)
+    tl.store(out_ptr + places, scale_inv, mask=inside)
+    tl.store(out_ptr + size + places, scale, mask=inside)
+    scale_inv, scale = scales_without_branches(largest, False)
+    tl.store(out_ptr + 2 * size + places, scale_inv, mask=inside)
+    tl.store(out_ptr + 3 * size + places, scale, mask=inside)
 
 
-def test_scales_without_branches_are_those_of_a_division(device: str) -> None:
+def test_scales_are_quotients_rounded_to_nearest(device: str) -> None:
     least, most = (torch.tensor(value).view(torch.int32).item() for value in (LEAST.value, 8e37))
     for begin in range(least, most, 1 << 26):
         largest = numbers(begin, min(begin + (1 << 26), most), 1 if device == "cuda" else 500_009, device)
         out = torch.full((2, 2, largest.numel()), float("nan"), device=device)
-        _both_scales[(triton.cdiv(largest.numel(), COUNT),)](largest, out, largest.numel(), COUNT, **EXACT)
-        assert torch.equal(out[0], out[1])
+        _scales[(triton.cdiv(largest.numel(), COUNT),)](largest, out, largest.numel(), COUNT, **EXACT)
+        wanted = torch.stack((largest.double() / E4M3_MAX, E4M3_MAX / largest.double())).float()
+        assert torch.equal(out, wanted.expand(2, -1, -1))
 
 
 @triton.jit
