@@ -2,11 +2,10 @@
 
     python -m benchmarks.parallel [--ranks N] [--only REGEX] [--dry-run] [--out DIR]
 
-DeepSeek-V3's layer: hidden 7,168, 256 experts, eight a token, FP8 out and BF16 back. `low latency` (128 tokens a rank)
-runs in CUDA graphs, stored to peers' memory (symmetric) or by exchanges of a fixed size; `throughput` (4,096 tokens a
-rank) as it is called, or, stored to peers' memory, in CUDA graphs; `fixed places` (4,096, routed by V3's gate) stored
-to peers' memory in CUDA graphs, and called without. Results are checked before they are timed: experts that give each
-token back times its weight. `FP8 layer` is all of a layer's routed experts, over the ranks, and as its peer on one rank
+DeepSeek-V3's layer: hidden 7,168, 256 experts, eight a token, FP8 out and BF16 back. `throughput` (4,096 tokens a
+rank) is training's form, as it is called; `fixed places` (4,096, routed by V3's gate) is serving's, stored to peers'
+memory in CUDA graphs, and called without. Results are checked before they are timed: experts that give each token
+back times its weight. `FP8 layer` is all of a layer's routed experts, over the ranks, and as its peer on one rank
 alone for the same tokens a rank.
 Times are medians on the slowest rank. The floor is the bytes that leave a rank at the speed of a large NCCL all-to-all,
 measured in the same run. Peers are NCCL's all-to-all, once each way, of the very same bytes.
@@ -33,7 +32,6 @@ from typing import Any
 
 import torch
 import torch.multiprocessing
-from torch import Tensor
 
 from benchmarks.device import device_name, where_and_when, write_result
 from benchmarks.parallel_layer import places_and_layer
@@ -46,8 +44,6 @@ from benchmarks.parallel_timing import (
     exchange_of,
     large_us,
     layer_input,
-    leaving_bytes,
-    per_rank,
     row_of,
     scaled,
     slowest_us,
@@ -55,8 +51,6 @@ from benchmarks.parallel_timing import (
 )
 from teacher.parallel import wire
 from teacher.parallel.groups import Ranks, opened_ranks
-from teacher.parallel.low_latency import LowLatency
-from teacher.parallel.symmetric import SymmetricLowLatency
 
 SECTION_S = 55.0  # of processes: start, compilation, measurement
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
@@ -146,30 +140,6 @@ def link(ranks: Ranks, sizes: Sizes) -> Iterator[Row]:
     yield Row("all-to-all", ranks.num_ranks, "16 B a peer", all_to_all_us(ranks, [16] * ranks.num_ranks, graph=True))
 
 
-def low_latency(ranks: Ranks, sizes: Sizes, form: type[LowLatency]) -> Iterator[Row]:
-    exchange = exchange_of(ranks, sizes)
-    tokens = sizes.decode_tokens
-    decode = form(exchange, hidden=sizes.hidden, per_token=sizes.per_token, max_tokens=tokens)
-    x, indices, weights = layer_input(ranks, sizes, tokens)
-    arrived = decode.dispatch(x, indices, weights)
-    error = wrong_by(x, weights, decode.combine(scaled(arrived.x(torch.bfloat16), arrived), arrived))
-    if decode.take_overflow():
-        raise RuntimeError("overflowed with a capacity of the largest batch")
-    out = torch.randn(len(arrived.rows_QB), sizes.hidden, device=ranks.device).to(torch.bfloat16)
-
-    def step() -> Tensor:
-        return decode.combine(out, decode.dispatch(x, indices, weights))
-
-    us = slowest_us(ranks, step, graph=True)
-    row_bytes = [arrived.parts.row_bytes, 2 * sizes.hidden]
-    full = [tokens * num_bytes for num_bytes in row_bytes]
-    peer = sum(all_to_all_us(ranks, [num_bytes] * ranks.num_ranks, graph=True) for num_bytes in full)
-    yield row_of(
-        ranks, sizes, f"low latency, {'symmetric' if form is SymmetricLowLatency else 'exchange'}", tokens, us,
-        leaving_bytes(ranks, arrived.places_NK, decode.capacity, sum(row_bytes)), {"all-to-all": peer}, error,
-    )  # fmt: skip
-
-
 def throughput(ranks: Ranks, sizes: Sizes) -> Iterator[Row]:
     exchange = exchange_of(ranks, sizes)
     tokens = sizes.prefill_tokens
@@ -192,45 +162,8 @@ def throughput(ranks: Ranks, sizes: Sizes) -> Iterator[Row]:
             yield row_of(ranks, sizes, what, tokens, us, leaving, {"all-to-all": peer}, error)
 
 
-def symmetric_throughput(ranks: Ranks, sizes: Sizes) -> Iterator[Row]:
-    """The form that stores to peers, for as many tokens: its halves apart, each with its barrier, in CUDA graphs."""
-    if ranks.device.type != "cuda":
-        return
-    tokens = sizes.prefill_tokens
-    sized = {"hidden": sizes.hidden, "per_token": sizes.per_token, "max_tokens": tokens}
-    form = SymmetricLowLatency(exchange_of(ranks, sizes), **sized)
-    x, indices, weights = layer_input(ranks, sizes, tokens)
-    arrived = form.dispatch(x, indices, weights)
-    error = wrong_by(x, weights, form.combine(scaled(arrived.x(torch.bfloat16), arrived), arrived))
-    out = torch.randn(len(arrived.rows_QB), sizes.hidden, device=ranks.device).to(torch.bfloat16)
-    sent = per_rank(arrived.places_NK, form.capacity, ranks.num_ranks)
-    received = arrived.filled_Q.view(ranks.num_ranks, -1).sum(dim=1).tolist()
-    for what, run, row_bytes, counts in (
-        ("dispatch", lambda: form.dispatch(x, indices, weights).slots_MK, arrived.parts.row_bytes, (sent, received)),
-        ("combine", lambda: form.combine(out, arrived), 2 * sizes.hidden, (received, sent)),
-    ):
-        us = slowest_us(ranks, run, graph=True)
-        in_bytes = [[count * row_bytes for count in of_peers] for of_peers in counts]
-        peer = all_to_all_us(ranks, *in_bytes, graph=True)
-        leaving = sum(in_bytes[0]) - in_bytes[0][ranks.rank]
-        yield row_of(ranks, sizes, f"throughput, symmetric {what}", tokens, us, leaving, {"all-to-all": peer}, error)
-
-
-SECTIONS: dict[str, Callable[[Ranks, Sizes], Iterator[Row]]] = {}
-
-
-def _symmetric(ranks: Ranks, sizes: Sizes) -> Iterator[Row]:
-    if ranks.device.type == "cuda":
-        yield from low_latency(ranks, sizes, SymmetricLowLatency)
-
-
-def _exchange(ranks: Ranks, sizes: Sizes) -> Iterator[Row]:
-    yield from low_latency(ranks, sizes, LowLatency)
-
-
-SECTIONS |= {
-    "link": link, "symmetric": _symmetric, "exchange": _exchange, "throughput": throughput,
-    "many-symmetric": symmetric_throughput, "places": places_and_layer,
+SECTIONS: dict[str, Callable[[Ranks, Sizes], Iterator[Row]]] = {
+    "link": link, "throughput": throughput, "places": places_and_layer,
 }  # fmt: skip
 
 

@@ -85,16 +85,6 @@ def wrong_by(x: Tensor, weights: Tensor, out: Tensor) -> float:
     return error
 
 
-def per_rank(places_NK: Tensor, capacity: int, num_ranks: int) -> list[int]:
-    """Copies to each."""
-    return torch.bincount(places_NK[places_NK >= 0] // capacity, minlength=num_ranks).tolist()
-
-
-def leaving_bytes(ranks: Ranks, places_NK: Tensor, capacity: int, row_bytes: int) -> int:
-    to_others = (places_NK >= 0) & (places_NK // capacity != ranks.rank)
-    return int(to_others.sum()) * row_bytes
-
-
 def row_of(
     ranks: Ranks, sizes: Sizes, what: str, tokens: int, us: float, leaving: int, peers: dict[str, float], error: float
 ) -> Row:

@@ -31,6 +31,8 @@ import torch.multiprocessing
 import torch.nn.functional as F
 
 from benchmarks.device import device_name, where_and_when, write_result
+from benchmarks.schedules.schedules import SCHEDULES, StageDurations, Work
+from benchmarks.schedules.simulate import simulate
 from distill.packing import Rows
 from distill.progress import silent
 from teacher.model.config import DeepseekV3Config
@@ -38,8 +40,6 @@ from teacher.parallel.groups import Ranks, opened_ranks
 from teacher.parallel.layout import Layout
 from teacher.parallel.meshes import Meshes, formed
 from teacher.parallel.pipeline import Pipeline
-from teacher.parallel.schedules import SCHEDULES, StageDurations, Work
-from teacher.parallel.simulate import simulate
 from teacher.train.config import PretrainConfig
 from teacher.train.spread import SpreadPretraining, drawn_part
 

@@ -1,7 +1,7 @@
 """Tokens to the ranks of their experts and the sums back: the high-throughput form, with gradients.
 
 Counts first, then rows: two exchanges a hop, and the host waits for the counts. Nothing is dropped, whatever the
-routing. For training and prefill; decoding has `teacher.parallel.low_latency`.
+routing. For training; serving has `teacher.parallel.fixed_places`.
 
 `dispatch` and `combine` are each other's transpose, so each one's backward is the other's way: the gradient of combine
 goes out as tokens do (in the form `wire.out`), that of dispatch comes back as sums do (`wire.back`). Gradients pass

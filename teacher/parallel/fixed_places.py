@@ -29,8 +29,7 @@ from teacher.kernels.quantise import Quantised, empty_scales, quantise
 from teacher.kernels.route import Choice
 from teacher.parallel import wire
 from teacher.parallel.groups import Ranks
-from teacher.parallel.low_latency import MakeMailbox
-from teacher.parallel.mailbox import AllToAllMailbox
+from teacher.parallel.mailbox import AllToAllMailbox, MakeMailbox
 from teacher.parallel.placement import Placement, SlotTables
 from teacher.parallel.plan import NOWHERE, local_slots
 
@@ -136,7 +135,7 @@ class FixedPlaces:
 
     def received(self, ranks_N: Tensor) -> Received:
         headers_QB = self._headers.inbox_QB
-        counts_R = wire.tail(headers_QB, self._header)[:: self.max_tokens, 0]
+        counts_R = wire.tail(headers_QB, self._header)[:: self.max_tokens]
         turns = torch.arange(self.max_tokens, device=self.ranks.device)
         filled_Q1 = (turns < counts_R.unsqueeze(1)).view(-1, 1)
         slots_QK, weights_QK = wire.addresses(headers_QB, self._header)

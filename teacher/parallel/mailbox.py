@@ -1,4 +1,4 @@
-"""Fixed places for rows between ranks, as the low-latency form needs them: no counts, no host synchronisation.
+"""Fixed places for rows between ranks: no counts, no host synchronisation.
 
 Every rank has `capacity` places for rows of every other. `put` writes rows to places, `deliver` makes sure that all
 that was put is there, everywhere. Place p, as a sender says it, is place `p % capacity` of those that rank
@@ -12,6 +12,7 @@ Shape legend: R ranks, Q = R * capacity places, P rows put, B bytes a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -33,6 +34,9 @@ class Mailbox(Protocol):
 
     def deliver(self) -> None:
         """After it, `inbox_QB` holds what all ranks put. Collective."""
+
+
+MakeMailbox = Callable[[Ranks, int, int], Mailbox]  # (ranks, capacity, bytes a row)
 
 
 class AllToAllMailbox:

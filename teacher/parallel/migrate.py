@@ -100,6 +100,4 @@ def relocate(layer: ExpertParallelExperts, new: Placement) -> list[Move]:
     moves = plan_moves(layer.exchange.placement, new)
     move_weights([layer.gate_up_proj, layer.down_proj], moves, layer.exchange.ranks)
     layer.exchange = layer.exchange.placed(new)
-    if layer.decode is not None:
-        layer.decode = layer.decode.placed(layer.exchange)
     return moves

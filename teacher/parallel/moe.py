@@ -13,9 +13,6 @@ E own slots, I expert intermediate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
-
 import torch
 from torch import Tensor, nn
 
@@ -23,20 +20,17 @@ from teacher.model.experts import Experts, ExpertsKind, routed_experts
 from teacher.model.router import Routing
 from teacher.model.transformer import DeepseekV3
 from teacher.parallel.dispatch import Exchange
-from teacher.parallel.low_latency import LowLatency
 from teacher.parallel.plan import NOWHERE, sum_copies
-
-Result = TypeVar("Result")
 
 
 class ExpertParallelExperts(nn.Module):
     """Takes the place of `teacher.model.experts.Experts`; a call is collective.
 
-    With `decode`, calls without gradients go through the low-latency form (see `replayed`). Raises ValueError for
-    weights of another number of experts than the placement's, and for gradients of replicated experts.
+    Raises ValueError for weights of another number of experts than the placement's, and for gradients of replicated
+    experts.
     """
 
-    def __init__(self, experts: Experts, exchange: Exchange, decode: LowLatency | None = None) -> None:
+    def __init__(self, experts: Experts, exchange: Exchange) -> None:
         super().__init__()
         placement, rank = exchange.placement, exchange.ranks.rank
         if experts.gate_up_proj.shape[0] != placement.num_experts:
@@ -44,32 +38,17 @@ class ExpertParallelExperts(nn.Module):
         own = torch.tensor(placement.of_rank(rank), device=experts.gate_up_proj.device)
         self.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach()[own].clone())
         self.down_proj = nn.Parameter(experts.down_proj.detach()[own].clone())
-        self.exchange, self.decode = exchange, decode
+        self.exchange = exchange
 
     def forward(self, x_ND: Tensor, routing: Routing, kind: ExpertsKind) -> Tensor:
         with_gradients = torch.is_grad_enabled() and self.gate_up_proj.requires_grad
         if with_gradients and self.exchange.placement.has_replicas:
             raise ValueError("experts with replicas have no gradients: their copies would drift apart")
-        if self.decode is not None and not torch.is_grad_enabled():
-            return self._decoded(self.decode, x_ND, routing, kind)
         arrived = self.exchange.dispatch(x_ND, routing.indices_NK, routing.weights_NK)
         out_MD = local_experts(
             arrived.x_MD, arrived.slots_MK, arrived.weights_MK, self.gate_up_proj, self.down_proj, kind=kind
         )
         return self.exchange.combine(out_MD, arrived)
-
-    def _decoded(self, decode: LowLatency, x_ND: Tensor, routing: Routing, kind: ExpertsKind) -> Tensor:
-        arrived = decode.dispatch(x_ND, routing.indices_NK, routing.weights_NK)
-        out_MD = local_experts(
-            arrived.x(x_ND.dtype),
-            arrived.slots_MK,
-            arrived.weights_MK,
-            self.gate_up_proj,
-            self.down_proj,
-            kind="grouped" if x_ND.is_cuda else "dense",  # `sorted` has data-dependent shapes
-            static_shapes=True,
-        )
-        return decode.combine(out_MD, arrived).to(x_ND.dtype)
 
 
 def local_experts(
@@ -80,59 +59,26 @@ def local_experts(
     down_EDI: Tensor,
     *,
     kind: ExpertsKind,
-    static_shapes: bool = False,
 ) -> Tensor:
     """This rank's share of each row's weighted sum, [M, D] in x's dtype; a slot of -1 is another rank's.
 
-    Without `static_shapes` only pairs of this rank are computed, and the host waits for their number. With it every
-    pair is, those of other ranks with the weight zero, spread over the experts.
+    Only pairs of this rank are computed, and the host waits for their number.
     """
     present_MK = slots_MK != NOWHERE
-    num_experts, per_token = gate_up_E2ID.shape[0], slots_MK.shape[1]
-    if static_shapes:
-        pairs = torch.arange(slots_MK.numel(), device=slots_MK.device)
-        slots_P1 = torch.where(present_MK.flatten(), slots_MK.flatten(), pairs % num_experts).unsqueeze(1)
-        weights_P1 = torch.where(present_MK, weights_MK, 0.0).view(-1, 1)
-    else:
-        pairs = present_MK.flatten().nonzero().flatten()
-        slots_P1 = slots_MK.flatten()[pairs].unsqueeze(1)
-        weights_P1 = weights_MK.flatten()[pairs].unsqueeze(1)
+    per_token = slots_MK.shape[1]
+    pairs = present_MK.flatten().nonzero().flatten()
+    slots_P1 = slots_MK.flatten()[pairs].unsqueeze(1)
+    weights_P1 = weights_MK.flatten()[pairs].unsqueeze(1)
     # No pair at all: `dense` takes empty products, so that gradients are zeros and every rank goes on in step.
     chosen: ExpertsKind = kind if pairs.numel() else "dense"
     out_PD = routed_experts(x_MD[pairs // per_token], gate_up_E2ID, down_EDI, slots_P1, weights_P1, kind=chosen)
-    if static_shapes:
-        return out_PD.unflatten(0, (-1, per_token)).sum(dim=1)
     places_MK = torch.where(present_MK, present_MK.flatten().cumsum(0).view_as(slots_MK) - 1, NOWHERE)
     return sum_copies(out_PD, places_MK).to(x_MD.dtype)
 
 
-def shard_experts(model: DeepseekV3, exchange: Exchange, decode: LowLatency | None = None) -> DeepseekV3:
-    """Keep only this rank's experts in every MoE layer, in place; all layers share `decode`'s buffers.
-
-    Layers are placed alike at first; `teacher.parallel.migrate.relocate` then moves each by its own loads.
-    """
+def shard_experts(model: DeepseekV3, exchange: Exchange) -> DeepseekV3:
+    """Keep only this rank's experts in every MoE layer, in place."""
     holders = [module for module in model.modules() if isinstance(getattr(module, "experts", None), Experts)]
     for holder in holders:
-        holder.experts = ExpertParallelExperts(holder.experts, exchange, decode)
+        holder.experts = ExpertParallelExperts(holder.experts, exchange)
     return model
-
-
-def replayed(layers: Sequence[ExpertParallelExperts], step: Callable[[], Result]) -> Result:
-    """A decoding step (or the replay of its CUDA graph) in the low-latency form, made good where a rank overflowed.
-
-    `step` must be free of side effects that a second run would repeat. All ranks learn of an overflow anywhere, so all
-    run the step again together, through the form that has no capacity. The host waits once.
-    """
-    forms = {id(layer.decode): layer.decode for layer in layers if layer.decode is not None}.values()
-    result = step()
-    overflowed = [form.take_overflow() for form in forms]  # all of them: asking clears it
-    if not any(overflowed):
-        return result
-    kept = [layer.decode for layer in layers]
-    try:
-        for layer in layers:
-            layer.decode = None
-        return step()
-    finally:
-        for layer, decode in zip(layers, kept, strict=True):
-            layer.decode = decode

@@ -2,7 +2,7 @@
 
 `1f1b` holds one stage a rank; `zbv` (zero-bubble, arXiv 2401.10241 s.4) and `dualpipev` hold two, the r-th and the r-th
 from the end, so that the first and the last stage, with embedding and head, share rank 0. The order in which ranks work
-is torch's own; `teacher.parallel.schedules.dual_pipe_v` is the same order, for reckoning before a run.
+is torch's own; `benchmarks.schedules.schedules.dual_pipe_v` is the same order, for reckoning before a run.
 
 The sequence-wise balance loss (DeepSeek-V3 eq. 17-20) arises in every MoE layer, but the loss only at the end: each
 stage adds its layers' share to the gradients on the way back, so that what is optimised is the sum of the

@@ -116,9 +116,9 @@ def sum_copies(rows_CD: Tensor, places_NK: Tensor) -> Tensor:
 def summed(rows_CD: Tensor, places_NK: Tensor) -> Tensor:
     """`sum_copies` without gradients: on a GPU in one launch, where that moves every row K times over."""
     if rows_CD.is_cuda and rows_CD.shape[0] and rows_CD.dtype != torch.float64:
-        from teacher.parallel.symmetric_triton import sum_kernel
+        from teacher.parallel.sum_copies_triton import sum_copies_kernel
 
-        return sum_kernel(rows_CD, places_NK)
+        return sum_copies_kernel(rows_CD, places_NK)
     return sum_copies(rows_CD, places_NK)
 
 

@@ -25,7 +25,6 @@ from teacher.model.router import Router
 from teacher.model.transformer import DeepseekV3
 from teacher.parallel.dispatch import Exchange
 from teacher.parallel.layout import Layout
-from teacher.parallel.low_latency import LowLatency
 from teacher.parallel.meshes import Meshes
 from teacher.parallel.moe import shard_experts
 
@@ -130,21 +129,16 @@ def pipeline_blocks(
     ]
 
 
-def own_part(model: DeepseekV3, meshes: Meshes, *, decode_tokens: int | None = None) -> DeepseekV3:
+def own_part(model: DeepseekV3, meshes: Meshes) -> DeepseekV3:
     """`model`, built without storage, with only this rank's experts in every MoE layer.
 
-    With `decode_tokens` calls without gradients take the low-latency form, for that many tokens a rank at the most.
     Where one rank holds them all nothing is sent, and nothing rounded on the way.
     """
     config = model.config
     if meshes.layout.ep == 1:
         return model
     exchange = Exchange(meshes.experts, meshes.layout.placement(config.n_routed_experts), wire=meshes.layout.wire)
-    decode = None
-    if decode_tokens is not None:
-        sizes = {"hidden": config.hidden_size, "per_token": config.num_experts_per_tok}
-        decode = LowLatency(exchange, **sizes, max_tokens=decode_tokens)
-    return shard_experts(model, exchange, decode)
+    return shard_experts(model, exchange)
 
 
 def own_entries(model: DeepseekV3, layout: Layout, pp: int) -> list[str]:

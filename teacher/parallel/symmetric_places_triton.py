@@ -1,6 +1,8 @@
 """The Triton side of `teacher.parallel.symmetric_places`: stores to peers' memory, nothing planned, no host.
 
-Peers' addresses as in `teacher.parallel.symmetric_triton`. NVLink carries whole lines of 128 bytes best: rows of
+A peer's inbox is this rank's own inbox plus a distance out of a table. So, and not as an address of its own, the
+compiler knows what 16 divides (buffers and rows begin at multiples of 16 bytes) and stores vectors of 16 bytes: from
+addresses made of integers it made stores of single numbers. NVLink carries whole lines of 128 bytes best: rows of
 numbers begin at multiples of 128 and are stored in vectors of 16 bytes a thread. Each rank begins with another peer,
 and rows for different peers alternate, so that all links are busy all the time. Loads of experts are counted by atomic
 additions of whole numbers, whose sum does not depend on their order.
@@ -24,10 +26,10 @@ from teacher.kernels.route import Choice
 from teacher.model.fp8 import BLOCK
 from teacher.parallel.placement import SlotTables
 from teacher.parallel.symmetric import SymmetricMailbox
-from teacher.parallel.symmetric_triton import SUM_BLOCK, peer_row, typed
 from teacher.parallel.wire import Layout
 
 PLACES_A_PROGRAM = 32
+SUM_BLOCK = 1_024
 NUM_WARPS = 8
 
 
@@ -38,6 +40,17 @@ class Addresses(NamedTuple):
     num_ranks: int
     max_tokens: int
     slots_per_rank: int
+
+
+@triton.jit
+def peer_row(inbox_ptr, distances_ptr, peer, row, ROW_BYTES: tl.constexpr):
+    distance = tl.multiple_of(tl.load(distances_ptr + peer), 16)
+    return inbox_ptr + (distance + row.to(tl.int64) * ROW_BYTES)
+
+
+@triton.jit
+def typed(row_ptr, dtype: tl.constexpr):
+    return row_ptr.to(tl.pointer_type(dtype), bitcast=True)
 
 
 @triton.jit(do_not_specialize=["rank", "max_tokens", "num_tokens"])

@@ -35,10 +35,8 @@ class Part(NamedTuple):
     num_bytes: int
 
 
-def load_part(
-    folder: Path, meshes: Meshes, *, dtype: torch.dtype = torch.float32, decode_tokens: int | None = None
-) -> Part:
-    """This rank's part of the model in `folder`, on the CPU, in eval mode; `decode_tokens` as in `own_part`.
+def load_part(folder: Path, meshes: Meshes, *, dtype: torch.dtype = torch.float32) -> Part:
+    """This rank's part of the model in `folder`, on the CPU, in eval mode.
 
     Raises CheckpointError as `load_checkpoint` does for names, shapes and headers anywhere, and for values in what this
     rank reads.
@@ -46,7 +44,7 @@ def load_part(
     config = read_config(folder)
     whole = empty_model(config)
     stored, wanted = judged(folder, config, {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()})
-    model = own_part(whole, meshes, decode_tokens=decode_tokens)
+    model = own_part(whole, meshes)
     entries = set(own_entries(model, meshes.layout, meshes.at.pp))
     first = meshes.layout.placement(config.n_routed_experts).of_rank(meshes.at.ep)[0]
     num_own = config.n_routed_experts // meshes.layout.ep

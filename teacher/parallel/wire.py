@@ -4,9 +4,9 @@ Forms: `fp8` is E4M3 in tiles of 1x128 (DeepSeek-V3 arXiv 2412.19437 s.3.3.2), w
 for 7,168 numbers; `bf16` and `fp32` are the numbers. On the way out V3 sends FP8, both the tokens of the forward pass
 and the gradients of the backward one; on the way back, where sums are formed, BF16 (s.3.3.3).
 
-    numbers | scales FP32 | K slots int32 | K weights FP32 | count, flag int32 | padding to 16 bytes
+    numbers | scales FP32 | K slots int32 | K weights FP32 | count int32 | padding to 16 bytes
 
-`count` and `flag` are for `teacher.parallel.low_latency`.
+`count` is for `teacher.parallel.fixed_places`: how many rows a sender put.
 
 Shape legend: N rows, D hidden, G = D / 128, K experts per token, B bytes a row.
 """
@@ -67,7 +67,7 @@ def layout(hidden: int, per_token: int, form: Form) -> Layout:
     scales = numbers + (4 * num_groups(hidden) if form == "fp8" else 0)
     slots = scales + 4 * per_token
     weights = slots + 4 * per_token
-    padded = -(-(weights + 8) // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    padded = -(-(weights + 4) // ROW_ALIGNMENT) * ROW_ALIGNMENT
     return Layout(form, hidden, numbers, scales, slots, weights, padded)
 
 
@@ -92,8 +92,8 @@ def addresses(rows_NB: Tensor, parts: Layout) -> tuple[Tensor, Tensor]:
 
 
 def tail(rows_NB: Tensor, parts: Layout) -> Tensor:
-    """(count, flag), a view int32 [N, 2]."""
-    return rows_NB[:, parts.weights : parts.weights + 8].view(torch.int32)
+    """The count, a view int32 [N]."""
+    return rows_NB[:, parts.weights : parts.weights + 4].view(torch.int32)[:, 0]
 
 
 def pack_numbers(x_ND: Tensor, parts: Layout) -> Tensor:

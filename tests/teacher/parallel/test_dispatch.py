@@ -13,8 +13,7 @@ from teacher.model.fp8 import BLOCK
 from teacher.model.router import Routing
 from teacher.parallel.dispatch import Exchange
 from teacher.parallel.groups import Ranks
-from teacher.parallel.low_latency import LowLatency
-from teacher.parallel.moe import ExpertParallelExperts, replayed
+from teacher.parallel.moe import ExpertParallelExperts
 from teacher.parallel.placement import Placement
 from teacher.parallel.wire import Wire
 
@@ -127,59 +126,3 @@ def assert_alone_computes(of_ranks: list[dict[tuple, list[torch.Tensor]]]) -> No
                 torch.testing.assert_close(got, right, **ORDER, msg=lambda said, c=case, w=which: f"{c} {w}: {said}")
             else:
                 assert (got - right).norm() <= BF16_ERROR * right.norm(), (case, which)
-
-
-def decoding(ranks: Ranks) -> dict[str, list]:
-    """Low latency against the exact form: with room for all, with too little, and with experts that have replicas."""
-    results: dict[str, list] = {}
-    sizes = sizes_of(ranks.num_ranks)
-    spare = 2 * ranks.num_ranks - EXPERTS % (2 * ranks.num_ranks)
-    replicated = (*range(EXPERTS), *(expert % EXPERTS for expert in range(spare)))
-    for name, placed, routing, capacity in (
-        ("room", tuple(range(EXPERTS)), "skewed", None),
-        ("overflow", tuple(range(EXPERTS)), "one", 3),
-        ("replicas", replicated, "one", None),
-        ("one place", tuple(range(EXPERTS)), "random", 1),
-    ):
-        placement = Placement(placed, EXPERTS, ranks.num_ranks, ranks.ranks_per_node)
-        exchange = Exchange(ranks, placement, wire=FP32)
-        decode = LowLatency(exchange, hidden=HIDDEN, per_token=PER_TOKEN, max_tokens=8, capacity=capacity)
-        layer = ExpertParallelExperts(experts().to(ranks.device), exchange, decode)
-        x, indices, weights, _ = (own(ranks, part, sizes) for part in problem(sum(sizes), routing))
-        with torch.no_grad():
-            for _ in range(2):  # buffers are used again
-                raw = layer(x, Routing(indices, weights, weights), "sorted")
-            overflowed = decode.take_overflow()
-            again = decode.take_overflow()
-            out = replayed([layer], lambda: layer(x, Routing(indices, weights, weights), "sorted"))  # noqa: B023
-        assert layer.decode is decode
-        results[name] = [out.cpu(), overflowed, again, bool(torch.equal(raw, out))]
-    return results
-
-
-@pytest.mark.parametrize("num_ranks", [2, 4, pytest.param(8, marks=pytest.mark.torture)])
-def test_decoding_without_host_synchronisation_drops_nothing(tmp_path, num_ranks) -> None:
-    assert_nothing_is_dropped(run_ranks(decoding, num_ranks, tmp_path))
-
-
-@pytest.mark.gpu
-@needs_gpus(1)
-def test_decoding_over_gpus_drops_nothing(tmp_path) -> None:
-    """Experts that decode are grouped products there, in BF16."""
-    assert_nothing_is_dropped(run_ranks(decoding, 2, tmp_path, device="cuda"), of_norm=1e-2)
-
-
-def assert_nothing_is_dropped(of_ranks: list[dict[str, list]], of_norm: float | None = None) -> None:
-    num_ranks = len(of_ranks)
-    for name, routing in (("room", "skewed"), ("overflow", "one"), ("replicas", "one"), ("one place", "random")):
-        wanted = alone(routing, sum(sizes_of(num_ranks)))[0]
-        got = torch.cat([of_rank[name][0] for of_rank in of_ranks])
-        if of_norm is None:
-            torch.testing.assert_close(got, wanted, **ORDER, msg=lambda said, n=name: f"{n}: {said}")
-        else:
-            assert (got - wanted).norm() <= of_norm * wanted.norm(), name
-        too_little = name in ("overflow", "one place")
-        # Every rank knows, the ones that had room too; and to ask clears it.
-        assert [of_rank[name][1] for of_rank in of_ranks] == [too_little] * num_ranks
-        assert not any(of_rank[name][2] for of_rank in of_ranks)
-        assert all(of_rank[name][3] for of_rank in of_ranks) != too_little

@@ -15,7 +15,6 @@ from teacher.model.router import Routing
 from teacher.parallel.balance import balanced_placement
 from teacher.parallel.dispatch import Exchange
 from teacher.parallel.groups import Ranks
-from teacher.parallel.low_latency import LowLatency
 from teacher.parallel.migrate import plan_moves, relocate
 from teacher.parallel.moe import ExpertParallelExperts
 from teacher.parallel.placement import Placement
@@ -69,7 +68,7 @@ def layer_of(ranks: Ranks, placement: Placement) -> ExpertParallelExperts:
     for parameter in whole.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.1, generator=generator)
     exchange = Exchange(ranks, placement, wire=Wire(out="fp32", back="fp32"))
-    return ExpertParallelExperts(whole, exchange, LowLatency(exchange, hidden=HIDDEN, per_token=2, max_tokens=8))
+    return ExpertParallelExperts(whole, exchange)
 
 
 @torch.no_grad()
@@ -88,10 +87,7 @@ def moving(ranks: Ranks) -> tuple[list[int], list[bool], list[float]]:
         same.append(
             torch.equal(layer.gate_up_proj, fresh.gate_up_proj) and torch.equal(layer.down_proj, fresh.down_proj)
         )
-        for decode in (layer.decode, None):  # both forms route by the new placement
-            layer.decode = decode
-            errors.append(float((layer(x, Routing(indices, weights, scores), "sorted") - first).abs().max()))
-        layer.decode = fresh.decode
+        errors.append(float((layer(x, Routing(indices, weights, scores), "sorted") - first).abs().max()))
     return counts, same, errors
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from process_ranks import run_ranks
 from torch.distributed.pipelining import ScheduleDualPipeV
 
+from benchmarks.schedules.schedules import dual_pipe_v
 from teacher.model.config import DeepseekV3Config
 from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
@@ -17,7 +18,6 @@ from teacher.parallel.groups import Ranks
 from teacher.parallel.layout import Layout
 from teacher.parallel.meshes import formed
 from teacher.parallel.pipeline import Pipeline
-from teacher.parallel.schedules import dual_pipe_v
 from teacher.parallel.stage import pipeline_blocks
 
 MICROBATCHES, POSITIONS, BALANCE = 8, 12, 0.05

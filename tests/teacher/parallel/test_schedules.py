@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher.parallel import draw
-from teacher.parallel.schedules import SCHEDULES, Durations, Schedule, Work, dual_pipe, dual_pipe_v, paper_bound
-from teacher.parallel.simulate import Timeline, simulate
+from benchmarks.schedules import draw
+from benchmarks.schedules.schedules import SCHEDULES, Durations, Schedule, Work, dual_pipe, dual_pipe_v, paper_bound
+from benchmarks.schedules.simulate import Timeline, simulate
 
 NAMES = sorted(SCHEDULES)
 

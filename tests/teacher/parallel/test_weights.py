@@ -97,7 +97,7 @@ def greedy(model: DeepseekV3, ids: torch.Tensor) -> torch.Tensor:
 
 
 def served(ranks: Ranks, layout: Layout, folder: Path) -> torch.Tensor:
-    return greedy(load_part(folder, formed(layout, ranks), decode_tokens=40).model, prompts(ranks.rank))
+    return greedy(load_part(folder, formed(layout, ranks)).model, prompts(ranks.rank))
 
 
 def test_attention_by_rank_and_experts_over_ranks_serve_what_one_process_does(tmp_path) -> None:

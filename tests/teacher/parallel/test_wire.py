@@ -39,7 +39,7 @@ def test_rows_come_out_as_they_went_in(num_rows: int, hidden: int, per_token: in
         assert torch.equal(got.x_ND, x.to(wire.DTYPES[form]).float())
     bare = wire.pack_numbers(x, parts)
     assert torch.equal(bare, packed[:, : parts.scales])
-    assert torch.equal(wire.tail(packed, parts), torch.zeros(num_rows, 2, dtype=torch.int32))
+    assert torch.equal(wire.tail(packed, parts), torch.zeros(num_rows, dtype=torch.int32))
 
 
 def test_a_row_of_v3_is_7472_bytes() -> None:

@@ -1,6 +1,6 @@
 """A schedule's timeline as an SVG, and its numbers beside the papers'.
 
-    python -m teacher.parallel.draw [1f1b|zb1p|dualpipe|dualpipev ...] [--ranks 8] [--microbatches 20] [--out DIR]
+    python -m benchmarks.schedules.draw [1f1b|zb1p|dualpipe|dualpipev ...] [--ranks 8] [--microbatches 20] [--out DIR]
 
 writes `<schedule>-<ranks>x<microbatches>.svg` for each, and prints one line. Durations are F = 1, B = 2, W = 1 and
 F&B = 3 (no gain from overlapping but the hidden communication) unless told otherwise.
@@ -13,8 +13,8 @@ import sys
 from html import escape
 from pathlib import Path
 
-from teacher.parallel.schedules import SCHEDULES, Durations, Work, paper_bound
-from teacher.parallel.simulate import Timeline, simulate
+from benchmarks.schedules.schedules import SCHEDULES, Durations, Work, paper_bound
+from benchmarks.schedules.simulate import Timeline, simulate
 
 UNIT, ROW, LEFT, TOP = 22.0, 26, 64, 58  # pixels: a unit of time, a rank's row, the margins
 COLOURS = {"F": "#f2b84b", "B": "#4f8fd6", "I": "#7fb7ea", "W": "#6fbf73"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from teacher.parallel.schedules import Action, Durations, Schedule, StageDurations, Work
+from benchmarks.schedules.schedules import Action, Durations, Schedule, StageDurations, Work
 
 
 class Span(NamedTuple):

@@ -1,4 +1,4 @@
-"""Pipeline schedules as data: what each rank does in which order. `teacher.parallel.simulate` gives them times.
+"""Pipeline schedules as data: what each rank does in which order. `benchmarks.schedules.simulate` gives them times.
 
 - `one_f_one_b`: 1F1B (arXiv 2104.04473 s.2.2).
 - `zero_bubble`: ZB1P, the form of zero-bubble with 1F1B's memory (arXiv 2401.10241 s.2.3, ZB-H1).
