@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_programs import FUNCTIONS, WRITERS, Targets, filled_in
 
 from distill.errors import EnvironmentFault
 from distill.recipe import CodeLimits
 from distill.sandbox import LEVELS, Limits, Sandbox, SandboxedProgram, open_sandbox
 from distill.verify.code.grader import CodeGrader
+from tests.distill.hostile_programs import FUNCTIONS, WRITERS, Targets, filled_in
 
 LIMIT_S = 1.0
 NUM_WORKERS = 3

@@ -30,6 +30,7 @@ from distill.verify import extract_answer, open_verifier
 from distill.verify.extract import reasoning_is_complete
 from distill.verify.guards import EVALUATING, is_plain_arithmetic
 from distill.verify.pool import WorkerPool
+from tests.repository import REPOSITORY
 
 TIMEOUT_S = 2.0
 
@@ -341,7 +342,7 @@ def test_workers_end_with_their_parent_even_if_they_hang() -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
     assert parent.stdout is not None
     worker = int(parent.stdout.readline())

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from test_native_backend import SAMPLING, open_it, requests
-from v3_models import tiny_config, write_model_folder
 
 from distill.errors import DataError, EnvironmentFault
 from distill.records import Problem, Sampling, TraceRequest
@@ -20,6 +18,8 @@ from teacher.serve.http import build_app
 from teacher.serve.loop import EngineLoop, Withdrawn
 from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Sequence
+from tests.teacher.test_native_backend import SAMPLING, open_it, requests
+from tests.teacher.v3_models import tiny_config, write_model_folder
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from v3_models import tiny_config, write_model_folder
 
 from distill.errors import CheckpointError, DataError, EnvironmentFault
 from distill.logprobs import TokenLogprobs
@@ -18,6 +17,7 @@ from distill.recipe import NativeTeacher
 from distill.records import Problem, Sampling, TraceRequest
 from teacher.backends import open_teacher
 from teacher.model.checkpoint import load_checkpoint
+from tests.teacher.v3_models import tiny_config, write_model_folder
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.95, max_tokens=24, seed=3)
 

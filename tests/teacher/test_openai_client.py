@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import uvicorn
-from test_http_server import SpellingTeacher
-from test_native_backend import open_it
-from v3_models import tiny_config, write_model_folder
 
 from distill.records import Sampling
 from teacher.backends.native import NativeBackend
@@ -21,6 +18,9 @@ from teacher.serve.guard import GuardedProtocol
 from teacher.serve.http import build_app
 from teacher.serve.reasoning import END_OF_THINKING, THINK, split
 from teacher.serve.stopping import RepetitionLimit
+from tests.teacher.test_http_server import SpellingTeacher
+from tests.teacher.test_native_backend import open_it
+from tests.teacher.v3_models import tiny_config, write_model_folder
 
 openai = pytest.importorskip("openai", reason="the openai package comes with vLLM")
 LIMIT = 60

@@ -30,8 +30,8 @@ from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.sequence import Sequence
 from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, potstill
+from tests.repository import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[2]
 CANARY = "sk-canary-0815"
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 # FP32 against FP32: only the order of summation differs.
@@ -51,7 +51,7 @@ def teacher(tmp_path_factory):
     config = VllmTeacher.model_validate(SERVER)
     with (
         pytest.MonkeyPatch.context() as patch,
-        contextlib.closing(open_teacher(config, base_dir=ROOT, log_dir=root)) as teacher,
+        contextlib.closing(open_teacher(config, base_dir=REPOSITORY, log_dir=root)) as teacher,
     ):
         patch.setenv("POTSTILL_CACHE", str(root / "cache"))
         assert httpx.get(f"{teacher.url}/health").status_code == 200
@@ -74,7 +74,7 @@ def prompts(folder):
 
 def questions(count: int) -> list[Problem]:
     source = ReasoningGymSource(families="distill/problems/pico.yaml", count=count, seed=7, split="held_out")
-    return load_problems([source], base_dir=ROOT)[:count]
+    return load_problems([source], base_dir=REPOSITORY)[:count]
 
 
 def _rendered(tokenizer, prompt):
@@ -204,7 +204,7 @@ def test_generate_keeps_its_samples_and_leaves_no_server_when_it_is_killed(tmp_p
     command = [*COMMAND, "generate", str(path), "--out", str(runs)]
     killed = subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=REPOSITORY,
         env={**ENVIRONMENT, **environment, "POTSTILL_FAILPOINT": "stage.ended"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -20,8 +20,6 @@ from typing import Any
 
 import httpx
 import pytest
-from stand_in_vllm import install_stand_in, write_version
-from v3_models import tiny_config, write_model_folder
 
 from distill.errors import CheckpointError, EnvironmentFault, RecipeError
 from distill.protocols import Teacher
@@ -32,9 +30,11 @@ from teacher.backends.folder import readable_on_cpu
 from teacher.backends.native import open_native
 from teacher.backends.vllm import VllmBackend
 from teacher.backends.vllm_routes import AllowList
+from tests.repository import REPOSITORY
+from tests.teacher.stand_in_vllm import install_stand_in, write_version
+from tests.teacher.v3_models import tiny_config, write_model_folder
 
 SAMPLING = Sampling(max_tokens=8, seed=2)
-ROOT = Path(__file__).resolve().parents[2]
 CANARY = "sk-canary-4711"
 
 
@@ -257,7 +257,7 @@ def test_nothing_outlives_its_owner(stand_in: Path, folder: Path, monkeypatch: p
     """Not the keeper, not the server, not what the server started in a session of its own and deaf to SIGTERM."""
     daughter = folder.parent / "daughter"
     monkeypatch.setenv("STAND_IN_DAUGHTER", str(daughter))
-    monkeypatch.setenv("PYTHONPATH", f"{stand_in}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("PYTHONPATH", f"{stand_in}{os.pathsep}{REPOSITORY}")
     owner = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(OWNER), str(folder), death], stdout=subprocess.PIPE, text=True
     )

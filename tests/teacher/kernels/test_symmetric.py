@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from shared_inboxes import Shared
 
 from teacher.parallel import wire
 from teacher.parallel.dispatch import Exchange
@@ -17,6 +16,7 @@ from teacher.parallel.low_latency import Arrived, LowLatency
 from teacher.parallel.placement import Placement
 from teacher.parallel.symmetric import SymmetricLowLatency
 from teacher.parallel.wire import Wire
+from tests.teacher.kernels.shared_inboxes import Shared
 
 
 def ran(form: type[LowLatency], case: dict[str, Any]) -> tuple[list[Arrived], list[torch.Tensor], list[bool]]:

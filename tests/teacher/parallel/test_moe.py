@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from process_ranks import run_ranks
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from teacher.model.config import DeepseekV3Config
@@ -20,6 +19,7 @@ from teacher.parallel.low_latency import LowLatency
 from teacher.parallel.moe import ExpertParallelExperts, local_experts, replayed, shard_experts
 from teacher.parallel.placement import Placement
 from teacher.parallel.wire import Wire
+from tests.teacher.parallel.process_ranks import run_ranks
 
 FP32 = Wire(out="fp32", back="fp32")
 
