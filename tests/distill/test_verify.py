@@ -94,10 +94,10 @@ def test_a_box_at_the_end_is_found_behind_anything_that_is_no_box(noise: str, an
 
 
 def test_extraction_is_linear_in_hostile_text() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert extract_answer("\\boxed{" * 300_000) is None
     assert extract_answer("\\boxed{" * 100_000 + "1" + "}" * 100_000) == "1"
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_complete_reasoning() -> None:

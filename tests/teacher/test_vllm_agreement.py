@@ -30,6 +30,7 @@ from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.sequence import Sequence
 from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, potstill
+from tests.processes import below, command_lines
 from tests.repository import REPOSITORY
 
 CANARY = "sk-canary-0815"
@@ -237,19 +238,6 @@ def test_generate_keeps_its_samples_and_leaves_no_server_when_it_is_killed(tmp_p
     assert CANARY not in killed.stdout.read() + result.stdout + result.stderr
 
 
-def below(root):
-    """The process ids of all that `root` has started, at any depth."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit():
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found = {root}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {root}
-
-
 def command_line(pid):
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -258,9 +246,4 @@ def command_line(pid):
 
 def command_lines_with(text):
     """Command lines of the living processes in which `text` occurs, and of those that call themselves vLLM's."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and text in (line := (entry / "cmdline").read_bytes()):
-                found[int(entry.name)] = line
-    return found
+    return {pid: line for pid, line in command_lines() if text in line}
