@@ -18,6 +18,7 @@ LAYER = {"FP8 layer, prefill", "FP8 layer, decode"}
 PLACES = {"fixed places, dispatch", "fixed places, combine", *LAYER}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("only", "whats"),
     [

@@ -105,7 +105,7 @@ def test_the_first_token_comes_long_before_the_last(
     assert arrived[0] < arrived[-1] / 3, (arrived[0], arrived[-1])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_streams_say_what_whole_answers_say(folder: Path, workers: int) -> None:
     """Text, reasons, usage, logprobs and token ids, of several samples side by side, here and in worker processes."""
     backend: NativeBackend = open_it(folder)
