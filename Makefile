@@ -20,8 +20,12 @@ POTSTILL := $(BIN)/potstill
 OPTIONS = $(foreach s,$(SET),--set '$(s)') --out '$(OUT)'
 TESTS ?= tests
 
+ON_CPU = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+SPREAD := --numprocesses auto --maxprocesses 4
+LEFT_OUT := slow or vllm or ray or browser
+
 .PHONY: help setup setup-vllm lock demo generate distill eval compare push push-traces serve doctor zoo
-.PHONY: bench bench-kernels bench-parallel tune bench-graders bench-ledger bench-serve bench-serving torture pico-teacher pico-bases check format test test-gpu clean
+.PHONY: bench bench-kernels bench-parallel tune bench-graders bench-ledger bench-serve bench-serving torture pico-teacher pico-bases check format test test-all test-gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -113,14 +117,18 @@ format: $(STAMP) ## Format the code and mend what the linter can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-test: $(STAMP) $(if $(NO_VLLM),,$(STAMP_VLLM)) ## Run the tests on the CPU, vLLM's among them unless NO_VLLM=1
-	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(TESTS)
+test: $(STAMP) ## Run the fast tests on the CPU (TESTS=tests/distill: a part)
+	@$(ON_CPU) $(SPREAD) --dist loadfile -m 'not ($(LEFT_OUT)) and not torture' $(TESTS)
+
+test-all: $(STAMP) $(if $(NO_VLLM),,$(STAMP_VLLM)) ## Run what test leaves out: slow ones, interpreted kernels, vLLM's unless NO_VLLM=1
+	@$(ON_CPU) $(SPREAD) --dist loadfile -m '($(LEFT_OUT)) and not torture' $(TESTS)
+	@$(if $(filter tests,$(TESTS)),TRITON_INTERPRET=1 $(ON_CPU) $(SPREAD) tests/teacher/kernels)
 
 test-gpu: $(STAMP) ## Run the tests of what computes on a GPU, one or several
 	@$(BIN)/python -m pytest -m gpu $(TESTS)
 
 torture: $(STAMP) ## Run the long batteries: kills, hostile answers and programs, thousands of hangs
-	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture --timeout 7200 $(TESTS)
+	@$(ON_CPU) -m torture --timeout 7200 $(TESTS)
 
 clean: ## Delete .venv and the caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache potstill.egg-info

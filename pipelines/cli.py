@@ -13,6 +13,7 @@ Results go to standard output, progress and errors to standard error. A fault is
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -378,7 +379,8 @@ def _print_findings(findings: list[Finding]) -> None:
 
 
 def main() -> NoReturn:
-    """Entry point of the `potstill` command."""
+    """Entry point of the `potstill` command. Ctrl-C ends it however it was started."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # behind `&` a shell has it ignored
     try:
         try:
             with preemptible():

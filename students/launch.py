@@ -11,6 +11,7 @@ what was given, 3 for the environment, 4 for a training failure.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from students.zoo import find_student, sft_overrides
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # launchers in the background hand on that it is ignored
     parser = argparse.ArgumentParser(prog="students.launch", description="Train one student under accelerate launch.")
     parser.add_argument("--student", required=True, help="name in the zoo, or path of a student file")
     parser.add_argument("--examples", required=True, help="Parquet file of examples")

@@ -27,8 +27,8 @@ from teacher.backends import open_teacher
 from teacher.model.checkpoint import count_parameters, load_checkpoint, read_config
 from teacher.model.config import DeepseekV3Config
 from teacher.train.make import load_pretrain_config
+from tests.repository import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
 TEACHER = REPOSITORY / "teacher" / "pico"
 BASES = {name: REPOSITORY / "students" / "pico" / name for name in load_bases_config().bases}
 FOLDERS = {"teacher": TEACHER, **BASES}

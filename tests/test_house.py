@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import os
 import re
@@ -15,9 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-PACKAGES = ("distill", "teacher", "students", "eval", "pipelines")
-SOURCES = [path for name in PACKAGES for path in sorted((REPOSITORY / name).rglob("*.py"))]
+from tests.repository import REPOSITORY
+
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 TARGETS = " ".join(re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)).split()
 
@@ -44,12 +42,6 @@ def test_help_describes_every_target() -> None:
     lines = [line.split(maxsplit=1) for line in run("make", "help").stdout.splitlines()]
     assert sorted(name for name, _ in lines) == sorted(TARGETS)
     assert all(len(text) > 10 for _, text in lines)
-
-
-def test_no_two_test_files_have_one_name() -> None:
-    """pytest imports them by their names alone: a second one is an error where one process gets both."""
-    names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
-    assert {name for name in names if names.count(name) > 1} == set()
 
 
 @pytest.mark.parametrize("target", sorted(set(TARGETS) - {"help", "clean"}))
@@ -122,17 +114,6 @@ def test_importing_the_packages_does_no_work(tmp_path: Path) -> None:
     result = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(REPOSITORY), PYTHONDONTWRITEBYTECODE="1")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
-def test_only_programs_print(path: Path) -> None:
-    """The command line, and modules that are started by themselves (`python -m`)."""
-    text = path.read_text(encoding="utf-8")
-    if path == REPOSITORY / "pipelines/cli.py" or '__name__ == "__main__"' in text:
-        return
-    for node in ast.walk(ast.parse(text)):
-        written = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
-        assert written not in {"print", "typer.echo", "sys.stdout", "sys.stderr"}, f"line {node.lineno}"
 
 
 @pytest.mark.parametrize(

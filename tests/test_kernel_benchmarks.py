@@ -17,8 +17,8 @@ from benchmarks.kernels.families import all_cases
 from benchmarks.kernels.inputs import e4m3_bits
 from benchmarks.kernels.report import Row, line, total
 from benchmarks.kernels.timing import poisoned
+from tests.repository import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(2e9, 4e9, 1e12, 2e12)
 

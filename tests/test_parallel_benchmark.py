@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from benchmarks import parallel, parallel_timing
+from tests.repository import REPOSITORY
 
 LAYER = {"FP8 layer, prefill", "FP8 layer, decode"}
 PLACES = {"fixed places, dispatch", "fixed places, combine", *LAYER}
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("only", "whats"),
     [

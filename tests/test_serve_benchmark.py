@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.serve import floor, pico, v3
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.repository import REPOSITORY
 
 
 @pytest.mark.slow

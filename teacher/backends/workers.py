@@ -304,6 +304,7 @@ def _answers() -> IO[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent does with it
     output = _answers()
     try:
         if sys.argv[1:] == ["live"]:

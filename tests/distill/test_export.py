@@ -20,6 +20,7 @@ from distill.ledger import Ledger
 from distill.records import Trace
 from distill.tables import read_records
 from tests.distill.ledger_writer import KEYS, trace
+from tests.repository import REPOSITORY
 
 COUNT = 100
 EXPORT = """
@@ -68,7 +69,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def environment(failpoint: str = "") -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), VARIABLE: failpoint}
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), VARIABLE: failpoint}
 
 
 def test_all_samples_in_their_order_in_bounded_shards(tmp_path: Path, straight: dict[str, bytes]) -> None:

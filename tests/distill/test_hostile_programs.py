@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_programs import FUNCTIONS, WRITERS, Targets, filled_in
 
 from distill.errors import EnvironmentFault
 from distill.recipe import CodeLimits
 from distill.sandbox import LEVELS, Limits, Sandbox, SandboxedProgram, open_sandbox
 from distill.verify.code.grader import CodeGrader
+from tests.distill.hostile_programs import FUNCTIONS, WRITERS, Targets, filled_in
+from tests.processes import below, children
 
 LIMIT_S = 1.0
 NUM_WORKERS = 3
@@ -147,17 +148,6 @@ def orphans() -> Iterator[None]:
     libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
-def children() -> set[int]:
-    """Live processes whose parent is this one."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[1]) == os.getpid() and fields[0] != "Z":
-                found.add(int(path.parent.name))
-    return found
-
-
 def problem(name: str, *, expected: str) -> dict[str, Any]:
     if name in WRITERS:
         return {"cases": [{"input": "3\n", "output": SECRET}]}
@@ -166,7 +156,7 @@ def problem(name: str, *, expected: str) -> dict[str, Any]:
 
 
 def test_no_hostile_program_escapes_passes_or_stays(sandbox: Recorded, loot: Loot, orphans: None) -> None:
-    before = children()
+    before = below(os.getpid())
     programs = {name: filled_in(source, loot.targets) for name, source in (FUNCTIONS | WRITERS).items()}
     assert len(programs) >= 60
     # The expected value is the secret, or the word that only a program says that got what it must not have.
@@ -184,7 +174,8 @@ def test_no_hostile_program_escapes_passes_or_stays(sandbox: Recorded, loot: Loo
         grader.close()
     assert {name: result for name, result in results.items() if result[0] not in ("wrong", "timeout")} == {}
     loot.check()
-    assert children() == before
+    # What others have started here may end meanwhile, or lose its parent: it was below this process before.
+    assert children(os.getpid()) <= before
     over = [program.wall_s for limits, program in sandbox.started if program.wall_s > 2 * limits.wall_s]
     assert over == []
 

@@ -95,10 +95,10 @@ def test_a_share_is_a_share(text: str, language: str) -> None:
 
 
 def test_hostile_texts_take_linear_time() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     for piece in ("$", "$$", "\\[", "```", "`", "[asy]", "\\begin{align}", "\\text{", "<a", "the ", "的", "a'"):
         share_of_language(piece * (200_000 // len(piece)), "en")
-    assert time.monotonic() - started < 60  # three seconds on an idle machine
+    assert time.process_time() - started < 30  # three seconds
 
 
 def test_gold_solutions_are_english() -> None:

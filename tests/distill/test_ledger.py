@@ -23,6 +23,7 @@ from distill.ledger import Ledger
 from distill.records import Problem, Trace
 from distill.tables import read_records, write_records
 from tests.distill.ledger_writer import KEYS, trace
+from tests.repository import REPOSITORY
 
 CREDIT = 12  # batches that one writer may add: twenty killed ones never come to the end
 
@@ -34,7 +35,7 @@ def start_writer(path: Path, seed: int, *, credit: int = -1, failpoint: str = ""
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), VARIABLE: failpoint},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), VARIABLE: failpoint},
     )
 
 

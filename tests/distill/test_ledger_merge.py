@@ -20,6 +20,7 @@ from distill.ledger_merge import merge_ledgers
 from distill.records import Trace, Verdict
 from tests.distill.ledger_writer import KEYS, trace
 from tests.distill.test_ledger_schema import version_1
+from tests.repository import REPOSITORY
 
 
 def worker(path: Path, indices: range, text: str = "") -> Path:
@@ -87,7 +88,7 @@ def test_a_settled_verdict_stays_before_a_time_out(tmp_path: Path) -> None:
 def test_a_killed_merge_is_run_again(workers: list[Path], tmp_path: Path) -> None:
     target = tmp_path / "out.sqlite"
     command = [sys.executable, "-c", "from pipelines.cli import main; main()", "ledger", "merge", target, *workers]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     killed = subprocess.run(command, env={**environment, VARIABLE: "merge.batch:3"}, check=False)
     assert killed.returncode == -signal.SIGKILL
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -18,6 +18,7 @@ from distill.failpoints import VARIABLE
 from distill.ledger import Ledger
 from distill.records import Trace, Verdict
 from tests.distill.ledger_writer import KEYS, trace
+from tests.repository import REPOSITORY
 
 # As potstill 0.1 first wrote it: no logprobs, no verdicts.
 VERSION_1 = """
@@ -56,7 +57,7 @@ def test_a_kill_in_the_migration_leaves_the_old_file(tmp_path: Path) -> None:
     path = version_1(tmp_path / "l.sqlite")
     killed = subprocess.run(
         [sys.executable, "-m", "tests.distill.ledger_writer", path, "0", "0"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), VARIABLE: "ledger.migrated"},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), VARIABLE: "ledger.migrated"},
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL

@@ -31,6 +31,7 @@ from distill.manifest import (
 )
 from distill.records import Trace
 from distill.tables import write_records
+from tests.repository import REPOSITORY
 
 
 class Stage:
@@ -155,7 +156,7 @@ def child(code: str, *arguments: str, failpoint: str = "") -> subprocess.Popen[s
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), VARIABLE: failpoint},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), VARIABLE: failpoint},
     )
 
 

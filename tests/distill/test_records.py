@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from distill.records import (
     Verdict,
     content_id,
 )
+from tests.repository import REPOSITORY
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 JSON = st.recursive(
@@ -118,12 +118,11 @@ def test_keys_are_equal_exactly_when_their_parts_are(
 
 
 def test_keys_are_the_same_in_another_process_with_another_hash_seed() -> None:
-    root = Path(__file__).parents[2]
-    code = "from test_records import *; print(KEY, REQUEST.seed(SAMPLING), PROBLEM.id)"
+    code = f"from {__name__} import *; print(KEY, REQUEST.seed(SAMPLING), PROBLEM.id)"
     said = {
         subprocess.run(
             [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{Path(__file__).parent}", "PYTHONHASHSEED": seed},
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": seed},
             capture_output=True,
             text=True,
             check=True,

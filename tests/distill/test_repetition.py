@@ -139,7 +139,7 @@ def test_no_gold_solution_loops() -> None:
 
 def test_long_texts_take_linear_time() -> None:
     rng = random.Random(1)
-    started = time.monotonic()
+    started = time.process_time()
     for text in (prose(rng, 100_000), "a " * 200_000, "x" * 1_000_000, prose(rng, 50) * 2_000):
         loop(text)
-    assert time.monotonic() - started < 60  # five seconds on an idle machine
+    assert time.process_time() - started < 30  # five seconds

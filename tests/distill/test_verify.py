@@ -30,6 +30,7 @@ from distill.verify import extract_answer, open_verifier
 from distill.verify.extract import reasoning_is_complete
 from distill.verify.guards import EVALUATING, is_plain_arithmetic
 from distill.verify.pool import WorkerPool
+from tests.repository import REPOSITORY
 
 TIMEOUT_S = 2.0
 
@@ -93,10 +94,10 @@ def test_a_box_at_the_end_is_found_behind_anything_that_is_no_box(noise: str, an
 
 
 def test_extraction_is_linear_in_hostile_text() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert extract_answer("\\boxed{" * 300_000) is None
     assert extract_answer("\\boxed{" * 100_000 + "1" + "}" * 100_000) == "1"
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_complete_reasoning() -> None:
@@ -341,7 +342,7 @@ def test_workers_end_with_their_parent_even_if_they_hang() -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
     assert parent.stdout is not None
     worker = int(parent.stdout.readline())

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from tests.processes import command_lines
+
 
 def places_with(secret: str, folder: Path, *outputs: str) -> list[str]:
     """Where the secret is found. `folder` is searched whole: raw bytes, rows of tables and ledgers, file names."""
@@ -22,15 +24,8 @@ def places_with(secret: str, folder: Path, *outputs: str) -> list[str]:
 
 def command_lines_with(secret: str) -> list[str]:
     """Processes of this machine whose command line shows the secret."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes()
-        except OSError:  # it has ended since
-            continue
-        if secret.encode() in line:
-            found.append(line.replace(b"\0", b" ").decode(errors="replace"))
-    return found
+    lines = (line for _, line in command_lines() if secret.encode() in line)
+    return [line.replace(b"\0", b" ").decode(errors="replace") for line in lines]
 
 
 def _parts(path: Path) -> Iterator[bytes]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.repository import REPOSITORY
+
 PICO = "pipelines/recipes/pico.yaml"
 
 
@@ -87,13 +88,17 @@ def test_doctor_reports_a_bad_recipe_and_exits_2(tmp_path: Path) -> None:
     assert not result.stderr
 
 
+@pytest.mark.parametrize("start", [(), ("sh", "-c", 'trap "" INT; exec "$@"', "sh")], ids=["foreground", "background"])
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_signals_end_with_one_line(tmp_path: Path, sent: signal.Signals, code: int) -> None:
-    """A named pipe as recipe: the command waits for its writer until the signal comes."""
+def test_signals_end_with_one_line(tmp_path: Path, sent: signal.Signals, code: int, start: tuple[str, ...]) -> None:
+    """A named pipe as recipe: the command waits for its writer until the signal comes.
+
+    A shell starts what it runs in the background with SIGINT ignored.
+    """
     pipe = tmp_path / "recipe.yaml"
     os.mkfifo(pipe)
     process = subprocess.Popen(
-        command("generate", str(pipe)),
+        [*start, *command("generate", str(pipe))],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,

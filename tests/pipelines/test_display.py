@@ -26,11 +26,11 @@ def test_plain_lines_carry_rate_time_left_and_facts() -> None:
 
 def test_plain_lines_are_rare() -> None:
     stream = io.StringIO()
-    with PlainProgress(stream, quiet_s=0.05).task("eval", 1_000) as task:
+    with PlainProgress(stream, quiet_s=0.5).task("eval", 1_000) as task:
         for _ in range(1_000):
             task.advance()
         assert stream.getvalue() == ""
-        time.sleep(0.06)
+        time.sleep(0.51)
         task.advance(0)
         task.advance(0)
     assert stream.getvalue().count("\n") == 1

@@ -88,7 +88,12 @@ def test_a_second_run_does_nothing(recipe: Path, finished: tuple[Path, str]) -> 
 @pytest.mark.parametrize(
     ("override", "rerun", "untouched"),
     [
-        ("eval.num_samples=1", {"eval", "compare"}, ("generate/", "curate/", "distill/")),
+        pytest.param(
+            "eval.num_samples=1",
+            {"eval", "compare"},
+            ("generate/", "curate/", "distill/"),
+            marks=pytest.mark.slow,
+        ),
         (
             "distill.methods=[distilled]",
             {"distill", "eval", "compare"},

@@ -15,7 +15,8 @@ import pytest
 
 from distill.records import Trace
 from distill.tables import read_records
-from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, REPOSITORY, make_world, potstill
+from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, make_world, potstill
+from tests.repository import REPOSITORY
 
 MANY = ("--set", "generate.num_samples=14", "--set", "teacher.batch_size=4")  # 336 samples
 

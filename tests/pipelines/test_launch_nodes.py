@@ -25,8 +25,8 @@ from pipelines.launch.check import check, submit
 from pipelines.launch.config import LaunchConfig
 from pipelines.launch.recipes import check_recipe
 from pipelines.launch.render import rendered
+from tests.repository import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ("torchrun", "slurm", "ray", "skypilot")
 JOBS = ("run", "generate", "serve", "pretrain", "train")
 CANARY = "sk-canary-7731"
@@ -106,7 +106,7 @@ def test_bad_input_is_one_line_and_writes_nothing(change: dict[str, Any], said: 
     tree = {"name": "t", "launcher": "slurm", "job": "generate", "recipe": "r.yaml", "nodes": 2, "workdir": "/w"}
     path.write_text(yaml.safe_dump(tree | change))
     command = [sys.executable, "-m", "pipelines", "launch", str(path), "--dry-run", "--out", str(out)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert str(path) in result.stderr
@@ -248,8 +248,9 @@ def test_torchrun_on_this_machine_trains(tmp_path: Path) -> None:
     recipe.write_text(yaml.safe_dump(PRETRAIN))
     given = config(
         launcher="torchrun", job="pretrain", recipe=str(recipe), out=str(tmp_path / "teacher"),
-        workdir=str(ROOT), gpus_per_node=0, processes_per_node=2, rendezvous_port=ports()["metrics_agent_port"],
-        overrides=["layout.ep=2"], arguments=["--held-out", "1"], env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        workdir=str(REPOSITORY), gpus_per_node=0, processes_per_node=2, rendezvous_port=ports()["metrics_agent_port"],
+        overrides=["layout.ep=2"], arguments=["--held-out", "1"],
+        env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     result = run(rendered(given), tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -370,7 +371,7 @@ STARTER = f"""
     for of_node in settings[1:]:
         cluster.add_node(num_cpus=1, **of_node)
     job = subprocess.Popen(
-        [sys.executable, "{ROOT}/pipelines/launch/ray_nodes.py", "--nodes", "2", sys.argv[2]],
+        [sys.executable, "{REPOSITORY}/pipelines/launch/ray_nodes.py", "--nodes", "2", sys.argv[2]],
         env=os.environ | {{"RAY_ADDRESS": cluster.address}},
     )
     if len(sys.argv) > 3:  # the job is stopped when all its nodes are up

@@ -15,7 +15,8 @@ import httpx
 import pytest
 
 from teacher.backends.vllm_launch import parse_help
-from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, REPOSITORY, potstill, write_yaml
+from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, potstill, write_yaml
+from tests.repository import REPOSITORY
 from tests.teacher.stand_in_vllm import install_stand_in
 from tests.teacher.v3_models import tiny_config, write_model_folder
 

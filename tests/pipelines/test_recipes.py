@@ -11,8 +11,8 @@ from distill.problems import source_files
 from distill.recipe import NativeTeacher, OpenAITeacher, load_recipe
 from pipelines.checks import recipe_checks
 from students.zoo import find_student
+from tests.repository import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPES = sorted((REPOSITORY / "pipelines/recipes").glob("*.yaml"))
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, REPOSITORY, potstill
+from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, potstill
+from tests.repository import REPOSITORY
 
 PICO = "pipelines/recipes/pico.yaml"
 QUESTION = "State the final answer to the following arithmetic problem: 12 + 34 - 5 + 20 ="

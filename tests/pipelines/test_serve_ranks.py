@@ -16,7 +16,8 @@ import httpx
 import pyarrow.parquet as pq
 import pytest
 
-from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, REPOSITORY, potstill
+from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, potstill
+from tests.repository import REPOSITORY
 
 openai = pytest.importorskip("openai", reason="the openai package comes with vLLM")
 pytestmark = pytest.mark.slow

@@ -27,6 +27,7 @@ from distill.records import Completion, Problem, Sampling, TeacherIdentity, Trac
 from distill.tables import read_records
 from pipelines.rounds import FLUSH_SAMPLES
 from pipelines.stages.generate import generate
+from tests.repository import REPOSITORY
 
 IDENTITY = TeacherIdentity(name="sums", weights="w", template="t", backend="test", backend_version="1")
 
@@ -168,14 +169,14 @@ def test_any_interruptions_leave_the_same_bytes_and_ask_nothing_twice(
 
 
 CHILD = """
-    import sys, time
+    import signal, sys, time
     from pathlib import Path
-    sys.path.insert(0, sys.argv[4])
-    from test_stage_generate import SumTeacher, run, local_recipe
+    from tests.pipelines.test_stage_generate import SumTeacher, run, local_recipe
     def wait(number):
         if number == int(sys.argv[3]):
             print("waiting", flush=True)
             time.sleep(600)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands on that it is ignored
     try:
         out = Path(sys.argv[1])
         run(out, SumTeacher(seed=int(sys.argv[2]), on_sample=wait), local_recipe(out.parent))
@@ -189,12 +190,11 @@ CHILD = """
 
 def start(out: Path, seed: int, at: int) -> subprocess.Popen[str]:
     """A run whose teacher has handed `at` samples over and hangs at the next one, after a line that says so."""
-    here = Path(__file__)
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(CHILD), str(out), str(seed), str(at), str(here.parent)],
+        [sys.executable, "-c", textwrap.dedent(CHILD), str(out), str(seed), str(at)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(here.parents[2])},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
 
 

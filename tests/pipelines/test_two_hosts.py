@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, REPOSITORY
+from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT
+from tests.repository import REPOSITORY
 
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
 RANKS = {"num_ranks": 2, "num_nodes": 2, "head_address": ADDRESSES[0]}

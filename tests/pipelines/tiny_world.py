@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
+from tests.repository import REPOSITORY
 from tests.students.tiny_bases import make_base
 from tests.teacher.v3_models import tiny_config, write_model_folder
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-c", "from pipelines.cli import main; main()")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 

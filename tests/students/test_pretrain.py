@@ -132,6 +132,7 @@ def test_every_line_of_arithmetic_is_true(documents: list[str]) -> None:
     assert checked > 3 * NUM_DOCUMENTS
 
 
+@pytest.mark.slow
 def test_the_corpus_depends_on_the_seed_and_not_on_the_workers(tokenizer: Tokenizer) -> None:
     one, two = (corpus(tokenizer, num_workers=number, num_documents=2 * NUM_DOCUMENTS) for number in (1, 2))
     assert np.array_equal(one.ids, two.ids)

@@ -12,10 +12,11 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any
 
-from chat_endpoint import ChatEndpoint
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from tests.teacher.chat_endpoint import ChatEndpoint
 
 END = "\n</think>\n\n"
 

@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_grouped_engine import save_random
-from v3_models import random_model, tiny_config
 
 from distill.errors import EnvironmentFault, UserInputError
 from teacher.serve import invariant
@@ -23,6 +21,8 @@ from teacher.serve.latent_model import LatentModel
 from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Sequence
 from teacher.serve.weights import fuse_weights
+from tests.teacher.test_grouped_engine import save_random
+from tests.teacher.v3_models import random_model, tiny_config
 
 CPU = torch.device("cpu")
 PROMPT = torch.randint(6, 60, (150,), generator=torch.Generator().manual_seed(3)).tolist()

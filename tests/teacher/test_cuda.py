@@ -1,10 +1,7 @@
 """What only a GPU can show: BF16 grouped experts forward and backward, a compiled training step, the engine on CUDA."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from v3_models import tiny_config
 
 from teacher.model.balance import update_bias
 from teacher.model.block_checkpoint import load_blocks
@@ -19,8 +16,10 @@ from teacher.serve.scheduler import Chunk
 from teacher.serve.sequence import Sequence
 from teacher.serve.step import in_order
 from teacher.serve.weights import fuse_entries
+from tests.repository import REPOSITORY
+from tests.teacher.v3_models import tiny_config
 
-PICO = Path(__file__).resolve().parents[2] / "teacher" / "pico"
+PICO = REPOSITORY / "teacher" / "pico"
 # BF16 operands with FP32 accumulation: between 1e-3 and 1e-2 of the norm.
 BF16_ERROR = 1e-2
 

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 from starlette.testclient import TestClient
-from test_native_backend import SAMPLING, requests
-from v3_models import tiny_config, write_model_folder
 
 from distill.errors import CheckpointError, DataError, EnvironmentFault, PotstillError, RecipeError
 from distill.recipe import NativeTeacher
@@ -30,6 +28,8 @@ from teacher.serve.http import build_app
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.weights import fuse_entries
 from tests.students.tiny_bases import make_base
+from tests.teacher.test_native_backend import SAMPLING, requests
+from tests.teacher.v3_models import tiny_config, write_model_folder
 
 WIDTHS = {
     "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "q_lora_rank": 128,

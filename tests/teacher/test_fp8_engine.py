@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from v3_models import random_model, tiny_config
 
 from distill.errors import CheckpointError
 from teacher.model.block_checkpoint import load_blocks, quantised_entries, unfit_for_fp8
@@ -18,6 +17,7 @@ from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.sequence import Sequence
 from teacher.serve.weights import fuse_entries
+from tests.teacher.v3_models import random_model, tiny_config
 
 CPU = torch.device("cpu")
 WIDE = {

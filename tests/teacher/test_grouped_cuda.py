@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_grouped_engine import LLAMA3, ours, prompts, save_random
 
 from teacher.serve.grouped_kernels import GroupedKernels
 from teacher.serve.grouped_model import GroupedModel
@@ -16,6 +15,7 @@ from teacher.serve.runner import ModelRunner
 from teacher.serve.scheduler import Chunk
 from teacher.serve.sequence import Sequence
 from teacher.serve.step import in_order
+from tests.teacher.test_grouped_engine import LLAMA3, ours, prompts, save_random
 
 KINDS = [
     ("qwen2", {"head_dim": 16, "hidden_size": 64}),

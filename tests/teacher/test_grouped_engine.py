@@ -19,8 +19,9 @@ from teacher.serve.engine import Engine
 from teacher.serve.grouped_config import parse_grouped_config
 from teacher.serve.grouped_model import GroupedModel
 from teacher.serve.sequence import Sequence
+from tests.repository import REPOSITORY
 
-STUDENTS = Path(__file__).resolve().parents[2] / "students" / "pico"
+STUDENTS = REPOSITORY / "students" / "pico"
 CPU = torch.device("cpu")
 LLAMA3 = {
     "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from test_native_backend import SAMPLING, open_it, requests
-from v3_models import tiny_config, write_model_folder
 
 from distill.errors import DataError, EnvironmentFault
 from distill.records import Problem, Sampling, TraceRequest
@@ -20,6 +18,8 @@ from teacher.serve.http import build_app
 from teacher.serve.loop import EngineLoop, Withdrawn
 from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Sequence
+from tests.teacher.test_native_backend import SAMPLING, open_it, requests
+from tests.teacher.v3_models import tiny_config, write_model_folder
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,7 @@ def test_what_joins_a_running_batch_is_what_it_is_alone(folder: Path, workers: i
         )
 
 
+@pytest.mark.slow
 def test_what_libraries_print_is_no_answer(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL's log goes to standard output, below Python's."""
     condition = "event == 'import' and given[0] == 'teacher.serve.engine'"
@@ -111,7 +112,7 @@ def test_what_comes_joins_the_run_whatever_its_settings_and_what_is_withdrawn_le
     assert engine.cancelled == [2]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_client_that_leaves_frees_its_places(folder: Path, workers: int) -> None:
     """Four places, eight long answers: the others could not be written while the first four are."""
     backend = teacher(folder, workers=workers)

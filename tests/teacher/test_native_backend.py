@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from v3_models import tiny_config, write_model_folder
 
 from distill.errors import CheckpointError, DataError, EnvironmentFault
 from distill.logprobs import TokenLogprobs
@@ -18,6 +17,7 @@ from distill.recipe import NativeTeacher
 from distill.records import Problem, Sampling, TraceRequest
 from teacher.backends import open_teacher
 from teacher.model.checkpoint import load_checkpoint
+from tests.teacher.v3_models import tiny_config, write_model_folder
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.95, max_tokens=24, seed=3)
 
@@ -128,7 +128,7 @@ def prompt_ids_of(teacher, request):
     return teacher.tokenizer.encode(prompt, add_special_tokens=False)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_logprobs_are_those_of_a_whole_forward_pass(folder, workers):
     teacher = open_it(folder)
     teacher.max_workers = workers
@@ -157,7 +157,7 @@ def test_no_logprobs_unless_asked_for(folder):
     assert {done.logprobs for done in open_it(folder).generate(requests(), SAMPLING)} == {None}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_thinking_ends_at_its_budget_and_the_answer_is_sampled_on(folder, workers):
     teacher = open_it(folder)
     teacher.max_workers = workers
@@ -206,6 +206,7 @@ def test_workers_write_what_one_process_writes(folder):
     assert len(alone) == 16
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_a_fault_of_the_environment(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     teacher = open_it(copy, batch_size=4)
@@ -215,6 +216,7 @@ def test_a_worker_that_dies_is_a_fault_of_the_environment(folder, tmp_path):
         list(teacher.generate(requests(), SAMPLING))
 
 
+@pytest.mark.slow
 def test_abandoning_the_iterator_ends_the_workers(folder):
     teacher = open_it(folder, batch_size=4)
     teacher.max_workers = 2

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import transformers
-from v3_models import random_model, tiny_config
 
 from teacher.kernels.mla_cache import PAGE
 from teacher.serve.engine import Engine
@@ -13,6 +12,7 @@ from teacher.serve.sampler import Draw, sample
 from teacher.serve.scheduler import Chunk
 from teacher.serve.sequence import Sequence
 from teacher.serve.step import in_order
+from tests.teacher.v3_models import random_model, tiny_config
 
 CONFIGS = {"all": {}, "no_q_lora": {"q_lora_rank": None}, "no_yarn": {"rope_scaling": None, "first_k_dense_replace": 0}}
 

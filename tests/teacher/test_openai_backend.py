@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from chat_endpoint import ChatEndpoint, dropped, serving
 from starlette.responses import JSONResponse, Response
 
 from distill.errors import EnvironmentFault, RecipeError
@@ -17,6 +16,7 @@ from distill.recipe import OpenAITeacher
 from distill.records import Completion, Problem, Sampling, TraceRequest
 from teacher.backends.openai import OpenAICompatibleTeacher
 from teacher.backends.openai.answers import whole_text
+from tests.teacher.chat_endpoint import ChatEndpoint, dropped, serving
 
 SAMPLING = Sampling(temperature=0.6, top_p=0.95, max_tokens=64, seed=3)
 

@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import uvicorn
-from test_http_server import SpellingTeacher
-from test_native_backend import open_it
-from v3_models import tiny_config, write_model_folder
 
 from distill.records import Sampling
 from teacher.backends.native import NativeBackend
@@ -21,6 +18,9 @@ from teacher.serve.guard import GuardedProtocol
 from teacher.serve.http import build_app
 from teacher.serve.reasoning import END_OF_THINKING, THINK, split
 from teacher.serve.stopping import RepetitionLimit
+from tests.teacher.test_http_server import SpellingTeacher
+from tests.teacher.test_native_backend import open_it
+from tests.teacher.v3_models import tiny_config, write_model_folder
 
 openai = pytest.importorskip("openai", reason="the openai package comes with vLLM")
 LIMIT = 60
@@ -105,7 +105,7 @@ def test_the_first_token_comes_long_before_the_last(
     assert arrived[0] < arrived[-1] / 3, (arrived[0], arrived[-1])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_streams_say_what_whole_answers_say(folder: Path, workers: int) -> None:
     """Text, reasons, usage, logprobs and token ids, of several samples side by side, here and in worker processes."""
     backend: NativeBackend = open_it(folder)
@@ -201,12 +201,12 @@ def test_top_k_min_p_and_bias_decide_what_is_drawn(client: openai.OpenAI) -> Non
     ],
 )
 def test_bad_settings_are_refused_at_once(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(openai.BadRequestError) as refused:
         chat(client, **fields)
     assert refused.value.type == "invalid_request_error"
     assert str(refused.value.param).startswith(param)
-    assert time.monotonic() - begun < 1, "0.1 s on a machine that does nothing else"
+    assert time.process_time() - begun < 1, "0.1 s of this process, in which the server runs as well"
 
 
 @pytest.mark.parametrize(

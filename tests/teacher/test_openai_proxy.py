@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from chat_endpoint import ChatEndpoint, serving
-from forward_proxy import HOST, VARIABLES, encoded, proxying
 
 from distill.errors import EnvironmentFault
 from distill.recipe import OpenAITeacher
 from distill.records import Problem, Sampling, TraceRequest
 from teacher.backends.openai import OpenAICompatibleTeacher
 from teacher.backends.openai.proxy import Proxy
+from tests.teacher.chat_endpoint import ChatEndpoint, serving
+from tests.teacher.forward_proxy import HOST, VARIABLES, encoded, proxying
 
 LOGIN = "me:p@ss w/+rd"
 IN_A_URL = "me:p%40ss%20w%2F%2Brd"

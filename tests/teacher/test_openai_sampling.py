@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from chat_endpoint import serving
-from spelling_endpoint import END, SpellingEndpoint, answer, logprob, thought
 
 from distill.errors import RecipeError
 from distill.logprobs import TokenLogprobs
 from distill.recipe import OpenAITeacher
 from distill.records import Completion, Problem, Sampling, TraceRequest
 from teacher.backends.openai import OpenAICompatibleTeacher
+from tests.teacher.chat_endpoint import serving
+from tests.teacher.spelling_endpoint import END, SpellingEndpoint, answer, logprob, thought
 
 QUESTION = "17 + 25?"
 REQUEST = TraceRequest(problem=Problem(prompt=QUESTION, answer="42", grader="math", source="t"), sample_index=0)
@@ -119,7 +119,7 @@ def test_logprobs_go_on_over_a_forced_end(endpoint: SpellingEndpoint, forcing: s
 
 
 def test_an_endpoint_without_logprobs_is_named() -> None:
-    from chat_endpoint import ChatEndpoint
+    from tests.teacher.chat_endpoint import ChatEndpoint
 
     with serving(ChatEndpoint()) as plain:
         config = OpenAITeacher(base_url=plain.url, model="pico")

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from chat_endpoint import ChatEndpoint, serving
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.responses import JSONResponse, Response
-from test_openai_backend import SAMPLING, check_all, collect, requests, teacher
 
 from distill.errors import EnvironmentFault, RecipeError
 from distill.records import Completion
@@ -20,6 +18,8 @@ from teacher.backends.openai.answers import Answer, Reported
 from teacher.backends.openai.client import retry_after_s
 from teacher.backends.openai.secrets import ApiKey
 from teacher.backends.openai.streaming import EventDecoder
+from tests.teacher.chat_endpoint import ChatEndpoint, serving
+from tests.teacher.test_openai_backend import SAMPLING, check_all, collect, requests, teacher
 
 
 @pytest.fixture

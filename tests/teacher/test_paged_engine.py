@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from v3_models import random_model, tiny_config
 
 from teacher.kernels.mla_cache import PAGE
 from teacher.model.checkpoint import load_checkpoint
@@ -28,8 +27,10 @@ from teacher.serve.sampler import Draw, sample
 from teacher.serve.sequence import Sequence
 from teacher.serve.step import Decodes
 from teacher.serve.weights import fuse_weights
+from tests.repository import REPOSITORY
+from tests.teacher.v3_models import random_model, tiny_config
 
-PICO = Path(__file__).resolve().parents[2] / "teacher" / "pico"
+PICO = REPOSITORY / "teacher" / "pico"
 SETTINGS = [
     Draw(),
     Draw(0.8, 0.9, top_logprobs=2),
@@ -230,12 +231,12 @@ def test_kernel_forms_write_what_plain_ones_write(widths: dict[str, int], specul
 @pytest.mark.parametrize("speculate", [False, True], ids=["one query", "two queries"])
 def test_interpreted_kernels_write_what_plain_operations_write(speculate: bool) -> None:
     program = (
-        "from test_paged_engine import POWERS_OF_TWO, agrees_with_plain, tiny_config\n"
+        f"from {__name__} import POWERS_OF_TWO, agrees_with_plain, tiny_config\n"
         "small = {'num_hidden_layers': 1, 'first_k_dense_replace': 0}\n"
         "config = tiny_config(max_position_embeddings=512, rope_scaling=None, **POWERS_OF_TWO, **small)\n"
         f"agrees_with_plain(config, num_prompts=3, num_tokens={2 + speculate}, {speculate=})\n"
     )
-    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    search = os.pathsep.join(filter(None, sys.path))
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": search}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -17,9 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_endpoint import ChatEndpoint, serving
-from stand_in_vllm import install_stand_in
-from v3_models import tiny_config, write_model_folder
 
 from distill.errors import EnvironmentFault, RecipeError
 from distill.protocols import Teacher
@@ -28,9 +25,13 @@ from distill.records import Completion, Problem, Sampling, TraceRequest
 from teacher.backends import open_teacher
 from teacher.backends.native import open_native
 from teacher.backends.ray import RayBackend, Secret
+from tests.processes import command_lines
+from tests.repository import REPOSITORY
+from tests.teacher.chat_endpoint import ChatEndpoint, serving
+from tests.teacher.stand_in_vllm import install_stand_in
+from tests.teacher.v3_models import tiny_config, write_model_folder
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
-ROOT = Path(__file__).resolve().parents[2]
 SAMPLING = Sampling(max_tokens=8, seed=2)
 CANARY = "sk-canary-2604"
 
@@ -46,7 +47,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     # Sockets have a path of at most 107 characters: pytest's folders are too deep.
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as session:
         patch.syspath_prepend(str(packages))
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(packages), str(ROOT), str(Path(__file__).parent)]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(packages), str(REPOSITORY)]))
         patch.setenv("STAND_IN_FOLDER", str(folder))
         patch.setenv("STAND_IN_DELAY_S", "0.1")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -141,7 +142,7 @@ def test_the_key_is_in_nothing_that_ray_or_the_servers_wrote(world: Any) -> None
     assert any(path.name == "raylet.out" for path in written)
     assert any(path.name == "vllm.log" for path in written)
     assert not [path for path in written if CANARY.encode() in path.read_bytes()]
-    commands = b"".join(p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if os.access(p, os.R_OK))
+    commands = b"".join(line for _, line in command_lines())
     assert b"raylet" in commands
     assert CANARY.encode() not in commands
     assert CANARY not in repr(Secret(CANARY))

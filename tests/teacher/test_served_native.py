@@ -11,8 +11,6 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from test_native_backend import open_it
-from v3_models import tiny_config, write_model_folder
 
 from distill.logprobs import TokenLogprobs
 from distill.recipe import OpenAITeacher
@@ -20,6 +18,8 @@ from distill.records import Completion, Problem, Sampling, TraceRequest
 from teacher.backends.native import FORCED_END, THINK
 from teacher.backends.openai import OpenAICompatibleTeacher
 from teacher.serve.http import build_app
+from tests.teacher.test_native_backend import open_it
+from tests.teacher.v3_models import tiny_config, write_model_folder
 
 # Greedy, so that both sides draw alike: a client's seed is one more step away from the engine's.
 SAMPLING = Sampling(temperature=0.0, max_tokens=40, seed=3)

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from test_native_backend import SAMPLING, requests
-from v3_models import tiny_config, write_model_folder
 
 from distill.errors import CheckpointError
 from distill.recipe import NativeTeacher
@@ -18,6 +16,8 @@ from teacher.backends import open_teacher
 from teacher.backends.native import NativeBackend
 from teacher.serve.batching import Asked, Written
 from teacher.serve.http import build_app
+from tests.teacher.test_native_backend import SAMPLING, requests
+from tests.teacher.v3_models import tiny_config, write_model_folder
 
 GREEDY = SAMPLING.model_copy(update={"temperature": 0.0, "top_logprobs": 2, "max_thinking_tokens": 9})
 

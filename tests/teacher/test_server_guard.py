@@ -14,10 +14,10 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
-from test_http_server import DEFAULTS, SpellingTeacher, chat, wait_until
 
 from teacher.serve import guard
 from teacher.serve.http import MAX_BODY_BYTES, build_app
+from tests.teacher.test_http_server import DEFAULTS, SpellingTeacher, chat, wait_until
 
 KEY = "sk-canary-0916"
 QUESTION = {"model": "pico", "messages": [{"role": "user", "content": "what is 2 + 2"}]}

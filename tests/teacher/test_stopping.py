@@ -5,14 +5,12 @@ from __future__ import annotations
 import queue
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from v3_models import random_model, tiny_config
 
 from teacher.serve import sequence
 from teacher.serve.detokenizer import Detokenizer, decode_by
@@ -22,8 +20,10 @@ from teacher.serve.loop import EngineLoop
 from teacher.serve.reasoning import END_OF_THINKING, THINK, Reasoning, split
 from teacher.serve.sampler import Draw
 from teacher.serve.stopping import Repetition, RepetitionLimit, StopStrings, cut
+from tests.repository import REPOSITORY
+from tests.teacher.v3_models import random_model, tiny_config
 
-PICO = Tokenizer.from_file(str(Path(__file__).resolve().parents[2] / "teacher/pico/tokenizer.json"))
+PICO = Tokenizer.from_file(str(REPOSITORY / "teacher/pico/tokenizer.json"))
 TEXTS = st.text(st.sampled_from("ab\n<é漢🙂"), max_size=40)
 
 

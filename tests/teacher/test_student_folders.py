@@ -18,8 +18,9 @@ from teacher.backends import open_teacher
 from teacher.backends.native import NativeBackend
 from teacher.serve.models import read_facts
 from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT
+from tests.repository import REPOSITORY
 
-STUDENTS = Path(__file__).resolve().parents[2] / "students" / "pico"
+STUDENTS = REPOSITORY / "students" / "pico"
 NAMES = ["qwen2-0.2m", "llama-0.4m"]
 SAMPLING = Sampling(temperature=0.7, max_tokens=16, seed=3)
 

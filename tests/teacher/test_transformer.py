@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from v3_models import random_model, tiny_config
 
 from teacher.model.balance import sequence_balance_loss, update_bias
 from teacher.model.config import DeepseekV3Config
 from teacher.model.counts import count_parameters
+from tests.teacher.v3_models import random_model, tiny_config
 
 
 @pytest.mark.parametrize("kind", ["dense", "grouped"])

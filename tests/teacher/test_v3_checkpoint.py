@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from v3_models import random_model, tiny_config
 
 from distill.errors import CheckpointError
 from teacher.model.checkpoint import convert_checkpoint, load_checkpoint, save_checkpoint
 from teacher.model.config import parse_config, read_config
 from teacher.model.fp8 import scale_shape
+from tests.teacher.v3_models import random_model, tiny_config
 
 IDS = torch.arange(24).view(2, 12)
 NAME = "model.layers.1.mlp.experts.3.down_proj.weight"

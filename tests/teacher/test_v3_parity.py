@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
-from v3_models import random_model, tiny_config
 
 from teacher.model.checkpoint import load_checkpoint, save_checkpoint
 from teacher.model.rope import rotate
+from tests.teacher.v3_models import random_model, tiny_config
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 SWEEP = {

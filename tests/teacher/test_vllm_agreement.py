@@ -30,8 +30,9 @@ from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.sequence import Sequence
 from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, potstill
+from tests.processes import below, command_lines
+from tests.repository import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[2]
 CANARY = "sk-canary-0815"
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 # FP32 against FP32: only the order of summation differs.
@@ -51,7 +52,7 @@ def teacher(tmp_path_factory):
     config = VllmTeacher.model_validate(SERVER)
     with (
         pytest.MonkeyPatch.context() as patch,
-        contextlib.closing(open_teacher(config, base_dir=ROOT, log_dir=root)) as teacher,
+        contextlib.closing(open_teacher(config, base_dir=REPOSITORY, log_dir=root)) as teacher,
     ):
         patch.setenv("POTSTILL_CACHE", str(root / "cache"))
         assert httpx.get(f"{teacher.url}/health").status_code == 200
@@ -74,7 +75,7 @@ def prompts(folder):
 
 def questions(count: int) -> list[Problem]:
     source = ReasoningGymSource(families="distill/problems/pico.yaml", count=count, seed=7, split="held_out")
-    return load_problems([source], base_dir=ROOT)[:count]
+    return load_problems([source], base_dir=REPOSITORY)[:count]
 
 
 def _rendered(tokenizer, prompt):
@@ -204,7 +205,7 @@ def test_generate_keeps_its_samples_and_leaves_no_server_when_it_is_killed(tmp_p
     command = [*COMMAND, "generate", str(path), "--out", str(runs)]
     killed = subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=REPOSITORY,
         env={**ENVIRONMENT, **environment, "POTSTILL_FAILPOINT": "stage.ended"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -237,19 +238,6 @@ def test_generate_keeps_its_samples_and_leaves_no_server_when_it_is_killed(tmp_p
     assert CANARY not in killed.stdout.read() + result.stdout + result.stderr
 
 
-def below(root):
-    """The process ids of all that `root` has started, at any depth."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit():
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found = {root}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {root}
-
-
 def command_line(pid):
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -258,9 +246,4 @@ def command_line(pid):
 
 def command_lines_with(text):
     """Command lines of the living processes in which `text` occurs, and of those that call themselves vLLM's."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and text in (line := (entry / "cmdline").read_bytes()):
-                found[int(entry.name)] = line
-    return found
+    return {pid: line for pid, line in command_lines() if text in line}

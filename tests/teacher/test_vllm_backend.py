@@ -20,8 +20,6 @@ from typing import Any
 
 import httpx
 import pytest
-from stand_in_vllm import install_stand_in, write_version
-from v3_models import tiny_config, write_model_folder
 
 from distill.errors import CheckpointError, EnvironmentFault, RecipeError
 from distill.protocols import Teacher
@@ -32,9 +30,12 @@ from teacher.backends.folder import readable_on_cpu
 from teacher.backends.native import open_native
 from teacher.backends.vllm import VllmBackend
 from teacher.backends.vllm_routes import AllowList
+from tests.processes import command_lines
+from tests.repository import REPOSITORY
+from tests.teacher.stand_in_vllm import install_stand_in, write_version
+from tests.teacher.v3_models import tiny_config, write_model_folder
 
 SAMPLING = Sampling(max_tokens=8, seed=2)
-ROOT = Path(__file__).resolve().parents[2]
 CANARY = "sk-canary-4711"
 
 
@@ -257,7 +258,7 @@ def test_nothing_outlives_its_owner(stand_in: Path, folder: Path, monkeypatch: p
     """Not the keeper, not the server, not what the server started in a session of its own and deaf to SIGTERM."""
     daughter = folder.parent / "daughter"
     monkeypatch.setenv("STAND_IN_DAUGHTER", str(daughter))
-    monkeypatch.setenv("PYTHONPATH", f"{stand_in}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("PYTHONPATH", f"{stand_in}{os.pathsep}{REPOSITORY}")
     owner = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(OWNER), str(folder), death], stdout=subprocess.PIPE, text=True
     )
@@ -289,21 +290,13 @@ def test_the_key_is_in_no_process_list_and_no_log(
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
     with backend(folder) as teacher:
         completions = list(teacher.generate(requests(2), SAMPLING))
-        commands = [path.read_bytes() for path in command_lines()]
+        commands = [line for _, line in command_lines()]
         assert any(b"stand_in" in command or b"vllm.entrypoints" in command for command in commands)
         assert not any(CANARY.encode() in command for command in commands)
         ((_, arguments),) = lives(folder)
         assert arguments[arguments.index("--host") + 1] == "127.0.0.1"
         assert CANARY not in repr(teacher.identity) + repr(completions) + repr(teacher.config)
     assert CANARY not in (folder.parent / "vllm.log").read_text()
-
-
-def command_lines() -> Iterator[Path]:
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (entry / "cmdline").exists():
-            with contextlib.suppress(OSError):
-                (entry / "cmdline").read_bytes()
-                yield entry / "cmdline"
 
 
 # --- the copy for the CPU build ---------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from distill.ledger import Ledger
 from distill.manifest import read_manifest
+from tests.repository import REPOSITORY
 
 STAGES = ("generate", "verify", "export", "curate")
-REPOSITORY = Path(__file__).parents[2]
 
 
 class Chain:

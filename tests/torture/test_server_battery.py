@@ -18,7 +18,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, REPOSITORY
+from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT
+from tests.repository import REPOSITORY
 
 pytestmark = [pytest.mark.torture, pytest.mark.timeout(1_200)]
 QUESTION = "State the final answer to the following arithmetic problem: 12 + 34 - 5 + 20 ="

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from shared_inboxes import Shared
 
 from teacher.kernels.experts import ExpertWeights, default_plan, routed_experts_fp8
 from teacher.kernels.quantise import quantise, quantise_weight
@@ -16,6 +15,7 @@ from teacher.parallel.fixed_places import FixedPlaces, Received, own_experts
 from teacher.parallel.groups import Ranks
 from teacher.parallel.placement import Placement, SlotTables
 from teacher.parallel.symmetric_places import SymmetricFixedPlaces
+from tests.teacher.kernels.shared_inboxes import Shared
 
 HIDDEN, INNER, PER_TOKEN, MAX_TOKENS = 384, 128, 3, 6
 Tokens = list[tuple[Any, torch.Tensor, torch.Tensor]]

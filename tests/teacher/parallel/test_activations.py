@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from process_ranks import run_ranks
-from spread_runs import alone, config_of, joined, joined_moments, needs_split_recomputation, spread_run, trained
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from distill.errors import EnvironmentFault
@@ -13,6 +11,16 @@ from teacher.model.experts import ExpertsKind
 from teacher.model.transformer import DeepseekV3
 from teacher.parallel.groups import Ranks
 from teacher.train.activations import SavedActivations
+from tests.teacher.parallel.process_ranks import run_ranks
+from tests.teacher.parallel.spread_runs import (
+    alone,
+    config_of,
+    joined,
+    joined_moments,
+    needs_split_recomputation,
+    spread_run,
+    trained,
+)
 from tests.teacher.v3_models import random_model, tiny_config
 
 WIDE = {  # tiles of 128 need widths of 128

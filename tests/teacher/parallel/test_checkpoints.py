@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from process_ranks import run_ranks
-from spread_runs import Trained, config_of, joined, joined_moments, spread_run, state_of, trained
 
 from distill.errors import CheckpointError, RecipeError
 from distill.failpoints import VARIABLE
 from distill.progress import silent
 from teacher.parallel.groups import Ranks
 from teacher.train import checkpoints
+from tests.teacher.parallel.process_ranks import run_ranks
+from tests.teacher.parallel.spread_runs import Trained, config_of, joined, joined_moments, spread_run, state_of, trained
 
 STEPS, EVERY = 4, {"every": 2, "keep": 2}
 FROM_TO = [

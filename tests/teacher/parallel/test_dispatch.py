@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from process_ranks import needs_gpus, own, run_ranks
 
 from teacher.kernels.quantise import quantise_twin
 from teacher.model.config import DeepseekV3Config
@@ -16,6 +15,7 @@ from teacher.parallel.groups import Ranks
 from teacher.parallel.moe import ExpertParallelExperts
 from teacher.parallel.placement import Placement
 from teacher.parallel.wire import Wire
+from tests.teacher.parallel.process_ranks import needs_gpus, own, run_ranks
 
 HIDDEN, INNER, EXPERTS, PER_TOKEN = 128, 16, 16, 3
 FP32 = Wire(out="fp32", back="fp32")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from process_ranks import own, run_ranks
 
 from teacher.kernels.experts import ExpertWeights, routed_experts_fp8
 from teacher.kernels.quantise import quantise
@@ -13,6 +12,7 @@ from teacher.model.fp8 import quantise_blocks
 from teacher.parallel.fixed_places import FixedPlaces, own_experts, routed_experts_over_ranks
 from teacher.parallel.groups import Ranks
 from teacher.parallel.placement import Placement
+from tests.teacher.parallel.process_ranks import own, run_ranks
 
 HIDDEN, INNER, EXPERTS, PER_TOKEN, MAX_TOKENS = 256, 128, 8, 3, 7
 ROUTINGS = ("random", "skewed", "one")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from spread_runs import ARCHITECTURE
 
 from distill.errors import RecipeError
 from teacher.model.config import DeepseekV3Config
@@ -13,6 +12,7 @@ from teacher.model.names import empty_model
 from teacher.parallel.layout import Layout
 from teacher.parallel.stage import EMBEDDING, own_entries
 from teacher.train.config import RowOrder
+from tests.teacher.parallel.spread_runs import ARCHITECTURE
 
 MODEL = DeepseekV3Config.model_validate({"vocab_size": 300, **ARCHITECTURE})
 sizes = st.integers(1, 6)

@@ -8,12 +8,12 @@ import time
 
 import pytest
 import torch
-from process_ranks import run_ranks
 
 from distill.errors import DataError, EnvironmentFault
 from teacher.parallel.dispatch import Exchange
 from teacher.parallel.groups import Ranks, opened_ranks
 from teacher.parallel.placement import Placement
+from tests.teacher.parallel.process_ranks import run_ranks
 
 
 def exchanging(ranks: Ranks, how: str) -> tuple[str, float]:

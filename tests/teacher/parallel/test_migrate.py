@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from process_ranks import run_ranks
 
 from distill.errors import DataError
 from teacher.model.config import DeepseekV3Config
@@ -19,6 +18,7 @@ from teacher.parallel.migrate import plan_moves, relocate
 from teacher.parallel.moe import ExpertParallelExperts
 from teacher.parallel.placement import Placement
 from teacher.parallel.wire import Wire
+from tests.teacher.parallel.process_ranks import run_ranks
 
 EXPERTS, HIDDEN = 6, 128
 

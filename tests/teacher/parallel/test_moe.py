@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from process_ranks import run_ranks
 
 from teacher.model.config import DeepseekV3Config
 from teacher.model.experts import Experts
@@ -18,6 +17,7 @@ from teacher.parallel.groups import Ranks
 from teacher.parallel.moe import ExpertParallelExperts, shard_experts
 from teacher.parallel.placement import Placement
 from teacher.parallel.wire import Wire
+from tests.teacher.parallel.process_ranks import run_ranks
 
 FP32 = Wire(out="fp32", back="fp32")
 

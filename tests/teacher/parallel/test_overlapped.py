@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from process_ranks import needs_gpus, run_ranks
-from spread_runs import ARCHITECTURE, RECOMPUTES_SPLIT, config_of, missed, spread_run, state_of
 
 from distill.progress import silent
 from teacher.parallel import overlapped, turns
 from teacher.parallel.groups import Ranks
+from tests.teacher.parallel.process_ranks import needs_gpus, run_ranks
+from tests.teacher.parallel.spread_runs import ARCHITECTURE, RECOMPUTES_SPLIT, config_of, missed, spread_run, state_of
 
 LAYOUT = {"pp": 2, "ep": 2, "schedule": "dualpipev", "microbatches": 4}
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from process_ranks import run_ranks
 from torch.distributed.pipelining import ScheduleDualPipeV
 
 from benchmarks.schedules.schedules import dual_pipe_v
@@ -19,6 +18,7 @@ from teacher.parallel.layout import Layout
 from teacher.parallel.meshes import formed
 from teacher.parallel.pipeline import Pipeline
 from teacher.parallel.stage import pipeline_blocks
+from tests.teacher.parallel.process_ranks import run_ranks
 
 MICROBATCHES, POSITIONS, BALANCE = 8, 12, 0.05
 SCHEDULES = ("1f1b", "zbv", "dualpipev")

@@ -12,18 +12,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from process_ranks import DEVICES, run_ranks
-from spread_engines import (
-    BATCH,
-    STEP,
-    WIDTHS,
-    Written,
-    assert_one_engine_writes,
-    num_graphs,
-    requests,
-    spread_engine,
-    written,
-)
 
 from distill.errors import DataError, EnvironmentFault
 from teacher.model.block_checkpoint import load_blocks
@@ -36,6 +24,18 @@ from teacher.parallel.rebalance import PlacedMoEWeights, Rebalancing, Report
 from teacher.parallel.serving import SpreadModel, load_spread
 from teacher.serve.sequence import Sequence
 from teacher.serve.weights import Fp8MoEWeights, fuse_entries
+from tests.teacher.parallel.process_ranks import DEVICES, run_ranks
+from tests.teacher.parallel.spread_engines import (
+    BATCH,
+    STEP,
+    WIDTHS,
+    Written,
+    assert_one_engine_writes,
+    num_graphs,
+    requests,
+    spread_engine,
+    written,
+)
 from tests.teacher.v3_models import random_model, tiny_config
 
 EXPERTS, REDUNDANT, PER_TOKEN = 16, 4, 4

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from process_ranks import run_ranks
-from spread_runs import config_of, joined, joined_moments, missed, spread_run, trained
 
 from distill.failpoints import VARIABLE
 from teacher.model.checkpoint import load_checkpoint
 from teacher.parallel.groups import Ranks
+from tests.repository import REPOSITORY
+from tests.teacher.parallel.process_ranks import run_ranks
+from tests.teacher.parallel.spread_runs import config_of, joined, joined_moments, missed, spread_run, trained
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 LAYOUT = {"pp": 2, "ep": 2, "microbatches": 2}
 SETTINGS = {"num_steps": 12, "checkpoint": {"every": 3}}
 

@@ -7,16 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from process_ranks import DEVICES, run_ranks
-from spread_engines import (
-    WIDTHS,
-    Written,
-    assert_one_engine_writes,
-    num_graphs,
-    requests,
-    spread_engine,
-    written,
-)
 
 from teacher.model.block_checkpoint import load_blocks
 from teacher.model.checkpoint import save_checkpoint
@@ -27,6 +17,16 @@ from teacher.serve.scheduler import Chunk
 from teacher.serve.sequence import Sequence
 from teacher.serve.step import build_step, halved
 from teacher.serve.weights import Fp8MoEWeights, fuse_entries
+from tests.teacher.parallel.process_ranks import DEVICES, run_ranks
+from tests.teacher.parallel.spread_engines import (
+    WIDTHS,
+    Written,
+    assert_one_engine_writes,
+    num_graphs,
+    requests,
+    spread_engine,
+    written,
+)
 from tests.teacher.v3_models import random_model, tiny_config
 
 CPU = torch.device("cpu")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from process_ranks import run_ranks
-from spread_runs import alone, config_of, joined, trained
+
+from tests.teacher.parallel.process_ranks import run_ranks
+from tests.teacher.parallel.spread_runs import alone, config_of, joined, trained
 
 LAYOUTS = [
     {},

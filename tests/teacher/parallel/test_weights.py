@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from process_ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from teacher.model.checkpoint import load_checkpoint, save_checkpoint
@@ -17,6 +16,7 @@ from teacher.parallel.groups import Ranks
 from teacher.parallel.layout import Layout
 from teacher.parallel.meshes import formed
 from teacher.parallel.weights import load_part, save_parts
+from tests.teacher.parallel.process_ranks import run_ranks
 from tests.teacher.v3_models import random_model, tiny_config
 
 LAYOUTS = [
