@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserInputError
-from teacher.serve.grouped_model import GroupedModel
-from teacher.serve.grouped_operations import PlainGrouped
-from teacher.serve.grouped_weights import GroupedWeights, Linear
+from teacher.serve.grouped_model import GqaModel
+from teacher.serve.grouped_operations import PlainGqa
+from teacher.serve.grouped_weights import GqaWeights, Linear
 from teacher.serve.invariant import EXPERT_TILE, by_tiles, check_matrices, check_places, linear, one_thread, silu
 from teacher.serve.invariant_attention import Level, attend_levels, planned
 from teacher.serve.latent_model import LatentModel
@@ -50,13 +50,13 @@ class _Invariant:
         return linear(x_ZD, self.weights.head)
 
 
-class InvariantGroupedModel(_Invariant, GroupedModel):
+class InvariantGqaModel(_Invariant, GqaModel):
     """Raises UserInputError for weights on a GPU or not in FP32, EnvironmentFault for uneven products."""
 
     @one_thread()
-    def __init__(self, weights: GroupedWeights) -> None:
+    def __init__(self, weights: GqaWeights) -> None:
         _check_embedding(weights.embedding)
-        super().__init__(weights, _LevelsGrouped(weights))
+        super().__init__(weights, _LevelsGqa(weights))
         layer = weights.layers[0]
         check_matrices([weights.head, *(part.weight for part in (layer.qkv, layer.o, layer.gate_up, layer.down))])
 
@@ -68,7 +68,7 @@ class InvariantGroupedModel(_Invariant, GroupedModel):
 
 
 class InvariantLatentModel(_Invariant, LatentModel):
-    """Raises UserInputError and EnvironmentFault as `InvariantGroupedModel` does."""
+    """Raises UserInputError and EnvironmentFault as `InvariantGqaModel` does."""
 
     @one_thread()
     def __init__(self, weights: InferenceWeights) -> None:
@@ -94,7 +94,7 @@ class InvariantLatentModel(_Invariant, LatentModel):
         return by_tiles(partial(super()._unabsorb, w), out_MHC)
 
 
-class _LevelsGrouped(PlainGrouped):
+class _LevelsGqa(PlainGqa):
     def decode(self, query_BHA: Tensor, cache_PSE: Tensor, plan: list[Level]) -> Tensor:
         return attend_levels(query_BHA, cache_PSE, plan, self.layout, self.scale)
 
