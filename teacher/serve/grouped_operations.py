@@ -16,7 +16,7 @@ from torch import Tensor
 from teacher.model.rope import rotate
 from teacher.serve.grouped_weights import GqaLayer, GqaWeights
 from teacher.serve.operations import gathered
-from teacher.serve.pieces import EXTENT, HeadLayout, Plan, attend_pieces, causal_bias, plan_pieces
+from teacher.serve.pieces import EXTENT, HeadLayout, PiecePlan, attend_pieces, causal_bias, plan_pieces
 from teacher.serve.step import Decodes, PromptChunk, Step
 
 
@@ -66,16 +66,16 @@ class PlainGqa:
         self.layout = HeadLayout(kv_heads, width, keys=0, values=kv_heads * width, value_width=width)
         self.scale = width**-0.5
 
-    def plan(self, decodes: Decodes) -> Plan:
+    def plan(self, decodes: Decodes) -> PiecePlan:
         return plan_pieces(decodes, self._dtype, self._config.num_attention_heads)
 
-    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Plan:
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> PiecePlan:
         raise NotImplementedError("attention on a CPU is planned by the pages' numbers")
 
     def place(self, qkv_MX: Tensor, layer: GqaLayer, step: Step, cache_PSE: Tensor) -> Tensor:
         return place_plainly(qkv_MX, layer, self._config, self._tables, step, cache_PSE)
 
-    def decode(self, query_BHA: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
+    def decode(self, query_BHA: Tensor, cache_PSE: Tensor, plan: PiecePlan) -> Tensor:
         return attend_pieces(query_BHA, cache_PSE, plan, self.layout, self.scale)
 
     def read(self, query_THA: Tensor, cache_PSE: Tensor, chunk: PromptChunk) -> Tensor:

@@ -93,22 +93,22 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PiecePlan:
     """`rows` of all calls one after another, as often as a sequence has pieces; None if that is once, in order."""
 
     calls: list[Call]
     rows: Tensor | None
 
 
-def plan_pieces(decodes: Decodes, dtype: torch.dtype, num_heads: int) -> Plan:
+def plan_pieces(decodes: Decodes, dtype: torch.dtype, num_heads: int) -> PiecePlan:
     """`dtype` is that of the queries, `num_heads` those of one query."""
     calls = [_call(group, dtype, decodes.num_queries, num_heads) for group in group_pieces(find_pieces(decodes))]
     rows = [row for group in calls for row in group[1]]
     in_place = rows == list(range(len(decodes)))
-    return Plan([call for call, _ in calls], None if in_place else torch.tensor(rows))
+    return PiecePlan([call for call, _ in calls], None if in_place else torch.tensor(rows))
 
 
-def attend_pieces(query_BHD: Tensor, cache_PSE: Tensor, plan: Plan, layout: HeadLayout, scale: float) -> Tensor:
+def attend_pieces(query_BHD: Tensor, cache_PSE: Tensor, plan: PiecePlan, layout: HeadLayout, scale: float) -> Tensor:
     """[B, H, value width]."""
     parts = [call.attend(query_BHD, cache_PSE, layout, scale) for call in plan.calls]
     outs_ZHD = torch.cat([out for out, _ in parts]) if len(parts) > 1 else parts[0][0]
