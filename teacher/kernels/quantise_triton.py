@@ -22,7 +22,7 @@ from teacher.kernels.arithmetic_triton import (
     to_e4m3,
     widen,
 )
-from teacher.kernels.quantise import Normed, Quantised, empty_scales
+from teacher.kernels.quantise import NormOutput, Quantised, empty_scales
 from teacher.model.fp8 import BLOCK, E4M3_MAX, scale_shape
 
 TILE = tl.constexpr(BLOCK)
@@ -206,7 +206,7 @@ def rms_norm_quantise_kernel(
     add_MK: Tensor | None = None,
     keep_normed: bool = False,
     ue8m0: bool = False,
-) -> Normed:
+) -> NormOutput:
     x = _rows_contiguous(x_MK)
     added = x if add_MK is None else _rows_contiguous(add_MK)
     num_rows, num_columns = x.shape
@@ -223,7 +223,7 @@ def rms_norm_quantise_kernel(
             GROUPS=groups, PART=min(part, triton.next_power_of_2(groups)), ADD=add_MK is not None, KEEP=keep_normed,
             UE8M0=ue8m0, num_warps=num_warps if num_columns > 2_048 else 4, **EXACT,
         )  # fmt: skip
-    return Normed(Quantised(values, scales), residual, normed)
+    return NormOutput(Quantised(values, scales), residual, normed)
 
 
 def quantise_weight_kernel(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
