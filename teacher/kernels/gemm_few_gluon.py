@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from teacher.kernels.gemm import GemmPlan
+from teacher.kernels.gemm import GemmTiling
 from teacher.kernels.gemm_arrivals import arrival_counters
 from teacher.kernels.quantise import Quantised
 from teacher.model.fp8 import BLOCK
@@ -153,25 +153,27 @@ def _few_rows_gemm(
     )  # fmt: skip
 
 
-def few_rows_gemm_hopper(x: Quantised, weight_NK: Tensor, scale_inv_PG: Tensor, out: Tensor, plan: GemmPlan) -> None:
+def few_rows_gemm_hopper(
+    x: Quantised, weight_NK: Tensor, scale_inv_PG: Tensor, out: Tensor, tiling: GemmTiling
+) -> None:
     """out[m] = x[m] @ weight^T; `teacher.kernels.gemm.block_gemm` has checked the shapes."""
     (num_rows, num_columns), groups = out.shape, scale_inv_PG.shape[1]
-    groups_a_part = -(-groups // plan.splits)
+    groups_a_part = -(-groups // tiling.splits)
     splits = -(-groups // groups_a_part)
-    tiles_m, tiles = triton.cdiv(num_rows, plan.rows), triton.cdiv(num_columns, plan.columns)
+    tiles_m, tiles = triton.cdiv(num_rows, tiling.rows), triton.cdiv(num_columns, tiling.columns)
     tiles *= tiles_m
     parts = arrivals = None
     if splits > 1:
-        parts = torch.empty(tiles * splits, plan.rows * plan.columns, device=out.device)
+        parts = torch.empty(tiles * splits, tiling.rows * tiling.columns, device=out.device)
         arrivals = arrival_counters(out.device, tiles)
-    x_tile, weight_tile = [plan.rows, BLOCK], [plan.columns, BLOCK]
+    x_tile, weight_tile = [tiling.rows, BLOCK], [tiling.columns, BLOCK]
     scales, stride = _in_line(x.scale_inv_MG)
     _few_rows_gemm[(tiles, splits)](
         TensorDescriptor.from_tensor(x.values_MK, x_tile, SHARED(x_tile, gl.float8e4nv)),
         TensorDescriptor.from_tensor(weight_NK, weight_tile, SHARED(weight_tile, gl.float8e4nv)),
-        TensorDescriptor.from_tensor(scales, [max(LINE, plan.rows)], gl.NVMMASharedLayout(0, 32, 1)),
+        TensorDescriptor.from_tensor(scales, [max(LINE, tiling.rows)], gl.NVMMASharedLayout(0, 32, 1)),
         scale_inv_PG, out, parts, arrivals, num_rows, num_columns, groups, groups_a_part, stride, tiles_m,
-        ROWS=plan.rows, COLUMNS=plan.columns, SPLITS=splits, STAGES=plan.num_stages, LOADERS=LOADER_REGISTERS,
+        ROWS=tiling.rows, COLUMNS=tiling.columns, SPLITS=splits, STAGES=tiling.num_stages, LOADERS=LOADER_REGISTERS,
         num_warps=4, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What `make tune` measured: a file a GPU in `tables/`, from which the kernels take their plans."""
+"""Tables of what `make tune` measured: a file a GPU in `tables/`, from which the kernels take their tilings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def table_path(device: torch.device) -> Path:
 
 @cache
 def gemm_shapes(device: torch.device) -> dict[str, dict[int, dict[str, Any]]]:
-    """By "<columns>x<inner>" and number of rows: {"plan": the fields of a GemmPlan, "library": whether cuBLAS won}."""
+    """Measured shapes by "<columns>x<inner>" and number of rows.
+
+    An entry is {"plan": the fields of a GemmTiling, "library": whether cuBLAS won}.
+    """
     path = table_path(device)
     if not path.is_file():
         return {}

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from teacher.kernels.experts import ExpertWeights, default_plan, routed_experts_fp8
+from teacher.kernels.experts import ExpertWeights, default_tiling, routed_experts_fp8
 from teacher.kernels.quantise import Quantised, empty_scales, quantise
 from teacher.kernels.route import Choice
 from teacher.parallel import wire
@@ -194,5 +194,5 @@ def received_experts(form: FixedPlaces, received: Received, experts: ExpertWeigh
     """What this rank's experts make of what arrived, BF16 [Q, D]."""
     # Places are for every token on every rank; of the choices in them one in R is this rank's, on average.
     num_pairs = received.choice.indices_NK.numel() // form.ranks.num_ranks
-    plan = default_plan(num_pairs, form.slots_per_rank)
-    return routed_experts_fp8(received.x, received.choice, experts, plan=plan)
+    tiling = default_tiling(num_pairs, form.slots_per_rank)
+    return routed_experts_fp8(received.x, received.choice, experts, tiling=tiling)
