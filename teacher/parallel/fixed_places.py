@@ -37,7 +37,7 @@ from teacher.parallel.plan import NOWHERE, local_slots
 MOST_RANKS = 31  # bits of an int32 that is not negative
 
 
-class Received(NamedTuple):
+class ExpertInputs(NamedTuple):
     """What arrived, for `teacher.kernels.experts.routed_experts_fp8` as it is.
 
     `x`: E4M3 [Q, D] (the inbox itself) and FP32 [Q, G]; whatever lay there before where nothing came. `choice`: local
@@ -88,7 +88,9 @@ class FixedPlaces:
         """What a token takes on the way out, and on the way back."""
         return self.hidden + self._header.row_bytes, 2 * self.hidden
 
-    def dispatch(self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor, tables: SlotTables) -> Received:
+    def dispatch(
+        self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor, tables: SlotTables
+    ) -> ExpertInputs:
         """Tokens [N, D] to the ranks of their experts by `tables`, which are alike on all ranks.
 
         Raises ValueError for more than `max_tokens` tokens.
@@ -99,7 +101,7 @@ class FixedPlaces:
         self.deliver_out()
         return self.received(ranks_N)
 
-    def combine(self, out_QD: Tensor, received: Received) -> Tensor:
+    def combine(self, out_QD: Tensor, received: ExpertInputs) -> Tensor:
         """The sum of the ranks' shares of each token, FP32 sums in the order of the ranks, BF16 [N, D]."""
         self.send_back(out_QD, received)
         self._returned.deliver()
@@ -112,7 +114,7 @@ class FixedPlaces:
         self._headers.deliver()
 
     def send(self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor, tables: SlotTables) -> Tensor:
-        """Put every token where it must go; returns `Received.ranks_N`."""
+        """Put every token where it must go; returns `ExpertInputs.ranks_N`."""
         values_ND, scale_inv_NG = x if isinstance(x, Quantised) else quantise(x)
         slots_NK = tables.choose(indices_NK, rank=self.ranks.rank)
         num_tokens, num_ranks, device = len(slots_NK), self.ranks.num_ranks, self.ranks.device
@@ -134,7 +136,7 @@ class FixedPlaces:
         self._headers.put(count_R.view(torch.uint8), ranks_R, first_places, offset=self._header.weights)
         return (goes_NR.to(torch.int32) << ranks_R.to(torch.int32)).sum(dim=1, dtype=torch.int32)
 
-    def received(self, ranks_N: Tensor) -> Received:
+    def received(self, ranks_N: Tensor) -> ExpertInputs:
         headers_QB = self._headers.inbox_QB
         counts_R = wire.tail(headers_QB, self._header)[:: self.max_tokens, 0]
         turns = torch.arange(self.max_tokens, device=self.ranks.device)
@@ -147,9 +149,9 @@ class FixedPlaces:
         choice = Choice(local_QK, torch.where(local_QK >= 0, weights_QK, 0.0), counted[1:])
         scales_QG = headers_QB[:, : self._header.scales].view(torch.float32)
         columnwise = empty_scales(len(headers_QB), scales_QG.shape[1], self.ranks.device).copy_(scales_QG)
-        return Received(Quantised(self._values.inbox_QB.view(torch.float8_e4m3fn), columnwise), choice, ranks_N)
+        return ExpertInputs(Quantised(self._values.inbox_QB.view(torch.float8_e4m3fn), columnwise), choice, ranks_N)
 
-    def send_back(self, out_QD: Tensor, received: Received) -> None:
+    def send_back(self, out_QD: Tensor, received: ExpertInputs) -> None:
         places_Q = torch.arange(len(out_QD), device=out_QD.device)
         came_Q = (received.choice.indices_NK >= 0).any(dim=1)
         rows = out_QD.to(torch.bfloat16).contiguous().view(torch.uint8)
@@ -190,7 +192,7 @@ def routed_experts_over_ranks(
     return form.combine(received_experts(form, received, experts), received)
 
 
-def received_experts(form: FixedPlaces, received: Received, experts: ExpertWeights) -> Tensor:
+def received_experts(form: FixedPlaces, received: ExpertInputs, experts: ExpertWeights) -> Tensor:
     """What this rank's experts make of what arrived, BF16 [Q, D]."""
     # Places are for every token on every rank; of the choices in them one in R is this rank's, on average.
     num_pairs = received.choice.indices_NK.numel() // form.ranks.num_ranks

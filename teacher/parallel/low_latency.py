@@ -114,7 +114,7 @@ class LowLatency:
         if x_ND.shape[0] > self.max_tokens:
             raise ValueError(f"{x_ND.shape[0]} tokens, at most {self.max_tokens} fit")
         slots_NK = self._tables.choose(indices_NK, rank=self.ranks.rank)
-        copies = plan.plan_copies(slots_NK, self._rank_of_slot_S1, self.ranks.num_ranks)
+        copies = plan.find_copies(slots_NK, self._rank_of_slot_S1, self.ranks.num_ranks)
         places_NK = self._within_capacity(slots_NK, copies)
         rows_NB = wire.pack(x_ND, slots_NK, weights_NK, self._parts)
         per_token = slots_NK.shape[1]
@@ -125,7 +125,7 @@ class LowLatency:
         self._out.put(tails, self._ranks_R, self._first_R, offset=self._parts.weights)
         return places_NK
 
-    def _within_capacity(self, slots_NK: Tensor, copies: plan.CopyPlan) -> Tensor:
+    def _within_capacity(self, slots_NK: Tensor, copies: plan.Copies) -> Tensor:
         rank_NK = plan.destinations(slots_NK, self._rank_of_slot_S1)
         start_R = copies.counts_R.cumsum(0) - copies.counts_R
         nth_NK = copies.places_NK - start_R[rank_NK]

@@ -6,7 +6,7 @@ step they agree how many tokens the fullest has: few go through small inboxes, a
 any of them reads a prompt, through large ones. A rank that has nothing to compute serves its experts to the others.
 
 Steps of many tokens may go in halves (s.3.4.1): while one half's tokens travel, the device computes the other's
-attention, shared expert and routed experts. The travelling has a stream of its own:
+attention, shared expert and routed experts. What travels has a stream of its own:
 
     compute   attention A   attention B    shared A, experts A   shared B, experts B   attention A of the next layer
     travel                  to experts A   to experts B          back A                back B
@@ -44,24 +44,24 @@ from teacher.serve.weights import fuse_entries
 _AGREE_S = 300.0
 
 
-class Travel:
+class TransferStream:
     """A stream beside the one that computes; on a CPU all is one behind the other."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def begin(self, run: Callable[[], Any]) -> Travelling:
-        """`run` once all that computes so far is done. What it reads must be kept until `Travelling.end`."""
+    def begin(self, run: Callable[[], Any]) -> Transfer:
+        """`run` once all that computes so far is done. What it reads must be kept until `Transfer.end`."""
         if self._stream is None:
-            return Travelling(run(), None)
+            return Transfer(run(), None)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             result, event = run(), torch.cuda.Event()
             event.record()
-        return Travelling(result, event)
+        return Transfer(result, event)
 
 
-class Travelling(NamedTuple):
+class Transfer(NamedTuple):
     result: Any
     arrival: torch.cuda.Event | None
 
@@ -72,13 +72,13 @@ class Travelling(NamedTuple):
         return self.result
 
 
-class Sent(NamedTuple):
+class DispatchInFlight(NamedTuple):
     """A half's tokens on their way to a layer's experts, with what they were made of."""
 
     form: FixedPlaces
     x: Input
     choice: Choice
-    travelling: Travelling  # a `Received`
+    transfer: Transfer  # of `ExpertInputs`
 
 
 class SpreadProducts(Fp8Products):
@@ -114,7 +114,7 @@ class SpreadProducts(Fp8Products):
         many_of_each = [many // 2 + 1] * 2 if in_halves else [many]
         self._many = [kind(ranks, **sized, max_tokens=most) for most in many_of_each]
         self.forms = [self._few]  # of the next step, one for each of its parts
-        self._travel = Travel(ranks.device)
+        self._transfers = TransferStream(ranks.device)
 
     def choose(self, most_rows: int) -> bool:
         """For the next step, whose fullest rank has so many rows; whether they go through the small inboxes."""
@@ -139,22 +139,22 @@ class SpreadProducts(Fp8Products):
         )
         return routed_MD + self.mlp(x, weights.shared)
 
-    def send(self, x: Input, weights: PlacedMoEWeights, form: FixedPlaces) -> Sent:
+    def send(self, x: Input, weights: PlacedMoEWeights, form: FixedPlaces) -> DispatchInFlight:
         """Tokens of one half set out for their experts."""
         choice = self._choice(x, weights)
         given = x.quantised, choice.indices_NK, choice.weights_NK, weights.tables
-        return Sent(form, x, choice, self._travel.begin(lambda: form.dispatch(*given)))
+        return DispatchInFlight(form, x, choice, self._transfers.begin(lambda: form.dispatch(*given)))
 
-    def arrive(self, sent: Sent, weights: PlacedMoEWeights) -> Callable[[], Tensor]:
+    def arrive(self, sent: DispatchInFlight, weights: PlacedMoEWeights) -> Callable[[], Tensor]:
         """They are computed and set out for home; the result waits for them, [M, D]."""
         shared_MD = self.mlp(sent.x, weights.shared)
-        received = sent.travelling.end()
+        received = sent.transfer.end()
         out_QD = received_experts(sent.form, received, weights.experts)
-        travelling = self._travel.begin(lambda: sent.form.combine(out_QD, received))
+        transfer = self._transfers.begin(lambda: sent.form.combine(out_QD, received))
         read = [sent, received, out_QD]
 
         def home() -> Tensor:
-            routed_MD: Tensor = travelling.end()
+            routed_MD: Tensor = transfer.end()
             read.clear()  # not before
             return routed_MD + shared_MD
 

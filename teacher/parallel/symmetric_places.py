@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from teacher.kernels.quantise import Quantised
-from teacher.parallel.fixed_places import FixedPlaces, Received
+from teacher.parallel.fixed_places import ExpertInputs, FixedPlaces
 from teacher.parallel.groups import Ranks
 from teacher.parallel.placement import SlotTables
 from teacher.parallel.symmetric import SymmetricMailbox
@@ -52,13 +52,13 @@ class SymmetricFixedPlaces(FixedPlaces):
             values=self._values, headers=self._headers, max_programs=self.max_programs,
         )  # fmt: skip
 
-    def received(self, ranks_N: Tensor) -> Received:
+    def received(self, ranks_N: Tensor) -> ExpertInputs:
         from teacher.parallel import symmetric_places_triton as kernels
 
         choice, scales = kernels.receive_kernel(self._headers.inbox_QB, self._header, self._addresses())
-        return Received(Quantised(self._values.inbox_QB.view(torch.float8_e4m3fn), scales), choice, ranks_N)
+        return ExpertInputs(Quantised(self._values.inbox_QB.view(torch.float8_e4m3fn), scales), choice, ranks_N)
 
-    def send_back(self, out_QD: Tensor, received: Received) -> None:
+    def send_back(self, out_QD: Tensor, received: ExpertInputs) -> None:
         from teacher.parallel import symmetric_places_triton as kernels
 
         kernels.return_kernel(

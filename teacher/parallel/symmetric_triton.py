@@ -206,7 +206,7 @@ def _sum(rows_ptr, places_ptr, out_ptr, per_token, HIDDEN: tl.constexpr, COLUMNS
 
 
 def plan_kernel(indices_NK: Tensor, tables: SlotTables, slots_per_rank: int, rank: int, num_ranks: int) -> Planned:
-    """As `SlotTables.choose` and `plan.plan_copies`, block by block."""
+    """As `SlotTables.choose` and `plan.find_copies`, block by block."""
     num_tokens, per_token = indices_NK.shape
     num_blocks = max(triton.cdiv(num_tokens, TOKENS_A_BLOCK), 1)
     slots_NK, nths_NK = (torch.empty(indices_NK.shape, dtype=torch.int32, device=indices_NK.device) for _ in range(2))

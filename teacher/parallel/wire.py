@@ -51,7 +51,7 @@ class Layout(NamedTuple):
     row_bytes: int
 
 
-class Received(NamedTuple):
+class TokenRows(NamedTuple):
     """`x` in the dtype asked for; slots int32, weights FP32."""
 
     x_ND: Tensor
@@ -80,9 +80,9 @@ def pack(x_ND: Tensor, slots_NK: Tensor, weights_NK: Tensor, parts: Layout) -> T
     return rows_NB
 
 
-def unpack(rows_NB: Tensor, parts: Layout, dtype: torch.dtype) -> Received:
+def unpack(rows_NB: Tensor, parts: Layout, dtype: torch.dtype) -> TokenRows:
     slots_NK, weights_NK = addresses(rows_NB, parts)
-    return Received(numbers(rows_NB, parts, dtype), slots_NK, weights_NK)
+    return TokenRows(numbers(rows_NB, parts, dtype), slots_NK, weights_NK)
 
 
 def addresses(rows_NB: Tensor, parts: Layout) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from shared_inboxes import Shared
 from teacher.kernels.experts import ExpertWeights, default_tiling, routed_experts_fp8
 from teacher.kernels.quantise import quantise, quantise_weight
 from teacher.kernels.route import Choice
-from teacher.parallel.fixed_places import FixedPlaces, Received, own_experts
+from teacher.parallel.fixed_places import ExpertInputs, FixedPlaces, own_experts
 from teacher.parallel.groups import Ranks
 from teacher.parallel.placement import Placement, SlotTables
 from teacher.parallel.symmetric_places import SymmetricFixedPlaces
@@ -47,12 +47,12 @@ def tokens(sizes: list[int], num_experts: int, routing: str, device: str, seed: 
     return made
 
 
-def dispatched(made: list[FixedPlaces], given: Tokens, tables: SlotTables) -> list[Received]:
+def dispatched(made: list[FixedPlaces], given: Tokens, tables: SlotTables) -> list[ExpertInputs]:
     sent = [form.send(*of_rank, tables) for form, of_rank in zip(made, given, strict=True)]
     return [form.received(ranks_N) for form, ranks_N in zip(made, sent, strict=True)]
 
 
-def combined(made: list[FixedPlaces], outs: list[torch.Tensor], received: list[Received]) -> list[torch.Tensor]:
+def combined(made: list[FixedPlaces], outs: list[torch.Tensor], received: list[ExpertInputs]) -> list[torch.Tensor]:
     for form, out, of_rank in zip(made, outs, received, strict=True):
         form.send_back(out, of_rank)
     return [form.summed(of_rank.ranks_N) for form, of_rank in zip(made, received, strict=True)]
