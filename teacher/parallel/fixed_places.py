@@ -116,21 +116,25 @@ class FixedPlaces:
     def send(self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor, tables: SlotTables) -> Tensor:
         """Put every token where it must go; returns `ExpertInputs.ranks_N`."""
         values_ND, scale_inv_NG = x if isinstance(x, Quantised) else quantise(x)
+        # Which ranks each token goes to: once a rank, however many of its experts live there.
         slots_NK = tables.choose(indices_NK, rank=self.ranks.rank)
         num_tokens, num_ranks, device = len(slots_NK), self.ranks.num_ranks, self.ranks.device
         ranks_R = torch.arange(num_ranks, device=device)
         goes_NR = (slots_NK.unsqueeze(1) // self.slots_per_rank == ranks_R.view(1, -1, 1)).any(dim=2)
 
+        # Headers: scales, slots and weights, to every rank.
         headers_NB = torch.zeros(num_tokens, self._header.weights, dtype=torch.uint8, device=device)
         headers_NB[:, : self._header.scales].view(torch.float32).copy_(scale_inv_NG)
         slots, weights = wire.addresses(headers_NB, self._header)
         slots.copy_(slots_NK)
         weights.copy_(weights_NK)
 
+        # Numbers only where they are wanted; the same place at every rank.
         tokens_P = torch.arange(num_tokens, device=device).repeat(num_ranks)
         places_P = (ranks_R.unsqueeze(1) * self.max_tokens + torch.arange(num_tokens, device=device)).flatten()
         self._values.put(values_ND.view(torch.uint8), tokens_P, torch.where(goes_NR.T.flatten(), places_P, NOWHERE))
         self._headers.put(headers_NB, tokens_P, places_P)
+        # How many places of this rank's are filled, in the first one's header.
         count_R = torch.full((num_ranks, 1), num_tokens, dtype=torch.int32, device=device)
         first_places = ranks_R * self.max_tokens
         self._headers.put(count_R.view(torch.uint8), ranks_R, first_places, offset=self._header.weights)

@@ -36,6 +36,8 @@ class Mailbox(Protocol):
 
 
 class AllToAllMailbox:
+    """Over any backend: `put` fills an outbox, `deliver` exchanges all of it, empty places too."""
+
     def __init__(self, ranks: Ranks, capacity: int, row_bytes: int) -> None:
         self._ranks = ranks
         self._num_places = ranks.num_ranks * capacity

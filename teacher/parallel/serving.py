@@ -54,6 +54,8 @@ class TransferStream:
         """`run` once all that computes so far is done. What it reads must be kept until `Transfer.end`."""
         if self._stream is None:
             return Transfer(run(), None)
+        # What travels is computed first, and inboxes that were computed with have been read: to peers, this rank's
+        # arrival at the barrier within the transfer means both.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             result, event = run(), torch.cuda.Event()
@@ -155,7 +157,7 @@ class SpreadProducts(Fp8Products):
 
         def home() -> Tensor:
             routed_MD: Tensor = transfer.end()
-            read.clear()  # not before
+            read.clear()  # not before: the stream of transfers read them, which the allocator knows nothing of
             return routed_MD + shared_MD
 
         return home
@@ -175,10 +177,12 @@ class SpreadModel(LatentModel):
     def hidden(self, step: Step, entries_LPSE: Tensor) -> Tensor:
         if len(self.products.forms) == 1:
             return super().hidden(step, entries_LPSE)
+        # See the module's table: where one half's tokens set out, the other half's attention follows.
         halves = halved(step, self.plan)
         x_MD = [self.weights.embedding[half.token_ids_M] for half in halves]
         branches: list[Callable[[], Tensor] | None] = [None, None]
         for layer, cache_PSE in zip(self.weights.layers, entries_LPSE, strict=True):
+            # Attention of both halves; each one's tokens set out as soon as they are normed.
             sent = []
             for number, half in enumerate(halves):
                 branch_MD = None if (branch := branches[number]) is None else branch()
@@ -188,6 +192,7 @@ class SpreadModel(LatentModel):
                 else:
                     branches[number] = _ready(self.products.mlp(normed, layer.mlp))
             if isinstance(layer.mlp, PlacedMoEWeights):
+                # Experts of both halves; what comes home is waited for only where the next layer's norm reads it.
                 branches = [self.products.arrive(of_half, layer.mlp) for of_half in sent]
         ends = [x if branch is None else x + branch() for x, branch in zip(x_MD, branches, strict=True)]
         return self._norm(torch.cat(ends), self.weights.norm)
@@ -218,9 +223,11 @@ class RanksInStep:
     def begin(self, num_rows: int, num_warm_ups: int) -> bool:
         most_rows, most_warm_ups = self._most(num_rows, num_warm_ups)
         self.is_on = most_rows > 0
+        # Between two steps no rank is in a layer: only here may experts move.
         if self.is_on and self.balancer is not None:
             self.balancer.before_step()
         is_few = self._products.choose(most_rows)
+        # Layers are collective: a rank with nothing of its own takes part as often as the others pass through them.
         missing = most_warm_ups - num_warm_ups if is_few else 0
         for _ in range(missing + (self.is_on and not num_rows)):
             for layer in self._layers:

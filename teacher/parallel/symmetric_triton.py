@@ -48,6 +48,7 @@ class Planned(NamedTuple):
 
 @triton.jit
 def peer_row(inbox_ptr, distances_ptr, peer, row, ROW_BYTES: tl.constexpr):
+    """Where `row` of the peer's inbox begins; the peer may be this rank."""
     distance = tl.multiple_of(tl.load(distances_ptr + peer), 16)
     return inbox_ptr + (distance + row.to(tl.int64) * ROW_BYTES)
 
