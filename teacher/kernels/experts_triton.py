@@ -73,6 +73,7 @@ def _gate_up(
                 gate += tl.dot(x, gate_weight.T) * gate_scale[:, None]
                 up += tl.dot(x, up_weight.T) * up_scale[:, None]
         columns = column_group * B + inner
+        # The FP32 sums of gate and up never leave the registers: SwiGLU, then a scale for each row's 128.
         activated = gate * sigmoid(gate) * up
         axis: tl.constexpr = 0 if WEIGHTS_FIRST else 1
         largest = tl.maximum(tl.max(tl.abs(activated), axis=axis), LEAST)
@@ -123,6 +124,7 @@ def _down(
             else:
                 sums += tl.dot(x, weight.T) * scale[:, None]
         columns = column_group * B + inner
+        # Each row to its pair's own place, so that the sum over the choices needs no atomics.
         targets = pairs.to(tl.int64) * (HIDDEN_GROUPS * B)
         if WEIGHTS_FIRST:
             out = to_dtype(sums * gates[None, :], out_ptr.dtype.element_ty)

@@ -34,6 +34,7 @@ def _gemm(
 ):  # fmt: skip
     tile = tl.program_id(0)
     part = tl.program_id(1)
+    # Bands of TILES tiles of M: programs that run at one time share tiles of N and of M in the L2.
     first = tile // (TILES * tiles_n) * TILES
     in_group = min(tiles_m - first, TILES)
     tile_m = first + tile % (TILES * tiles_n) % in_group
@@ -62,6 +63,7 @@ def _gemm(
             sums += tl.dot(weight, x.T) * scale[None, :]
         else:
             sums += tl.dot(x, weight.T) * scale[:, None]
+    # Alone with its tile, a program has all of the sum; else the last one to arrive there has.
     complete = True
     if SPLITS > 1:
         parts_ptr += tile.to(tl.int64) * SPLITS * ROWS * COLUMNS
@@ -85,10 +87,13 @@ def _add_parts(sums, part, parts_ptr, arrivals_ptr, SPLITS: tl.constexpr):
     """
     places = tl.arange(0, sums.shape[0])[:, None] * sums.shape[1] + tl.arange(0, sums.shape[1])[None, :]
     SIZE: tl.constexpr = sums.shape[0] * sums.shape[1]
+    # 1. Each part to its place, past the L1.
     tl.store(parts_ptr + part * SIZE + places, sums, cache_modifier=".cg")
+    # 2. All warps have stored; then one thread counts.
     tl.debug_barrier()
     complete = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == SPLITS - 1
     if complete:
+        # 3. The last to arrive adds all parts in their order, whichever came last: results repeat to the bit.
         sums = tl.zeros_like(sums)
         for one in tl.static_range(SPLITS):
             sums += tl.load(parts_ptr + one * SIZE + places, cache_modifier=".cg")

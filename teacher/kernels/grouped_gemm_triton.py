@@ -73,6 +73,7 @@ def k_grouped_fp8(
     m = tl.program_id(0) % tiles // tiles_n * ROWS
     n = tl.program_id(0) % tiles_n * COLUMNS
     experts = tl.arange(0, E_PADDED)
+    # This expert's rows, in tiles of 128, from the loads: the host knows none of them.
     tiles_E = (tl.load(load_ptr + experts, mask=experts < E, other=0) + B - 1) // B
     begin = tl.sum(tl.where(experts < expert, tiles_E, 0), axis=0)
     end = begin + tl.sum(tl.where(experts == expert, tiles_E, 0), axis=0)

@@ -40,6 +40,7 @@ def _store_rowwise(x, values_ptr, scale_ptr, rows, column_group, num_groups, sca
 @triton.jit
 def _store_columnwise(x, values_ptr, scale_ptr, tile, column_group, num_groups, num_rows):
     """Quantise [128, 128] in tiles of 128x1, transposed, at `tile` of [num_groups * 128, R]."""
+    # Along the rows, which become the columns: Hopper's FP8 tensor cores take operands with K innermost alone.
     largest = tl.maximum(tl.max(tl.abs(x), axis=0), LEAST)
     values = to_e4m3(x * tl.math.div_rn(MAX, largest)[None, :])
     columns = column_group * B + tl.arange(0, B)

@@ -127,6 +127,8 @@ def _rms_norm_quantise(
     """A row, in parts of PART tiles so that little is padding."""
     row = tl.program_id(0).to(tl.int64)
     width: tl.constexpr = GROUPS * TILE
+    # 1. The row, read once, in registers from here on. Programs that stay and read their next row ahead were slower
+    # (31.0 us for 28.3 at 4,096 rows, H200): instructions bind the kernel, not waiting.
     parts = ()
     for begin in tl.static_range(0, width, PART * TILE):
         columns = begin + tl.arange(0, PART)[:, None] * TILE + tl.arange(0, TILE)[None, :]
@@ -137,11 +139,14 @@ def _rms_norm_quantise(
             part = to_dtype(widen(part) + widen(added), residual_ptr.dtype.element_ty)
             tl.store(residual_ptr + row * width + columns, part, mask=inside)
         parts = parts + (part,)  # noqa: RUF005 - as Triton can
+    # 2. Its mean square. In FP64 the order of the sum does not show in the FP32 result, so the twin's is the same; FP32
+    # would gain 2% to 3% (26.6 us for 27.3).
     squares = tl.zeros((PART, TILE), tl.float64)
     for begin in tl.static_range(0, width, PART * TILE):
         x = widen(parts[begin // (PART * TILE)])
         squares += (x * x).to(tl.float64)
     mean_square = (tl.sum(tl.reshape(squares, (PART * TILE,)), axis=0) / width).to(tl.float32)
+    # 3. Norm, scales and numbers.
     inverse = tl.math.div_rn(1.0, tl.math.sqrt_rn(mean_square + eps))
     for begin in tl.static_range(0, width, PART * TILE):
         groups = begin // TILE + tl.arange(0, PART)

@@ -37,6 +37,7 @@ def _write_latent(
         inverse = tl.math.div_rn(1.0, tl.math.sqrt_rn(mean_square + eps))
         normed = x * inverse * tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         latent_ptrs = latent_ptr + slot * ENTRY_C + columns
+        # An FP8 cache: one scale a token, a power of two, so that dividing the rope keys by it is exact.
         if ENTRY_S:
             largest = tl.maximum(tl.max(tl.abs(normed), axis=0), SMALLEST)
             bits = tl.math.div_rn(largest, E4M3_MAX).to(tl.int32, bitcast=True)

@@ -54,6 +54,7 @@ def _route(
     out = tokens[:, None] * K + ranks[None, :]
     tl.store(indices_ptr + out, indices_NK, mask=written)
     tl.store(weights_ptr + out, weights_NK * scaling, mask=written)
+    # Whole numbers: their sum does not depend on which program comes first.
     tl.atomic_add(load_ptr + indices_NK, 1, mask=written, sem="relaxed")
 
 
