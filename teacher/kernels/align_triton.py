@@ -24,7 +24,7 @@ FILLED_A_STEP = 1_024
 
 
 def align_kernel(indices_NK: Tensor, load_E: Tensor, rows_a_tile: int, *, rows_NK: Tensor | None = None) -> Alignment:
-    """As `teacher.kernels.experts.align_twin`; `load_E` is the router's count of each expert's pairs.
+    """Do as `teacher.kernels.experts.align_twin`; `load_E` is the router's count of each expert's pairs.
 
     `rows_NK` int32 is filled with each pair's row; pairs that no expert here serves stay unwritten.
     """

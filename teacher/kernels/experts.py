@@ -43,7 +43,7 @@ class Alignment(NamedTuple):
 
 
 class ExpertsTiling(NamedTuple):
-    """How the two products are cut: `rows` a tile, a power of two from 16; `weights_first` for few tokens an expert.
+    """Cut of the two products: `rows` a tile, a power of two from 16; `weights_first` for few tokens an expert.
 
     `fused` computes SwiGLU in the first product's registers; else tokens are gathered by expert (128 rows a tile) for
     the grouped products of `teacher.kernels.experts_prefill`, which choose their own warps and stages.

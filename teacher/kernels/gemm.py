@@ -26,7 +26,7 @@ LIBRARY_ROWS = 4  # cuBLASLt takes multiples of it
 
 
 class GemmTiling(NamedTuple):
-    """How one product is cut. `weights_first` puts the weights' rows on the tensor core's long side: for few tokens."""
+    """Cut of one product. `weights_first` puts the weights' rows on the tensor core's long side: for few tokens."""
 
     rows: int  # tokens a tile, a power of two from 16
     columns: int  # outputs a tile: 32, 64 or 128; 256 is the form for Hopper alone, which chooses the rest itself
@@ -93,7 +93,7 @@ class FastestGemm(NamedTuple):
 
 @cache
 def fastest_gemm(device: torch.device, num_rows: int, num_columns: int, num_inner: int) -> FastestGemm:
-    """What was measured on this GPU for the nearest number of rows that is not smaller, or else the largest."""
+    """Look up what this GPU measured for the nearest number of rows that is not smaller, or else for the largest."""
     measured = tables.gemm_shapes(device).get(f"{num_columns}x{num_inner}")
     if not measured:
         return FastestGemm(default_tiling(num_rows, num_columns, num_inner // BLOCK), library=False)

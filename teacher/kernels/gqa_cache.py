@@ -1,4 +1,4 @@
-"""What stands between the QKV product of grouped-query attention and its attention, in one kernel.
+"""The step from the QKV product of grouped-query attention to its attention, in one kernel.
 
 Queries and keys are normed a head where the model does (Qwen3), and rotated as halves; keys and values go straight into
 the paged cache, whose entry is a token's keys, one head after another, and then its values.

@@ -68,7 +68,7 @@ def gqa_decode(
 
 
 def fits(width: int) -> bool:
-    """Whether the kernel takes heads of this width."""
+    """Tell whether the kernel takes heads of this width."""
     return 16 <= width <= 128 and width & (width - 1) == 0
 
 

@@ -101,7 +101,7 @@ def m_grouped_bf16(
     a_desc, b_desc, experts_ptr, pairs_ptr, gates_ptr, out_ptr, num_pairs, N_GROUPS, K_GROUPS,
     ROWS: tl.constexpr, STEP: tl.constexpr, TRANSPOSED: tl.constexpr, TO_PAIRS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """As `m_grouped_fp8`; TRANSPOSED multiplies by b[expert, K, N] as it lies (the gradient of the input)."""
+    """Do as `m_grouped_fp8`; TRANSPOSED multiplies by b[expert, K, N] as it lies (the gradient of the input)."""
     tiles_n = (N_GROUPS + 1) // 2
     row = tl.program_id(0) // tiles_n * ROWS
     column_group = tl.program_id(0) % tiles_n * 2

@@ -33,7 +33,7 @@ EXACT = {"enable_fp_fusion": False}  # a fused multiply-add would round once whe
 
 
 class Cut(NamedTuple):
-    """What a program takes."""
+    """Rows and tiles of a row that one program takes, and its warps."""
 
     rows: int
     groups: int

@@ -1,4 +1,4 @@
-"""What stands between the projections of MLA and its attention, in two kernels (DeepSeek-V3 s.2.1.1).
+"""The steps from the projections of MLA to its attention, in two kernels (DeepSeek-V3 s.2.1.1).
 
 `write_latent` norms a token's latent, rotates its rope key and puts both into the paged cache in one go: neither is
 written anywhere else. `rotate_queries` turns the rope part of absorbed queries in place. Both leave the rope dimensions

@@ -122,5 +122,5 @@ def rotate_queries_kernel(
 
 
 def _pairing(half: int, interleave: bool) -> dict[str, int]:
-    """Where pair i stands: (2i, 2i + 1), or (i, i + R/2)."""
+    """Places of pair i: (2i, 2i + 1), or (i, i + R/2)."""
     return {"STEP": 2, "APART": 1} if interleave else {"STEP": 1, "APART": half}

@@ -30,7 +30,7 @@ class Choice(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """How tokens choose; names as in the model's config."""
+    """Rules by which tokens choose; names as in the model's config."""
 
     num_experts_per_tok: int
     n_group: int

@@ -77,7 +77,7 @@ def _within_best_groups(choice_NE, TOKENS: tl.constexpr, E: tl.constexpr, G: tl.
 
 
 def route_kernel(logits_NE: Tensor, bias_E: Tensor, routes: Routes) -> Choice:
-    """As `teacher.kernels.route.route`. The numbers of experts and of groups must be powers of two."""
+    """Choose as `teacher.kernels.route.route` does. The numbers of experts and of groups must be powers of two."""
     num_tokens, num_experts = logits_NE.shape
     for what, count in (("experts", num_experts), ("groups", routes.n_group)):
         if count & (count - 1):

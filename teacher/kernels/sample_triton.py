@@ -28,7 +28,7 @@ def _worth(row_ptr, start, num_tokens, COUNT: tl.constexpr, TOKENS: tl.constexpr
 
 @triton.jit
 def _tail(row_ptr, num_tokens, pattern, COUNT: tl.constexpr, TOKENS: tl.constexpr):
-    """How much lies at or above a pattern: tokens, or probability. FP64, summed in one order."""
+    """Sum of what lies at or above a pattern: tokens, or probability. FP64, summed in one order."""
     total = tl.zeros((TOKENS,), tl.float32)
     for start in range(0, num_tokens, TOKENS):
         bits, worth = _worth(row_ptr, start, num_tokens, COUNT, TOKENS)

@@ -42,7 +42,7 @@ class HopHandle(NamedTuple):
 
 
 class DispatchOutput(NamedTuple):
-    """What arrived: rows, local slots (int64, -1: another rank's), weights FP32; both tensors carry gradients."""
+    """Arrived tokens: rows, local slots (int64, -1: another rank's), weights FP32; rows and weights carry gradients."""
 
     x_MD: Tensor
     slots_MK: Tensor

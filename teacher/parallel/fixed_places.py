@@ -38,7 +38,7 @@ MOST_RANKS = 31  # bits of an int32 that is not negative
 
 
 class ExpertInputs(NamedTuple):
-    """What arrived, for `teacher.kernels.experts.routed_experts_fp8` as it is.
+    """Tokens that arrived, for `teacher.kernels.experts.routed_experts_fp8` as they are.
 
     `x`: E4M3 [Q, D] (the inbox itself) and FP32 [Q, G]; whatever lay there before where nothing came. `choice`: local
     slots int32 [Q, K], -1 for those of other ranks and in empty places; weights [Q, K], zero there; loads [S].
@@ -85,7 +85,7 @@ class FixedPlaces:
 
     @property
     def row_bytes(self) -> tuple[int, int]:
-        """What a token takes on the way out, and on the way back."""
+        """Bytes of a token on the way out, and on the way back."""
         return self.hidden + self._header.row_bytes, 2 * self.hidden
 
     def dispatch(
@@ -197,7 +197,7 @@ def routed_experts_over_ranks(
 
 
 def received_experts(form: FixedPlaces, received: ExpertInputs, experts: ExpertWeights) -> Tensor:
-    """What this rank's experts make of what arrived, BF16 [Q, D]."""
+    """Compute this rank's experts on what arrived, BF16 [Q, D]."""
     # Places are for every token on every rank; of the choices in them one in R is this rank's, on average.
     num_pairs = received.choice.indices_NK.numel() // form.ranks.num_ranks
     tiling = default_tiling(num_pairs, form.slots_per_rank)

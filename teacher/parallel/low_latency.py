@@ -90,7 +90,7 @@ class LowLatency:
         return other
 
     def take_overflow(self) -> bool:
-        """Whether any dispatch since the last call overflowed on any rank, the same on every rank. The host waits."""
+        """Tell whether any dispatch since the last call overflowed on any rank, alike on every rank. The host waits."""
         overflowed = bool(self.overflowed.item())
         self.overflowed.zero_()
         return overflowed

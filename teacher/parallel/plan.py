@@ -141,7 +141,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(slots_by_rank: list[Tensor], placement: Placement) -> Traffic:
-    """What the slots [N, K] chosen on every rank make travel. Counted on the host, for planning and for tests."""
+    """Count the copies that the slots [N, K] chosen on every rank make travel; on the host."""
     ranks, per_node = placement.num_ranks, placement.ranks_per_node
     counts = torch.zeros(3, ranks, ranks, dtype=torch.int64)
     slot_to_rank, slot_to_node = direct(placement), to_nodes(placement)

@@ -68,7 +68,7 @@ class Transfer(NamedTuple):
     arrival: torch.cuda.Event | None
 
     def end(self) -> Any:
-        """What computes from here on waits for it."""
+        """Let what computes from here on wait for it; returns its result."""
         if self.arrival is not None:
             torch.cuda.current_stream().wait_event(self.arrival)
         return self.result
@@ -119,7 +119,7 @@ class SpreadProducts(Fp8Products):
         self._transfers = TransferStream(ranks.device)
 
     def choose(self, most_rows: int) -> bool:
-        """For the next step, whose fullest rank has so many rows; whether they go through the small inboxes."""
+        """Choose the next step's inboxes by the rows of its fullest rank; tell whether they are the small ones."""
         is_few = most_rows <= self._few.max_tokens
         self.forms = [self._few] if is_few else self._many
         return is_few

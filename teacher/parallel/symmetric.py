@@ -64,7 +64,7 @@ class SymmetricMailbox:
 
 
 class SymmetricLowLatency(LowLatency):
-    """As `LowLatency`, on GPUs that reach each other's memory; for few tokens and for many. Tokens BF16 and contiguous.
+    """`LowLatency` on GPUs that reach each other's memory; for few tokens and for many. Tokens BF16 and contiguous.
 
     Raises EnvironmentFault where the ranks cannot share memory, ValueError for an FP32 wire.
     """

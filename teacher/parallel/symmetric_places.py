@@ -31,7 +31,7 @@ from teacher.parallel.symmetric import SymmetricMailbox
 
 
 class SymmetricFixedPlaces(FixedPlaces):
-    """As `FixedPlaces`, on GPUs that reach each other's memory.
+    """`FixedPlaces` on GPUs that reach each other's memory.
 
     At most `max_programs` programs of 256 threads store to peers at a time, which leaves the other multiprocessors to
     what runs beside; None: one a token. Raises EnvironmentFault where the ranks cannot share memory.

@@ -35,7 +35,7 @@ NUM_WARPS = 8
 
 
 class Addresses(NamedTuple):
-    """What makes places of tokens, and ranks of slots."""
+    """Numbers that make places of tokens, and ranks of slots."""
 
     rank: int
     num_ranks: int

@@ -48,7 +48,7 @@ class Planned(NamedTuple):
 
 @triton.jit
 def peer_row(inbox_ptr, distances_ptr, peer, row, ROW_BYTES: tl.constexpr):
-    """Where `row` of the peer's inbox begins; the peer may be this rank."""
+    """Address of `row` in the peer's inbox; the peer may be this rank."""
     distance = tl.multiple_of(tl.load(distances_ptr + peer), 16)
     return inbox_ptr + (distance + row.to(tl.int64) * ROW_BYTES)
 
@@ -91,7 +91,7 @@ def _tails(
     counts_ptr, inbox_ptr, distances_ptr, rank, num_ranks, capacity, num_blocks,
     BLOCKS: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """How many come, and whether any peer is sent more than there is room for, to every peer."""
+    """Tell every peer how many come, and whether any peer is sent more than there is room for."""
     blocks = tl.arange(0, BLOCKS)
     overflowed = rank * 0
     for peer in range(num_ranks):
@@ -207,7 +207,7 @@ def _sum(rows_ptr, places_ptr, out_ptr, per_token, HIDDEN: tl.constexpr, COLUMNS
 
 
 def plan_kernel(indices_NK: Tensor, tables: SlotTables, slots_per_rank: int, rank: int, num_ranks: int) -> Planned:
-    """As `SlotTables.choose` and `plan.find_copies`, block by block."""
+    """Do as `SlotTables.choose` and `plan.find_copies`, block by block."""
     num_tokens, per_token = indices_NK.shape
     num_blocks = max(triton.cdiv(num_tokens, TOKENS_A_BLOCK), 1)
     slots_NK, nths_NK = (torch.empty(indices_NK.shape, dtype=torch.int32, device=indices_NK.device) for _ in range(2))
@@ -266,7 +266,7 @@ def return_kernel(out_QD: Tensor, rows_QB: Tensor, parts: Layout, lot: Lot) -> N
 
 
 def sum_kernel(rows_QD: Tensor, places_NK: Tensor) -> Tensor:
-    """As `plan.sum_copies`, FP32 [N, D]."""
+    """Sum as `plan.sum_copies` does, FP32 [N, D]."""
     (num_tokens, per_token), hidden = places_NK.shape, rows_QD.shape[1]
     out_ND = torch.empty(num_tokens, hidden, dtype=torch.float32, device=rows_QD.device)
     if num_tokens:

@@ -1,4 +1,4 @@
-"""What a token is between ranks: one row of bytes with its numbers, their scales, and where it is to go.
+"""The form of a token between ranks: one row of bytes with its numbers, their scales, and where it is to go.
 
 Forms: `fp8` is E4M3 in tiles of 1x128 (DeepSeek-V3 arXiv 2412.19437 s.3.3.2), whose scales travel along, 7,392 bytes
 for 7,168 numbers; `bf16` and `fp32` are the numbers. On the way out V3 sends FP8, both the tokens of the forward pass
@@ -40,7 +40,7 @@ class Wire:
 
 
 class Layout(NamedTuple):
-    """Where each part of a row ends, in bytes."""
+    """End of each part of a row, in bytes."""
 
     form: Form
     hidden: int

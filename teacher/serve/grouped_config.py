@@ -27,7 +27,7 @@ class _Frozen(BaseModel):
 
 
 class RopeScaling(_Frozen):
-    """How rotation frequencies are stretched: all by `factor` (linear), or the slow ones alone (Llama 3.1)."""
+    """Stretch of the rotation frequencies: all by `factor` (linear), or the slow ones alone (Llama 3.1)."""
 
     rope_type: Literal["linear", "llama3"]
     factor: float = Field(gt=0)

@@ -25,11 +25,11 @@ class GqaOperations(Protocol):
     extent: int  # pages of one sequence that lie together, where the block manager can have it so
 
     def plan(self, decodes: Decodes) -> Any:
-        """What `decode` needs besides, made once a step for all layers."""
+        """Make what `decode` needs besides, once a step for all layers."""
         ...
 
     def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Any:
-        """The same from int32 tensors on the device, which stay there; zero lengths are padding."""
+        """Make the same from int32 tensors on the device, which stay there; zero lengths are padding."""
         ...
 
     def place(self, qkv_MX: Tensor, layer: GqaLayer, step: Step, cache_PSE: Tensor) -> Tensor:

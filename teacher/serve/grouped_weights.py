@@ -54,7 +54,7 @@ class GqaWeights:
 
 
 class _Place(NamedTuple):
-    """Where a tensor of the folder goes: an entry of the fused state, from a row on."""
+    """Place of a tensor of the folder: an entry of the fused state, from a row on."""
 
     entry: str
     first_row: int

@@ -78,7 +78,7 @@ class LatentModel:
 
     @property
     def precision(self) -> str:
-        """Of products: float32, bfloat16 or fp8."""
+        """Type of the products: float32, bfloat16 or fp8."""
         return "fp8" if self.weights.is_fp8 else str(self.dtype).removeprefix("torch.")
 
     def plan(self, decodes: Decodes) -> Any:

@@ -31,7 +31,7 @@ _HIDDEN = -1e30
 
 
 class HeadLayout(NamedTuple):
-    """Where a token's entry holds keys and values: J heads of D numbers each, one after another, from these offsets.
+    """Places of keys and values in a token's entry: J heads of D numbers each, one after another, from these offsets.
 
     MLA's entries are one head whose key serves as its value too, so that torch's fused kernel reads the cache once; of
     the result only the first `value_width` numbers mean something.
