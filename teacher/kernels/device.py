@@ -46,4 +46,5 @@ def _has_triton() -> bool:
 
 @cache
 def has_fp8(device: torch.device) -> bool:
+    """True on a GPU whose tensor cores take E4M3."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY

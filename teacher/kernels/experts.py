@@ -98,6 +98,7 @@ def num_rows(num_pairs: int, num_experts: int, rows_a_tile: int) -> int:
 
 
 def align_twin(indices_NK: Tensor, num_experts: int, rows_a_tile: int) -> Alignment:
+    """Rows for the pairs of int32 [N, K] in plain torch: experts in order, an expert's pairs in theirs."""
     flat = indices_NK.flatten().long()
     length = num_rows(flat.numel(), num_experts, rows_a_tile)
     pairs = torch.full((length,), flat.numel(), dtype=torch.int32, device=flat.device)
@@ -113,6 +114,7 @@ def align_twin(indices_NK: Tensor, num_experts: int, rows_a_tile: int) -> Alignm
 
 
 def routed_experts_twin(x: Quantised, choice: Choice, weights: ExpertWeights) -> Tensor:
+    """`routed_experts_fp8` in plain torch, an expert at a time: BF16 [N, D]."""
     num_tokens, top_k = choice.indices_NK.shape
     hidden = weights.down_EDI.shape[1]
     out_PD = torch.zeros(num_tokens * top_k, hidden, dtype=torch.bfloat16, device=x.values_MK.device)

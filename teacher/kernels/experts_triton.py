@@ -135,6 +135,7 @@ def _down(
 
 
 def routed_experts_kernel(x: Quantised, choice: Choice, weights: ExpertWeights, *, tiling: ExpertsTiling) -> Tensor:
+    """Launch steps 1 to 4 of `teacher.kernels.experts`: BF16 [N, D] from E4M3 [N, D]."""
     num_tokens, top_k = choice.indices_NK.shape
     _, hidden, inner = weights.down_EDI.shape
     device = x.values_MK.device

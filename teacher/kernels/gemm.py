@@ -74,6 +74,7 @@ def block_gemm(
 def block_gemm_twin(
     x: Quantised, weight_NK: Tensor, scale_inv_PG: Tensor, *, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
+    """`block_gemm` in plain torch, one 128 of K after the other: [M, N] in `dtype`."""
     values_MGB = x.values_MK.float().unflatten(1, (-1, BLOCK))
     weight_NGB = weight_NK.float().unflatten(1, (-1, BLOCK))
     scale_NG = scale_inv_PG.repeat_interleave(BLOCK, dim=0)[: weight_NK.shape[0]]

@@ -37,6 +37,7 @@ class _Counters:
         self.taken = 0
 
     def take(self, num_tiles: int) -> Tensor:
+        """Zeros for a launch in the current stream, int32 of at least [num_tiles]."""
         if self.device.type != "cuda":
             return self._of_stream(0, num_tiles)
         # A graph may be replayed beside anything: it shares counters with no stream and no other graph.

@@ -104,6 +104,7 @@ def _add_parts(sums, part, parts_ptr, arrivals_ptr, SPLITS: tl.constexpr):
 def block_gemm_kernel(
     x: Quantised, weight_NK: Tensor, scale_inv_PG: Tensor, *, dtype: torch.dtype, tiling: GemmTiling
 ) -> Tensor:
+    """Launch the form that `tiling` names: [M, N] in `dtype`. Raises ValueError for columns that do not divide 128."""
     if tiling.columns != HOPPER_COLUMNS and BLOCK % tiling.columns:
         raise ValueError(f"a tile's columns must divide {BLOCK}, got {tiling.columns}")
     num_rows, num_columns = x.values_MK.shape[0], weight_NK.shape[0]

@@ -58,6 +58,7 @@ def place_heads_twin(
     *,
     num_heads: int,
 ) -> Tensor:
+    """`place_heads` in plain torch, for heads of any even width: queries [N, H, D]."""
     width = 2 * rotation[0].shape[1]
     values_from = num_heads * width + cache_LPE.shape[2] // 2
     query = qkv_NX[:, : num_heads * width].unflatten(1, (num_heads, width))

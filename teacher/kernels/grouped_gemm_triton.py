@@ -47,6 +47,7 @@ def store_rows(
     out_ptr, values, row, column_group, N_GROUPS, pairs_ptr, gates_ptr, num_pairs,
     ROWS: tl.constexpr, TO_PAIRS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
+    """Store FP32 [ROWS, 128] at the rows, or at the pairs that they hold, times their gates."""
     rows = row + tl.arange(0, ROWS)
     columns = column_group * B + tl.arange(0, B)
     if TO_PAIRS:

@@ -86,6 +86,7 @@ def swiglu_backward_quantise(
 
 
 def quantise_columns_twin(x_RD: Tensor) -> ColumnQuantised:
+    """Quantise [R, D] transposed, in tiles of 128 rows, in plain torch."""
     values, scale_inv = quantise_twin(x_RD.T.contiguous())
     return ColumnQuantised(values, scale_inv.T.contiguous())
 

@@ -128,6 +128,7 @@ def _empty_rows(num_rows: int, width: int, device: torch.device) -> Quantised:
 def gather_quantise_kernel(
     x_ND: Tensor, grouping: Grouping, top_k: int, *, rowwise: bool, columnwise: bool
 ) -> BothWays:
+    """Launch `gather_quantise`: E4M3 [R, D], its transpose [D, R], or both, from BF16 [N, D]."""
     num_rows, width = grouping.pairs_R.numel(), x_ND.shape[1]
     rows = _empty_rows(num_rows, width, x_ND.device) if rowwise else None
     columns = _empty_columns(width, num_rows, x_ND.device) if columnwise else None
@@ -142,6 +143,7 @@ def gather_quantise_kernel(
 def swiglu_backward_quantise_kernel(
     grad_RI: Tensor, gate_up: Quantised, gates_P: Tensor, grouping: Grouping
 ) -> QuantisedSwigluGradients:
+    """Launch `swiglu_backward_quantise` for BF16 [R, I] and a quantised gate and up [R, 2I]."""
     num_rows, inner = grad_RI.shape
     rows = _empty_rows(num_rows, 2 * inner, grad_RI.device)
     columns, weighted = (_empty_columns(width, num_rows, grad_RI.device) for width in (2 * inner, inner))

@@ -66,6 +66,7 @@ def _ask_for(page, source, wanted):
 
 @gluon.jit
 def load(buffers, bars, sources, schedule, lengths_ptr, pages_ptr, pages_stride, block, W, FP8: gl.constexpr):
+    """Bring each sequence's queries, and its pages in pairs, as the warpgroups give their places back."""
     q_latent, q_rope = buffers[0], buffers[1]
     query_desc, entries = sources[0], (sources[2], sources[3])
     # A wait for the phase before the first one returns at once: at first every place is empty.

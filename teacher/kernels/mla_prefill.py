@@ -80,6 +80,7 @@ def mla_prefill(
 
 
 def mla_prefill_twin(query_BTHD: Tensor, key_BUHD: Tensor, value_BUHV: Tensor, *, scale: float) -> Tensor:
+    """`mla_prefill` in plain torch, in FP32: [B, T, H, V] in the query's dtype."""
     num_queries, num_keys = query_BTHD.shape[1], key_BUHD.shape[1]
     logits_BHTU = torch.einsum("bthd,buhd->bhtu", query_BTHD.float(), key_BUHD.float()) * scale
     hidden_TU = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query_BTHD.device)

@@ -53,6 +53,7 @@ def _schedule(lengths_ptr, shares_ptr, sequences_ptr, num_sequences, Z: tl.const
 
 
 def schedule_decode_kernel(lengths_B: Tensor, num_shares: int) -> DecodeSchedule:
+    """Launch `schedule_decode` for int32 [B]; the host reads nothing."""
     num_sequences = lengths_B.numel()
     shares = torch.empty(num_shares, 4, dtype=torch.int32, device=lengths_B.device)
     sequences = torch.empty(num_sequences, 2, dtype=torch.int32, device=lengths_B.device)

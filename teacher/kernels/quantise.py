@@ -99,6 +99,7 @@ def quantise_weight(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise_twin(x_MK: Tensor, *, ue8m0: bool = False) -> Quantised:
+    """`quantise` in plain torch: E4M3 [M, K] and FP32 [M, G] from any floating type."""
     num_rows, num_columns = x_MK.shape
     tiles = x_MK.float().unflatten(1, (num_columns // BLOCK, BLOCK))
     largest_MG = tiles.abs().amax(dim=-1).clamp_min(LEAST_MAGNITUDE)
@@ -117,6 +118,7 @@ def rms_norm_quantise_twin(
     keep_normed: bool = False,
     ue8m0: bool = False,
 ) -> NormOutput:
+    """`rms_norm_quantise` in plain torch: sums of squares in FP64, as the kernel has them."""
     residual_MK = x_MK if add_MK is None else (x_MK.float() + add_MK.float()).to(x_MK.dtype)
     x = residual_MK.float()
     # Squares of BF16 numbers summed in FP64: whatever the order of the sum, its FP32 rounding is the same.
@@ -129,6 +131,7 @@ def rms_norm_quantise_twin(
 
 
 def swiglu_quantise_twin(gate_up_M2I: Tensor, *, ue8m0: bool = False) -> Quantised:
+    """`swiglu_quantise` in plain torch: E4M3 [M, I] from [M, 2I]."""
     gate, up = gate_up_M2I.float().chunk(2, dim=-1)
     return quantise_twin(gate * sigmoid(gate) * up, ue8m0=ue8m0)
 

@@ -49,6 +49,7 @@ NORM_CUT, FEW_ROWS_NORM_CUT = (32, 4), (64, 8)
 
 @triton.jit
 def scales_of(largest, UE8M0: tl.constexpr):
+    """(what multiplies the quantised values, what multiplies the original ones) of FP32 maxima."""
     scale_inv = tl.math.div_rn(largest, MAX)
     if UE8M0:
         bits = scale_inv.to(tl.int32, bitcast=True)
@@ -181,10 +182,12 @@ def _quantise_weight(
 
 
 def quantise_kernel(x_MK: Tensor, *, ue8m0: bool = False) -> Quantised:
+    """Launch `quantise`: E4M3 [M, K] and FP32 [M, G]."""
     return _launch(x_MK, x_MK.shape[1] // BLOCK, swiglu=False, ue8m0=ue8m0)
 
 
 def swiglu_quantise_kernel(gate_up_M2I: Tensor, *, ue8m0: bool = False) -> Quantised:
+    """Launch `swiglu_quantise`: E4M3 [M, I] and its factors from [M, 2I]."""
     return _launch(gate_up_M2I, gate_up_M2I.shape[1] // (2 * BLOCK), swiglu=True, ue8m0=ue8m0)
 
 
@@ -212,6 +215,7 @@ def rms_norm_quantise_kernel(
     keep_normed: bool = False,
     ue8m0: bool = False,
 ) -> NormOutput:
+    """Launch `rms_norm_quantise` for [M, K] and a weight [K]."""
     x = _rows_contiguous(x_MK)
     added = x if add_MK is None else _rows_contiguous(add_MK)
     num_rows, num_columns = x.shape
@@ -232,6 +236,7 @@ def rms_norm_quantise_kernel(
 
 
 def quantise_weight_kernel(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Launch `quantise_weight`: E4M3 [R, C] and FP32 [R / 128, C / 128], rounded up."""
     weight = _rows_contiguous(weight_RC)
     num_rows, num_columns = weight.shape
     num_p, num_q = scale_shape((num_rows, num_columns))

@@ -96,6 +96,7 @@ def write_latent_kernel(
     *,
     interleave: bool,
 ) -> None:
+    """Launch `write_latent` for [N, C + R]."""
     latent, half = norm_weight_C.numel(), rotation[0].shape[-1]
     if not projected_NE.shape[0]:
         return
@@ -111,6 +112,7 @@ def write_latent_kernel(
 def rotate_queries_kernel(
     query_NHE: Tensor, rotation: tuple[Tensor, Tensor], positions_N: Tensor, *, latent: int, interleave: bool
 ) -> None:
+    """Launch `rotate_queries` for [N, H, E], in place."""
     num_tokens, num_heads, _ = query_NHE.shape
     half = rotation[0].shape[-1]
     if not num_tokens:

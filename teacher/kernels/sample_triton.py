@@ -138,6 +138,7 @@ def _draw(p_ptr, settings_ptr, tokens_ptr, num_tokens, stride, TOKENS: tl.conste
 
 
 def draw_kernel(probabilities_NV: Tensor, settings_N4: Tensor) -> Tensor:
+    """Launch `draw`: int64 [N] from FP32 [N, V] and FP64 settings [N, 4] (uniform, top_p, min_p, top_k)."""
     num_rows, num_tokens = probabilities_NV.shape
     tokens_N = torch.empty(num_rows, dtype=torch.int64, device=probabilities_NV.device)
     if num_rows:

@@ -14,6 +14,7 @@ FOLDER = Path(__file__).resolve().parent / "tables"
 
 
 def table_path(device: torch.device) -> Path:
+    """The file of a device's kind, whether or not there is one."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 

@@ -110,6 +110,7 @@ class FixedPlaces:
     # The halves on either side of a delivery, so that a test can run many ranks in one process.
 
     def deliver_out(self) -> None:
+        """Wait until what all ranks have put is in every inbox."""
         self._values.deliver()
         self._headers.deliver()
 
@@ -141,6 +142,7 @@ class FixedPlaces:
         return (goes_NR.to(torch.int32) << ranks_R.to(torch.int32)).sum(dim=1, dtype=torch.int32)
 
     def received(self, ranks_N: Tensor) -> ExpertInputs:
+        """Read the inboxes after delivery; `ranks_N` is what `send` returned."""
         headers_QB = self._headers.inbox_QB
         counts_R = wire.tail(headers_QB, self._header)[:: self.max_tokens, 0]
         turns = torch.arange(self.max_tokens, device=self.ranks.device)
@@ -156,12 +158,14 @@ class FixedPlaces:
         return ExpertInputs(Quantised(self._values.inbox_QB.view(torch.float8_e4m3fn), columnwise), choice, ranks_N)
 
     def send_back(self, out_QD: Tensor, received: ExpertInputs) -> None:
+        """Put rows [Q, D] that an expert here computed to the ranks they came from, in BF16."""
         places_Q = torch.arange(len(out_QD), device=out_QD.device)
         came_Q = (received.choice.indices_NK >= 0).any(dim=1)
         rows = out_QD.to(torch.bfloat16).contiguous().view(torch.uint8)
         self._returned.put(rows, places_Q, torch.where(came_Q, places_Q, NOWHERE))
 
     def summed(self, ranks_N: Tensor) -> Tensor:
+        """Add up each token's rows after delivery, BF16 [N, D]."""
         returned_RND = self._returned.inbox_QB.view(torch.bfloat16).unflatten(0, (-1, self.max_tokens))
         total_ND = torch.zeros(len(ranks_N), self.hidden, device=ranks_N.device)
         for rank in range(self.ranks.num_ranks):

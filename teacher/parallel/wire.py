@@ -81,6 +81,7 @@ def pack(x_ND: Tensor, slots_NK: Tensor, weights_NK: Tensor, parts: Layout) -> T
 
 
 def unpack(rows_NB: Tensor, parts: Layout, dtype: torch.dtype) -> TokenRows:
+    """Tokens [N, D] in `dtype`, their slots and weights [N, K], from uint8 [N, B]."""
     slots_NK, weights_NK = addresses(rows_NB, parts)
     return TokenRows(numbers(rows_NB, parts, dtype), slots_NK, weights_NK)
 

@@ -97,6 +97,7 @@ class GqaConfig(_Frozen):
 
 
 def read_gqa_config(folder: Path) -> GqaConfig:
+    """Read and validate a folder's config.json, as `parse_gqa_config` does."""
     return parse_gqa_config(read_config_json(folder), folder / "config.json")
 
 

@@ -47,6 +47,7 @@ class GqaOperations(Protocol):
 
 
 def gqa_operations_for(weights: GqaWeights) -> GqaOperations:
+    """Choose by where the weights are: kernels on a GPU, plain torch on a CPU."""
     if weights.embedding.is_cuda:
         from teacher.serve.grouped_kernels import GqaKernels
 

@@ -55,6 +55,7 @@ def planned(step: Step, dtype: torch.dtype) -> Step:
 
 
 def plan_levels(decodes: Decodes, dtype: torch.dtype) -> list[Level]:
+    """Group each level's rows into calls: those that share a page, and those whose pages lie an extent apart."""
     levels = []
     for number in range(max(len(pages) for pages in decodes.pages)):
         owners: dict[int, list[int]] = {}

@@ -65,6 +65,7 @@ class LatentModel:
 
     @classmethod
     def of(cls, model: DeepseekV3, *, with_mtp: bool = False) -> LatentModel:
+        """Lay out the weights of a model in memory."""
         return cls(fuse_weights(model, with_mtp=with_mtp))
 
     @classmethod

@@ -56,6 +56,7 @@ class Operations(Protocol):
 
 
 def operations_for(weights: InferenceWeights) -> Operations:
+    """Choose by where the weights are: kernels on a GPU, plain torch on a CPU."""
     if weights.embedding.is_cuda:
         from teacher.serve.kernels import KernelOperations
 

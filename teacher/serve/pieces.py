@@ -159,6 +159,7 @@ def group_pieces(pieces: list[Piece]) -> list[list[Piece]]:
 
 
 def join(outs_ZHD: Tensor, lses_ZH: Tensor, rows_Z: Tensor, num_sequences: int) -> Tensor:
+    """Weigh each piece's result by its exponential sum: [B, H, D] from [Z, H, D] and log-sum-exps [Z, H]."""
     index_ZH = rows_Z[:, None].expand_as(lses_ZH)
     most_BH = lses_ZH.new_full((num_sequences, lses_ZH.shape[1]), float("-inf"))
     most_BH.scatter_reduce_(0, index_ZH, lses_ZH, "amax")

@@ -52,6 +52,7 @@ class Products(Protocol):
 
 
 def products_for(weights: InferenceWeights, operations: Operations) -> Products:
+    """Choose by the weights' type: FP8, or their own."""
     if weights.is_fp8:
         from teacher.serve.fp8_products import Fp8Products
 
