@@ -36,7 +36,7 @@ class Arrived(NamedTuple):
     """
 
     rows_QB: Tensor
-    parts: wire.Layout
+    parts: wire.RowLayout
     filled_Q: Tensor
     slots_MK: Tensor
     weights_MK: Tensor

@@ -28,7 +28,7 @@ from teacher.model.fp8 import BLOCK
 from teacher.parallel.placement import SlotTables
 from teacher.parallel.symmetric import SymmetricMailbox
 from teacher.parallel.symmetric_triton import SUM_BLOCK, peer_row, typed
-from teacher.parallel.wire import Layout
+from teacher.parallel.wire import RowLayout
 
 PLACES_A_PROGRAM = 32
 NUM_WARPS = 8
@@ -166,7 +166,7 @@ def dispatch_kernel(
     weights_NK: Tensor,
     tables: SlotTables,
     addresses: Addresses,
-    header: Layout,
+    header: RowLayout,
     *,
     values: SymmetricMailbox,
     headers: SymmetricMailbox,
@@ -192,7 +192,7 @@ def dispatch_kernel(
     return ranks_N
 
 
-def receive_kernel(headers_QB: Tensor, header: Layout, addresses: Addresses) -> tuple[Choice, Tensor]:
+def receive_kernel(headers_QB: Tensor, header: RowLayout, addresses: Addresses) -> tuple[Choice, Tensor]:
     """(the choice restricted to this rank's slots, scales [Q, G] by column)."""
     num_places, device = headers_QB.shape[0], headers_QB.device
     per_token, groups = (header.slots - header.scales) // 4, header.hidden // BLOCK

@@ -19,7 +19,7 @@ from torch import Tensor
 from teacher.kernels.arithmetic_triton import to_dtype, to_e4m3
 from teacher.kernels.quantise_triton import EXACT, LEAST, TILE, scales_of
 from teacher.parallel.placement import SlotTables
-from teacher.parallel.wire import Layout
+from teacher.parallel.wire import RowLayout
 
 TOKENS_A_BLOCK = 256  # that a program plans
 SUM_BLOCK = 1_024
@@ -29,7 +29,7 @@ RECEIVE_BLOCK = 64
 class Lot(NamedTuple):
     """A mailbox as a sender sees it: its own inbox, and the distance in bytes to each rank's, int64."""
 
-    parts: Layout
+    parts: RowLayout
     capacity: int
     rank: int
     num_ranks: int
@@ -238,7 +238,7 @@ def dispatch_kernel(x_ND: Tensor, weights_NK: Tensor, planned: Planned, slots_pe
 
 
 def receive_kernel(
-    rows_QB: Tensor, parts: Layout, capacity: int, first_slot: int, slots_per_rank: int, overflowed: Tensor
+    rows_QB: Tensor, parts: RowLayout, capacity: int, first_slot: int, slots_per_rank: int, overflowed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(which places are filled, local slots, weights); `overflowed` is raised where a sender says so."""
     num_places, per_token = rows_QB.shape[0], (parts.slots - parts.scales) // 4
@@ -255,7 +255,7 @@ def receive_kernel(
     return filled_Q, slots_MK, weights_MK
 
 
-def return_kernel(out_QD: Tensor, rows_QB: Tensor, parts: Layout, lot: Lot) -> None:
+def return_kernel(out_QD: Tensor, rows_QB: Tensor, parts: RowLayout, lot: Lot) -> None:
     """Filled places' results to the ranks they came from, in BF16."""
     num_places, hidden = out_QD.shape
     _return[(num_places,)](

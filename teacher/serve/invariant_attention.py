@@ -47,7 +47,7 @@ def as_decodes(step: Step) -> Step:
     return replace(step, decodes=[Decodes(pages, lengths)], chunks=[])
 
 
-def planned(step: Step, dtype: torch.dtype) -> Step:
+def with_plan(step: Step, dtype: torch.dtype) -> Step:
     """`as_decodes`, with its plan."""
     step = as_decodes(step)
     (group,) = step.decodes

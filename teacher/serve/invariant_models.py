@@ -21,7 +21,7 @@ from teacher.serve.grouped_model import GqaModel
 from teacher.serve.grouped_operations import PlainGqa
 from teacher.serve.grouped_weights import GqaWeights, Linear
 from teacher.serve.invariant import EXPERT_TILE, by_tiles, check_matrices, check_places, linear, one_thread, silu
-from teacher.serve.invariant_attention import Level, attend_levels, planned
+from teacher.serve.invariant_attention import Level, attend_levels, with_plan
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.plain import PlainOperations
 from teacher.serve.products import PlainProducts
@@ -43,7 +43,7 @@ class _Invariant:
 
     @one_thread()
     def hidden(self, step: Step, entries_LPSE: Tensor) -> Tensor:
-        return super().hidden(planned(step, self.dtype), entries_LPSE)
+        return super().hidden(with_plan(step, self.dtype), entries_LPSE)
 
     @one_thread()
     def logits(self, x_ZD: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class InvariantLatentModel(_Invariant, LatentModel):
     @one_thread()
     def draft_hidden(self, hidden_MD: Tensor, next_ids_M: Tensor, step: Step, entries_LPSE: Tensor) -> Tensor:
         """A guess may differ in its last bits; what becomes of it is the model's to say."""
-        step = planned(step, self.dtype)
+        step = with_plan(step, self.dtype)
         return super().draft_hidden(hidden_MD, next_ids_M, step, entries_LPSE)
 
     def _absorb(self, w: AttentionWeights, q_MHD: Tensor) -> Tensor:
