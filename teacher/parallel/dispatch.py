@@ -90,6 +90,7 @@ class Exchange:
 
 
 def _make_hop(hop: Hop, slots_NK: Tensor) -> HopHandle:
+    # Counts first: the host waits for them, since they are the shapes of what follows.
     copies = plan.find_copies(slots_NK, hop.destination_of_slot_S1, hop.group.size())
     send, receive = exchange_counts(copies.counts_R, hop.group)
     return HopHandle(hop.group, copies.sources(sum(send)), copies.places_NK, send, receive)
@@ -121,6 +122,7 @@ class _Dispatch(torch.autograd.Function):
         parts = wire.layout(x_ND.shape[1], slots_NK.shape[1], form.out)
         rows = wire.pack(x_ND, slots_NK, weights_NK, parts)
         slots = slots_NK
+        # The second hop forwards whole rows: the slots in them say where each goes on to.
         for hop in hops:
             handles.append(_make_hop(hop, slots))
             rows = _out(rows, handles[-1])
@@ -144,6 +146,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        # The way is known: rows carry numbers and scales alone.
         parts = wire.layout(grad_ND.shape[1], 0, ctx.form.out)
         rows = wire.pack_numbers(grad_ND, parts)
         for hop in ctx.handles:

@@ -169,7 +169,7 @@ def summed_over(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @contextmanager
 def lost_peers(group: dist.ProcessGroup) -> Iterator[None]:
-    """What torch says of an exchange that failed, as an EnvironmentFault of one line."""
+    """Raise what torch says of an exchange that failed as an EnvironmentFault of one line."""
     try:
         yield
     except RuntimeError as exc:

@@ -132,6 +132,7 @@ def find_pieces(decodes: Decodes) -> list[Piece]:
         num_hidden = decodes.num_queries - 1 if page in lengths else 0
         if page % EXTENT and pieces:
             before = pieces[-1]
+            # The same sequences, and no gap: a piece goes on, within one extent.
             if before.rows == rows and before.page * PAGE + before.length == page * PAGE:
                 pieces[-1] = Piece(before.page, before.length + length, rows, num_hidden)
                 continue
@@ -147,6 +148,7 @@ def group_pieces(pieces: list[Piece]) -> list[list[Piece]]:
         if groups:
             group = groups[-1]
             together = max(longest, piece.length)
+            # Positions that would be computed and masked, if the piece joined the group's call.
             extra = (len(group) + 1) * together - len(group) * longest - piece.length
             fits = piece.page == group[-1].page + EXTENT and len(piece.rows) == len(group[-1].rows)
             if fits and extra * len(piece.rows) <= _CALL_POSITIONS:
