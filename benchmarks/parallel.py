@@ -148,7 +148,7 @@ def throughput(ranks: Ranks, sizes: Sizes) -> Iterator[Row]:
         arrived = exchange.dispatch(x, indices, weights)
         error = wrong_by(x, weights, exchange.combine(scaled(arrived.x_MD, arrived), arrived))
         out = torch.randn_like(arrived.x_MD)
-        (hop,) = arrived.sent
+        (hop,) = arrived.handles
         parts = wire.layout(sizes.hidden, sizes.per_token, exchange.wire.out)
         for what, run, row_bytes in (
             ("throughput, dispatch", lambda: exchange.dispatch(x, indices, weights).x_MD, parts.row_bytes),

@@ -25,7 +25,7 @@ from teacher.kernels.experts import ExpertWeights, routed_experts_fp8
 from teacher.kernels.quantise import quantise
 from teacher.kernels.route import Choice, Routes, route
 from teacher.model.fp8 import BLOCK
-from teacher.parallel.fixed_places import FixedPlaces, Received, routed_experts_over_ranks
+from teacher.parallel.fixed_places import ExpertInputs, FixedPlaces, routed_experts_over_ranks
 from teacher.parallel.groups import Ranks, exchange_counts
 from teacher.parallel.symmetric_places import SymmetricFixedPlaces
 
@@ -118,7 +118,7 @@ def layer_weights(ranks: Ranks, sizes: Sizes) -> ExpertWeights:
     return ExpertWeights(*stack(2 * sizes.inner, sizes.hidden), *stack(sizes.hidden, sizes.inner))
 
 
-def scaled(received: Received) -> Tensor:
+def scaled(received: ExpertInputs) -> Tensor:
     """What experts give that return their token: each row times the sum of this rank's weights, zero without any."""
     values_QD = received.x.values_MK.float() * received.x.scale_inv_MG.repeat_interleave(BLOCK, dim=1)
     share_Q1 = received.choice.weights_NK.sum(dim=1, keepdim=True)

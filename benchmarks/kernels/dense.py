@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.kernels.case import Case, Peer, PeerMissing, Work, relative_error
 from benchmarks.kernels.inputs import normal
 from benchmarks.kernels.peers import cutlass_block_gemm, triton_block_gemm
-from teacher.kernels.gemm import block_gemm, tuned_gemm
+from teacher.kernels.gemm import block_gemm, fastest_gemm
 from teacher.kernels.quantise import Quantised, quantise, quantise_weight
 from teacher.model.fp8 import BLOCK, dequantise_blocks
 
@@ -53,10 +53,10 @@ def cases(*, toy: bool) -> Iterator[Case]:
 
 def _product(m: int, n: int, k: int, own: bool, device: torch.device) -> Work:
     size = n * k + m * k + 2 * m * n
-    plan = tuned_gemm(device, m, n, k).plan if own else None
+    tiling = fastest_gemm(device, m, n, k).tiling if own else None
 
     return Work(
-        run=lambda given: block_gemm(*given, plan=plan),
+        run=lambda given: block_gemm(*given, tiling=tiling),
         make=lambda seed: operands(device, seed, m, n, k),
         error=lambda got, given: relative_error(got, exact_product(given)),
         tolerance=TOLERANCE,

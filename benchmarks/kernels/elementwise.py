@@ -106,7 +106,7 @@ def _norm(m: int, k: int, added: bool, device: torch.device) -> Work:
     def with_twin(x: Tensor, weight: Tensor, add: Tensor | None) -> Any:
         return q.rms_norm_quantise_twin(x, weight, EPS, add_MK=add)
 
-    def numbers(normed: q.Normed) -> tuple[Tensor, ...]:
+    def numbers(normed: q.NormOutput) -> tuple[Tensor, ...]:
         return (*normed.quantised, normed.residual_MK)
 
     return Work(
@@ -119,11 +119,11 @@ def _norm(m: int, k: int, added: bool, device: torch.device) -> Work:
     )
 
 
-def _norm_alone(x: Tensor, weight: Tensor, _: None) -> q.Normed:
+def _norm_alone(x: Tensor, weight: Tensor, _: None) -> q.NormOutput:
     return q.rms_norm_quantise_twin(x, weight, EPS)
 
 
-def _norm_added(x: Tensor, weight: Tensor, add: Tensor) -> q.Normed:
+def _norm_added(x: Tensor, weight: Tensor, add: Tensor) -> q.NormOutput:
     return q.rms_norm_quantise_twin(x, weight, EPS, add_MK=add)
 
 

@@ -20,7 +20,7 @@ from benchmarks.kernels.case import Case, Work, relative_error
 from benchmarks.kernels.inputs import e4m3_bits, normal, uniform
 from benchmarks.kernels.peers import vllm_experts
 from teacher.kernels.device import runs_hopper_kernels
-from teacher.kernels.experts import ExpertWeights, default_plan, routed_experts_fp8, routed_experts_twin
+from teacher.kernels.experts import ExpertWeights, default_tiling, routed_experts_fp8, routed_experts_twin
 from teacher.kernels.quantise import quantise, quantise_twin
 from teacher.kernels.route import Routes, route, route_twin
 from teacher.model.fp8 import BLOCK
@@ -77,7 +77,7 @@ def weights_of(layer: Layer, device: torch.device) -> ExpertWeights:
 def _experts(layer: Layer, num_tokens: int, device: torch.device) -> Work:
     num_experts, hidden, inner, routes = layer
     weights = weights_of(layer, device)
-    plan = default_plan(num_tokens * routes.num_experts_per_tok, num_experts)
+    tiling = default_tiling(num_tokens * routes.num_experts_per_tok, num_experts)
     least_sets = 8 if num_tokens <= 8 else 2
 
     def make(seed: int) -> Tokens:
@@ -99,7 +99,7 @@ def _experts(layer: Layer, num_tokens: int, device: torch.device) -> Work:
         run,
         make,
         error,
-        tolerance=TOLERANCE if plan.fused or runs_hopper_kernels(device) else UNFUSED_TOLERANCE,
+        tolerance=TOLERANCE if tiling.fused or runs_hopper_kernels(device) else UNFUSED_TOLERANCE,
         size_bytes=round(hit * expert_bytes) + num_tokens * (4 * hidden + 4 * num_experts),
         flop=6 * hidden * inner * routes.num_experts_per_tok * num_tokens,
         product="fp8",

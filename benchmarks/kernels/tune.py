@@ -1,9 +1,9 @@
-"""Measure the plans of the dense block-scaled product on this GPU and keep the fastest: `make tune`.
+"""Measure the tilings of the dense block-scaled product on this GPU and keep the fastest: `make tune`.
 
     python -m benchmarks.kernels.tune [--out FILE]
 
-For each shape of a DeepSeek-V3 layer and each number of rows: our fastest plan, and whether cuBLAS is faster than it.
-Results go to teacher/kernels/tables/<gpu>.json, which `teacher.kernels.gemm` reads. A plan whose result is wrong is
+For each shape of a DeepSeek-V3 layer and each number of rows: our fastest tiling, and whether cuBLAS is faster than it.
+Results go to teacher/kernels/tables/<gpu>.json, which `teacher.kernels.gemm` reads. A tiling whose result is wrong is
 left out, and so is one that the GPU has no room for.
 """
 
@@ -23,7 +23,7 @@ from rich.progress import track
 from benchmarks.kernels.case import PeerMissing, relative_error
 from benchmarks.kernels.dense import TOLERANCE, V3_SHAPES, Operands, exact_product, operands, scaled_mm
 from benchmarks.kernels.timing import microseconds, num_sets
-from teacher.kernels.gemm import MANY_ROWS, MANY_ROWS_PLAIN, GemmPlan, block_gemm
+from teacher.kernels.gemm import MANY_ROWS, MANY_ROWS_PLAIN, GemmTiling, block_gemm
 from teacher.kernels.tables import table_path
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1_024, 4_096)
@@ -64,20 +64,20 @@ def main() -> None:
 
 
 def tuned(m: int, n: int, k: int, device: torch.device) -> dict[str, Any]:
-    """The fastest of our plans, its microseconds, cuBLAS's (None where it takes no such shape)."""
+    """The fastest of our tilings, its microseconds, cuBLAS's (None where it takes no such shape)."""
     from triton import OutOfResources
 
     sets = [operands(device, seed, m, n, k) for seed in range(num_sets(n * k + m * k + 2 * m * n, device, least=2))]
     wanted = exact_product(sets[0])
-    times: dict[GemmPlan, float] = {}
-    for plan in plans(m):
+    times: dict[GemmTiling, float] = {}
+    for tiling in tilings(m):
 
-        def run(given: Operands, plan: GemmPlan = plan) -> torch.Tensor:
-            return block_gemm(*given, plan=plan)
+        def run(given: Operands, tiling: GemmTiling = tiling) -> torch.Tensor:
+            return block_gemm(*given, tiling=tiling)
 
         try:
             if relative_error(run(sets[0]), wanted) <= TOLERANCE:
-                times[plan] = microseconds(run, sets, device)
+                times[tiling] = microseconds(run, sets, device)
         except OutOfResources:
             continue
     best = min(times, key=times.__getitem__)
@@ -91,7 +91,7 @@ def tuned(m: int, n: int, k: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-def plans(m: int) -> Iterator[GemmPlan]:
+def tilings(m: int) -> Iterator[GemmTiling]:
     if m > FEW:
         yield MANY_ROWS
         yield MANY_ROWS_PLAIN
@@ -100,7 +100,7 @@ def plans(m: int) -> Iterator[GemmPlan]:
         for splits in SPLITS:
             for columns, num_stages, loader in FEW_ROWS:
                 if rows * columns <= 128 * 64:  # a program's sums, in the registers of four warps
-                    yield GemmPlan(rows, columns, splits, True, num_stages=num_stages, loader=loader)
+                    yield GemmTiling(rows, columns, splits, True, num_stages=num_stages, loader=loader)
 
 
 if __name__ == "__main__":

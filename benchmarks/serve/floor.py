@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from teacher.model.config import read_config
-from teacher.serve.grouped_config import read_grouped_config
+from teacher.serve.grouped_config import read_gqa_config
 from teacher.serve.models import LATENT, read_facts
 
 _BYTES = 4
@@ -23,7 +23,7 @@ def step_seconds(folder: Path, batch: int, length: float, flop_per_s: float, byt
         looked_up = latent.vocab_size * latent.hidden_size
         attention = 2 * latent.num_attention_heads * (entry + latent.kv_lora_rank)
     else:
-        config = read_grouped_config(folder)
+        config = read_gqa_config(folder)
         entry, layers = 2 * config.num_key_value_heads * config.head_dim, config.num_hidden_layers
         looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
         attention = 4 * config.num_attention_heads * config.head_dim

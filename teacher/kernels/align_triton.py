@@ -24,7 +24,7 @@ FILLED_A_STEP = 1_024
 
 
 def align_kernel(indices_NK: Tensor, load_E: Tensor, rows_a_tile: int, *, rows_NK: Tensor | None = None) -> Alignment:
-    """As `teacher.kernels.experts.align_twin`; `load_E` is the router's count of each expert's pairs.
+    """Do as `teacher.kernels.experts.align_twin`; `load_E` is the router's count of each expert's pairs.
 
     `rows_NK` int32 is filled with each pair's row; pairs that no expert here serves stay unwritten.
     """
@@ -64,10 +64,12 @@ def _align(
     """A program an expert, and one for what is left of the tiles. Rank within an expert is the order of the pairs."""
     me = tl.program_id(0)
     experts = tl.arange(0, E_PADDED)
+    # Where an expert's tiles begin follows from the loads before it: no program waits for another.
     tiles_E = (tl.load(load_ptr + experts, mask=experts < E, other=0) + ROWS - 1) // ROWS
     first_tile = tl.sum(tl.where(experts < me, tiles_E, 0), axis=0)
     steps = tl.arange(0, STEP)
     if me == E:
+        # The extra program: tiles without an expert, rows without a pair.
         for begin in range(first_tile, num_tiles, STEP):
             tl.store(experts_ptr + begin + steps, tl.full((STEP,), -1, tl.int32), mask=begin + steps < num_tiles)
         for begin in range(first_tile * ROWS, num_tiles * ROWS, STEP):
@@ -75,11 +77,13 @@ def _align(
             tl.store(pairs_ptr + rest, tl.zeros((STEP,), tl.int32) + num_pairs, mask=rest < num_tiles * ROWS)
     else:
         mine = tl.sum(tl.where(experts == me, tiles_E, 0), axis=0)
+        # 1. This expert's tiles.
         for begin in range(0, mine, STEP):
             tl.store(
                 experts_ptr + first_tile + begin + steps, tl.zeros((STEP,), tl.int32) + me, mask=begin + steps < mine
             )
         row = first_tile * ROWS
+        # 2. Its pairs in their order: a pair's row follows from how many of the expert's came before it.
         for begin in range(0, num_pairs, STEP):
             pairs = begin + steps
             chosen = tl.load(indices_ptr + pairs, mask=pairs < num_pairs, other=-1) == me
@@ -88,6 +92,7 @@ def _align(
             if PLACED:
                 tl.store(rows_ptr + pairs, row + rank - 1, mask=chosen)
             row += tl.sum(chosen.to(tl.int32), axis=0)
+        # 3. The rest of its last tile is padding.
         padding = row + tl.arange(0, ROWS)
         tl.store(
             pairs_ptr + padding, tl.zeros((ROWS,), tl.int32) + num_pairs, mask=padding < (first_tile + mine) * ROWS

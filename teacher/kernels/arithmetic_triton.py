@@ -25,6 +25,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def exp_of_minus_abs(x):
+    """exp(-|x|) of FP32 numbers, as `teacher.kernels.exponential` computes it."""
     y = tl.maximum(-tl.abs(x), LOWEST)
     rounded = y * LOG2_E + ROUNDER
     n = rounded - ROUNDER
@@ -73,6 +74,7 @@ def reciprocal(x):
 
 @triton.jit
 def sigmoid(x):
+    """1 / (1 + exp(-x)) of FP32 numbers."""
     e = exp_of_minus_abs(x)
     inverse = reciprocal(1.0 + e)
     return tl.where(x >= 0, inverse, e * inverse)

@@ -1,4 +1,4 @@
-"""Whether a tensor's device runs the Triton kernels, and Hopper's own in Gluon."""
+"""Devices' abilities: which run the Triton kernels, and which Hopper's own in Gluon."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def runs_hopper_kernels(device: torch.device) -> bool:
 
 @cache
 def num_multiprocessors(device: torch.device) -> int:
-    """Of a GPU; interpreted, a few, so that work spans programs."""
+    """Count a GPU's multiprocessors; interpreted, a few, so that work spans programs."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -46,4 +46,5 @@ def _has_triton() -> bool:
 
 @cache
 def has_fp8(device: torch.device) -> bool:
+    """True on a GPU whose tensor cores take E4M3."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY

@@ -42,8 +42,8 @@ class Alignment(NamedTuple):
     experts_T: Tensor
 
 
-class ExpertsPlan(NamedTuple):
-    """How the two products are cut: `rows` a tile, a power of two from 16; `weights_first` for few tokens an expert.
+class ExpertsTiling(NamedTuple):
+    """Cut of the two products: `rows` a tile, a power of two from 16; `weights_first` for few tokens an expert.
 
     `fused` computes SwiGLU in the first product's registers; else tokens are gathered by expert (128 rows a tile) for
     the grouped products of `teacher.kernels.experts_prefill`, which choose their own warps and stages.
@@ -58,7 +58,7 @@ class ExpertsPlan(NamedTuple):
 
 
 def routed_experts_fp8(
-    x: Quantised, choice: Choice, weights: ExpertWeights, *, plan: ExpertsPlan | None = None
+    x: Quantised, choice: Choice, weights: ExpertWeights, *, tiling: ExpertsTiling | None = None
 ) -> Tensor:
     """Weighted sum over each token's experts, BF16 [N, D]. Raises ValueError for shapes that do not fit."""
     num_experts, double_inner, hidden = weights.gate_up_E2ID.shape
@@ -68,27 +68,27 @@ def routed_experts_fp8(
         shapes = tuple(x.values_MK.shape), tuple(weights.gate_up_E2ID.shape), tuple(weights.down_EDI.shape)
         raise ValueError(f"tokens, gate_up and down do not belong together: {shapes}")
     if runs_kernels(x.values_MK):
-        chosen = plan or default_plan(choice.indices_NK.numel(), num_experts)
+        chosen = tiling or default_tiling(choice.indices_NK.numel(), num_experts)
         if not chosen.fused and choice.indices_NK.numel():
             from teacher.kernels.experts_prefill import routed_experts_prefill
 
             return routed_experts_prefill(x, choice, weights)
         from teacher.kernels.experts_triton import routed_experts_kernel
 
-        return routed_experts_kernel(x, choice, weights, plan=chosen)
+        return routed_experts_kernel(x, choice, weights, tiling=chosen)
     return routed_experts_twin(x, choice, weights)
 
 
-def default_plan(num_pairs: int, num_experts: int) -> ExpertsPlan:
-    """A plan for numbers that nobody has measured, by the mean load of an expert."""
+def default_tiling(num_pairs: int, num_experts: int) -> ExpertsTiling:
+    """A tiling for numbers that nobody has measured, by the mean load of an expert."""
     mean = num_pairs / num_experts
     if mean <= 2:  # few experts are met: many loads in flight
-        return ExpertsPlan(rows=16, weights_first=True)
+        return ExpertsTiling(rows=16, weights_first=True)
     if mean <= 24:
-        return ExpertsPlan(rows=16 if mean <= 8 else 32, weights_first=True, num_stages=3)
+        return ExpertsTiling(rows=16 if mean <= 8 else 32, weights_first=True, num_stages=3)
     if mean <= 40:
-        return ExpertsPlan(rows=64, weights_first=False, num_stages=2, down_stages=3)
-    return ExpertsPlan(rows=128, weights_first=False, fused=False)
+        return ExpertsTiling(rows=64, weights_first=False, num_stages=2, down_stages=3)
+    return ExpertsTiling(rows=128, weights_first=False, fused=False)
 
 
 def num_rows(num_pairs: int, num_experts: int, rows_a_tile: int) -> int:
@@ -98,6 +98,7 @@ def num_rows(num_pairs: int, num_experts: int, rows_a_tile: int) -> int:
 
 
 def align_twin(indices_NK: Tensor, num_experts: int, rows_a_tile: int) -> Alignment:
+    """Rows for the pairs of int32 [N, K] in plain torch: experts in order, an expert's pairs in theirs."""
     flat = indices_NK.flatten().long()
     length = num_rows(flat.numel(), num_experts, rows_a_tile)
     pairs = torch.full((length,), flat.numel(), dtype=torch.int32, device=flat.device)
@@ -113,6 +114,7 @@ def align_twin(indices_NK: Tensor, num_experts: int, rows_a_tile: int) -> Alignm
 
 
 def routed_experts_twin(x: Quantised, choice: Choice, weights: ExpertWeights) -> Tensor:
+    """`routed_experts_fp8` in plain torch, an expert at a time: BF16 [N, D]."""
     num_tokens, top_k = choice.indices_NK.shape
     hidden = weights.down_EDI.shape[1]
     out_PD = torch.zeros(num_tokens * top_k, hidden, dtype=torch.bfloat16, device=x.values_MK.device)

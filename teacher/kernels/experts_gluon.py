@@ -15,6 +15,14 @@ Units come from a list, those with a tail first. Programs are persistent and tak
 through with one, since pieces differ: a counter in memory says which is next, the loader asks it and tells the
 consumers.
 
+Barriers, and who waits:
+
+    full        the loader's announced bytes have come; both consumers
+    empty       both consumers have read a slot; the loader
+    told        the next piece of work's number lies in its box; both consumers
+    heard       both consumers have read a box; the loader
+    measured    both consumers' largest magnitudes of a tail are there; both consumers
+
 Shape legend: M rows by expert with padding, T tiles of 128 rows, U units, E experts, N columns (of one expert),
 K inner, B = 128, D hidden, I expert intermediate, P and G blocks of the weights' rows and columns.
 """
@@ -60,6 +68,7 @@ MAXIMA = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 SHARED = gl.NVMMASharedLayout.get_default_for
 STAGES = 3
+# As in `teacher.kernels.gemm_gluon`: the loader has a warpgroup although one thread issues all copies.
 CONSUMER_REGISTERS, LOADER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
 
 
@@ -69,6 +78,7 @@ def _place(units_ptr, work, N_GROUPS, FUSED: gl.constexpr):
     tiles_n = (N_GROUPS + 1) // 2
     unit = gl.load(units_ptr + 1 + work // tiles_n)
     column = work % tiles_n
+    # Gate and up of the same columns, or neighbours; the last of an odd number of groups comes twice.
     if FUSED:
         left = column
         right = column + tiles_n
@@ -97,8 +107,10 @@ def _load(sources, lists, buffers, bars, news, N_GROUPS, K_GROUPS, FUSED: gl.con
         right_row = (first_group + right) * B
         for group in range(K_GROUPS):
             slot = count % STAGES
+            # Both consumers have given the slot back; in the ring's first round this returns at once.
             mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
             ready = full.index(slot)
+            # The barrier counts the bytes that this kind of unit brings.
             if kind == TAILED:
                 mbarrier.expect(ready, (3 * B + TAIL) * B)
             elif kind == HALVED:
@@ -113,9 +125,12 @@ def _load(sources, lists, buffers, bars, news, N_GROUPS, K_GROUPS, FUSED: gl.con
             tma.async_copy_global_to_shared(weight_desc, [right_row, k], ready, weight_bufs.index(2 * slot + 1))
             tma.async_copy_global_to_shared(tail_desc, [row + B, k], ready, tail, pred=kind == TAILED)
             count += 1
+        # Asked for while the consumers still multiply what was loaded last.
         work = gl.num_programs(0) + gl.atomic_add(taken_ptr, 1, sem="relaxed")
+        # Two boxes: both consumers have read what lay in this one two pieces ago.
         mbarrier.wait(heard.index(turn & 1), (turn >> 1 & 1) ^ 1)
         box.index(turn & 1).store(gl.full([1], work, gl.int32, ONE))
+        # Releases both consumers.
         mbarrier.arrive(told.index(turn & 1))
         turn += 1
 
@@ -123,8 +138,10 @@ def _load(sources, lists, buffers, bars, news, N_GROUPS, K_GROUPS, FUSED: gl.con
 @gluon.jit
 def _next_work(news, turn):
     box, told, heard = news
+    # The loader has put the number into the box.
     mbarrier.wait(told.index(turn & 1), turn >> 1 & 1)
     work = gl.max(box.index(turn & 1).load(ONE), axis=0)
+    # One of two arrivals after which the loader may use the box again.
     mbarrier.arrive(heard.index(turn & 1))
     return work
 
@@ -147,18 +164,22 @@ def _sums(
     tail_right = gl.zeros((HALF, TAIL), gl.float32, TAIL_MMA)
     for group in range(K_GROUPS):
         slot = count % STAGES
+        # The scales are on their way while the slot fills.
         x_scale = gl.load(x_scale_ptr + group * x_scale_stride + rows)
         left_scale = gl.load(left_scales + group)
         right_scale = gl.load(right_scales + group)
         if HAS_TAIL:
             tail_scale = gl.load(x_scale_ptr + group * x_scale_stride + tail_rows)
+        # The loader's copies are there.
         mbarrier.wait(full.index(slot), count // STAGES & 1)
         x = x_bufs.index(2 * slot + WHICH)
         left_weight, right_weight = weight_bufs.index(2 * slot), weight_bufs.index(2 * slot + 1)
+        # 1. Left columns. While this group scales the product, the other one's has the tensor cores.
         products = warpgroup_mma(x, left_weight.permute((1, 0)), products, use_acc=False, is_async=True)
         products = warpgroup_mma_wait(0, deps=(products,))
         left += products * (x_scale * left_scale)[:, None]
         if HAS_TAIL:
+            # 2. The tail by this consumer's 64 of either 128 columns, the weights on the tensor cores' long side.
             tail = tail_bufs.index(slot).permute((1, 0))
             nothing = gl.zeros((HALF, TAIL), gl.float32, TAIL_MMA)
             part = left_weight.slice(WHICH * HALF, HALF)
@@ -168,8 +189,10 @@ def _sums(
             left_products, right_products = warpgroup_mma_wait(0, deps=(left_products, right_products))
             tail_left += left_products * (tail_scale * left_scale)[None, :]
             tail_right += right_products * (tail_scale * right_scale)[None, :]
+        # 3. Right columns.
         products = warpgroup_mma(x, right_weight.permute((1, 0)), products, use_acc=False, is_async=True)
         products = warpgroup_mma_wait(0, deps=(products,))
+        # Nothing more is read from the slot: one of the two arrivals that the loader waits for.
         mbarrier.arrive(empty.index(slot))
         right += products * (x_scale * right_scale)[:, None]
         count += 1
@@ -233,7 +256,9 @@ def _quantise_tail(results, exchange, gate, up, row, column, tails, WHICH: gl.co
     activated = _swiglu(gate, up)
     mine = gl.max(gl.abs(activated), axis=0)
     place = 2 * (tails & 1)  # the other consumer may still be reading what it was told of the last tail
+    # A scale is over 128 columns, of which the other consumer has 64: each tells the other its maximum.
     maxima.index(place + WHICH).store(mine)
+    # Goes on when both have arrived.
     mbarrier.arrive(measured)
     mbarrier.wait(measured, tails & 1)
     largest = gl.maximum(gl.maximum(mine, maxima.index(place + 1 - WHICH).load(layout)), LEAST)
@@ -325,12 +350,14 @@ def _unit_gemm(
     told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
+        # One arrival, the loader's, and the bytes that it announces; one arrival of each consumer.
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)
     mbarrier.init(measured.index(0), count=2)
     for slot in gl.static_range(2):
         mbarrier.init(told.index(slot), count=1)
         mbarrier.init(heard.index(slot), count=2)
+    # The TMA must see the barriers as they are now.
     fence_async_shared()
     sources, lists = (x_desc, tail_desc, weight_desc), (units_ptr, experts_ptr, taken_ptr)
     x_scales, results = (x_scale_ptr, x_scale_stride), (out_ptr, num_columns, out_scale_ptr, out_scale_stride)

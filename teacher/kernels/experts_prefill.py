@@ -92,16 +92,20 @@ def _list_units(load_ptr, units_ptr, E: tl.constexpr, E_PADDED: tl.constexpr, TA
     experts = tl.arange(0, E_PADDED)
     load = tl.load(load_ptr + experts, mask=experts < E, other=0)
     tiles = (load + B - 1) // B
+    # Tiles are counted as `align_kernel` lays them: each expert's run begins at a multiple of 128 rows.
     first = tl.cumsum(tiles, axis=0) - tiles
     rest = load % B
     tailed = ((load > B) & (rest > 0) & (rest <= TAIL)).to(tl.int32)
     num_tailed = tl.sum(tailed, axis=0)
+    # 1. Units with a tail, the longest ones.
     tl.store(units_ptr + tl.cumsum(tailed, axis=0), (first + tiles - 2) * KINDS + TAILED, mask=tailed > 0)
+    # 2. All other tiles, an expert's one after another; a tail and the tile before it are in their unit already.
     others = tiles - 2 * tailed
     places = units_ptr + 1 + num_tailed + tl.cumsum(others, axis=0) - others
     for tile in range(tl.max(others, axis=0)):
         half = (tile == tiles - 1) & (rest > 0) & (rest <= B // 2)
         tl.store(places + tile, (first + tile) * KINDS + tl.where(half, HALF, FULL), mask=tile < others)
+    # 3. How many there are, which programs read on the device: no host knows the loads.
     tl.store(units_ptr, num_tailed + tl.sum(others, axis=0))
 
 
@@ -133,6 +137,7 @@ def _spread(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     parts = ()
+    # Read once into registers, written TOP_K times.
     for step in tl.static_range(STEPS):
         columns = step * STEP + tl.arange(0, STEP)
         parts = parts + (tl.load(x_ptr + token * width + columns, mask=columns < width),)  # noqa: RUF005 - as Triton can

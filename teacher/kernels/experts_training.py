@@ -175,6 +175,7 @@ def _forward(
         rows = gather_quantise(x_ND, grouping, top_k).rows
         assert rows is not None
         gate_up_R2I = m_grouped_fp8_gemm_nt_contiguous(rows, *gate_up_fp8[:2], grouping)
+        # FP8 is for the backward alone (s.3.3.3): SwiGLU takes the BF16 numbers here.
         kept, scales = quantise(gate_up_R2I)
         pairs_PD = m_grouped_fp8_gemm_nt_contiguous(swiglu_quantise(gate_up_R2I), *down_fp8[:2], grouping, **last)
     return sum_choices(pairs_PD, top_k), *grouping, kept, scales
@@ -289,6 +290,7 @@ def _gradients(
     main_gate_up, main_down = mains or (None, None)
     if len(operands) == 2:
         gate_up, down = operands
+        # Down's input gradient; through SwiGLU and gates; gate and up's input gradient; both weights' gradients.
         grad_RD, rows_RD = gather_rows(grad_ND, grouping, top_k), gather_rows(x_ND, grouping, top_k)
         grad_RI = m_grouped_bf16_gemm_contiguous(grad_RD, down, grouping, transposed=False)
         both, inner_RI, gates_R = swiglu_backward(grad_RI, kept, gates_P, grouping)
@@ -297,6 +299,7 @@ def _gradients(
         grad_down = k_grouped_bf16_gemm_tn_contiguous(grad_RD, inner_RI, grouping, out_EMN=main_down)
     else:
         gate_up_fp8, down_fp8 = TrainingWeight(*operands[:4]), TrainingWeight(*operands[4:])
+        # The same in FP8. What two products read along different sides is quantised both ways, from the same numbers.
         grad = gather_quantise(grad_ND, grouping, top_k, columnwise=True)
         x_columns = gather_quantise(x_ND, grouping, top_k, rowwise=False, columnwise=True).columns
         assert grad.rows is not None

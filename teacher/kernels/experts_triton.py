@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from teacher.kernels import quantise as quantise_twin
 from teacher.kernels.align_triton import align_kernel
 from teacher.kernels.arithmetic_triton import sigmoid, to_dtype, to_e4m3
-from teacher.kernels.experts import ExpertsPlan, ExpertWeights
+from teacher.kernels.experts import ExpertsTiling, ExpertWeights
 from teacher.kernels.grouped_triton import sum_choices_kernel
 from teacher.kernels.quantise import Quantised, empty_scales
 from teacher.kernels.route import Choice
@@ -73,6 +73,7 @@ def _gate_up(
                 gate += tl.dot(x, gate_weight.T) * gate_scale[:, None]
                 up += tl.dot(x, up_weight.T) * up_scale[:, None]
         columns = column_group * B + inner
+        # The FP32 sums of gate and up never leave the registers: SwiGLU, then a scale for each row's 128.
         activated = gate * sigmoid(gate) * up
         axis: tl.constexpr = 0 if WEIGHTS_FIRST else 1
         largest = tl.maximum(tl.max(tl.abs(activated), axis=axis), LEAST)
@@ -123,6 +124,7 @@ def _down(
             else:
                 sums += tl.dot(x, weight.T) * scale[:, None]
         columns = column_group * B + inner
+        # Each row to its pair's own place, so that the sum over the choices needs no atomics.
         targets = pairs.to(tl.int64) * (HIDDEN_GROUPS * B)
         if WEIGHTS_FIRST:
             out = to_dtype(sums * gates[None, :], out_ptr.dtype.element_ty)
@@ -132,29 +134,30 @@ def _down(
             tl.store(out_ptr + targets[:, None] + columns[None, :], out, mask=inside[:, None])
 
 
-def routed_experts_kernel(x: Quantised, choice: Choice, weights: ExpertWeights, *, plan: ExpertsPlan) -> Tensor:
+def routed_experts_kernel(x: Quantised, choice: Choice, weights: ExpertWeights, *, tiling: ExpertsTiling) -> Tensor:
+    """Launch steps 1 to 4 of `teacher.kernels.experts`: BF16 [N, D] from E4M3 [N, D]."""
     num_tokens, top_k = choice.indices_NK.shape
     _, hidden, inner = weights.down_EDI.shape
     device = x.values_MK.device
     if not num_tokens:
         return torch.empty(0, hidden, dtype=torch.bfloat16, device=device)
-    alignment = align_kernel(choice.indices_NK, choice.load_E, plan.rows)
+    alignment = align_kernel(choice.indices_NK, choice.load_E, tiling.rows)
     length, tiles = alignment.pairs_R.numel(), alignment.experts_T.numel()
     num_pairs = num_tokens * top_k
     groups = {"HIDDEN_GROUPS": hidden // BLOCK, "INNER_GROUPS": inner // BLOCK}
-    form = {"ROWS": plan.rows, "WEIGHTS_FIRST": plan.weights_first}
+    form = {"ROWS": tiling.rows, "WEIGHTS_FIRST": tiling.weights_first}
     values = torch.empty(length, inner, dtype=torch.float8_e4m3fn, device=device)
     scales = empty_scales(length, inner // BLOCK, device)
     _gate_up[(inner // BLOCK, tiles)](
         x.values_MK, x.scale_inv_MG, _blocks(weights.gate_up_E2ID), weights.gate_up_scale_inv, *alignment, values,
         scales, num_pairs, x.scale_inv_MG.stride(1), scales.stride(1), top_k,
-        enable_fp_fusion=False, num_warps=plan.num_warps, num_stages=plan.num_stages, **groups, **form,
+        enable_fp_fusion=False, num_warps=tiling.num_warps, num_stages=tiling.num_stages, **groups, **form,
     )  # fmt: skip
     of_pairs = torch.empty(num_pairs, hidden, dtype=torch.bfloat16, device=device)
     _down[(hidden // BLOCK, tiles)](
-        TensorDescriptor.from_tensor(values, [plan.rows, BLOCK]), scales, _blocks(weights.down_EDI),
+        TensorDescriptor.from_tensor(values, [tiling.rows, BLOCK]), scales, _blocks(weights.down_EDI),
         weights.down_scale_inv, *alignment, choice.weights_NK, of_pairs, num_pairs, scales.stride(1),
-        num_warps=plan.num_warps, num_stages=plan.down_stages, **groups, **form,
+        num_warps=tiling.num_warps, num_stages=tiling.down_stages, **groups, **form,
     )  # fmt: skip
     return sum_choices_kernel(of_pairs, top_k, indices_NK=choice.indices_NK)
 

@@ -3,7 +3,7 @@
     out[m, n] = sum over g of (x_g[m] . w_g[n]) * scale_x[m, g] * scale_w[n / 128, g]      (DeepSeek-V3 s.3.3.2)
 
 Within a group of 128 the tensor cores add up; between groups, FP32 adds scaled sums, so that their short accumulators
-never see more than 128 products. `GemmPlan` says how a shape is cut; which plan is fastest is measured, not guessed:
+never see more than 128 products. `GemmTiling` says how a shape is cut; which one is fastest is measured, not guessed:
 `make tune` writes `tables/<gpu>.json`, which also names the shapes at which cuBLAS is faster still.
 
 Shape legend: M rows (tokens), N columns (outputs), K inner, G = K / 128, P = ceil(N / 128).
@@ -25,8 +25,8 @@ from teacher.model.fp8 import BLOCK, scale_shape
 LIBRARY_ROWS = 4  # cuBLASLt takes multiples of it
 
 
-class GemmPlan(NamedTuple):
-    """How one product is cut. `weights_first` puts the weights' rows on the tensor core's long side: for few tokens."""
+class GemmTiling(NamedTuple):
+    """Cut of one product. `weights_first` puts the weights' rows on the tensor core's long side: for few tokens."""
 
     rows: int  # tokens a tile, a power of two from 16
     columns: int  # outputs a tile: 32, 64 or 128; 256 is the form for Hopper alone, which chooses the rest itself
@@ -38,8 +38,8 @@ class GemmPlan(NamedTuple):
 
 
 HOPPER_COLUMNS = 256
-MANY_ROWS = GemmPlan(rows=128, columns=HOPPER_COLUMNS)  # the plain one where the GPU is not Hopper
-MANY_ROWS_PLAIN = GemmPlan(rows=128, columns=128, num_warps=8, num_stages=3)
+MANY_ROWS = GemmTiling(rows=128, columns=HOPPER_COLUMNS)  # the plain one where the GPU is not Hopper
+MANY_ROWS_PLAIN = GemmTiling(rows=128, columns=128, num_warps=8, num_stages=3)
 
 
 def block_gemm(
@@ -48,11 +48,11 @@ def block_gemm(
     scale_inv_PG: Tensor,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    plan: GemmPlan | None = None,
+    tiling: GemmTiling | None = None,
 ) -> Tensor:
     """[M, N] in `dtype`. Raises ValueError for shapes that do not belong together.
 
-    `plan` is the caller's choice for the kernel; by default the fastest measured one, or cuBLAS where that won.
+    `tiling` is the caller's choice for the kernel; by default the fastest measured one, or cuBLAS where that won.
     """
     num_rows, num_inner = x.values_MK.shape
     groups = num_groups(num_inner)
@@ -63,17 +63,18 @@ def block_gemm(
     if runs_kernels(x.values_MK):
         from teacher.kernels.gemm_triton import block_gemm_kernel
 
-        if plan is None:
-            plan, library = tuned_gemm(x.values_MK.device, num_rows, *weight_NK.shape)
+        if tiling is None:
+            tiling, library = fastest_gemm(x.values_MK.device, num_rows, *weight_NK.shape)
             if library and dtype == torch.bfloat16 and num_rows % LIBRARY_ROWS == 0:
                 return _library_gemm(x, weight_NK, scale_inv_PG)
-        return block_gemm_kernel(x, weight_NK, scale_inv_PG, dtype=dtype, plan=plan)
+        return block_gemm_kernel(x, weight_NK, scale_inv_PG, dtype=dtype, tiling=tiling)
     return block_gemm_twin(x, weight_NK, scale_inv_PG, dtype=dtype)
 
 
 def block_gemm_twin(
     x: Quantised, weight_NK: Tensor, scale_inv_PG: Tensor, *, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
+    """`block_gemm` in plain torch, one 128 of K after the other: [M, N] in `dtype`."""
     values_MGB = x.values_MK.float().unflatten(1, (-1, BLOCK))
     weight_NGB = weight_NK.float().unflatten(1, (-1, BLOCK))
     scale_NG = scale_inv_PG.repeat_interleave(BLOCK, dim=0)[: weight_NK.shape[0]]
@@ -84,22 +85,22 @@ def block_gemm_twin(
     return out_MN.to(dtype)
 
 
-class Tuned(NamedTuple):
-    """Our fastest plan for a shape, and whether cuBLAS is faster than it."""
+class FastestGemm(NamedTuple):
+    """Our fastest tiling for a shape, and whether cuBLAS is faster than it."""
 
-    plan: GemmPlan
+    tiling: GemmTiling
     library: bool
 
 
 @cache
-def tuned_gemm(device: torch.device, num_rows: int, num_columns: int, num_inner: int) -> Tuned:
-    """What was measured on this GPU for the nearest number of rows that is not smaller, or else the largest."""
+def fastest_gemm(device: torch.device, num_rows: int, num_columns: int, num_inner: int) -> FastestGemm:
+    """Look up what this GPU measured for the nearest number of rows that is not smaller, or else for the largest."""
     measured = tables.gemm_shapes(device).get(f"{num_columns}x{num_inner}")
     if not measured:
-        return Tuned(default_plan(num_rows, num_columns, num_inner // BLOCK), library=False)
+        return FastestGemm(default_tiling(num_rows, num_columns, num_inner // BLOCK), library=False)
     rows = min((at for at in measured if at >= num_rows), default=max(measured))
     entry = measured[rows]
-    return Tuned(GemmPlan(**entry["plan"]), library=entry["library"])
+    return FastestGemm(GemmTiling(**entry["plan"]), library=entry["library"])
 
 
 def _library_gemm(x: Quantised, weight_NK: Tensor, scale_inv_PG: Tensor) -> Tensor:
@@ -108,8 +109,8 @@ def _library_gemm(x: Quantised, weight_NK: Tensor, scale_inv_PG: Tensor) -> Tens
     return torch._scaled_mm(x.values_MK, weight_NK.t(), *factors, out_dtype=torch.bfloat16)
 
 
-def default_plan(num_rows: int, num_columns: int, groups: int) -> GemmPlan:
-    """A plan for shapes that nobody has measured: enough tiles for a large GPU's multiprocessors.
+def default_tiling(num_rows: int, num_columns: int, groups: int) -> GemmTiling:
+    """A tiling for shapes that nobody has measured: enough tiles for a large GPU's multiprocessors.
 
     Tiles are small enough for two programs a multiprocessor, so that one loads while the other multiplies.
     """
@@ -121,4 +122,4 @@ def default_plan(num_rows: int, num_columns: int, groups: int) -> GemmPlan:
     splits = 1
     while tiles * splits < 128 and splits * 8 <= groups:
         splits *= 2
-    return GemmPlan(rows=rows, columns=columns, splits=splits, weights_first=True, loader=True)
+    return GemmTiling(rows=rows, columns=columns, splits=splits, weights_first=True, loader=True)

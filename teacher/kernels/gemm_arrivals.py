@@ -28,6 +28,8 @@ def _of_device(device: torch.device) -> _Counters:
 
 
 class _Counters:
+    """A device's counters: some for each stream, and a reserve for graphs."""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.by_stream: dict[int, Tensor] = {}
@@ -35,8 +37,10 @@ class _Counters:
         self.taken = 0
 
     def take(self, num_tiles: int) -> Tensor:
+        """Zeros for a launch in the current stream, int32 of at least [num_tiles]."""
         if self.device.type != "cuda":
             return self._of_stream(0, num_tiles)
+        # A graph may be replayed beside anything: it shares counters with no stream and no other graph.
         if torch.cuda.is_current_stream_capturing():
             return self._of_graph(num_tiles)
         if self.reserve is None:

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from teacher.kernels.arithmetic_triton import to_dtype
 from teacher.kernels.device import runs_hopper_kernels
-from teacher.kernels.gemm import HOPPER_COLUMNS, MANY_ROWS_PLAIN, GemmPlan
+from teacher.kernels.gemm import HOPPER_COLUMNS, MANY_ROWS_PLAIN, GemmTiling
 from teacher.kernels.gemm_arrivals import arrival_counters
 from teacher.kernels.quantise import Quantised
 from teacher.model.fp8 import BLOCK
@@ -34,6 +34,7 @@ def _gemm(
 ):  # fmt: skip
     tile = tl.program_id(0)
     part = tl.program_id(1)
+    # Bands of TILES tiles of M: programs that run at one time share tiles of N and of M in the L2.
     first = tile // (TILES * tiles_n) * TILES
     in_group = min(tiles_m - first, TILES)
     tile_m = first + tile % (TILES * tiles_n) % in_group
@@ -62,6 +63,7 @@ def _gemm(
             sums += tl.dot(weight, x.T) * scale[None, :]
         else:
             sums += tl.dot(x, weight.T) * scale[:, None]
+    # Alone with its tile, a program has all of the sum; else the last one to arrive there has.
     complete = True
     if SPLITS > 1:
         parts_ptr += tile.to(tl.int64) * SPLITS * ROWS * COLUMNS
@@ -85,10 +87,13 @@ def _add_parts(sums, part, parts_ptr, arrivals_ptr, SPLITS: tl.constexpr):
     """
     places = tl.arange(0, sums.shape[0])[:, None] * sums.shape[1] + tl.arange(0, sums.shape[1])[None, :]
     SIZE: tl.constexpr = sums.shape[0] * sums.shape[1]
+    # 1. Each part to its place, past the L1.
     tl.store(parts_ptr + part * SIZE + places, sums, cache_modifier=".cg")
+    # 2. All warps have stored; then one thread counts.
     tl.debug_barrier()
     complete = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == SPLITS - 1
     if complete:
+        # 3. The last to arrive adds all parts in their order, whichever came last: results repeat to the bit.
         sums = tl.zeros_like(sums)
         for one in tl.static_range(SPLITS):
             sums += tl.load(parts_ptr + one * SIZE + places, cache_modifier=".cg")
@@ -97,41 +102,42 @@ def _add_parts(sums, part, parts_ptr, arrivals_ptr, SPLITS: tl.constexpr):
 
 
 def block_gemm_kernel(
-    x: Quantised, weight_NK: Tensor, scale_inv_PG: Tensor, *, dtype: torch.dtype, plan: GemmPlan
+    x: Quantised, weight_NK: Tensor, scale_inv_PG: Tensor, *, dtype: torch.dtype, tiling: GemmTiling
 ) -> Tensor:
-    if plan.columns != HOPPER_COLUMNS and BLOCK % plan.columns:
-        raise ValueError(f"a tile's columns must divide {BLOCK}, got {plan.columns}")
+    """Launch the form that `tiling` names: [M, N] in `dtype`. Raises ValueError for columns that do not divide 128."""
+    if tiling.columns != HOPPER_COLUMNS and BLOCK % tiling.columns:
+        raise ValueError(f"a tile's columns must divide {BLOCK}, got {tiling.columns}")
     num_rows, num_columns = x.values_MK.shape[0], weight_NK.shape[0]
     values, weight, scales = x.values_MK.contiguous(), weight_NK.contiguous(), scale_inv_PG.contiguous()
     out = torch.empty(num_rows, num_columns, dtype=dtype, device=values.device)
     if not num_rows:
         return out
-    if plan.columns == HOPPER_COLUMNS:
+    if tiling.columns == HOPPER_COLUMNS:
         if runs_hopper_kernels(values.device):
             from teacher.kernels.gemm_gluon import block_gemm_hopper
 
             block_gemm_hopper(values, x.scale_inv_MG, weight, scales, out)
             return out
-        plan = MANY_ROWS_PLAIN
-    if plan.loader and runs_hopper_kernels(values.device):
+        tiling = MANY_ROWS_PLAIN
+    if tiling.loader and runs_hopper_kernels(values.device):
         from teacher.kernels.gemm_few_gluon import few_rows_gemm_hopper
 
-        few_rows_gemm_hopper(Quantised(values, x.scale_inv_MG), weight, scales, out, plan)
+        few_rows_gemm_hopper(Quantised(values, x.scale_inv_MG), weight, scales, out, tiling)
         return out
     groups = scale_inv_PG.shape[1]
-    groups_a_part = -(-groups // plan.splits)
+    groups_a_part = -(-groups // tiling.splits)
     splits = -(-groups // groups_a_part)
-    tiles_m, tiles_n = triton.cdiv(num_rows, plan.rows), triton.cdiv(num_columns, plan.columns)
+    tiles_m, tiles_n = triton.cdiv(num_rows, tiling.rows), triton.cdiv(num_columns, tiling.columns)
     parts = arrivals = None
     if splits > 1:
-        parts = torch.empty(tiles_m * tiles_n * splits, plan.rows * plan.columns, device=values.device)
+        parts = torch.empty(tiles_m * tiles_n * splits, tiling.rows * tiling.columns, device=values.device)
         arrivals = arrival_counters(values.device, tiles_m * tiles_n)
     _gemm[(tiles_m * tiles_n, splits)](
-        TensorDescriptor.from_tensor(values, [plan.rows, BLOCK]),
-        TensorDescriptor.from_tensor(weight, [plan.columns, BLOCK]),
+        TensorDescriptor.from_tensor(values, [tiling.rows, BLOCK]),
+        TensorDescriptor.from_tensor(weight, [tiling.columns, BLOCK]),
         x.scale_inv_MG, scales, out, parts, arrivals, num_rows, num_columns, groups, groups_a_part,
         x.scale_inv_MG.stride(1), tiles_m, tiles_n,
-        ROWS=plan.rows, COLUMNS=plan.columns, WEIGHTS_FIRST=plan.weights_first, SPLITS=splits, TILES=TILES_A_GROUP,
-        num_warps=plan.num_warps, num_stages=plan.num_stages,
+        ROWS=tiling.rows, COLUMNS=tiling.columns, WEIGHTS_FIRST=tiling.weights_first, SPLITS=splits,
+        TILES=TILES_A_GROUP, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""What stands between the QKV product of grouped-query attention and its attention, in one kernel.
+"""The step from the QKV product of grouped-query attention to its attention, in one kernel.
 
 Queries and keys are normed a head where the model does (Qwen3), and rotated as halves; keys and values go straight into
 the paged cache, whose entry is a token's keys, one head after another, and then its values.
@@ -58,6 +58,7 @@ def place_heads_twin(
     *,
     num_heads: int,
 ) -> Tensor:
+    """`place_heads` in plain torch, for heads of any even width: queries [N, H, D]."""
     width = 2 * rotation[0].shape[1]
     values_from = num_heads * width + cache_LPE.shape[2] // 2
     query = qkv_NX[:, : num_heads * width].unflatten(1, (num_heads, width))

@@ -58,6 +58,7 @@ def place_heads_kernel(
     *,
     num_heads: int,
 ) -> Tensor:
+    """Launch `teacher.kernels.gqa_cache.place_heads`: queries [N, H, D] in the product's dtype."""
     half = rotation[0].shape[1]
     num_tokens, kv_heads = qkv_NX.shape[0], cache_LPE.shape[2] // (4 * half)
     query_NHD = qkv_NX.new_empty(num_tokens, num_heads, 2 * half)

@@ -68,7 +68,7 @@ def gqa_decode(
 
 
 def fits(width: int) -> bool:
-    """Whether the kernel takes heads of this width."""
+    """Tell whether the kernel takes heads of this width."""
     return 16 <= width <= 128 and width & (width - 1) == 0
 
 
@@ -80,6 +80,7 @@ def num_shares(device: torch.device, kv_heads: int) -> int:
 def gqa_decode_twin(
     query_BHD: Tensor, cache_LPE: Tensor, pages_BQ: Tensor, lengths_B: Tensor, *, scale: float, kv_heads: int
 ) -> Tensor:
+    """`gqa_decode` in plain torch, a sequence at a time, in FP32: [B, H, D] in the query's dtype."""
     outs = []
     for query_HD, pages_Q, length in zip(query_BHD.float(), pages_BQ, lengths_B.tolist(), strict=True):
         if not length:

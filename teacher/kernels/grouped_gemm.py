@@ -64,7 +64,7 @@ def m_grouped_bf16_gemm_contiguous(
     to_pairs: int | None = None,
     gates_P: Tensor | None = None,
 ) -> Tensor:
-    """As the FP8 form; b is [E, N, K] ("nt") or, where not `transposed`, [E, K, N] ("nn")."""
+    """Multiply as the FP8 form does; b is [E, N, K] ("nt") or, where not `transposed`, [E, K, N] ("nn")."""
     num_columns, num_inner = b.shape[1:] if transposed else b.shape[:0:-1]
     _check(a_RK, num_inner, num_columns, grouping)
     out = _empty_out(a_RK, num_columns, to_pairs)

@@ -31,6 +31,7 @@ def m_grouped_fp8_kernel(
     a: Quantised, b_ENK: Tensor, b_scale_inv: Tensor, grouping: Grouping, out: Tensor, to_pairs: bool,
     gates_P: Tensor | None,
 ) -> None:  # fmt: skip
+    """Fill `out`, BF16 [R, N] or, `to_pairs`, [P, N], with rows E4M3 [R, K] times their experts' E4M3 [E, N, K]."""
     if not to_pairs and runs_hopper_kernels(out.device):
         from teacher.kernels.gemm_gluon import grouped_gemm_hopper
 
@@ -50,6 +51,7 @@ def m_grouped_fp8_kernel(
 def m_grouped_bf16_kernel(
     a_RK: Tensor, b: Tensor, grouping: Grouping, out: Tensor, transposed: bool, to_pairs: bool, gates_P: Tensor | None
 ) -> None:
+    """Fill `out`, BF16 [R, N] or, `to_pairs`, [P, N]; `b` BF16 [E, N, K] if `transposed`, else [E, K, N]."""
     n_groups, k_groups = out.shape[1] // BLOCK, a_RK.shape[1] // BLOCK
     gates = grouping.load_E if gates_P is None else gates_P.contiguous()
     tile = (BLOCK, BF16_STEP) if transposed else (BF16_STEP, BLOCK)
@@ -64,6 +66,7 @@ def m_grouped_bf16_kernel(
 def k_grouped_fp8_kernel(
     a: ColumnQuantised, b: ColumnQuantised, grouping: Grouping, out_EMN: Tensor, accumulate: bool
 ) -> None:
+    """Fill or add to FP32 [E, M, N] the products of E4M3 [M, R] and [N, R] over each expert's rows."""
     num_experts, num_m, num_n = out_EMN.shape
     rows = BLOCK // 2
     k_grouped_fp8[(num_experts * (num_m // rows) * (num_n // BLOCK),)](
@@ -75,6 +78,7 @@ def k_grouped_fp8_kernel(
 
 
 def k_grouped_bf16_kernel(a_RM: Tensor, b_RN: Tensor, grouping: Grouping, out_EMN: Tensor, accumulate: bool) -> None:
+    """Fill or add to FP32 [E, M, N] the products of BF16 [R, M] and [R, N] over each expert's rows."""
     num_experts, num_m, num_n = out_EMN.shape
     columns = BLOCK if num_n % (2 * BLOCK) else 2 * BLOCK
     k_grouped_bf16[(num_experts * (num_m // BLOCK) * (num_n // columns),)](

@@ -47,6 +47,7 @@ def store_rows(
     out_ptr, values, row, column_group, N_GROUPS, pairs_ptr, gates_ptr, num_pairs,
     ROWS: tl.constexpr, TO_PAIRS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
+    """Store FP32 [ROWS, 128] at the rows, or at the pairs that they hold, times their gates."""
     rows = row + tl.arange(0, ROWS)
     columns = column_group * B + tl.arange(0, B)
     if TO_PAIRS:
@@ -73,6 +74,7 @@ def k_grouped_fp8(
     m = tl.program_id(0) % tiles // tiles_n * ROWS
     n = tl.program_id(0) % tiles_n * COLUMNS
     experts = tl.arange(0, E_PADDED)
+    # This expert's rows, in tiles of 128, from the loads: the host knows none of them.
     tiles_E = (tl.load(load_ptr + experts, mask=experts < E, other=0) + B - 1) // B
     begin = tl.sum(tl.where(experts < expert, tiles_E, 0), axis=0)
     end = begin + tl.sum(tl.where(experts == expert, tiles_E, 0), axis=0)
@@ -100,7 +102,7 @@ def m_grouped_bf16(
     a_desc, b_desc, experts_ptr, pairs_ptr, gates_ptr, out_ptr, num_pairs, N_GROUPS, K_GROUPS,
     ROWS: tl.constexpr, STEP: tl.constexpr, TRANSPOSED: tl.constexpr, TO_PAIRS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """As `m_grouped_fp8`; TRANSPOSED multiplies by b[expert, K, N] as it lies (the gradient of the input)."""
+    """Do as `m_grouped_fp8`; TRANSPOSED multiplies by b[expert, K, N] as it lies (the gradient of the input)."""
     tiles_n = (N_GROUPS + 1) // 2
     row = tl.program_id(0) // tiles_n * ROWS
     column_group = tl.program_id(0) % tiles_n * 2

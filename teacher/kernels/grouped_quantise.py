@@ -38,7 +38,7 @@ class BothWays(NamedTuple):
 
 
 class QuantisedSwigluGradients(NamedTuple):
-    """Of gate and up [R, 2I]; the inner activation times its gate, transposed; FP32 gates' gradient [R]."""
+    """Gradients of gate and up [R, 2I], both ways; the inner activation times its gate, transposed; FP32 gates' [R]."""
 
     rows: Quantised
     columns: ColumnQuantised
@@ -71,7 +71,7 @@ def gather_quantise(
 def swiglu_backward_quantise(
     grad_RI: Tensor, gate_up: Quantised, gates_P: Tensor, grouping: Grouping
 ) -> QuantisedSwigluGradients:
-    """As `teacher.kernels.grouped.swiglu_backward`, from a quantised gate_up [R, 2I] to quantised gradients."""
+    """Do as `teacher.kernels.grouped.swiglu_backward`, from a quantised gate_up [R, 2I] to quantised gradients."""
     if grad_RI.numel() and runs_kernels(grad_RI):
         from teacher.kernels.grouped_quantise_triton import swiglu_backward_quantise_kernel
 
@@ -86,6 +86,7 @@ def swiglu_backward_quantise(
 
 
 def quantise_columns_twin(x_RD: Tensor) -> ColumnQuantised:
+    """Quantise [R, D] transposed, in tiles of 128 rows, in plain torch."""
     values, scale_inv = quantise_twin(x_RD.T.contiguous())
     return ColumnQuantised(values, scale_inv.T.contiguous())
 

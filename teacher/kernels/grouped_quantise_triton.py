@@ -40,6 +40,7 @@ def _store_rowwise(x, values_ptr, scale_ptr, rows, column_group, num_groups, sca
 @triton.jit
 def _store_columnwise(x, values_ptr, scale_ptr, tile, column_group, num_groups, num_rows):
     """Quantise [128, 128] in tiles of 128x1, transposed, at `tile` of [num_groups * 128, R]."""
+    # Along the rows, which become the columns: Hopper's FP8 tensor cores take operands with K innermost alone.
     largest = tl.maximum(tl.max(tl.abs(x), axis=0), LEAST)
     values = to_e4m3(x * tl.math.div_rn(MAX, largest)[None, :])
     columns = column_group * B + tl.arange(0, B)
@@ -127,6 +128,7 @@ def _empty_rows(num_rows: int, width: int, device: torch.device) -> Quantised:
 def gather_quantise_kernel(
     x_ND: Tensor, grouping: Grouping, top_k: int, *, rowwise: bool, columnwise: bool
 ) -> BothWays:
+    """Launch `gather_quantise`: E4M3 [R, D], its transpose [D, R], or both, from BF16 [N, D]."""
     num_rows, width = grouping.pairs_R.numel(), x_ND.shape[1]
     rows = _empty_rows(num_rows, width, x_ND.device) if rowwise else None
     columns = _empty_columns(width, num_rows, x_ND.device) if columnwise else None
@@ -141,6 +143,7 @@ def gather_quantise_kernel(
 def swiglu_backward_quantise_kernel(
     grad_RI: Tensor, gate_up: Quantised, gates_P: Tensor, grouping: Grouping
 ) -> QuantisedSwigluGradients:
+    """Launch `swiglu_backward_quantise` for BF16 [R, I] and a quantised gate and up [R, 2I]."""
     num_rows, inner = grad_RI.shape
     rows = _empty_rows(num_rows, 2 * inner, grad_RI.device)
     columns, weighted = (_empty_columns(width, num_rows, grad_RI.device) for width in (2 * inner, inner))

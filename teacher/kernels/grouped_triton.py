@@ -98,6 +98,7 @@ def _swiglu_backward(
 
 
 def gather_rows_kernel(x_ND: Tensor, grouping: Grouping, top_k: int) -> Tensor:
+    """Launch `gather_rows`: [R, D] from [N, D]."""
     num_rows, width = grouping.pairs_R.numel(), x_ND.shape[1]
     out = torch.empty(num_rows, width, dtype=x_ND.dtype, device=x_ND.device)
     _gather_rows[(triton.cdiv(width, 256), num_rows // ROWS_A_PROGRAM)](
@@ -130,6 +131,7 @@ def sum_choices_kernel(
 
 
 def swiglu_kernel(gate_up_R2I: Tensor) -> Tensor:
+    """Launch `swiglu`: [R, I] from [R, 2I]."""
     num_rows, inner = gate_up_R2I.shape[0], gate_up_R2I.shape[1] // 2
     out = torch.empty(num_rows, inner, dtype=gate_up_R2I.dtype, device=gate_up_R2I.device)
     _swiglu[(inner // BLOCK, num_rows // ROWS_A_PROGRAM)](gate_up_R2I, out, inner, ROWS=ROWS_A_PROGRAM, **EXACT)
@@ -139,6 +141,7 @@ def swiglu_kernel(gate_up_R2I: Tensor) -> Tensor:
 def swiglu_backward_kernel(
     grad_RI: Tensor, gate_up_R2I: Tensor, gates_P: Tensor, grouping: Grouping
 ) -> SwigluGradients:
+    """Launch `swiglu_backward` for BF16 [R, I] and [R, 2I]."""
     num_rows, inner = grad_RI.shape
     both, weighted = torch.empty_like(gate_up_R2I), torch.empty_like(grad_RI)
     # Zeros, since the rows after the last expert's are summed with the others.

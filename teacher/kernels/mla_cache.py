@@ -47,6 +47,7 @@ def new_cache(num_pages: int, latent: int, rope: int, dtype: torch.dtype, device
 
 
 def is_fp8(cache_LPE: Tensor) -> bool:
+    """Tell an FP8 cache by its dtype."""
     return cache_LPE.dtype == torch.uint8
 
 

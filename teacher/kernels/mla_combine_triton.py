@@ -58,7 +58,9 @@ def _combine(
         highest = tl.max(lse, axis=0)
         highest = tl.where(highest == float("-inf"), 0.0, highest)
         total = tl.sum(tl.exp2(lse - highest), axis=0)
+        # A part's weight is its exponential sum over the largest; what lies beyond the last part weighs nothing.
         sums = tl.exp2(some_lse - highest)[:, None] * parts
+        # What the first reading had no registers for.
         for start in range(TOGETHER, num_parts, TOGETHER):
             parts, some_lse = _read_parts(parts_ptr, lse_ptr, first, start, num_parts, row, columns, W, C, TOGETHER)
             sums += tl.exp2(some_lse - highest)[:, None] * parts

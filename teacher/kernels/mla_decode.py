@@ -86,6 +86,7 @@ def num_shares(device: torch.device, num_queries: int, num_heads: int) -> int:
 def mla_decode_twin(
     query_BSHE: Tensor, cache_LPE: Tensor, pages_BQ: Tensor, lengths_B: Tensor, *, scale: float, latent: int
 ) -> Tensor:
+    """`mla_decode` in plain torch, a sequence at a time, in FP32: [B, S, H, C] in the query's dtype."""
     num_queries = query_BSHE.shape[1]
     numbers_LPE = dequantise(cache_LPE, latent)
     outs = []

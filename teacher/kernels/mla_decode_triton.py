@@ -30,11 +30,13 @@ def _decode(
     share = tl.program_id(1)
     shares_ptr += share * 4
     first, last = tl.load(shares_ptr), tl.load(shares_ptr + 2)
+    # The share's sequences: only its first may begin, only its last may end, in their middle.
     for sequence in range(first, last + 1):
         length = tl.load(lengths_ptr + sequence)
         num_pages = (length + P - 1) // P
         begin = tl.where(sequence == first, tl.load(shares_ptr + 1), 0)
         end = tl.where(sequence == last, tl.load(shares_ptr + 3), num_pages)
+        # Nothing to do where the share ends before a sequence's first page, or the sequence is empty.
         if begin < end:
             sums, total, highest = _attend(
                 query_ptr, latent_ptr, rope_ptr, scale_ptr, pages_ptr + sequence * pages_stride, sequence, rows, begin,
@@ -76,11 +78,13 @@ def _attend(
         else:
             logits = dot(query_C, tl.trans(keys_C)) + dot(query_R, tl.trans(keys_R))
         logits = tl.where(tokens[None, :] < visible[:, None], logits * scale, float("-inf"))
+        # Online softmax: what was summed so far is brought to the new maximum.
         higher = tl.maximum(highest, tl.max(logits, axis=1))
         shrink = tl.exp2(highest - higher)
         weights = tl.exp2(logits - higher[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
         if ENTRY_S:
+            # The values are the keys, and have their scale.
             weights *= token_scale
         sums = sums * shrink[:, None] + dot(to_dtype(weights, keys_C.dtype), keys_C)
         highest = higher
@@ -97,10 +101,12 @@ def store_share(
     divisor = tl.where(total == 0, 1.0, total)
     sums = sums / divisor[:, None]
     columns = tl.arange(0, C)[None, :]
+    # The share has all of the sequence: no part to join.
     if whole:
         places = (sequence * W + rows.to(tl.int64))[:, None] * C + columns
         tl.store(out_ptr + places, to_dtype(sums, out_ptr.dtype.element_ty), mask=inside[:, None])
     else:
+        # A share leaves two parts at most: of the sequence that began before it, and of the one that begins in it.
         slot = share * 2 + (begin == 0).to(tl.int32)
         tl.store(parts_ptr + (slot * W + rows.to(tl.int64))[:, None] * C + columns, sums, mask=inside[:, None])
         lse = tl.where(total == 0, float("-inf"), highest + tl.log2(divisor))

@@ -66,8 +66,10 @@ def _ask_for(page, source, wanted):
 
 @gluon.jit
 def load(buffers, bars, sources, schedule, lengths_ptr, pages_ptr, pages_stride, block, W, FP8: gl.constexpr):
+    """Bring each sequence's queries, and its pages in pairs, as the warpgroups give their places back."""
     q_latent, q_rope = buffers[0], buffers[1]
     query_desc, entries = sources[0], (sources[2], sources[3])
+    # A wait for the phase before the first one returns at once: at first every place is empty.
     q_phase = 1
     k_phase = 1
     for sequence in range(schedule[0], schedule[2] + 1):
@@ -77,6 +79,7 @@ def load(buffers, bars, sources, schedule, lengths_ptr, pages_ptr, pages_stride,
             even = gl.load(pages + begin)
             # Beyond an odd number of pages the last one comes again, to be hidden.
             odd = gl.load(pages + gl.minimum(begin + 1, end - 1))
+            # Both warpgroups are through with the logits of the sequence before.
             mbarrier.wait(bars.index(Q_EMPTY), q_phase)
             q_phase ^= 1
             mbarrier.expect(bars.index(Q_FULL), ROWS * (C + R) * BYTES)
@@ -86,10 +89,13 @@ def load(buffers, bars, sources, schedule, lengths_ptr, pages_ptr, pages_stride,
                 tma.async_copy_global_to_shared(query_desc, [row, tile * TILE], bars.index(Q_FULL), view)
             tma.async_copy_global_to_shared(query_desc, [row, C], bars.index(Q_FULL), q_rope.index(0))
             for number in range(begin, end, 2):
+                # Page numbers a pair ahead, and the pages on their way into the L2 while this pair is still in use.
                 next_even = gl.load(pages + gl.minimum(number + 2, end - 1))
                 next_odd = gl.load(pages + gl.minimum(number + 3, end - 1))
                 _ask_for(next_even, entries, (number + 2 < end).to(gl.int32))
                 _ask_for(next_odd, entries, (number + 3 < end).to(gl.int32))
+                # In the order in which the halves are given back (K_EMPTY): a group multiplies by its own page first,
+                # then by the other's. Rope keys come with the halves given back last: till then weights lie there.
                 if FP8:
                     _convert_pair(buffers, bars, sources, even * P, odd * P, k_phase)
                 else:
@@ -107,7 +113,9 @@ def _copy_half(
 ):  # fmt: skip
     latent = buffers[2].index(place)
     full = bars.index(K_FULL + place * 2 + half)
+    # The one group that reads this half last has given it back.
     mbarrier.wait(bars.index(K_EMPTY + place * 2 + half), phase)
+    # The barrier lets the groups go on when all these bytes have come.
     mbarrier.expect(full, P * HALF * BYTES + (P * R * BYTES if with_rope else 0))
     for tile in gl.static_range(HALF // TILE):
         view = latent.slice(half * HALF + tile * TILE, TILE, dim=1)
@@ -155,11 +163,12 @@ def _convert_half(
         scales = gl.load(scale_ptr + rows.to(gl.int64) * scale_stride)
     mbarrier.wait(bars.index(K_EMPTY + place * 2 + half), phase)
     if with_rope:
-        # The TMA's arrival is one of the two that this half waits for.
+        # One of two arrivals (the other is below): this half is full when its numbers and its rope keys are there.
         mbarrier.expect(full, P * R * BYTES)
         tma.async_copy_global_to_shared(rope_desc, [row, 0], full, buffers[3].index(place))
         buffers[5].index(place).store(scales)
     for tile in gl.static_range(HALF // TILE):
         latent.slice(half * HALF + tile * TILE, TILE, dim=1).store(fetched[tile].to(gl.bfloat16))
+    # Stored by threads, read by the tensor cores: the fence puts the one before the other; then the groups may go on.
     fence_async_shared()
     mbarrier.arrive(full, count=1)

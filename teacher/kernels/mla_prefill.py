@@ -44,12 +44,12 @@ class Widths(NamedTuple):
 
 
 def expansion_flop(context: int, widths: Widths = Widths()) -> int:  # noqa: B008
-    """To multiply out the latents of `context` tokens: 33.55e6 a token at V3's widths."""
+    """FLOP that multiply out the latents of `context` tokens: 33.55e6 a token at V3's widths."""
     return 2 * widths.latent * (widths.nope + widths.value) * widths.num_heads * context
 
 
 def prefers_absorbed(num_queries: int, context: int, widths: Widths = Widths()) -> bool:  # noqa: B008
-    """Whether the absorbed form does less work for the last `num_queries` of `context` tokens of one sequence.
+    """Tell whether the absorbed form does less work for the last `num_queries` of `context` tokens of one sequence.
 
     It spends 2 H (2 C + R) FLOP on a pair of query and key where the expanded form spends 2 H (N + R + V): at V3's
     widths 278,528 against 81,920. It saves the expansion of the context (33.55e6 a token), and has as much to spend on
@@ -80,6 +80,7 @@ def mla_prefill(
 
 
 def mla_prefill_twin(query_BTHD: Tensor, key_BUHD: Tensor, value_BUHV: Tensor, *, scale: float) -> Tensor:
+    """`mla_prefill` in plain torch, in FP32: [B, T, H, V] in the query's dtype."""
     num_queries, num_keys = query_BTHD.shape[1], key_BUHD.shape[1]
     logits_BHTU = torch.einsum("bthd,buhd->bhtu", query_BTHD.float(), key_BUHD.float()) * scale
     hidden_TU = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query_BTHD.device)

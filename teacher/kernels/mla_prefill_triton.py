@@ -58,6 +58,7 @@ def _prefill(
     value_stride_B, value_stride_U, value_stride_H,
     N: tl.constexpr, R: tl.constexpr, V: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
+    # Programs start in order: the last block of queries, which sees most keys, goes first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
     first = block * QUERIES
@@ -73,11 +74,13 @@ def _prefill(
     highest = tl.full((QUERIES,), -1.0e30, tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     sums = tl.zeros((QUERIES, V), tl.float32)
+    # 1. Keys that all queries of the block see: no mask.
     all_see = (past + first + 1) // KEYS * KEYS
     sums, total, highest = _attend(
         query_N, query_R, sums, total, highest, key_ptr, value_ptr, key_stride_U, value_stride_U, places, 0, all_see,
         num_keys, scale, N, R, V, KEYS, False,
     )  # fmt: skip
+    # 2. Keys around the diagonal, and the ragged end.
     sums, total, highest = _attend(
         query_N, query_R, sums, total, highest, key_ptr, value_ptr, key_stride_U, value_stride_U, places, all_see,
         tl.minimum(past + first + QUERIES, num_keys), num_keys, scale, N, R, V, KEYS, True,
@@ -99,6 +102,7 @@ def _join(
     lse_places = (sequence * num_heads + head) * num_queries + query
     first_lse = tl.load(first_lse_ptr + lse_places, mask=inside, other=0.0)
     second_lse = tl.load(second_lse_ptr + lse_places, mask=inside, other=0.0)
+    # The share of the first set in both exponential sums.
     weight = 1.0 / (1.0 + tl.exp(second_lse - first_lse))
     columns, there = tl.arange(0, V)[None, :], inside[:, None]
     places = (sequence * first_stride_B + query * first_stride_T + head * first_stride_H)[:, None] + columns

@@ -46,6 +46,7 @@ def schedule_decode(lengths_B: Tensor, num_shares: int) -> DecodeSchedule:
 
 
 def schedule_decode_twin(lengths_B: Tensor, num_shares: int) -> DecodeSchedule:
+    """`schedule_decode` in plain torch; the host reads the lengths."""
     pages_B = (lengths_B.long() + PAGE - 1) // PAGE
     units_B = torch.where(pages_B > 0, (pages_B + 1) // 2 * 2 + START_PAGES, 0)
     ends_B = units_B.cumsum(0)

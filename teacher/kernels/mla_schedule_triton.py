@@ -22,14 +22,17 @@ def _schedule(lengths_ptr, shares_ptr, sequences_ptr, num_sequences, Z: tl.const
     number = tl.program_id(0)
     sequences = tl.arange(0, B_PADDED)
     inside = sequences < num_sequences
+    # Every program lays all sequences on the line, so that none waits for another.
     pages = (tl.load(lengths_ptr + sequences, mask=inside, other=0) + P - 1) // P
     units = tl.where(pages > 0, (pages + 1) // 2 * 2 + START, 0)
     ends = tl.cumsum(units, axis=0)
     starts = ends - units + START
     total = tl.sum(units, axis=0)
+    # As many shares as programs, of equal length, an even number of pages each.
     share = tl.maximum((total + 2 * Z - 1) // (2 * Z) * 2, 2)
     begin = number * share
     end = tl.minimum(begin + share, total)
+    # This share's ends on the line: which sequences they lie in, and at which of their pages.
     first = tl.sum((inside & (ends <= begin)).to(tl.int32), axis=0)
     last = tl.sum((inside & (ends <= end - 1)).to(tl.int32), axis=0)
     first_page = begin - tl.sum(tl.where(sequences == first, starts, 0), axis=0)
@@ -41,6 +44,7 @@ def _schedule(lengths_ptr, shares_ptr, sequences_ptr, num_sequences, Z: tl.const
     tl.store(shares_ptr + 1, tl.where(idle, 0, tl.maximum(first_page, 0)))
     tl.store(shares_ptr + 2, tl.where(idle, -1, last))
     tl.store(shares_ptr + 3, tl.where(idle, 0, last_page))
+    # How many shares each sequence spans, for `mla_combine_triton`; one program says it.
     if number == 0:
         firsts = starts // share
         tl.store(sequences_ptr + sequences * 2, firsts, mask=inside)
@@ -49,6 +53,7 @@ def _schedule(lengths_ptr, shares_ptr, sequences_ptr, num_sequences, Z: tl.const
 
 
 def schedule_decode_kernel(lengths_B: Tensor, num_shares: int) -> DecodeSchedule:
+    """Launch `schedule_decode` for int32 [B]; the host reads nothing."""
     num_sequences = lengths_B.numel()
     shares = torch.empty(num_shares, 4, dtype=torch.int32, device=lengths_B.device)
     sequences = torch.empty(num_sequences, 2, dtype=torch.int32, device=lengths_B.device)

@@ -36,7 +36,7 @@ class Quantised(NamedTuple):
     scale_inv_MG: Tensor
 
 
-class Normed(NamedTuple):
+class NormOutput(NamedTuple):
     """`residual_MK` is what was normed, in x's dtype; `normed_MK` the norm in x's dtype, or None if not asked for."""
 
     quantised: Quantised
@@ -62,7 +62,7 @@ def rms_norm_quantise(
     add_MK: Tensor | None = None,
     keep_normed: bool = False,
     ue8m0: bool = False,
-) -> Normed:
+) -> NormOutput:
     """Quantise `rms_norm(x + add) * weight`; the sum is rounded to x's dtype first, as the residual stream keeps it.
 
     Raises ValueError unless 128 divides K.
@@ -99,6 +99,7 @@ def quantise_weight(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise_twin(x_MK: Tensor, *, ue8m0: bool = False) -> Quantised:
+    """`quantise` in plain torch: E4M3 [M, K] and FP32 [M, G] from any floating type."""
     num_rows, num_columns = x_MK.shape
     tiles = x_MK.float().unflatten(1, (num_columns // BLOCK, BLOCK))
     largest_MG = tiles.abs().amax(dim=-1).clamp_min(LEAST_MAGNITUDE)
@@ -116,7 +117,8 @@ def rms_norm_quantise_twin(
     add_MK: Tensor | None = None,
     keep_normed: bool = False,
     ue8m0: bool = False,
-) -> Normed:
+) -> NormOutput:
+    """`rms_norm_quantise` in plain torch: sums of squares in FP64, as the kernel has them."""
     residual_MK = x_MK if add_MK is None else (x_MK.float() + add_MK.float()).to(x_MK.dtype)
     x = residual_MK.float()
     # Squares of BF16 numbers summed in FP64: whatever the order of the sum, its FP32 rounding is the same.
@@ -125,10 +127,11 @@ def rms_norm_quantise_twin(
     # The root in FP64 rounds to the right FP32; torch's own FP32 root on a CPU is at times a bit off.
     root = (mean_square + eps).double().sqrt().float()
     normed = x * (1.0 / root) * weight_K.float()
-    return Normed(quantise_twin(normed, ue8m0=ue8m0), residual_MK, normed.to(x_MK.dtype) if keep_normed else None)
+    return NormOutput(quantise_twin(normed, ue8m0=ue8m0), residual_MK, normed.to(x_MK.dtype) if keep_normed else None)
 
 
 def swiglu_quantise_twin(gate_up_M2I: Tensor, *, ue8m0: bool = False) -> Quantised:
+    """`swiglu_quantise` in plain torch: E4M3 [M, I] from [M, 2I]."""
     gate, up = gate_up_M2I.float().chunk(2, dim=-1)
     return quantise_twin(gate * sigmoid(gate) * up, ue8m0=ue8m0)
 

@@ -22,7 +22,7 @@ from teacher.kernels.arithmetic_triton import (
     to_e4m3,
     widen,
 )
-from teacher.kernels.quantise import Normed, Quantised, empty_scales
+from teacher.kernels.quantise import NormOutput, Quantised, empty_scales
 from teacher.model.fp8 import BLOCK, E4M3_MAX, scale_shape
 
 TILE = tl.constexpr(BLOCK)
@@ -33,7 +33,7 @@ EXACT = {"enable_fp_fusion": False}  # a fused multiply-add would round once whe
 
 
 class Cut(NamedTuple):
-    """What a program takes."""
+    """Rows and tiles of a row that one program takes, and its warps."""
 
     rows: int
     groups: int
@@ -49,6 +49,7 @@ NORM_CUT, FEW_ROWS_NORM_CUT = (32, 4), (64, 8)
 
 @triton.jit
 def scales_of(largest, UE8M0: tl.constexpr):
+    """(what multiplies the quantised values, what multiplies the original ones) of FP32 maxima."""
     scale_inv = tl.math.div_rn(largest, MAX)
     if UE8M0:
         bits = scale_inv.to(tl.int32, bitcast=True)
@@ -127,6 +128,8 @@ def _rms_norm_quantise(
     """A row, in parts of PART tiles so that little is padding."""
     row = tl.program_id(0).to(tl.int64)
     width: tl.constexpr = GROUPS * TILE
+    # 1. The row, read once, in registers from here on. Programs that stay and read their next row ahead were slower
+    # (31.0 us for 28.3 at 4,096 rows, H200): instructions bind the kernel, not waiting.
     parts = ()
     for begin in tl.static_range(0, width, PART * TILE):
         columns = begin + tl.arange(0, PART)[:, None] * TILE + tl.arange(0, TILE)[None, :]
@@ -137,11 +140,14 @@ def _rms_norm_quantise(
             part = to_dtype(widen(part) + widen(added), residual_ptr.dtype.element_ty)
             tl.store(residual_ptr + row * width + columns, part, mask=inside)
         parts = parts + (part,)  # noqa: RUF005 - as Triton can
+    # 2. Its mean square. In FP64 the order of the sum does not show in the FP32 result, so the twin's is the same; FP32
+    # would gain 2% to 3% (26.6 us for 27.3).
     squares = tl.zeros((PART, TILE), tl.float64)
     for begin in tl.static_range(0, width, PART * TILE):
         x = widen(parts[begin // (PART * TILE)])
         squares += (x * x).to(tl.float64)
     mean_square = (tl.sum(tl.reshape(squares, (PART * TILE,)), axis=0) / width).to(tl.float32)
+    # 3. Norm, scales and numbers.
     inverse = tl.math.div_rn(1.0, tl.math.sqrt_rn(mean_square + eps))
     for begin in tl.static_range(0, width, PART * TILE):
         groups = begin // TILE + tl.arange(0, PART)
@@ -176,10 +182,12 @@ def _quantise_weight(
 
 
 def quantise_kernel(x_MK: Tensor, *, ue8m0: bool = False) -> Quantised:
+    """Launch `quantise`: E4M3 [M, K] and FP32 [M, G]."""
     return _launch(x_MK, x_MK.shape[1] // BLOCK, swiglu=False, ue8m0=ue8m0)
 
 
 def swiglu_quantise_kernel(gate_up_M2I: Tensor, *, ue8m0: bool = False) -> Quantised:
+    """Launch `swiglu_quantise`: E4M3 [M, I] and its factors from [M, 2I]."""
     return _launch(gate_up_M2I, gate_up_M2I.shape[1] // (2 * BLOCK), swiglu=True, ue8m0=ue8m0)
 
 
@@ -206,7 +214,8 @@ def rms_norm_quantise_kernel(
     add_MK: Tensor | None = None,
     keep_normed: bool = False,
     ue8m0: bool = False,
-) -> Normed:
+) -> NormOutput:
+    """Launch `rms_norm_quantise` for [M, K] and a weight [K]."""
     x = _rows_contiguous(x_MK)
     added = x if add_MK is None else _rows_contiguous(add_MK)
     num_rows, num_columns = x.shape
@@ -223,10 +232,11 @@ def rms_norm_quantise_kernel(
             GROUPS=groups, PART=min(part, triton.next_power_of_2(groups)), ADD=add_MK is not None, KEEP=keep_normed,
             UE8M0=ue8m0, num_warps=num_warps if num_columns > 2_048 else 4, **EXACT,
         )  # fmt: skip
-    return Normed(Quantised(values, scales), residual, normed)
+    return NormOutput(Quantised(values, scales), residual, normed)
 
 
 def quantise_weight_kernel(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Launch `quantise_weight`: E4M3 [R, C] and FP32 [R / 128, C / 128], rounded up."""
     weight = _rows_contiguous(weight_RC)
     num_rows, num_columns = weight.shape
     num_p, num_q = scale_shape((num_rows, num_columns))

@@ -1,4 +1,4 @@
-"""What stands between the projections of MLA and its attention, in two kernels (DeepSeek-V3 s.2.1.1).
+"""The steps from the projections of MLA to its attention, in two kernels (DeepSeek-V3 s.2.1.1).
 
 `write_latent` norms a token's latent, rotates its rope key and puts both into the paged cache in one go: neither is
 written anywhere else. `rotate_queries` turns the rope part of absorbed queries in place. Both leave the rope dimensions
@@ -66,6 +66,7 @@ def write_latent_twin(
     *,
     interleave: bool,
 ) -> None:
+    """`write_latent` in plain torch."""
     latent = norm_weight_C.numel()
     numbers = projected_NE.dtype if is_fp8(cache_LPE) else cache_LPE.dtype
     x = projected_NE[:, :latent].float()
@@ -82,5 +83,6 @@ def write_latent_twin(
 def rotate_queries_twin(
     query_NHE: Tensor, rotation: tuple[Tensor, Tensor], positions_N: Tensor, *, latent: int, interleave: bool
 ) -> None:
+    """`rotate_queries` in plain torch: [N, H, E] in place."""
     cos, sin = (table[positions_N].unsqueeze(1) for table in rotation)
     query_NHE[..., latent:] = rotate(query_NHE[..., latent:], cos, sin, interleave=interleave)

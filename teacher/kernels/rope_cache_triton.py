@@ -37,6 +37,7 @@ def _write_latent(
         inverse = tl.math.div_rn(1.0, tl.math.sqrt_rn(mean_square + eps))
         normed = x * inverse * tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         latent_ptrs = latent_ptr + slot * ENTRY_C + columns
+        # An FP8 cache: one scale a token, a power of two, so that dividing the rope keys by it is exact.
         if ENTRY_S:
             largest = tl.maximum(tl.max(tl.abs(normed), axis=0), SMALLEST)
             bits = tl.math.div_rn(largest, E4M3_MAX).to(tl.int32, bitcast=True)
@@ -95,6 +96,7 @@ def write_latent_kernel(
     *,
     interleave: bool,
 ) -> None:
+    """Launch `write_latent` for [N, C + R]."""
     latent, half = norm_weight_C.numel(), rotation[0].shape[-1]
     if not projected_NE.shape[0]:
         return
@@ -110,6 +112,7 @@ def write_latent_kernel(
 def rotate_queries_kernel(
     query_NHE: Tensor, rotation: tuple[Tensor, Tensor], positions_N: Tensor, *, latent: int, interleave: bool
 ) -> None:
+    """Launch `rotate_queries` for [N, H, E], in place."""
     num_tokens, num_heads, _ = query_NHE.shape
     half = rotation[0].shape[-1]
     if not num_tokens:
@@ -121,5 +124,5 @@ def rotate_queries_kernel(
 
 
 def _pairing(half: int, interleave: bool) -> dict[str, int]:
-    """Where pair i stands: (2i, 2i + 1), or (i, i + R/2)."""
+    """Places of pair i: (2i, 2i + 1), or (i, i + R/2)."""
     return {"STEP": 2, "APART": 1} if interleave else {"STEP": 1, "APART": half}

@@ -30,7 +30,7 @@ class Choice(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """How tokens choose; names as in the model's config."""
+    """Rules by which tokens choose; names as in the model's config."""
 
     num_experts_per_tok: int
     n_group: int
@@ -40,6 +40,7 @@ class Routes(NamedTuple):
 
     @classmethod
     def of(cls, config: DeepseekV3Config) -> Routes:
+        """Take the rules out of a model's config."""
         return cls(*(getattr(config, name) for name in cls._fields))
 
 
@@ -56,6 +57,7 @@ def route(logits_NE: Tensor, bias_E: Tensor, routes: Routes) -> Choice:
 
 
 def route_twin(logits_NE: Tensor, bias_E: Tensor, routes: Routes) -> Choice:
+    """`route` in plain torch, from [N, E]; any numbers of experts and groups."""
     num_tokens, num_experts = logits_NE.shape
     scores_NE = sigmoid(logits_NE.float())
     choice_NE = scores_NE + bias_E

@@ -54,6 +54,7 @@ def _route(
     out = tokens[:, None] * K + ranks[None, :]
     tl.store(indices_ptr + out, indices_NK, mask=written)
     tl.store(weights_ptr + out, weights_NK * scaling, mask=written)
+    # Whole numbers: their sum does not depend on which program comes first.
     tl.atomic_add(load_ptr + indices_NK, 1, mask=written, sem="relaxed")
 
 
@@ -76,7 +77,7 @@ def _within_best_groups(choice_NE, TOKENS: tl.constexpr, E: tl.constexpr, G: tl.
 
 
 def route_kernel(logits_NE: Tensor, bias_E: Tensor, routes: Routes) -> Choice:
-    """As `teacher.kernels.route.route`. The numbers of experts and of groups must be powers of two."""
+    """Choose as `teacher.kernels.route.route` does. The numbers of experts and of groups must be powers of two."""
     num_tokens, num_experts = logits_NE.shape
     for what, count in (("experts", num_experts), ("groups", routes.n_group)):
         if count & (count - 1):

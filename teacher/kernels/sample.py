@@ -27,6 +27,7 @@ class Settings(NamedTuple):
     top_k: Tensor
 
     def of(self, rows_N: Tensor) -> Settings:
+        """The settings of some rows, int64 [n] or a mask [N]."""
         return Settings(*(column[rows_N] for column in self))
 
 
@@ -40,6 +41,7 @@ def draw(probabilities_NV: Tensor, settings: Settings) -> Tensor:
 
 
 def draw_twin(probabilities_NV: Tensor, settings: Settings) -> Tensor:
+    """`draw` in plain torch, which sorts: int64 [N] from FP32 [N, V]."""
     ordered = probabilities_NV.sort(dim=-1, descending=True, stable=True)
     return pick(ordered.values, ordered.indices, settings)
 

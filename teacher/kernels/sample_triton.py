@@ -28,7 +28,7 @@ def _worth(row_ptr, start, num_tokens, COUNT: tl.constexpr, TOKENS: tl.constexpr
 
 @triton.jit
 def _tail(row_ptr, num_tokens, pattern, COUNT: tl.constexpr, TOKENS: tl.constexpr):
-    """How much lies at or above a pattern: tokens, or probability. FP64, summed in one order."""
+    """Sum of what lies at or above a pattern: tokens, or probability. FP64, summed in one order."""
     total = tl.zeros((TOKENS,), tl.float32)
     for start in range(0, num_tokens, TOKENS):
         bits, worth = _worth(row_ptr, start, num_tokens, COUNT, TOKENS)
@@ -84,6 +84,7 @@ def _draw(p_ptr, settings_ptr, tokens_ptr, num_tokens, stride, TOKENS: tl.conste
     min_p = tl.load(settings_ptr + row * 4 + 2)
     top_k = tl.load(settings_ptr + row * 4 + 3)
 
+    # 1. The likeliest token, and the sum of all.
     most = tl.zeros((TOKENS,), tl.float32)
     for start in range(0, num_tokens, TOKENS):
         tokens = start + tl.arange(0, TOKENS)
@@ -93,12 +94,14 @@ def _draw(p_ptr, settings_ptr, tokens_ptr, num_tokens, stride, TOKENS: tl.conste
     lowest = top * 0  # the pattern of the least likely token that may be drawn
     mass = _tail(row_ptr, num_tokens, lowest, False, TOKENS)
 
+    # 2. top-k: the pattern of the k-th best token, and what the best k weigh.
     kept = mass * 0.0 + 1.0  # of the best k tokens: of all, one, whatever rounding makes of the sum
     if top_k < num_tokens:
         lowest, above = _search(row_ptr, num_tokens, top_k, lowest, top, True, False, TOKENS)
         likelihood = lowest.to(tl.float32, bitcast=True).to(tl.float64)
         kept = _tail(row_ptr, num_tokens, lowest + 1, False, TOKENS) + (top_k - above) * likelihood
         mass = kept
+    # 3. Nucleus: how far the best tokens reach top_p of that.
     if top_p < 1.0:
         pattern, above = _search(row_ptr, num_tokens, top_p * kept, lowest, top, False, False, TOKENS)
         likelihood = pattern.to(tl.float32, bitcast=True).to(tl.float64)
@@ -106,6 +109,7 @@ def _draw(p_ptr, settings_ptr, tokens_ptr, num_tokens, stride, TOKENS: tl.conste
         num_equal = tl.maximum(tl.ceil((top_p * kept - above) / tl.maximum(likelihood, 1e-300)), 1.0)
         mass = tl.minimum(mass, above + num_equal * likelihood)
         lowest = tl.maximum(lowest, pattern)
+    # 4. min-p: a pattern that needs no search.
     if min_p > 0.0:
         limit = min_p * best.to(tl.float64)
         rounded = limit.to(tl.float32)
@@ -114,10 +118,12 @@ def _draw(p_ptr, settings_ptr, tokens_ptr, num_tokens, stride, TOKENS: tl.conste
         mass = tl.minimum(mass, _tail(row_ptr, num_tokens, pattern, False, TOKENS))
         lowest = tl.maximum(lowest, pattern)
 
+    # 5. The token at which the sum in falling order passes the uniform number.
     target = uniform * tl.maximum(mass, best.to(tl.float64))
     pattern, above = _search(row_ptr, num_tokens, target, lowest, top, False, True, TOKENS)
     likelihood = pattern.to(tl.float32, bitcast=True).to(tl.float64)
     rank = tl.floor((target - above) / tl.maximum(likelihood, 1e-300)).to(tl.int32)
+    # 6. Of equally likely ones, the rank-th by index.
     seen = rank * 0
     picked = rank * 0
     for start in range(0, num_tokens, TOKENS):
@@ -132,6 +138,7 @@ def _draw(p_ptr, settings_ptr, tokens_ptr, num_tokens, stride, TOKENS: tl.conste
 
 
 def draw_kernel(probabilities_NV: Tensor, settings_N4: Tensor) -> Tensor:
+    """Launch `draw`: int64 [N] from FP32 [N, V] and FP64 settings [N, 4] (uniform, top_p, min_p, top_k)."""
     num_rows, num_tokens = probabilities_NV.shape
     tokens_N = torch.empty(num_rows, dtype=torch.int64, device=probabilities_NV.device)
     if num_rows:

@@ -1,4 +1,4 @@
-"""What `make tune` measured: a file a GPU in `tables/`, from which the kernels take their plans."""
+"""Tables of what `make tune` measured: a file a GPU in `tables/`, from which the kernels take their tilings."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ FOLDER = Path(__file__).resolve().parent / "tables"
 
 
 def table_path(device: torch.device) -> Path:
+    """The file of a device's kind, whether or not there is one."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
 @cache
 def gemm_shapes(device: torch.device) -> dict[str, dict[int, dict[str, Any]]]:
-    """By "<columns>x<inner>" and number of rows: {"plan": the fields of a GemmPlan, "library": whether cuBLAS won}."""
+    """Measured shapes by "<columns>x<inner>" and number of rows.
+
+    An entry is {"plan": the fields of a GemmTiling, "library": whether cuBLAS won}.
+    """
     path = table_path(device)
     if not path.is_file():
         return {}

@@ -31,7 +31,7 @@ class Hop(NamedTuple):
     destination_of_slot_S1: Tensor
 
 
-class Sent(NamedTuple):
+class HopHandle(NamedTuple):
     """One hop as it was made: what the way back needs."""
 
     group: dist.ProcessGroup
@@ -41,13 +41,13 @@ class Sent(NamedTuple):
     receive: list[int]
 
 
-class Dispatched(NamedTuple):
-    """What arrived: rows, local slots (int64, -1: another rank's), weights FP32; both tensors carry gradients."""
+class DispatchOutput(NamedTuple):
+    """Arrived tokens: rows, local slots (int64, -1: another rank's), weights FP32; rows and weights carry gradients."""
 
     x_MD: Tensor
     slots_MK: Tensor
     weights_MK: Tensor
-    sent: tuple[Sent, ...]
+    handles: tuple[HopHandle, ...]
 
 
 class Exchange:
@@ -75,33 +75,34 @@ class Exchange:
         """The same for another placement."""
         return Exchange(self.ranks, placement, wire=self.wire, two_hops=self.two_hops)
 
-    def dispatch(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Dispatched:
+    def dispatch(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> DispatchOutput:
         """Rows for this rank's experts. Raises EnvironmentFault where ranks are lost, ValueError for widths that the
         form does not take (`wire.layout`)."""
         slots_NK = self._tables.choose(indices_NK, rank=self.ranks.rank)
-        sent: list[Sent] = []
-        x_MD, weights_MK, slots_MK = _Dispatch.apply(x_ND, weights_NK, slots_NK, self.hops, self.wire, sent)
+        handles: list[HopHandle] = []
+        x_MD, weights_MK, slots_MK = _Dispatch.apply(x_ND, weights_NK, slots_NK, self.hops, self.wire, handles)
         local_MK = plan.local_slots(slots_MK, self.placement.slots_per_rank, self.ranks.rank)
-        return Dispatched(x_MD, local_MK, weights_MK, tuple(sent))
+        return DispatchOutput(x_MD, local_MK, weights_MK, tuple(handles))
 
-    def combine(self, out_MD: Tensor, dispatched: Dispatched) -> Tensor:
+    def combine(self, out_MD: Tensor, dispatched: DispatchOutput) -> Tensor:
         """The sums of what the ranks made of each token, [N, D] in the dtype of `out_MD`."""
-        return _Combine.apply(out_MD, dispatched.sent, self.wire)
+        return _Combine.apply(out_MD, dispatched.handles, self.wire)
 
 
-def _made(hop: Hop, slots_NK: Tensor) -> Sent:
-    copies = plan.plan_copies(slots_NK, hop.destination_of_slot_S1, hop.group.size())
+def _make_hop(hop: Hop, slots_NK: Tensor) -> HopHandle:
+    # Counts first: the host waits for them, since they are the shapes of what follows.
+    copies = plan.find_copies(slots_NK, hop.destination_of_slot_S1, hop.group.size())
     send, receive = exchange_counts(copies.counts_R, hop.group)
-    return Sent(hop.group, copies.sources(sum(send)), copies.places_NK, send, receive)
+    return HopHandle(hop.group, copies.sources(sum(send)), copies.places_NK, send, receive)
 
 
-def _out(rows_NB: Tensor, hop: Sent) -> Tensor:
+def _out(rows_NB: Tensor, hop: HopHandle) -> Tensor:
     return exchange(wire.gather(rows_NB, hop.sources_C), hop.send, hop.receive, hop.group)
 
 
-def _back(rows_MD: Tensor, sent: tuple[Sent, ...], dtype: torch.dtype) -> Tensor:
+def _back(rows_MD: Tensor, handles: tuple[HopHandle, ...], dtype: torch.dtype) -> Tensor:
     """Sums along the hops in reverse, FP32; rounded to `dtype` wherever they travel."""
-    for hop in reversed(sent):
+    for hop in reversed(handles):
         returned_CD = exchange(rows_MD.to(dtype), hop.receive, hop.send, hop.group)
         rows_MD = plan.summed(returned_CD, hop.places_NK)
     return rows_MD
@@ -110,36 +111,44 @@ def _back(rows_MD: Tensor, sent: tuple[Sent, ...], dtype: torch.dtype) -> Tensor
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weights_NK: Tensor, slots_NK: Tensor, hops: list[Hop], form: Wire, sent: list[Sent]
+        ctx: Any,
+        x_ND: Tensor,
+        weights_NK: Tensor,
+        slots_NK: Tensor,
+        hops: list[Hop],
+        form: Wire,
+        handles: list[HopHandle],
     ) -> tuple[Tensor, Tensor, Tensor]:
         parts = wire.layout(x_ND.shape[1], slots_NK.shape[1], form.out)
         rows = wire.pack(x_ND, slots_NK, weights_NK, parts)
         slots = slots_NK
+        # The second hop forwards whole rows: the slots in them say where each goes on to.
         for hop in hops:
-            sent.append(_made(hop, slots))
-            rows = _out(rows, sent[-1])
+            handles.append(_make_hop(hop, slots))
+            rows = _out(rows, handles[-1])
             slots = wire.addresses(rows, parts)[0].long()
-        ctx.sent, ctx.form, ctx.dtypes = tuple(sent), form, (x_ND.dtype, weights_NK.dtype)
+        ctx.handles, ctx.form, ctx.dtypes = tuple(handles), form, (x_ND.dtype, weights_NK.dtype)
         ctx.mark_non_differentiable(slots)
         return wire.numbers(rows, parts, x_ND.dtype), wire.addresses(rows, parts)[1].clone(), slots
 
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor, grad_weights_MK: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        grad_ND = _back(grad_MD, ctx.sent, wire.DTYPES[ctx.form.back])
-        grad_weights_NK = _back(grad_weights_MK, ctx.sent, torch.float32)
+        grad_ND = _back(grad_MD, ctx.handles, wire.DTYPES[ctx.form.back])
+        grad_weights_NK = _back(grad_weights_MK, ctx.handles, torch.float32)
         return grad_ND.to(ctx.dtypes[0]), grad_weights_NK.to(ctx.dtypes[1]), None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out_MD: Tensor, sent: tuple[Sent, ...], form: Wire) -> Tensor:
-        ctx.sent, ctx.form = sent, form
-        return _back(out_MD, sent, wire.DTYPES[form.back]).to(out_MD.dtype)
+    def forward(ctx: Any, out_MD: Tensor, handles: tuple[HopHandle, ...], form: Wire) -> Tensor:
+        ctx.handles, ctx.form = handles, form
+        return _back(out_MD, handles, wire.DTYPES[form.back]).to(out_MD.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        # The way is known: rows carry numbers and scales alone.
         parts = wire.layout(grad_ND.shape[1], 0, ctx.form.out)
         rows = wire.pack_numbers(grad_ND, parts)
-        for hop in ctx.sent:
+        for hop in ctx.handles:
             rows = _out(rows, hop)
         return wire.numbers(rows, parts, grad_ND.dtype), None, None

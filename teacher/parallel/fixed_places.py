@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from teacher.kernels.experts import ExpertWeights, default_plan, routed_experts_fp8
+from teacher.kernels.experts import ExpertWeights, default_tiling, routed_experts_fp8
 from teacher.kernels.quantise import Quantised, empty_scales, quantise
 from teacher.kernels.route import Choice
 from teacher.parallel import wire
@@ -36,8 +36,8 @@ from teacher.parallel.plan import NOWHERE, local_slots
 MOST_RANKS = 31  # bits of an int32 that is not negative
 
 
-class Received(NamedTuple):
-    """What arrived, for `teacher.kernels.experts.routed_experts_fp8` as it is.
+class ExpertInputs(NamedTuple):
+    """Tokens that arrived, for `teacher.kernels.experts.routed_experts_fp8` as they are.
 
     `x`: E4M3 [Q, D] (the inbox itself) and FP32 [Q, G]; whatever lay there before where nothing came. `choice`: local
     slots int32 [Q, K], -1 for those of other ranks and in empty places; weights [Q, K], zero there; loads [S].
@@ -84,10 +84,12 @@ class FixedPlaces:
 
     @property
     def row_bytes(self) -> tuple[int, int]:
-        """What a token takes on the way out, and on the way back."""
+        """Bytes of a token on the way out, and on the way back."""
         return self.hidden + self._header.row_bytes, 2 * self.hidden
 
-    def dispatch(self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor, tables: SlotTables) -> Received:
+    def dispatch(
+        self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor, tables: SlotTables
+    ) -> ExpertInputs:
         """Tokens [N, D] to the ranks of their experts by `tables`, which are alike on all ranks.
 
         Raises ValueError for more than `max_tokens` tokens.
@@ -98,7 +100,7 @@ class FixedPlaces:
         self.deliver_out()
         return self.received(ranks_N)
 
-    def combine(self, out_QD: Tensor, received: Received) -> Tensor:
+    def combine(self, out_QD: Tensor, received: ExpertInputs) -> Tensor:
         """The sum of the ranks' shares of each token, FP32 sums in the order of the ranks, BF16 [N, D]."""
         self.send_back(out_QD, received)
         self._returned.deliver()
@@ -107,33 +109,39 @@ class FixedPlaces:
     # The halves on either side of a delivery, so that a test can run many ranks in one process.
 
     def deliver_out(self) -> None:
+        """Wait until what all ranks have put is in every inbox."""
         self._values.deliver()
         self._headers.deliver()
 
     def send(self, x: Tensor | Quantised, indices_NK: Tensor, weights_NK: Tensor, tables: SlotTables) -> Tensor:
-        """Put every token where it must go; returns `Received.ranks_N`."""
+        """Put every token where it must go; returns `ExpertInputs.ranks_N`."""
         values_ND, scale_inv_NG = x if isinstance(x, Quantised) else quantise(x)
+        # Which ranks each token goes to: once a rank, however many of its experts live there.
         slots_NK = tables.choose(indices_NK, rank=self.ranks.rank)
         num_tokens, num_ranks, device = len(slots_NK), self.ranks.num_ranks, self.ranks.device
         ranks_R = torch.arange(num_ranks, device=device)
         goes_NR = (slots_NK.unsqueeze(1) // self.slots_per_rank == ranks_R.view(1, -1, 1)).any(dim=2)
 
+        # Headers: scales, slots and weights, to every rank.
         headers_NB = torch.zeros(num_tokens, self._header.weights, dtype=torch.uint8, device=device)
         headers_NB[:, : self._header.scales].view(torch.float32).copy_(scale_inv_NG)
         slots, weights = wire.addresses(headers_NB, self._header)
         slots.copy_(slots_NK)
         weights.copy_(weights_NK)
 
+        # Numbers only where they are wanted; the same place at every rank.
         tokens_P = torch.arange(num_tokens, device=device).repeat(num_ranks)
         places_P = (ranks_R.unsqueeze(1) * self.max_tokens + torch.arange(num_tokens, device=device)).flatten()
         self._values.put(values_ND.view(torch.uint8), tokens_P, torch.where(goes_NR.T.flatten(), places_P, NOWHERE))
         self._headers.put(headers_NB, tokens_P, places_P)
+        # How many places of this rank's are filled, in the first one's header.
         count_R = torch.full((num_ranks, 1), num_tokens, dtype=torch.int32, device=device)
         first_places = ranks_R * self.max_tokens
         self._headers.put(count_R.view(torch.uint8), ranks_R, first_places, offset=self._header.weights)
         return (goes_NR.to(torch.int32) << ranks_R.to(torch.int32)).sum(dim=1, dtype=torch.int32)
 
-    def received(self, ranks_N: Tensor) -> Received:
+    def received(self, ranks_N: Tensor) -> ExpertInputs:
+        """Read the inboxes after delivery; `ranks_N` is what `send` returned."""
         headers_QB = self._headers.inbox_QB
         counts_R = wire.tail(headers_QB, self._header)[:: self.max_tokens]
         turns = torch.arange(self.max_tokens, device=self.ranks.device)
@@ -146,15 +154,17 @@ class FixedPlaces:
         choice = Choice(local_QK, torch.where(local_QK >= 0, weights_QK, 0.0), counted[1:])
         scales_QG = headers_QB[:, : self._header.scales].view(torch.float32)
         columnwise = empty_scales(len(headers_QB), scales_QG.shape[1], self.ranks.device).copy_(scales_QG)
-        return Received(Quantised(self._values.inbox_QB.view(torch.float8_e4m3fn), columnwise), choice, ranks_N)
+        return ExpertInputs(Quantised(self._values.inbox_QB.view(torch.float8_e4m3fn), columnwise), choice, ranks_N)
 
-    def send_back(self, out_QD: Tensor, received: Received) -> None:
+    def send_back(self, out_QD: Tensor, received: ExpertInputs) -> None:
+        """Put rows [Q, D] that an expert here computed to the ranks they came from, in BF16."""
         places_Q = torch.arange(len(out_QD), device=out_QD.device)
         came_Q = (received.choice.indices_NK >= 0).any(dim=1)
         rows = out_QD.to(torch.bfloat16).contiguous().view(torch.uint8)
         self._returned.put(rows, places_Q, torch.where(came_Q, places_Q, NOWHERE))
 
     def summed(self, ranks_N: Tensor) -> Tensor:
+        """Add up each token's rows after delivery, BF16 [N, D]."""
         returned_RND = self._returned.inbox_QB.view(torch.bfloat16).unflatten(0, (-1, self.max_tokens))
         total_ND = torch.zeros(len(ranks_N), self.hidden, device=ranks_N.device)
         for rank in range(self.ranks.num_ranks):
@@ -189,9 +199,9 @@ def routed_experts_over_ranks(
     return form.combine(received_experts(form, received, experts), received)
 
 
-def received_experts(form: FixedPlaces, received: Received, experts: ExpertWeights) -> Tensor:
-    """What this rank's experts make of what arrived, BF16 [Q, D]."""
+def received_experts(form: FixedPlaces, received: ExpertInputs, experts: ExpertWeights) -> Tensor:
+    """Compute this rank's experts on what arrived, BF16 [Q, D]."""
     # Places are for every token on every rank; of the choices in them one in R is this rank's, on average.
     num_pairs = received.choice.indices_NK.numel() // form.ranks.num_ranks
-    plan = default_plan(num_pairs, form.slots_per_rank)
-    return routed_experts_fp8(received.x, received.choice, experts, plan=plan)
+    tiling = default_tiling(num_pairs, form.slots_per_rank)
+    return routed_experts_fp8(received.x, received.choice, experts, tiling=tiling)

@@ -91,12 +91,12 @@ def opened_ranks(
     except (RuntimeError, ValueError) as exc:
         raise EnvironmentFault(f"the {num_ranks} ranks did not meet: {exc}", where=init_method) from exc
     try:
-        yield _grouped(rank, num_ranks, per_node, device)
+        yield _join_groups(rank, num_ranks, per_node, device)
     finally:
         dist.destroy_process_group()
 
 
-def _grouped(rank: int, num_ranks: int, per_node: int, device: torch.device) -> Ranks:
+def _join_groups(rank: int, num_ranks: int, per_node: int, device: torch.device) -> Ranks:
     world = dist.group.WORLD
     assert world is not None
     if per_node == num_ranks:
@@ -169,7 +169,7 @@ def summed_over(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @contextmanager
 def lost_peers(group: dist.ProcessGroup) -> Iterator[None]:
-    """What torch says of an exchange that failed, as an EnvironmentFault of one line."""
+    """Raise what torch says of an exchange that failed as an EnvironmentFault of one line."""
     try:
         yield
     except RuntimeError as exc:

@@ -28,7 +28,7 @@ STAGES_PER_RANK: dict[ScheduleName, int] = {"1f1b": 1, "zbv": 2, "dualpipev": 2}
 
 
 class Coordinates(NamedTuple):
-    """Where a rank is: along the pipeline, among the copies, among the expert ranks."""
+    """Place of a rank: along the pipeline, among the copies, among the expert ranks."""
 
     pp: int
     dp: int

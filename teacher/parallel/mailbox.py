@@ -40,6 +40,8 @@ MakeMailbox = Callable[[Ranks, int, int], Mailbox]  # (ranks, capacity, bytes a 
 
 
 class AllToAllMailbox:
+    """Over any backend: `put` fills an outbox, `deliver` exchanges all of it, empty places too."""
+
     def __init__(self, ranks: Ranks, capacity: int, row_bytes: int) -> None:
         self._ranks = ranks
         self._num_places = ranks.num_ranks * capacity

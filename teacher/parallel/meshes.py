@@ -68,7 +68,7 @@ def formed(layout: Layout, ranks: Ranks) -> Meshes:
     grid = torch.arange(layout.num_ranks).view(layout.pp, layout.dp, layout.ep)
 
     def own(lines: torch.Tensor) -> dist.ProcessGroup:
-        """Of groups that do not overlap, the one with this rank."""
+        """Make groups that do not overlap; returns the one with this rank."""
         mine = None
         for members in lines.tolist():
             group = dist.new_group(members, timeout=timedelta(seconds=layout.timeout_s))

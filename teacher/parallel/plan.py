@@ -7,7 +7,7 @@ receiver knows its own part without another exchange.
 Two ways to a rank. Direct: the destinations are ranks. Two hops, as in DeepSeek-V3 (arXiv 2412.19437 s.3.2.2): first
 one copy a node over InfiniBand, to the rank with the sender's own local index there, which forwards it over NVLink to
 the ranks of its node that hold one of its experts; the sum returns the same way and is added up on the way. A hop is
-the same function either time (`plan_copies`); only the map from slots to destinations differs (`direct`, `to_nodes`,
+the same function either time (`find_copies`); only the map from slots to destinations differs (`direct`, `to_nodes`,
 `within_node`). With routing limited to M nodes, at most M copies of a token cross nodes.
 
 A slot of -1 is a choice that is served elsewhere. Shapes are static but for `sources`.
@@ -27,7 +27,7 @@ from teacher.parallel.placement import Placement
 NOWHERE = -1
 
 
-class CopyPlan(NamedTuple):
+class Copies(NamedTuple):
     """int64. Copies lie in the order of their destinations, and of the tokens within one.
 
     `places_NK`: the place of the copy that choice k of token n calls for, -1 where an earlier choice's copy serves it
@@ -49,11 +49,11 @@ def destinations(slots_NK: Tensor, destination_of_slot_S1: Tensor) -> Tensor:
     return destination_of_slot_S1[slots_NK]
 
 
-def plan_copies(slots_NK: Tensor, destination_of_slot_S1: Tensor, num_destinations: int) -> CopyPlan:
+def find_copies(slots_NK: Tensor, destination_of_slot_S1: Tensor, num_destinations: int) -> Copies:
     """The copies that one rank sends in one hop. No host synchronisation.
 
     >>> table = torch.tensor([0, 0, 1, 1, -1])                  # slots 0 and 1 on rank 0, 2 and 3 on rank 1
-    >>> plan_copies(torch.tensor([[0, 1], [3, 1]]), table, 2).counts_R.tolist()
+    >>> find_copies(torch.tensor([[0, 1], [3, 1]]), table, 2).counts_R.tolist()
     [2, 1]
     """
     num_tokens, per_token = slots_NK.shape
@@ -66,7 +66,7 @@ def plan_copies(slots_NK: Tensor, destination_of_slot_S1: Tensor, num_destinatio
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     places_NK = torch.where(first_NK, rank.view(num_tokens, per_token), NOWHERE)
     bounds = torch.searchsorted(sorted_key, torch.arange(num_destinations + 1, device=key.device))
-    return CopyPlan(places_NK, order, bounds.diff())
+    return Copies(places_NK, order, bounds.diff())
 
 
 def direct(placement: Placement) -> Tensor:
@@ -141,18 +141,18 @@ class Traffic(NamedTuple):
 
 
 def traffic(slots_by_rank: list[Tensor], placement: Placement) -> Traffic:
-    """What the slots [N, K] chosen on every rank make travel. Counted on the host, for planning and for tests."""
+    """Count the copies that the slots [N, K] chosen on every rank make travel; on the host."""
     ranks, per_node = placement.num_ranks, placement.ranks_per_node
     counts = torch.zeros(3, ranks, ranks, dtype=torch.int64)
     slot_to_rank, slot_to_node = direct(placement), to_nodes(placement)
     for rank, slots_NK in enumerate(slots_by_rank):
-        counts[0, rank] = plan_copies(slots_NK, slot_to_rank, ranks).counts_R
-        by_node = plan_copies(slots_NK, slot_to_node, placement.num_nodes)
+        counts[0, rank] = find_copies(slots_NK, slot_to_rank, ranks).counts_R
+        by_node = find_copies(slots_NK, slot_to_node, placement.num_nodes)
         num_copies = by_node.counts_R.tolist()
         of_copies = slots_NK[by_node.sources(sum(num_copies))].split(num_copies)
         for node, slots_CK in enumerate(of_copies):
             forwarder = node * per_node + rank % per_node
             counts[1, rank, forwarder] += num_copies[node]
-            onward = plan_copies(slots_CK, within_node(placement, forwarder), per_node).counts_R
+            onward = find_copies(slots_CK, within_node(placement, forwarder), per_node).counts_R
             counts[2, forwarder, node * per_node : (node + 1) * per_node] += onward
     return Traffic(*counts)

@@ -65,7 +65,7 @@ class Imbalance(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a rebalancing came to; both imbalances are under the loads that it went by."""
+    """Result of a rebalancing; both imbalances are under the loads that it went by."""
 
     num_layers_moved: int
     num_slots_moved: int
@@ -74,7 +74,7 @@ class Report(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Of one layer."""
+    """Result for one layer."""
 
     num_moves: int
     before: float
@@ -95,7 +95,7 @@ def placed(weights: InferenceWeights, placement: Placement) -> tuple[InferenceWe
 
 
 class Balancer:
-    """Of all layers, each with a placement of its own (`placements`), by counts that begin anew each time.
+    """Placer of all layers, each with a placement of its own (`placements`), by counts that begin anew each time.
 
     `group` is for numbers on the host. Every rebalancing's report, alike on all ranks, goes to `on_report`.
     """
@@ -119,7 +119,7 @@ class Balancer:
         self._found: list[_Found] = []
 
     def before_step(self) -> None:
-        """To be called before each step that computes something, by all ranks together. At most one layer moves.
+        """Move a layer at most; all ranks call it together, before each step that computes something.
 
         Raises EnvironmentFault where a rank is lost, as `move_weights`.
         """
@@ -133,7 +133,7 @@ class Balancer:
                 self._report()
 
     def _read_loads(self) -> list[list[int]]:
-        """Of all ranks, [L][E]. The host waits for the step under way and asks over gloo: placing is its own work."""
+        """Loads over all ranks, [L][E]. The host waits for the step under way, asks over gloo, and places."""
         loads_LE = torch.stack([layer.load_E for layer in self._layers]).cpu()
         for layer in self._layers:
             layer.load_E.zero_()

@@ -6,7 +6,7 @@ step they agree how many tokens the fullest has: few go through small inboxes, a
 any of them reads a prompt, through large ones. A rank that has nothing to compute serves its experts to the others.
 
 Steps of many tokens may go in halves (s.3.4.1): while one half's tokens travel, the device computes the other's
-attention, shared expert and routed experts. The travelling has a stream of its own:
+attention, shared expert and routed experts. What travels has a stream of its own:
 
     compute   attention A   attention B    shared A, experts A   shared B, experts B   attention A of the next layer
     travel                  to experts A   to experts B          back A                back B
@@ -44,41 +44,43 @@ from teacher.serve.weights import fuse_entries
 _AGREE_S = 300.0
 
 
-class Travel:
+class TransferStream:
     """A stream beside the one that computes; on a CPU all is one behind the other."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def begin(self, run: Callable[[], Any]) -> Travelling:
-        """`run` once all that computes so far is done. What it reads must be kept until `Travelling.end`."""
+    def begin(self, run: Callable[[], Any]) -> Transfer:
+        """`run` once all that computes so far is done. What it reads must be kept until `Transfer.end`."""
         if self._stream is None:
-            return Travelling(run(), None)
+            return Transfer(run(), None)
+        # What travels is computed first, and inboxes that were computed with have been read: to peers, this rank's
+        # arrival at the barrier within the transfer means both.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             result, event = run(), torch.cuda.Event()
             event.record()
-        return Travelling(result, event)
+        return Transfer(result, event)
 
 
-class Travelling(NamedTuple):
+class Transfer(NamedTuple):
     result: Any
     arrival: torch.cuda.Event | None
 
     def end(self) -> Any:
-        """What computes from here on waits for it."""
+        """Let what computes from here on wait for it; returns its result."""
         if self.arrival is not None:
             torch.cuda.current_stream().wait_event(self.arrival)
         return self.result
 
 
-class Sent(NamedTuple):
+class DispatchInFlight(NamedTuple):
     """A half's tokens on their way to a layer's experts, with what they were made of."""
 
     form: FixedPlaces
     x: Input
     choice: Choice
-    travelling: Travelling  # a `Received`
+    transfer: Transfer  # of `ExpertInputs`
 
 
 class SpreadProducts(Fp8Products):
@@ -114,10 +116,10 @@ class SpreadProducts(Fp8Products):
         many_of_each = [many // 2 + 1] * 2 if in_halves else [many]
         self._many = [kind(ranks, **sized, max_tokens=most) for most in many_of_each]
         self.forms = [self._few]  # of the next step, one for each of its parts
-        self._travel = Travel(ranks.device)
+        self._transfers = TransferStream(ranks.device)
 
     def choose(self, most_rows: int) -> bool:
-        """For the next step, whose fullest rank has so many rows; whether they go through the small inboxes."""
+        """Choose the next step's inboxes by the rows of its fullest rank; tell whether they are the small ones."""
         is_few = most_rows <= self._few.max_tokens
         self.forms = [self._few] if is_few else self._many
         return is_few
@@ -139,23 +141,23 @@ class SpreadProducts(Fp8Products):
         )
         return routed_MD + self.mlp(x, weights.shared)
 
-    def send(self, x: Input, weights: PlacedMoEWeights, form: FixedPlaces) -> Sent:
+    def send(self, x: Input, weights: PlacedMoEWeights, form: FixedPlaces) -> DispatchInFlight:
         """Tokens of one half set out for their experts."""
         choice = self._choice(x, weights)
         given = x.quantised, choice.indices_NK, choice.weights_NK, weights.tables
-        return Sent(form, x, choice, self._travel.begin(lambda: form.dispatch(*given)))
+        return DispatchInFlight(form, x, choice, self._transfers.begin(lambda: form.dispatch(*given)))
 
-    def arrive(self, sent: Sent, weights: PlacedMoEWeights) -> Callable[[], Tensor]:
+    def arrive(self, sent: DispatchInFlight, weights: PlacedMoEWeights) -> Callable[[], Tensor]:
         """They are computed and set out for home; the result waits for them, [M, D]."""
         shared_MD = self.mlp(sent.x, weights.shared)
-        received = sent.travelling.end()
+        received = sent.transfer.end()
         out_QD = received_experts(sent.form, received, weights.experts)
-        travelling = self._travel.begin(lambda: sent.form.combine(out_QD, received))
+        transfer = self._transfers.begin(lambda: sent.form.combine(out_QD, received))
         read = [sent, received, out_QD]
 
         def home() -> Tensor:
-            routed_MD: Tensor = travelling.end()
-            read.clear()  # not before
+            routed_MD: Tensor = transfer.end()
+            read.clear()  # not before: the stream of transfers read them, which the allocator knows nothing of
             return routed_MD + shared_MD
 
         return home
@@ -175,10 +177,12 @@ class SpreadModel(LatentModel):
     def hidden(self, step: Step, entries_LPSE: Tensor) -> Tensor:
         if len(self.products.forms) == 1:
             return super().hidden(step, entries_LPSE)
+        # See the module's table: where one half's tokens set out, the other half's attention follows.
         halves = halved(step, self.plan)
         x_MD = [self.weights.embedding[half.token_ids_M] for half in halves]
         branches: list[Callable[[], Tensor] | None] = [None, None]
         for layer, cache_PSE in zip(self.weights.layers, entries_LPSE, strict=True):
+            # Attention of both halves; each one's tokens set out as soon as they are normed.
             sent = []
             for number, half in enumerate(halves):
                 branch_MD = None if (branch := branches[number]) is None else branch()
@@ -188,6 +192,7 @@ class SpreadModel(LatentModel):
                 else:
                     branches[number] = _ready(self.products.mlp(normed, layer.mlp))
             if isinstance(layer.mlp, PlacedMoEWeights):
+                # Experts of both halves; what comes home is waited for only where the next layer's norm reads it.
                 branches = [self.products.arrive(of_half, layer.mlp) for of_half in sent]
         ends = [x if branch is None else x + branch() for x, branch in zip(x_MD, branches, strict=True)]
         return self._norm(torch.cat(ends), self.weights.norm)
@@ -218,9 +223,11 @@ class RanksInStep:
     def begin(self, num_rows: int, num_warm_ups: int) -> bool:
         most_rows, most_warm_ups = self._most(num_rows, num_warm_ups)
         self.is_on = most_rows > 0
+        # Between two steps no rank is in a layer: only here may experts move.
         if self.is_on and self.balancer is not None:
             self.balancer.before_step()
         is_few = self._products.choose(most_rows)
+        # Layers are collective: a rank with nothing of its own takes part as often as the others pass through them.
         missing = most_warm_ups - num_warm_ups if is_few else 0
         for _ in range(missing + (self.is_on and not num_rows)):
             for layer in self._layers:

@@ -34,6 +34,7 @@ class SymmetricMailbox:
         except RuntimeError as exc:
             message = f"these {ranks.num_ranks} ranks cannot share memory: {str(exc).splitlines()[0]}"
             raise EnvironmentFault(message, where=str(ranks.device)) from exc
+        # Where every rank's inbox is mapped in this rank's address space.
         starts = [self._handle.get_buffer(rank, (1,), torch.uint8).data_ptr() for rank in range(ranks.num_ranks)]
         # Inboxes begin at the same place of their allocations on every rank, so that these lie as far apart as those.
         distances = [start - starts[ranks.rank] for start in starts]

@@ -1,5 +1,8 @@
 """The Triton side of `teacher.parallel.symmetric_places`: stores to peers' memory, nothing planned, no host.
 
+Nothing here waits for a peer: the barriers of `teacher.parallel.symmetric_places`, between the launches, are what puts
+peers' stores before this rank's loads.
+
 A peer's inbox is this rank's own inbox plus a distance out of a table. So, and not as an address of its own, the
 compiler knows what 16 divides (buffers and rows begin at multiples of 16 bytes) and stores vectors of 16 bytes: from
 addresses made of integers it made stores of single numbers. NVLink carries whole lines of 128 bytes best: rows of
@@ -26,7 +29,7 @@ from teacher.kernels.route import Choice
 from teacher.model.fp8 import BLOCK
 from teacher.parallel.placement import SlotTables
 from teacher.parallel.symmetric import SymmetricMailbox
-from teacher.parallel.wire import Layout
+from teacher.parallel.wire import RowLayout
 
 PLACES_A_PROGRAM = 32
 SUM_BLOCK = 1_024
@@ -34,7 +37,7 @@ NUM_WARPS = 8
 
 
 class Addresses(NamedTuple):
-    """What makes places of tokens, and ranks of slots."""
+    """Numbers that make places of tokens, and ranks of slots."""
 
     rank: int
     num_ranks: int
@@ -44,6 +47,7 @@ class Addresses(NamedTuple):
 
 @triton.jit
 def peer_row(inbox_ptr, distances_ptr, peer, row, ROW_BYTES: tl.constexpr):
+    """Address of `row` in the peer's inbox; the peer may be this rank."""
     distance = tl.multiple_of(tl.load(distances_ptr + peer), 16)
     return inbox_ptr + (distance + row.to(tl.int64) * ROW_BYTES)
 
@@ -63,6 +67,7 @@ def _dispatch(
     QUANTISED: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0)
+    # Phase 1a: how many tokens come, to every peer, in the header of this rank's first place there.
     if first == 0:
         for peer in range(num_ranks):
             tail = peer_row(headers_ptr, headers_distances_ptr, peer, rank * max_tokens, HEADER_BYTES) + TAIL
@@ -71,9 +76,11 @@ def _dispatch(
     real = k < PER_TOKEN
     columns = groups[:, None] * TILE + tl.arange(0, TILE)[None, :]
     inside = columns < GROUPS * TILE
+    # Phase 1b: a token at a time. At most `max_programs` programs, which go round.
     for token in range(first, num_tokens, tl.num_programs(0)):
         expert = tl.load(indices_ptr + token * PER_TOKEN + k, mask=real, other=0).to(tl.int64)
         weight = tl.load(weights_ptr + token * PER_TOKEN + k, mask=real, other=0.0)
+        # Copies of an expert take turns, as `SlotTables.choose` has it.
         turn = (token + rank) % tl.load(num_copies_ptr + expert)
         slot = tl.load(slots_of_ptr + expert * most_copies + turn).to(tl.int32)
         peer_of = tl.where(real, slot // slots_per_rank, num_ranks)
@@ -85,12 +92,16 @@ def _dispatch(
             x = x.to(tl.float32)
             scale_inv, scale = scales_of(tl.maximum(tl.max(tl.abs(x), axis=1), LEAST), False)
             values = to_e4m3(x * scale[:, None]).to(tl.uint8, bitcast=True)
+        # Quantised once, stored from registers to as many ranks as need it.
         ranks = 0
         for nth in range(num_ranks):
+            # Every rank begins with its right neighbour, so that no inbox is everybody's first.
             peer = (rank + 1 + nth) % num_ranks
             place = rank * max_tokens + token
             header = peer_row(headers_ptr, headers_distances_ptr, peer, place, HEADER_BYTES)
+            # Slots go to every rank, as nobody clears inboxes: a place whose slots are all other ranks' is empty.
             tl.store(typed(header + SLOTS, tl.int32) + k, slot, mask=real)
+            # The rest goes only where an expert of the token's lives, once however many do.
             if tl.sum((peer_of == peer).to(tl.int32), axis=0) > 0:
                 tl.store(typed(header + WEIGHTS, tl.float32) + k, weight, mask=real)
                 tl.store(typed(header, tl.float32) + groups, scale_inv, mask=groups < GROUPS)
@@ -110,11 +121,13 @@ def _receive(
     place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
     real = place < num_places
     row = place.to(tl.int64)[:, None] * ROW_WORDS
+    # Phase 2, behind the barrier. Places beyond the sender's count, in its first header, hold an earlier batch's.
     first_row = (place // max_tokens * max_tokens).to(tl.int64) * ROW_WORDS
     filled = place % max_tokens < tl.load(headers_ptr + first_row + TAIL, mask=real, other=0)
     k, groups = tl.arange(0, CHOICES), tl.arange(0, PADDED)
     inside = real[:, None] & (k[None, :] < PER_TOKEN)
     slot = tl.load(headers_ptr + row + SLOTS + k[None, :], mask=inside, other=-1) - first_slot
+    # Values are not looked at: the experts read the rows of `own` choices alone, in the inbox itself.
     own = inside & filled[:, None] & (slot >= 0) & (slot < slots_per_rank)
     out = place[:, None] * PER_TOKEN + k[None, :]
     tl.store(indices_ptr + out, tl.where(own, slot, -1), mask=inside)
@@ -132,10 +145,12 @@ def _return(
     PER_TOKEN: tl.constexpr, CHOICES: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     k, columns = tl.arange(0, CHOICES), tl.arange(0, COLUMNS)
+    # Phase 3. Programs that run at one time store to different peers in turn: all links are busy at once.
     for nth in range(tl.program_id(0), num_places, tl.num_programs(0)):
         peer, token = (rank + 1 + nth) % num_ranks, nth // num_ranks
         place = peer * max_tokens + token
         slot = tl.load(indices_ptr + place * PER_TOKEN + k, mask=k < PER_TOKEN, other=-1)
+        # Only rows of which an expert here made something. The origin knows from `ranks` of the dispatch which come.
         if tl.max(slot, axis=0) >= 0:
             out = tl.load(out_ptr + place.to(tl.int64) * HIDDEN + columns, mask=columns < HIDDEN)
             row = peer_row(inbox_ptr, distances_ptr, peer, rank * max_tokens + token, HIDDEN * 2)
@@ -151,6 +166,7 @@ def _sum(rows_ptr, ranks_ptr, out_ptr, num_ranks, max_tokens, HIDDEN: tl.constex
     inside = columns < HIDDEN
     ranks = tl.load(ranks_ptr + token)
     total = tl.zeros((COLUMNS,), tl.float32)
+    # Phase 4, behind the second barrier: rows of ranks that the token did not go to hold an earlier batch's numbers.
     for rank in range(num_ranks):
         if (ranks >> rank) & 1:
             place = (rank * max_tokens + token).to(tl.int64)
@@ -164,7 +180,7 @@ def dispatch_kernel(
     weights_NK: Tensor,
     tables: SlotTables,
     addresses: Addresses,
-    header: Layout,
+    header: RowLayout,
     *,
     values: SymmetricMailbox,
     headers: SymmetricMailbox,
@@ -190,7 +206,7 @@ def dispatch_kernel(
     return ranks_N
 
 
-def receive_kernel(headers_QB: Tensor, header: Layout, addresses: Addresses) -> tuple[Choice, Tensor]:
+def receive_kernel(headers_QB: Tensor, header: RowLayout, addresses: Addresses) -> tuple[Choice, Tensor]:
     """(the choice restricted to this rank's slots, scales [Q, G] by column)."""
     num_places, device = headers_QB.shape[0], headers_QB.device
     per_token, groups = (header.slots - header.scales) // 4, header.hidden // BLOCK

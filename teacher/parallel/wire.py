@@ -1,4 +1,4 @@
-"""What a token is between ranks: one row of bytes with its numbers, their scales, and where it is to go.
+"""The form of a token between ranks: one row of bytes with its numbers, their scales, and where it is to go.
 
 Forms: `fp8` is E4M3 in tiles of 1x128 (DeepSeek-V3 arXiv 2412.19437 s.3.3.2), whose scales travel along, 7,392 bytes
 for 7,168 numbers; `bf16` and `fp32` are the numbers. On the way out V3 sends FP8, both the tokens of the forward pass
@@ -39,8 +39,8 @@ class Wire:
             raise ValueError(f"out is one of fp8, bf16, fp32 and back one of bf16, fp32, got {self.out}, {self.back}")
 
 
-class Layout(NamedTuple):
-    """Where each part of a row ends, in bytes."""
+class RowLayout(NamedTuple):
+    """End of each part of a row, in bytes."""
 
     form: Form
     hidden: int
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
     row_bytes: int
 
 
-class Received(NamedTuple):
+class TokenRows(NamedTuple):
     """`x` in the dtype asked for; slots int32, weights FP32."""
 
     x_ND: Tensor
@@ -59,7 +59,7 @@ class Received(NamedTuple):
     weights_NK: Tensor
 
 
-def layout(hidden: int, per_token: int, form: Form) -> Layout:
+def layout(hidden: int, per_token: int, form: Form) -> RowLayout:
     """Raises ValueError where FP8's tiles of 128 do not divide `hidden`, or BF16 rows end within a word of 4 bytes."""
     numbers = hidden * DTYPES[form].itemsize
     if numbers % 4:
@@ -68,10 +68,10 @@ def layout(hidden: int, per_token: int, form: Form) -> Layout:
     slots = scales + 4 * per_token
     weights = slots + 4 * per_token
     padded = -(-(weights + 4) // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    return Layout(form, hidden, numbers, scales, slots, weights, padded)
+    return RowLayout(form, hidden, numbers, scales, slots, weights, padded)
 
 
-def pack(x_ND: Tensor, slots_NK: Tensor, weights_NK: Tensor, parts: Layout) -> Tensor:
+def pack(x_ND: Tensor, slots_NK: Tensor, weights_NK: Tensor, parts: RowLayout) -> Tensor:
     """uint8 [N, B]."""
     rows_NB = torch.zeros(x_ND.shape[0], parts.row_bytes, dtype=torch.uint8, device=x_ND.device)
     rows_NB[:, parts.scales : parts.slots].view(torch.int32).copy_(slots_NK)
@@ -80,30 +80,31 @@ def pack(x_ND: Tensor, slots_NK: Tensor, weights_NK: Tensor, parts: Layout) -> T
     return rows_NB
 
 
-def unpack(rows_NB: Tensor, parts: Layout, dtype: torch.dtype) -> Received:
+def unpack(rows_NB: Tensor, parts: RowLayout, dtype: torch.dtype) -> TokenRows:
+    """Tokens [N, D] in `dtype`, their slots and weights [N, K], from uint8 [N, B]."""
     slots_NK, weights_NK = addresses(rows_NB, parts)
-    return Received(numbers(rows_NB, parts, dtype), slots_NK, weights_NK)
+    return TokenRows(numbers(rows_NB, parts, dtype), slots_NK, weights_NK)
 
 
-def addresses(rows_NB: Tensor, parts: Layout) -> tuple[Tensor, Tensor]:
+def addresses(rows_NB: Tensor, parts: RowLayout) -> tuple[Tensor, Tensor]:
     """(slots, weights), views of the rows."""
     slots_NK = rows_NB[:, parts.scales : parts.slots].view(torch.int32)
     return slots_NK, rows_NB[:, parts.slots : parts.weights].view(torch.float32)
 
 
-def tail(rows_NB: Tensor, parts: Layout) -> Tensor:
+def tail(rows_NB: Tensor, parts: RowLayout) -> Tensor:
     """The count, a view int32 [N]."""
     return rows_NB[:, parts.weights : parts.weights + 4].view(torch.int32)[:, 0]
 
 
-def pack_numbers(x_ND: Tensor, parts: Layout) -> Tensor:
+def pack_numbers(x_ND: Tensor, parts: RowLayout) -> Tensor:
     """Numbers and scales alone, uint8 [N, end of the scales]: gradients know their way already."""
     rows_NB = torch.empty(x_ND.shape[0], parts.scales, dtype=torch.uint8, device=x_ND.device)
     _write_numbers(rows_NB, x_ND, parts)
     return rows_NB
 
 
-def numbers(rows_NB: Tensor, parts: Layout, dtype: torch.dtype) -> Tensor:
+def numbers(rows_NB: Tensor, parts: RowLayout, dtype: torch.dtype) -> Tensor:
     """The rows' numbers, dequantised, [N, D] contiguous in `dtype`."""
     if parts.form != "fp8":
         return rows_NB[:, : parts.numbers].view(DTYPES[parts.form]).to(dtype, copy=True)
@@ -112,13 +113,13 @@ def numbers(rows_NB: Tensor, parts: Layout, dtype: torch.dtype) -> Tensor:
     return tiles.flatten(1).to(dtype)
 
 
-def quantised(rows_NB: Tensor, parts: Layout) -> Quantised:
+def quantised(rows_NB: Tensor, parts: RowLayout) -> Quantised:
     """The rows of form `fp8` as they are, views."""
     values_ND = rows_NB[:, : parts.numbers].view(torch.float8_e4m3fn)
     return Quantised(values_ND, rows_NB[:, parts.numbers : parts.scales].view(torch.float32))
 
 
-def _write_numbers(rows_NB: Tensor, x_ND: Tensor, parts: Layout) -> None:
+def _write_numbers(rows_NB: Tensor, x_ND: Tensor, parts: RowLayout) -> None:
     if parts.form == "fp8":
         values_ND, scale_inv_NG = quantise(x_ND)
         # In words: single bytes would be copied one a thread.

@@ -27,7 +27,7 @@ class _Frozen(BaseModel):
 
 
 class RopeScaling(_Frozen):
-    """How rotation frequencies are stretched: all by `factor` (linear), or the slow ones alone (Llama 3.1)."""
+    """Stretch of the rotation frequencies: all by `factor` (linear), or the slow ones alone (Llama 3.1)."""
 
     rope_type: Literal["linear", "llama3"]
     factor: float = Field(gt=0)
@@ -48,7 +48,7 @@ class RopeScaling(_Frozen):
         return self
 
 
-class GroupedConfig(_Frozen):
+class GqaConfig(_Frozen):
     """Shapes and constants of one model: grouped-query attention, SwiGLU, RMSNorm."""
 
     model_type: Literal["qwen2", "qwen3", "llama"]
@@ -70,7 +70,7 @@ class GroupedConfig(_Frozen):
     eos_token_id: int | tuple[int, ...] | None = None
 
     @model_validator(mode="after")
-    def _groups_are_whole(self) -> GroupedConfig:
+    def _groups_are_whole(self) -> GqaConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             heads = self.num_attention_heads
             raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide {heads} heads")
@@ -96,11 +96,12 @@ class GroupedConfig(_Frozen):
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
 
-def read_grouped_config(folder: Path) -> GroupedConfig:
-    return parse_grouped_config(read_config_json(folder), folder / "config.json")
+def read_gqa_config(folder: Path) -> GqaConfig:
+    """Read and validate a folder's config.json, as `parse_gqa_config` does."""
+    return parse_gqa_config(read_config_json(folder), folder / "config.json")
 
 
-def parse_grouped_config(tree: dict[str, Any], where: Path | str) -> GroupedConfig:
+def parse_gqa_config(tree: dict[str, Any], where: Path | str) -> GqaConfig:
     """Validate a config.json's content. Raises CheckpointError naming `where` and the field."""
     if not isinstance(tree, dict):
         raise CheckpointError(f"must be a JSON object, got {type(tree).__name__}", where=where)
@@ -110,7 +111,7 @@ def parse_grouped_config(tree: dict[str, Any], where: Path | str) -> GroupedConf
             f"{family!r} is none of these; {nearest(str(family), FAMILIES)}", where=where, field="model_type"
         )
     _refuse(tree, where)
-    known = {key: value for key, value in tree.items() if key in GroupedConfig.model_fields and value is not None}
+    known = {key: value for key, value in tree.items() if key in GqaConfig.model_fields and value is not None}
     heads = tree.get("num_attention_heads")
     known.setdefault("num_key_value_heads", heads)
     if isinstance(heads, int) and heads > 0 and isinstance(tree.get("hidden_size"), int):
@@ -119,7 +120,7 @@ def parse_grouped_config(tree: dict[str, Any], where: Path | str) -> GroupedConf
     if isinstance(known.get("eos_token_id"), list):
         known["eos_token_id"] = tuple(known["eos_token_id"])
     try:
-        return GroupedConfig.model_validate(known)
+        return GqaConfig.model_validate(known)
     except ValidationError as exc:
         fault = exc.errors()[0]
         field = ".".join(str(part) for part in fault["loc"])
@@ -128,7 +129,7 @@ def parse_grouped_config(tree: dict[str, Any], where: Path | str) -> GroupedConf
         raise CheckpointError(message.removeprefix("Value error, ") + got, where=where, field=field or None) from exc
 
 
-def inverse_frequencies(config: GroupedConfig) -> Tensor:
+def inverse_frequencies(config: GqaConfig) -> Tensor:
     """Angle per position of each pair, FP32 [D/2].
 
     Llama 3.1 (arXiv 2407.21783; Meta's `apply_scaling`): pairs that turn fewer than `low_freq_factor` times within the
@@ -150,7 +151,7 @@ def inverse_frequencies(config: GroupedConfig) -> Tensor:
     return (1 - kept) * plain / scaling.factor + kept * plain
 
 
-def rotary_table(config: GroupedConfig) -> tuple[Tensor, Tensor]:
+def rotary_table(config: GqaConfig) -> tuple[Tensor, Tensor]:
     """(cos, sin) of every position, FP32 [positions, D/2]."""
     positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
     angles = torch.outer(positions, inverse_frequencies(config))

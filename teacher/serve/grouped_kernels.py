@@ -16,16 +16,16 @@ from teacher.kernels.device import has_fp8
 from teacher.kernels.gqa_cache import HeadNorms, place_heads, place_heads_twin
 from teacher.kernels.gqa_decode import fits, gqa_decode, gqa_decode_twin, num_shares
 from teacher.kernels.mla_schedule import schedule_decode
-from teacher.serve.grouped_weights import GroupedLayer, GroupedWeights
-from teacher.serve.kernels import Plan
+from teacher.serve.grouped_weights import GqaLayer, GqaWeights
+from teacher.serve.kernels import PagedPlan
 from teacher.serve.operations import gathered
 from teacher.serve.step import Decodes, PromptChunk, Step
 
 
-class GroupedKernels:
+class GqaKernels:
     extent = 1
 
-    def __init__(self, weights: GroupedWeights) -> None:
+    def __init__(self, weights: GqaWeights) -> None:
         config = self._config = weights.config
         self._rotation = weights.cos, weights.sin
         self._device = weights.embedding.device
@@ -36,16 +36,16 @@ class GroupedKernels:
     def graphable(self) -> bool:
         return self._fits and has_fp8(self._device)
 
-    def plan(self, decodes: Decodes) -> Plan:
+    def plan(self, decodes: Decodes) -> PagedPlan:
         return self.plan_on_device(*decodes.tables(self._device))
 
-    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Plan:
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> PagedPlan:
         if not self._fits:
-            return Plan(pages_BQ, lengths_B, None)
+            return PagedPlan(pages_BQ, lengths_B, None)
         shares = num_shares(self._device, self._config.num_key_value_heads)
-        return Plan(pages_BQ, lengths_B, schedule_decode(lengths_B, shares))
+        return PagedPlan(pages_BQ, lengths_B, schedule_decode(lengths_B, shares))
 
-    def place(self, qkv_MX: Tensor, layer: GroupedLayer, step: Step, cache_PSE: Tensor) -> Tensor:
+    def place(self, qkv_MX: Tensor, layer: GqaLayer, step: Step, cache_PSE: Tensor) -> Tensor:
         norms = None
         if layer.q_norm is not None and layer.k_norm is not None:
             norms = HeadNorms(layer.q_norm, layer.k_norm, self._config.rms_norm_eps)
@@ -53,7 +53,7 @@ class GroupedKernels:
         given = qkv_MX, norms, self._rotation, step.positions_M, step.slots_M, cache_PSE
         return put(*given, num_heads=self._config.num_attention_heads)
 
-    def decode(self, query_BHA: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
+    def decode(self, query_BHA: Tensor, cache_PSE: Tensor, plan: PagedPlan) -> Tensor:
         given = query_BHA, cache_PSE, plan.pages_BQ, plan.lengths_B
         kind = {"scale": self._scale, "kv_heads": self._config.num_key_value_heads}
         if not self._fits:

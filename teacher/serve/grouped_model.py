@@ -17,19 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teacher.serve.cache import CacheShape
-from teacher.serve.grouped_operations import GroupedOperations, grouped_operations_for
-from teacher.serve.grouped_weights import GroupedLayer, GroupedWeights, Linear, load_grouped
+from teacher.serve.grouped_operations import GqaOperations, gqa_operations_for
+from teacher.serve.grouped_weights import GqaLayer, GqaWeights, Linear, load_gqa
 from teacher.serve.products import fp32_product
 from teacher.serve.step import Decodes, Step
 
 
-class GroupedModel:
+class GqaModel:
     """A `teacher.serve.architecture.Architecture`."""
 
-    def __init__(self, weights: GroupedWeights, operations: GroupedOperations | None = None) -> None:
+    def __init__(self, weights: GqaWeights, operations: GqaOperations | None = None) -> None:
         self.weights = weights
         self.config = config = weights.config
-        self.operations = operations or grouped_operations_for(weights)
+        self.operations = operations or gqa_operations_for(weights)
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.max_positions = config.max_position_embeddings
         self.cache_shape = CacheShape(config.num_hidden_layers, 2 * config.num_key_value_heads * config.head_dim)
@@ -37,11 +37,11 @@ class GroupedModel:
         self.reads_in_graphs = False  # its kernel takes one query of a sequence
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> GroupedModel:
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> GqaModel:
         """A checkpoint folder; without `dtype` in FP32 on a CPU, in BF16 on a GPU."""
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return cls(load_grouped(folder, device, dtype))
+        return cls(load_gqa(folder, device, dtype))
 
     @property
     def precision(self) -> str:
@@ -64,7 +64,7 @@ class GroupedModel:
     def logits(self, x_ZD: Tensor) -> Tensor:
         return fp32_product(x_ZD, self.weights.head)
 
-    def _attention(self, layer: GroupedLayer, x_MD: Tensor, step: Step, cache_PSE: Tensor) -> Tensor:
+    def _attention(self, layer: GqaLayer, x_MD: Tensor, step: Step, cache_PSE: Tensor) -> Tensor:
         query_MHA = self.operations.place(self._linear(x_MD, layer.qkv), layer, step, cache_PSE)
         outs: list[Tensor] = []
         row = 0
@@ -76,7 +76,7 @@ class GroupedModel:
         out_MHA = torch.cat(outs) if len(outs) > 1 else outs[0]
         return self._linear(out_MHA.flatten(1), layer.o)
 
-    def _mlp(self, layer: GroupedLayer, x_MD: Tensor) -> Tensor:
+    def _mlp(self, layer: GqaLayer, x_MD: Tensor) -> Tensor:
         gate, up = self._linear(x_MD, layer.gate_up).chunk(2, dim=-1)
         return self._linear(self._silu(gate) * up, layer.down)
 

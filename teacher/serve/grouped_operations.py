@@ -14,25 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teacher.model.rope import rotate
-from teacher.serve.grouped_weights import GroupedLayer, GroupedWeights
+from teacher.serve.grouped_weights import GqaLayer, GqaWeights
 from teacher.serve.operations import gathered
-from teacher.serve.pieces import EXTENT, HeadLayout, Plan, attend_pieces, causal_bias, plan_pieces
+from teacher.serve.pieces import EXTENT, HeadLayout, PiecePlan, attend_pieces, causal_bias, plan_pieces
 from teacher.serve.step import Decodes, PromptChunk, Step
 
 
-class GroupedOperations(Protocol):
+class GqaOperations(Protocol):
     graphable: bool  # nothing of a step of decoding sequences waits for the device, or depends on its numbers
     extent: int  # pages of one sequence that lie together, where the block manager can have it so
 
     def plan(self, decodes: Decodes) -> Any:
-        """What `decode` needs besides, made once a step for all layers."""
+        """Make what `decode` needs besides, once a step for all layers."""
         ...
 
     def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Any:
-        """The same from int32 tensors on the device, which stay there; zero lengths are padding."""
+        """Make the same from int32 tensors on the device, which stay there; zero lengths are padding."""
         ...
 
-    def place(self, qkv_MX: Tensor, layer: GroupedLayer, step: Step, cache_PSE: Tensor) -> Tensor:
+    def place(self, qkv_MX: Tensor, layer: GqaLayer, step: Step, cache_PSE: Tensor) -> Tensor:
         """Norm (where the model does) and rotate queries and keys, put keys and values where the step says; queries,
         [M, H, A]."""
         ...
@@ -46,19 +46,20 @@ class GroupedOperations(Protocol):
         ...
 
 
-def grouped_operations_for(weights: GroupedWeights) -> GroupedOperations:
+def gqa_operations_for(weights: GqaWeights) -> GqaOperations:
+    """Choose by where the weights are: kernels on a GPU, plain torch on a CPU."""
     if weights.embedding.is_cuda:
-        from teacher.serve.grouped_kernels import GroupedKernels
+        from teacher.serve.grouped_kernels import GqaKernels
 
-        return GroupedKernels(weights)
-    return PlainGrouped(weights)
+        return GqaKernels(weights)
+    return PlainGqa(weights)
 
 
-class PlainGrouped:
+class PlainGqa:
     graphable = False
     extent = EXTENT
 
-    def __init__(self, weights: GroupedWeights) -> None:
+    def __init__(self, weights: GqaWeights) -> None:
         config = self._config = weights.config
         self._tables = weights.cos, weights.sin
         self._dtype = weights.embedding.dtype
@@ -66,16 +67,16 @@ class PlainGrouped:
         self.layout = HeadLayout(kv_heads, width, keys=0, values=kv_heads * width, value_width=width)
         self.scale = width**-0.5
 
-    def plan(self, decodes: Decodes) -> Plan:
+    def plan(self, decodes: Decodes) -> PiecePlan:
         return plan_pieces(decodes, self._dtype, self._config.num_attention_heads)
 
-    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> Plan:
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> PiecePlan:
         raise NotImplementedError("attention on a CPU is planned by the pages' numbers")
 
-    def place(self, qkv_MX: Tensor, layer: GroupedLayer, step: Step, cache_PSE: Tensor) -> Tensor:
+    def place(self, qkv_MX: Tensor, layer: GqaLayer, step: Step, cache_PSE: Tensor) -> Tensor:
         return place_plainly(qkv_MX, layer, self._config, self._tables, step, cache_PSE)
 
-    def decode(self, query_BHA: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
+    def decode(self, query_BHA: Tensor, cache_PSE: Tensor, plan: PiecePlan) -> Tensor:
         return attend_pieces(query_BHA, cache_PSE, plan, self.layout, self.scale)
 
     def read(self, query_THA: Tensor, cache_PSE: Tensor, chunk: PromptChunk) -> Tensor:
@@ -96,13 +97,13 @@ class PlainGrouped:
 
 def place_plainly(
     qkv_MX: Tensor,
-    layer: GroupedLayer,
+    layer: GqaLayer,
     config: Any,
     tables: tuple[Tensor, Tensor],
     step: Step,
     cache_PSE: Tensor,
 ) -> Tensor:
-    """`GroupedOperations.place` in torch operations; needs slots of zero or more."""
+    """`GqaOperations.place` in torch operations; needs slots of zero or more."""
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     query, keys, values = qkv_MX.split((heads * width, kv_heads * width, kv_heads * width), dim=1)
     query, keys = query.unflatten(1, (heads, width)), keys.unflatten(1, (kv_heads, width))

@@ -19,7 +19,7 @@ from torch import Tensor
 from distill.errors import CheckpointError, nearest
 from teacher.model.checkpoint import check_finite
 from teacher.model.shards import INDEX, StoredTensor, read_tensors, stored_tensors
-from teacher.serve.grouped_config import GroupedConfig, read_grouped_config, rotary_table
+from teacher.serve.grouped_config import GqaConfig, read_gqa_config, rotary_table
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class GroupedLayer:
+class GqaLayer:
     attention_norm: Tensor
     qkv: Linear
     q_norm: Tensor | None  # of each head, [A]
@@ -41,12 +41,12 @@ class GroupedLayer:
 
 
 @dataclass(frozen=True)
-class GroupedWeights:
+class GqaWeights:
     """`head` is `embedding` where the two are tied; cos and sin are FP32 [positions, A/2]."""
 
-    config: GroupedConfig
+    config: GqaConfig
     embedding: Tensor
-    layers: tuple[GroupedLayer, ...]
+    layers: tuple[GqaLayer, ...]
     norm: Tensor
     head: Tensor
     cos: Tensor
@@ -54,17 +54,17 @@ class GroupedWeights:
 
 
 class _Place(NamedTuple):
-    """Where a tensor of the folder goes: an entry of the fused state, from a row on."""
+    """Place of a tensor of the folder: an entry of the fused state, from a row on."""
 
     entry: str
     first_row: int
     shape: tuple[int, ...]
 
 
-def load_grouped(folder: Path, device: torch.device, dtype: torch.dtype) -> GroupedWeights:
+def load_gqa(folder: Path, device: torch.device, dtype: torch.dtype) -> GqaWeights:
     """Raises CheckpointError for anything that is missing, unknown, duplicate, of a wrong shape, truncated, outside the
     folder, or not finite."""
-    config = read_grouped_config(folder)
+    config = read_gqa_config(folder)
     stored = {name: tensor for name, tensor in stored_tensors(folder).items() if not _is_ignored(config, name)}
     places = _places(config)
     _check_names(folder, stored, places)
@@ -82,12 +82,12 @@ def load_grouped(folder: Path, device: torch.device, dtype: torch.dtype) -> Grou
     return _assembled(config, state)
 
 
-def num_parameters(config: GroupedConfig) -> int:
+def num_parameters(config: GqaConfig) -> int:
     """Tied embeddings counted once."""
     return sum(prod(place.shape) for place in _places(config).values())
 
 
-def _places(config: GroupedConfig) -> dict[str, _Place]:
+def _places(config: GqaConfig) -> dict[str, _Place]:
     hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
     queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     places = {
@@ -121,7 +121,7 @@ def _places(config: GroupedConfig) -> dict[str, _Place]:
     return places
 
 
-def _is_ignored(config: GroupedConfig, name: str) -> bool:
+def _is_ignored(config: GqaConfig, name: str) -> bool:
     """Frequencies are computed; a tied head that is stored as well is not read, as transformers does not read it."""
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
 
@@ -142,12 +142,12 @@ def _check_names(folder: Path, stored: dict[str, StoredTensor], places: dict[str
             raise CheckpointError("missing tensor", where=where, field=name)
 
 
-def _assembled(config: GroupedConfig, state: dict[str, Tensor]) -> GroupedWeights:
+def _assembled(config: GqaConfig, state: dict[str, Tensor]) -> GqaWeights:
     def linear(name: str) -> Linear:
         return Linear(state[name], state.get(f"{name}.bias"))
 
     layers = tuple(
-        GroupedLayer(
+        GqaLayer(
             attention_norm=state[f"{index}.attention_norm"],
             qkv=linear(f"{index}.qkv"),
             q_norm=state.get(f"{index}.q_norm"),
@@ -161,4 +161,4 @@ def _assembled(config: GroupedConfig, state: dict[str, Tensor]) -> GroupedWeight
     )
     embedding = state["embedding"]
     cos, sin = (table.to(embedding.device) for table in rotary_table(config))
-    return GroupedWeights(config, embedding, layers, state["norm"], state.get("head", embedding), cos, sin)
+    return GqaWeights(config, embedding, layers, state["norm"], state.get("head", embedding), cos, sin)

@@ -54,7 +54,7 @@ def by_tiles(compute: Callable[[Tensor], Any], x_M: Tensor) -> Any:
 
 
 def silu(x_MK: Tensor) -> Tensor:
-    """Of a slice of a wider tensor, whose rows are therefore vectorised one by one."""
+    """`F.silu` of a slice of a wider tensor, whose rows are therefore vectorised one by one."""
     assert len(x_MK) < 2 or x_MK.stride(0) > x_MK.shape[1], "rows that touch would be vectorised as one"
     return F.silu(x_MK)
 

@@ -47,7 +47,7 @@ def as_decodes(step: Step) -> Step:
     return replace(step, decodes=[Decodes(pages, lengths)], chunks=[])
 
 
-def planned(step: Step, dtype: torch.dtype) -> Step:
+def with_plan(step: Step, dtype: torch.dtype) -> Step:
     """`as_decodes`, with its plan."""
     step = as_decodes(step)
     (group,) = step.decodes
@@ -55,6 +55,7 @@ def planned(step: Step, dtype: torch.dtype) -> Step:
 
 
 def plan_levels(decodes: Decodes, dtype: torch.dtype) -> list[Level]:
+    """Group each level's rows into calls: those that share a page, and those whose pages lie an extent apart."""
     levels = []
     for number in range(max(len(pages) for pages in decodes.pages)):
         owners: dict[int, list[int]] = {}

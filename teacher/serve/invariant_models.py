@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserInputError
-from teacher.serve.grouped_model import GroupedModel
-from teacher.serve.grouped_operations import PlainGrouped
-from teacher.serve.grouped_weights import GroupedWeights, Linear
+from teacher.serve.grouped_model import GqaModel
+from teacher.serve.grouped_operations import PlainGqa
+from teacher.serve.grouped_weights import GqaWeights, Linear
 from teacher.serve.invariant import EXPERT_TILE, by_tiles, check_matrices, check_places, linear, one_thread, silu
-from teacher.serve.invariant_attention import Level, attend_levels, planned
+from teacher.serve.invariant_attention import Level, attend_levels, with_plan
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.plain import PlainOperations
 from teacher.serve.products import PlainProducts
@@ -43,20 +43,20 @@ class _Invariant:
 
     @one_thread()
     def hidden(self, step: Step, entries_LPSE: Tensor) -> Tensor:
-        return super().hidden(planned(step, self.dtype), entries_LPSE)
+        return super().hidden(with_plan(step, self.dtype), entries_LPSE)
 
     @one_thread()
     def logits(self, x_ZD: Tensor) -> Tensor:
         return linear(x_ZD, self.weights.head)
 
 
-class InvariantGroupedModel(_Invariant, GroupedModel):
+class InvariantGqaModel(_Invariant, GqaModel):
     """Raises UserInputError for weights on a GPU or not in FP32, EnvironmentFault for uneven products."""
 
     @one_thread()
-    def __init__(self, weights: GroupedWeights) -> None:
+    def __init__(self, weights: GqaWeights) -> None:
         _check_embedding(weights.embedding)
-        super().__init__(weights, _LevelsGrouped(weights))
+        super().__init__(weights, _LevelsGqa(weights))
         layer = weights.layers[0]
         check_matrices([weights.head, *(part.weight for part in (layer.qkv, layer.o, layer.gate_up, layer.down))])
 
@@ -68,7 +68,7 @@ class InvariantGroupedModel(_Invariant, GroupedModel):
 
 
 class InvariantLatentModel(_Invariant, LatentModel):
-    """Raises UserInputError and EnvironmentFault as `InvariantGroupedModel` does."""
+    """Raises UserInputError and EnvironmentFault as `InvariantGqaModel` does."""
 
     @one_thread()
     def __init__(self, weights: InferenceWeights) -> None:
@@ -84,7 +84,7 @@ class InvariantLatentModel(_Invariant, LatentModel):
     @one_thread()
     def draft_hidden(self, hidden_MD: Tensor, next_ids_M: Tensor, step: Step, entries_LPSE: Tensor) -> Tensor:
         """A guess may differ in its last bits; what becomes of it is the model's to say."""
-        step = planned(step, self.dtype)
+        step = with_plan(step, self.dtype)
         return super().draft_hidden(hidden_MD, next_ids_M, step, entries_LPSE)
 
     def _absorb(self, w: AttentionWeights, q_MHD: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class InvariantLatentModel(_Invariant, LatentModel):
         return by_tiles(partial(super()._unabsorb, w), out_MHC)
 
 
-class _LevelsGrouped(PlainGrouped):
+class _LevelsGqa(PlainGqa):
     def decode(self, query_BHA: Tensor, cache_PSE: Tensor, plan: list[Level]) -> Tensor:
         return attend_levels(query_BHA, cache_PSE, plan, self.layout, self.scale)
 

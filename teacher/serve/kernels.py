@@ -25,7 +25,7 @@ from teacher.serve.weights import AttentionWeights, InferenceWeights, MoEWeights
 
 
 @dataclass(frozen=True)
-class Plan:
+class PagedPlan:
     pages_BQ: Tensor
     lengths_B: Tensor
     schedule: DecodeSchedule | None
@@ -52,11 +52,11 @@ class KernelOperations:
     def graphable(self) -> bool:
         return self._device.type == "cuda" and self._decode_fits and self._routes_fit
 
-    def plan(self, decodes: Decodes) -> Plan:
+    def plan(self, decodes: Decodes) -> PagedPlan:
         return self.plan_on_device(*decodes.tables(self._device), decodes.num_queries)
 
-    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor, num_queries: int) -> Plan:
-        return Plan(pages_BQ, lengths_B, self._schedule(lengths_B, num_queries=num_queries))
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor, num_queries: int) -> PagedPlan:
+        return PagedPlan(pages_BQ, lengths_B, self._schedule(lengths_B, num_queries=num_queries))
 
     def rotate(self, query_MHD: Tensor, step: Step) -> None:
         apart = query_MHD.shape[-1] - self._config.qk_rope_head_dim
@@ -69,14 +69,14 @@ class KernelOperations:
         given = projected_ME, weights.kv_norm, LATENT_NORM_EPS, self._rotation, step.positions_M, step.slots_M
         put(*given, cache_PSE, interleave=self._config.rope_interleave)
 
-    def decode(self, query_BTHE: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
+    def decode(self, query_BTHE: Tensor, cache_PSE: Tensor, plan: PagedPlan) -> Tensor:
         return self._attend(query_BTHE, cache_PSE, plan)
 
     def absorbed(self, query_THE: Tensor, cache_PSE: Tensor, chunk: PromptChunk) -> Tensor:
         lengths_B = torch.tensor([chunk.context], dtype=torch.int32).to(self._device)
         pages_BQ = chunk.pages[None, : num_pages_for(chunk.context)].to(torch.int32)
         schedule = self._schedule(lengths_B, num_queries=chunk.num_queries)
-        return self._attend(query_THE[None], cache_PSE, Plan(pages_BQ, lengths_B, schedule))[0]
+        return self._attend(query_THE[None], cache_PSE, PagedPlan(pages_BQ, lengths_B, schedule))[0]
 
     def expanded(self, query_THD: Tensor, key_UHD: Tensor, value_UHV: Tensor) -> Tensor:
         attend = mla_prefill if self._fits else mla_prefill_twin
@@ -97,7 +97,7 @@ class KernelOperations:
         heads = self._config.num_attention_heads
         return schedule_decode(lengths_B, num_shares(self._device, num_queries, heads))
 
-    def _attend(self, query_BTHE: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
+    def _attend(self, query_BTHE: Tensor, cache_PSE: Tensor, plan: PagedPlan) -> Tensor:
         given = query_BTHE, cache_PSE, plan.pages_BQ, plan.lengths_B
         if not self._decode_fits:
             return mla_decode_twin(*given, scale=1.0, latent=self._latent)

@@ -11,10 +11,10 @@ from distill.errors import CheckpointError, nearest
 from teacher.model.config import read_config, read_config_json
 from teacher.model.counts import count_parameters
 from teacher.serve.architecture import Architecture
-from teacher.serve.grouped_config import FAMILIES, read_grouped_config
-from teacher.serve.grouped_model import GroupedModel
+from teacher.serve.grouped_config import FAMILIES, read_gqa_config
+from teacher.serve.grouped_model import GqaModel
 from teacher.serve.grouped_weights import num_parameters
-from teacher.serve.invariant_models import InvariantGroupedModel, InvariantLatentModel
+from teacher.serve.invariant_models import InvariantGqaModel, InvariantLatentModel
 from teacher.serve.latent_model import LatentModel
 
 LATENT = "deepseek_v3"
@@ -40,7 +40,7 @@ def read_facts(folder: Path) -> ModelFacts:
         counts = count_parameters(latent)
         has_mtp = bool(latent.num_nextn_predict_layers)
         return ModelFacts(kind, latent.vocab_size, latent.eos_token_ids, counts.total, counts.active, has_mtp)
-    config = read_grouped_config(folder)
+    config = read_gqa_config(folder)
     count = num_parameters(config)
     return ModelFacts(kind, config.vocab_size, config.eos_token_ids, count, count, has_mtp=False)
 
@@ -55,7 +55,7 @@ def load_model(
     """
     if _model_type(folder) == LATENT:
         return (InvariantLatentModel if batch_invariant else LatentModel).load(folder, device, with_mtp=with_mtp)
-    return (InvariantGroupedModel if batch_invariant else GroupedModel).load(folder, device)
+    return (InvariantGqaModel if batch_invariant else GqaModel).load(folder, device)
 
 
 def _model_type(folder: Path) -> str:

@@ -23,11 +23,11 @@ class Operations(Protocol):
     extent: int  # pages of one sequence that lie together, where the block manager can have it so
 
     def plan(self, decodes: Decodes) -> Any:
-        """What `decode` needs besides, made once a step for all layers."""
+        """Make what `decode` needs besides, once a step for all layers."""
         ...
 
     def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor, num_queries: int) -> Any:
-        """The same from int32 tensors on the device, which stay there; zero lengths are padding."""
+        """Make the same from int32 tensors on the device, which stay there; zero lengths are padding."""
         ...
 
     def rotate(self, query_MHD: Tensor, step: Step) -> None:
@@ -56,6 +56,7 @@ class Operations(Protocol):
 
 
 def operations_for(weights: InferenceWeights) -> Operations:
+    """Choose by where the weights are: kernels on a GPU, plain torch on a CPU."""
     if weights.embedding.is_cuda:
         from teacher.serve.kernels import KernelOperations
 

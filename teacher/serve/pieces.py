@@ -31,7 +31,7 @@ _HIDDEN = -1e30
 
 
 class HeadLayout(NamedTuple):
-    """Where a token's entry holds keys and values: J heads of D numbers each, one after another, from these offsets.
+    """Places of keys and values in a token's entry: J heads of D numbers each, one after another, from these offsets.
 
     MLA's entries are one head whose key serves as its value too, so that torch's fused kernel reads the cache once; of
     the result only the first `value_width` numbers mean something.
@@ -93,22 +93,22 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PiecePlan:
     """`rows` of all calls one after another, as often as a sequence has pieces; None if that is once, in order."""
 
     calls: list[Call]
     rows: Tensor | None
 
 
-def plan_pieces(decodes: Decodes, dtype: torch.dtype, num_heads: int) -> Plan:
+def plan_pieces(decodes: Decodes, dtype: torch.dtype, num_heads: int) -> PiecePlan:
     """`dtype` is that of the queries, `num_heads` those of one query."""
     calls = [_call(group, dtype, decodes.num_queries, num_heads) for group in group_pieces(find_pieces(decodes))]
     rows = [row for group in calls for row in group[1]]
     in_place = rows == list(range(len(decodes)))
-    return Plan([call for call, _ in calls], None if in_place else torch.tensor(rows))
+    return PiecePlan([call for call, _ in calls], None if in_place else torch.tensor(rows))
 
 
-def attend_pieces(query_BHD: Tensor, cache_PSE: Tensor, plan: Plan, layout: HeadLayout, scale: float) -> Tensor:
+def attend_pieces(query_BHD: Tensor, cache_PSE: Tensor, plan: PiecePlan, layout: HeadLayout, scale: float) -> Tensor:
     """[B, H, value width]."""
     parts = [call.attend(query_BHD, cache_PSE, layout, scale) for call in plan.calls]
     outs_ZHD = torch.cat([out for out, _ in parts]) if len(parts) > 1 else parts[0][0]
@@ -132,6 +132,7 @@ def find_pieces(decodes: Decodes) -> list[Piece]:
         num_hidden = decodes.num_queries - 1 if page in lengths else 0
         if page % EXTENT and pieces:
             before = pieces[-1]
+            # The same sequences, and no gap: a piece goes on, within one extent.
             if before.rows == rows and before.page * PAGE + before.length == page * PAGE:
                 pieces[-1] = Piece(before.page, before.length + length, rows, num_hidden)
                 continue
@@ -147,6 +148,7 @@ def group_pieces(pieces: list[Piece]) -> list[list[Piece]]:
         if groups:
             group = groups[-1]
             together = max(longest, piece.length)
+            # Positions that would be computed and masked, if the piece joined the group's call.
             extra = (len(group) + 1) * together - len(group) * longest - piece.length
             fits = piece.page == group[-1].page + EXTENT and len(piece.rows) == len(group[-1].rows)
             if fits and extra * len(piece.rows) <= _CALL_POSITIONS:
@@ -159,6 +161,7 @@ def group_pieces(pieces: list[Piece]) -> list[list[Piece]]:
 
 
 def join(outs_ZHD: Tensor, lses_ZH: Tensor, rows_Z: Tensor, num_sequences: int) -> Tensor:
+    """Weigh each piece's result by its exponential sum: [B, H, D] from [Z, H, D] and log-sum-exps [Z, H]."""
     index_ZH = rows_Z[:, None].expand_as(lses_ZH)
     most_BH = lses_ZH.new_full((num_sequences, lses_ZH.shape[1]), float("-inf"))
     most_BH.scatter_reduce_(0, index_ZH, lses_ZH, "amax")

@@ -13,7 +13,7 @@ from torch import Tensor
 from teacher.model.mla import LATENT_NORM_EPS
 from teacher.model.rope import rotate
 from teacher.serve.operations import gathered
-from teacher.serve.pieces import EXTENT, HeadLayout, Plan, attend_pieces, causal_bias, plan_pieces
+from teacher.serve.pieces import EXTENT, HeadLayout, PiecePlan, attend_pieces, causal_bias, plan_pieces
 from teacher.serve.step import Decodes, PromptChunk, Step
 from teacher.serve.weights import AttentionWeights, InferenceWeights, MoEWeights
 
@@ -30,10 +30,10 @@ class PlainOperations:
         entry = self._latent + weights.config.qk_rope_head_dim
         self.layout = HeadLayout(1, entry, keys=0, values=0, value_width=self._latent)
 
-    def plan(self, decodes: Decodes) -> Plan:
+    def plan(self, decodes: Decodes) -> PiecePlan:
         return plan_pieces(decodes, self._dtype, self._config.num_attention_heads)
 
-    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor, num_queries: int) -> Plan:
+    def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor, num_queries: int) -> PiecePlan:
         raise NotImplementedError("attention on a CPU is planned by the pages' numbers")
 
     def rotate(self, query_MHD: Tensor, step: Step) -> None:
@@ -48,7 +48,7 @@ class PlainOperations:
         latent = F.rms_norm(latent, (self._latent,), weights.kv_norm, LATENT_NORM_EPS)
         cache_PSE.flatten(0, 1).index_copy_(0, step.slots_M, torch.cat((latent, k_rope), dim=1))
 
-    def decode(self, query_BTHE: Tensor, cache_PSE: Tensor, plan: Plan) -> Tensor:
+    def decode(self, query_BTHE: Tensor, cache_PSE: Tensor, plan: PiecePlan) -> Tensor:
         out = attend_pieces(query_BTHE.flatten(1, 2), cache_PSE, plan, self.layout, scale=1.0)
         return out.unflatten(1, query_BTHE.shape[1:3])
 

@@ -52,6 +52,7 @@ class Products(Protocol):
 
 
 def products_for(weights: InferenceWeights, operations: Operations) -> Products:
+    """Choose by the weights' type: FP8, or their own."""
     if weights.is_fp8:
         from teacher.serve.fp8_products import Fp8Products
 
@@ -93,6 +94,7 @@ class PlainProducts:
         rows = x[order // indices_MK.shape[1]]
         gate, up = torch._grouped_mm(rows, weights.gate_up_ED2I, offs=ends_E).chunk(2, dim=-1)
         out = torch._grouped_mm(F.silu(gate) * up, weights.down_EID, offs=ends_E)
+        # Back into the order of the pairs, in which a token's choices lie side by side for their weighted sum.
         out_MKD = torch.empty_like(out).index_copy_(0, order, out).view(*indices_MK.shape, -1)
         return torch.bmm(gates_MK.to(out.dtype)[:, None], out_MKD).squeeze(1) + self.mlp(x, weights.shared)
 

@@ -103,6 +103,7 @@ class InferenceWeights:
 
 
 def fuse_weights(model: DeepseekV3, *, with_mtp: bool = False) -> InferenceWeights:
+    """Lay out a model's weights, as `fuse_entries` does."""
     return fuse_entries(model.config, model.state_dict(), with_mtp=with_mtp)
 
 

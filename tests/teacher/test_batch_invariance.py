@@ -14,9 +14,9 @@ from distill.errors import EnvironmentFault, UserInputError
 from teacher.serve import invariant
 from teacher.serve.architecture import Architecture
 from teacher.serve.engine import Engine
-from teacher.serve.grouped_model import GroupedModel
-from teacher.serve.grouped_weights import load_grouped
-from teacher.serve.invariant_models import InvariantGroupedModel, InvariantLatentModel
+from teacher.serve.grouped_model import GqaModel
+from teacher.serve.grouped_weights import load_gqa
+from teacher.serve.invariant_models import InvariantGqaModel, InvariantLatentModel
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Sequence
@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Architecture]:
     for family in ("qwen2", "qwen3", "llama"):
         folder = tmp_path_factory.mktemp(family)
         save_random(folder, family, num_key_value_heads=1 if family == "llama" else 2)
-        found[family] = InvariantGroupedModel(load_grouped(folder, CPU, torch.float32))
+        found[family] = InvariantGqaModel(load_gqa(folder, CPU, torch.float32))
     return found
 
 
@@ -118,7 +118,7 @@ def test_a_request_has_the_same_bits_in_every_batch(
 def test_the_plain_forms_are_not_invariant(models: dict[str, Architecture]) -> None:
     """Else there were nothing to do, and the test above could not fail."""
     latent = models["deepseek_v3"]
-    plain = LatentModel(latent.weights), GroupedModel(models["qwen2"].weights)
+    plain = LatentModel(latent.weights), GqaModel(models["qwen2"].weights)
     for model in plain:
         alone, crowded = logits_of(model, []), logits_of(model, [(PROMPT[:n], 20) for n in (3, 50, 149)])
         assert not all(torch.equal(one, other) for one, other in zip(alone[1], crowded[1], strict=False))
@@ -127,7 +127,7 @@ def test_the_plain_forms_are_not_invariant(models: dict[str, Architecture]) -> N
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen2"])
 def test_the_invariant_form_computes_the_same_function(models: dict[str, Architecture], family: str) -> None:
     model = models[family]
-    plain = LatentModel(model.weights) if family == "deepseek_v3" else GroupedModel(model.weights)
+    plain = LatentModel(model.weights) if family == "deepseek_v3" else GqaModel(model.weights)
     for one, other in zip(logits_of(model, [])[1][:4], logits_of(plain, [])[1][:4], strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)  # FP32, other orders of summation
 
@@ -140,14 +140,14 @@ def test_a_draft_changes_no_bit(models: dict[str, Architecture]) -> None:
 def test_only_where_it_is_made_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_random(tmp_path, "qwen2")
     with pytest.raises(UserInputError, match=r"batch_invariant.*FP32 on a CPU"):
-        InvariantGroupedModel(load_grouped(tmp_path, CPU, torch.bfloat16))
+        InvariantGqaModel(load_gqa(tmp_path, CPU, torch.bfloat16))
 
     def uneven(x: torch.Tensor, weight_NK: torch.Tensor, tile: int) -> torch.Tensor:
         return (x @ weight_NK.t()) + torch.arange(tile)[:, None]
 
     monkeypatch.setattr(invariant, "linear", uneven)
     with pytest.raises(EnvironmentFault, match="depends on the row's place"):
-        InvariantGroupedModel(load_grouped(tmp_path, CPU, torch.float32))
+        InvariantGqaModel(load_gqa(tmp_path, CPU, torch.float32))
 
 
 def test_silu_has_the_same_bits_in_any_company() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from teacher.serve.grouped_kernels import GroupedKernels
-from teacher.serve.grouped_model import GroupedModel
-from teacher.serve.grouped_weights import load_grouped
+from teacher.serve.grouped_kernels import GqaKernels
+from teacher.serve.grouped_model import GqaModel
+from teacher.serve.grouped_weights import load_gqa
 from teacher.serve.runner import ModelRunner
 from teacher.serve.scheduler import Chunk
 from teacher.serve.sequence import Sequence
@@ -28,7 +28,7 @@ BF16_ERROR = 3e-2
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def logits(model: GroupedModel) -> torch.Tensor:
+def logits(model: GqaModel) -> torch.Tensor:
     """Of a step with two sequences that decode and a chunk of a third, after their prompts."""
     runner = ModelRunner(model, num_pages=16)
     sequences = [Sequence(n, prompts()[row], max_tokens=9, seed=0) for n, row in enumerate((1, 4, 5))]
@@ -47,9 +47,9 @@ def logits(model: GroupedModel) -> torch.Tensor:
 def test_kernel_forms_compute_what_plain_ones_do(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
     """On a CPU, where the kernels' twins stand in for them."""
     save_random(tmp_path, family, **changes)
-    weights = load_grouped(tmp_path, torch.device("cpu"), torch.float32)
+    weights = load_gqa(tmp_path, torch.device("cpu"), torch.float32)
     # FP32, other orders of summation.
-    got, wanted = logits(GroupedModel(weights, GroupedKernels(weights))), logits(GroupedModel(weights))
+    got, wanted = logits(GqaModel(weights, GqaKernels(weights))), logits(GqaModel(weights))
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -59,9 +59,9 @@ def test_kernel_forms_compute_what_plain_ones_do(tmp_path: Path, family: str, ch
 @pytest.mark.parametrize(("family", "changes"), KINDS, ids=str)
 def test_logits_on_a_gpu(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
     save_random(tmp_path, family, **changes)
-    wanted = logits(GroupedModel.load(tmp_path, torch.device("cpu"))).double()
+    wanted = logits(GqaModel.load(tmp_path, torch.device("cpu"))).double()
     for dtype, error in ((torch.float32, 2e-3), (torch.bfloat16, BF16_ERROR)):  # products in TF32 are off by default
-        got = logits(GroupedModel.load(tmp_path, torch.device("cuda"), dtype)).double()
+        got = logits(GqaModel.load(tmp_path, torch.device("cuda"), dtype)).double()
         assert ((got - wanted).norm() / wanted.norm()) < error
 
 
@@ -71,8 +71,8 @@ def test_logits_on_a_gpu(tmp_path: Path, family: str, changes: dict[str, Any]) -
 @pytest.mark.parametrize(("family", "changes"), KINDS[:3], ids=str)
 def test_graphs_write_what_steps_write(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
     save_random(tmp_path, family, **changes)
-    model = GroupedModel.load(tmp_path, torch.device("cuda"), torch.float32)
+    model = GqaModel.load(tmp_path, torch.device("cuda"), torch.float32)
     assert model.graphable
-    wanted = ours(GroupedModel.load(tmp_path, torch.device("cpu")), prompts())
+    wanted = ours(GqaModel.load(tmp_path, torch.device("cpu")), prompts())
     for features in ({}, {"cuda_graphs": False}, {"run_ahead": False}, {"num_pages": 10, "max_chunk": 33}):
         assert ours(model, prompts(), **features) == wanted, features

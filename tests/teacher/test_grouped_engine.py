@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from distill.errors import CheckpointError
 from teacher.serve.engine import Engine
-from teacher.serve.grouped_config import parse_grouped_config
-from teacher.serve.grouped_model import GroupedModel
+from teacher.serve.grouped_config import parse_gqa_config
+from teacher.serve.grouped_model import GqaModel
 from teacher.serve.sequence import Sequence
 from tests.repository import REPOSITORY
 
@@ -62,7 +62,7 @@ def prompts() -> list[list[int]]:
     return [base[:n] for n in (1, 5, 64, 65, 130, 300)] + [base[:130], [*base[:70], 7, 8], [9, *base[:100]]]
 
 
-def ours(model: GroupedModel, rows: list[list[int]], num_tokens: int = 12, **features: Any) -> list[list[int]]:
+def ours(model: GqaModel, rows: list[list[int]], num_tokens: int = 12, **features: Any) -> list[list[int]]:
     engine = Engine(model, **{"batch_size": 16, "eos_token_ids": ()} | features)
     engine.runner.cache.entries_LPSE.fill_(float("nan"))  # what memory may hold before it is cleared
     done = {s.key: s for s in engine.run([Sequence(n, row, num_tokens, seed=n) for n, row in enumerate(rows)])}
@@ -84,7 +84,7 @@ def theirs(peer: Any, rows: list[list[int]], num_tokens: int = 12) -> list[list[
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_greedy_tokens_equal_transformers(tmp_path: Path, family: str, features: dict[str, Any]) -> None:
     peer = save_random(tmp_path, family)
-    assert ours(GroupedModel.load(tmp_path, CPU), prompts(), **features) == theirs(peer, prompts())
+    assert ours(GqaModel.load(tmp_path, CPU), prompts(), **features) == theirs(peer, prompts())
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -118,7 +118,7 @@ def test_every_shape_and_rotation(
         head_dim=head_dim, tie_word_embeddings=tied, rope_parameters=rope, **kind,
     )  # fmt: skip
     rows = [prompts()[n] for n in (1, 4, 5)]
-    found = ours(GroupedModel.load(folder, CPU), rows, num_tokens=4, max_chunk=chunk)
+    found = ours(GqaModel.load(folder, CPU), rows, num_tokens=4, max_chunk=chunk)
     shutil.rmtree(folder)
     assert found == theirs(peer, rows, num_tokens=4)
 
@@ -129,7 +129,7 @@ def test_greedy_tokens_of_the_bundled_bases(name: str) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(STUDENTS / name)
     texts = ["What is 12 + 30 - 7?", "12 + 30 = ", "Sort: 9 3 5", "x" * 150, "12 mod 5 = "]
     rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    model, wanted = GroupedModel.load(STUDENTS / name, CPU), theirs(peer, rows, num_tokens=40)
+    model, wanted = GqaModel.load(STUDENTS / name, CPU), theirs(peer, rows, num_tokens=40)
     for features in FEATURES[:5]:
         assert ours(model, rows, num_tokens=40, **features) == wanted, features
 
@@ -140,7 +140,7 @@ def test_greedy_tokens_of_the_bundled_bases(name: str) -> None:
 def test_several_shards_are_one_model(tmp_path: Path) -> None:
     peer = save_random(tmp_path, "qwen2", max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert ours(GroupedModel.load(tmp_path, CPU), prompts()[:2]) == theirs(peer, prompts()[:2])
+    assert ours(GqaModel.load(tmp_path, CPU), prompts()[:2]) == theirs(peer, prompts()[:2])
 
 
 def test_a_tied_head_that_is_stored_too_is_not_read(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_tied_head_that_is_stored_too_is_not_read(tmp_path: Path) -> None:
     state["lm_head.weight"] = torch.zeros(80, 48)
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert ours(GroupedModel.load(tmp_path, CPU), prompts()[:2]) == theirs(peer, prompts()[:2])
+    assert ours(GqaModel.load(tmp_path, CPU), prompts()[:2]) == theirs(peer, prompts()[:2])
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_what_would_change_the_result_is_refused(tmp_path: Path, change: dict[st
     save_random(tmp_path, "qwen2")
     tree = json.loads((tmp_path / "config.json").read_text()) | change
     with pytest.raises(CheckpointError) as caught:
-        parse_grouped_config(tree, tmp_path / "config.json")
+        parse_gqa_config(tree, tmp_path / "config.json")
     assert str(tmp_path / "config.json") in str(caught.value)
     assert field in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -192,7 +192,7 @@ def test_what_would_change_the_result_is_refused(tmp_path: Path, change: dict[st
 def test_windows_that_change_nothing_are_taken(tmp_path: Path, change: dict[str, Any]) -> None:
     save_random(tmp_path, "qwen2")
     tree = json.loads((tmp_path / "config.json").read_text())
-    assert parse_grouped_config(tree | change, "config.json") == parse_grouped_config(tree, "config.json")
+    assert parse_gqa_config(tree | change, "config.json") == parse_gqa_config(tree, "config.json")
 
 
 def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
@@ -208,6 +208,6 @@ def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
         state = {key: tensor.contiguous() for key, tensor in (whole | changed).items() if tensor is not None}
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(CheckpointError) as caught:
-            GroupedModel.load(tmp_path, CPU)
+            GqaModel.load(tmp_path, CPU)
         assert said in str(caught.value)
         assert "model.safetensors" in str(caught.value)

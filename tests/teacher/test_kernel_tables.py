@@ -1,4 +1,4 @@
-"""The plans that `make tune` measured, and which of them a product takes."""
+"""The tilings that `make tune` measured, and which of them a product takes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 
 from benchmarks.kernels.dense import V3_SHAPES
 from teacher.kernels import tables
-from teacher.kernels.gemm import HOPPER_COLUMNS, GemmPlan, Tuned, default_plan, tuned_gemm
+from teacher.kernels.gemm import HOPPER_COLUMNS, FastestGemm, GemmTiling, default_tiling, fastest_gemm
 from teacher.model.fp8 import BLOCK
 
 CPU = torch.device("cpu")
-FEW, MANY = GemmPlan(16, 128, 4, True, 4, 6), GemmPlan(128, 256)
+FEW, MANY = GemmTiling(16, 128, 4, True, 4, 6), GemmTiling(128, 256)
 
 
 def forget() -> None:
     tables.gemm_shapes.cache_clear()
-    tuned_gemm.cache_clear()
+    fastest_gemm.cache_clear()
 
 
 @pytest.fixture
@@ -41,32 +41,32 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("rows", "wanted"),
     [
-        (1, Tuned(FEW, False)),
-        (16, Tuned(FEW, False)),
-        (17, Tuned(MANY, True)),
-        (1_024, Tuned(MANY, True)),
-        (9_000, Tuned(MANY, True)),
+        (1, FastestGemm(FEW, False)),
+        (16, FastestGemm(FEW, False)),
+        (17, FastestGemm(MANY, True)),
+        (1_024, FastestGemm(MANY, True)),
+        (9_000, FastestGemm(MANY, True)),
     ],
 )
-def test_the_next_larger_count_of_rows_decides_or_else_the_largest(rows: int, wanted: Tuned) -> None:
-    assert tuned_gemm(CPU, rows, 256, 512) == wanted
+def test_the_next_larger_count_of_rows_decides_or_else_the_largest(rows: int, wanted: FastestGemm) -> None:
+    assert fastest_gemm(CPU, rows, 256, 512) == wanted
 
 
 @pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("rows", [1, 64, 65])
-def test_a_shape_that_nobody_measured_has_a_plan(rows: int) -> None:
-    assert tuned_gemm(CPU, rows, 512, 512) == Tuned(default_plan(rows, 512, 4), False)
+def test_a_shape_that_nobody_measured_has_a_tiling(rows: int) -> None:
+    assert fastest_gemm(CPU, rows, 512, 512) == FastestGemm(default_tiling(rows, 512, 4), False)
 
 
 @pytest.mark.parametrize("path", sorted(tables.FOLDER.glob("*.json")), ids=lambda path: path.stem)
-def test_every_table_kept_has_plans_that_can_run(path: Path) -> None:
+def test_every_table_kept_has_tilings_that_can_run(path: Path) -> None:
     shapes = json.loads(path.read_text())["gemm"]
     assert set(shapes) == {f"{n}x{k}" for n, k in V3_SHAPES}
     for entries in shapes.values():
         for entry in entries.values():
-            plan = GemmPlan(**entry["plan"])
-            assert plan.columns == HOPPER_COLUMNS or BLOCK % plan.columns == 0
-            assert plan.rows >= 16
-            assert plan.rows & (plan.rows - 1) == 0
+            tiling = GemmTiling(**entry["plan"])
+            assert tiling.columns == HOPPER_COLUMNS or BLOCK % tiling.columns == 0
+            assert tiling.rows >= 16
+            assert tiling.rows & (tiling.rows - 1) == 0
             assert entry["library"] in (True, False)
             assert entry["us"] > 0

@@ -23,7 +23,7 @@ from teacher.serve import engine as engine_module
 from teacher.serve.block_manager import num_pages_for
 from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
-from teacher.serve.pieces import Plan
+from teacher.serve.pieces import PiecePlan
 from teacher.serve.plain import PlainOperations
 from teacher.serve.sampler import Draw
 from teacher.serve.scheduler import Chunk
@@ -293,7 +293,7 @@ class Planned(PlainOperations):
         super().write(projected_ME[held], weights, kept, cache_PSE)
 
     def decode(self, query_BTHE: torch.Tensor, cache_PSE: torch.Tensor, plan: Any) -> torch.Tensor:
-        if isinstance(plan, Plan):
+        if isinstance(plan, PiecePlan):
             return super().decode(query_BTHE, cache_PSE, plan)
         return mla_decode_twin(query_BTHE, cache_PSE, *plan, scale=1.0, latent=self._latent)
 

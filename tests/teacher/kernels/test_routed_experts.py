@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from teacher.kernels.device import runs_hopper_kernels
 from teacher.kernels.experts import (
-    ExpertsPlan,
+    ExpertsTiling,
     ExpertWeights,
     align_twin,
     num_rows,
@@ -25,7 +25,7 @@ from teacher.model.fp8 import BLOCK, dequantise_blocks
 
 NUM_EXPERTS, HIDDEN, INNER, TOP_K = 8, 256, 128, 3
 ROUTES = Routes(TOP_K, 2, 1, True, 2.5)
-PLANS = [None, ExpertsPlan(16, True), ExpertsPlan(64, False, 4, 2, 3), ExpertsPlan(128, False, fused=False)]
+TILINGS = [None, ExpertsTiling(16, True), ExpertsTiling(64, False, 4, 2, 3), ExpertsTiling(128, False, fused=False)]
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +54,22 @@ def tokens(num_tokens: int, device: str, *, concentrated: bool = False) -> tuple
     return quantise(x), route_twin(logits.to(device), torch.zeros(NUM_EXPERTS, device=device), ROUTES)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("tiling", TILINGS)
 @pytest.mark.parametrize("concentrated", [False, True])
 def test_the_kernels_equal_the_twin(
-    device: str, weights: ExpertWeights, plan: ExpertsPlan | None, concentrated: bool
+    device: str, weights: ExpertWeights, tiling: ExpertsTiling | None, concentrated: bool
 ) -> None:
     # 400 tokens fill tiles of 128 rows, halves of them and tails; interpreted, they would take minutes, and so would
     # such a tile for each of eight experts.
-    few = (1,) if plan is not None and plan.rows == 128 and not concentrated else (1, 70)
+    few = (1,) if tiling is not None and tiling.rows == 128 and not concentrated else (1, 70)
     for num_tokens in few if device == "cpu" else (1, 5, 70, 345, 400):
         x, choice = tokens(num_tokens, device, concentrated=concentrated)
         wanted = routed_experts_twin(x, choice, weights)
-        got = routed_experts_fp8(x, choice, weights, plan=plan)
+        got = routed_experts_fp8(x, choice, weights, tiling=tiling)
         # The same roundings, but for sums of another order, which turn a rare FP8 rounding and then a BF16 one. A GPU's
         # tensor cores keep 14 bits of fraction, which turns a few more; what is not fused is rounded to BF16 before the
         # SwiGLU, and so are one in thirty. On Hopper all is fused.
-        fused = plan is None or plan.fused or on_hopper(device)
+        fused = tiling is None or tiling.fused or on_hopper(device)
         assert error(got, wanted) < (2e-2 if not fused else 4e-3 if device == "cpu" else 6e-3)
         assert got.dtype == torch.bfloat16
 
@@ -100,17 +100,19 @@ def test_the_twin_is_the_formula(device: str, weights: ExpertWeights) -> None:
     assert error(routed_experts_twin(x, choice, weights), exact(x, choice, weights)) < 0.04
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_the_kernels_are_as_exact_as_the_twin(device: str, weights: ExpertWeights, plan: ExpertsPlan | None) -> None:
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_the_kernels_are_as_exact_as_the_twin(
+    device: str, weights: ExpertWeights, tiling: ExpertsTiling | None
+) -> None:
     x, choice = tokens(70, device, concentrated=device == "cpu")
     wanted = exact(x, choice, weights)
     twin = error(routed_experts_twin(x, choice, weights), wanted)
-    assert error(routed_experts_fp8(x, choice, weights, plan=plan), wanted) < 1.05 * twin
+    assert error(routed_experts_fp8(x, choice, weights, tiling=tiling), wanted) < 1.05 * twin
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("tiling", TILINGS)
 def test_choices_that_are_served_elsewhere_count_for_nothing(
-    device: str, weights: ExpertWeights, plan: ExpertsPlan | None
+    device: str, weights: ExpertWeights, tiling: ExpertsTiling | None
 ) -> None:
     x, choice = tokens(9, device)
     first = NUM_EXPERTS // 4  # within a group of experts: some tokens have choices here and elsewhere
@@ -119,10 +121,10 @@ def test_choices_that_are_served_elsewhere_count_for_nothing(
     indices = torch.where(here, choice.indices_NK - first, -1)
     load = choice.load_E[first:]
     part = ExpertWeights(*(of_all[first:] for of_all in weights))
-    got = routed_experts_fp8(x, Choice(indices, choice.weights_NK, load), part, plan=plan)
+    got = routed_experts_fp8(x, Choice(indices, choice.weights_NK, load), part, tiling=tiling)
     # The same products, of the same experts by other numbers; what is left out is left out by a weight of zero.
     weighted = choice._replace(weights_NK=torch.where(here, choice.weights_NK, 0.0))
-    assert torch.equal(got, routed_experts_fp8(x, weighted, weights, plan=plan))
+    assert torch.equal(got, routed_experts_fp8(x, weighted, weights, tiling=tiling))
     twin = routed_experts_twin(x, Choice(indices, choice.weights_NK, load), part)
     assert torch.equal(twin, routed_experts_twin(x, weighted, weights))
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from teacher.kernels.experts import ExpertWeights, default_plan, routed_experts_fp8
+from teacher.kernels.experts import ExpertWeights, default_tiling, routed_experts_fp8
 from teacher.kernels.quantise import quantise, quantise_weight
 from teacher.kernels.route import Choice
-from teacher.parallel.fixed_places import FixedPlaces, Received, own_experts
+from teacher.parallel.fixed_places import ExpertInputs, FixedPlaces, own_experts
 from teacher.parallel.groups import Ranks
 from teacher.parallel.placement import Placement, SlotTables
 from teacher.parallel.symmetric_places import SymmetricFixedPlaces
@@ -47,12 +47,12 @@ def tokens(sizes: list[int], num_experts: int, routing: str, device: str, seed: 
     return made
 
 
-def dispatched(made: list[FixedPlaces], given: Tokens, tables: SlotTables) -> list[Received]:
+def dispatched(made: list[FixedPlaces], given: Tokens, tables: SlotTables) -> list[ExpertInputs]:
     sent = [form.send(*of_rank, tables) for form, of_rank in zip(made, given, strict=True)]
     return [form.received(ranks_N) for form, ranks_N in zip(made, sent, strict=True)]
 
 
-def combined(made: list[FixedPlaces], outs: list[torch.Tensor], received: list[Received]) -> list[torch.Tensor]:
+def combined(made: list[FixedPlaces], outs: list[torch.Tensor], received: list[ExpertInputs]) -> list[torch.Tensor]:
     for form, out, of_rank in zip(made, outs, received, strict=True):
         form.send_back(out, of_rank)
     return [form.summed(of_rank.ranks_N) for form, of_rank in zip(made, received, strict=True)]
@@ -123,10 +123,10 @@ def test_fp8_experts_over_ranks_give_what_one_rank_does(device, num_ranks, routi
     placement = Placement.contiguous(num_experts=num_experts, num_ranks=num_ranks)
     experts, given = all_experts(num_experts, device), tokens(sizes, num_experts, routing, device)
     made = forms(SymmetricFixedPlaces, placement, device)
-    plan = default_plan(sum(sizes) * PER_TOKEN, num_experts)
+    tiling = default_tiling(sum(sizes) * PER_TOKEN, num_experts)
     received = dispatched(made, given, placement.tables(device))
     outs = [
-        routed_experts_fp8(of_rank.x, of_rank.choice, own_experts(experts, placement, rank), plan=plan)
+        routed_experts_fp8(of_rank.x, of_rank.choice, own_experts(experts, placement, rank), tiling=tiling)
         for rank, of_rank in enumerate(received)
     ]
     got = combined(made, outs, received)
@@ -140,12 +140,12 @@ def test_fp8_experts_over_ranks_give_what_one_rank_does(device, num_ranks, routi
             here = indices // placement.slots_per_rank == rank
             restricted = torch.where(here, indices, -1).to(torch.int32)
             choice = Choice(restricted, weights, load_of(restricted, num_experts))
-            shares.append(routed_experts_fp8(quantise(x), choice, experts, plan=plan).float())
+            shares.append(routed_experts_fp8(quantise(x), choice, experts, tiling=tiling).float())
         assert torch.equal(of_rank, sum(shares[1:], shares[0]).to(torch.bfloat16))
         # All experts at once are rounded to BF16 once, by 2^-8 of the sum at most; over ranks each share is too, and
         # then their sum. The hundredth is for the roundings' own products.
         choice = Choice(indices.to(torch.int32), weights, load_of(indices, num_experts))
-        whole, sums = routed_experts_fp8(quantise(x), choice, experts, plan=plan).float(), of_rank.float()
+        whole, sums = routed_experts_fp8(quantise(x), choice, experts, tiling=tiling).float(), of_rank.float()
         bound = 2**-8 * (sum(share.abs() for share in shares) + whole.abs() + sums.abs())
         assert ((sums - whole).abs() <= 1.01 * bound).all(), ((sums - whole).abs() / bound).max()
 

@@ -46,7 +46,7 @@ def one_hop(rows: list[list], slots: list[torch.Tensor], table_of, peer_of, num_
     inbox: dict[int, list] = {rank: [] for rank in range(len(rows))}
     plans = []
     for rank, (of_rank, slots_NK) in enumerate(zip(rows, slots, strict=True)):
-        copies = plan.plan_copies(slots_NK, table_of(rank), num_destinations)
+        copies = plan.find_copies(slots_NK, table_of(rank), num_destinations)
         counts = copies.counts_R.tolist()
         sources = copies.sources(sum(counts)).tolist()
         plans.append((copies, counts))
@@ -146,7 +146,7 @@ def test_node_limited_routing_bounds_the_copies_between_nodes() -> None:
 def test_copies_come_back_as_their_sum(world: World, width: int) -> None:
     table = plan.direct(world.placement)
     for slots_NK in chosen(world):
-        copies = plan.plan_copies(slots_NK, table, world.placement.num_ranks)
+        copies = plan.find_copies(slots_NK, table, world.placement.num_ranks)
         num_copies = int(copies.counts_R.sum())
         sources = copies.sources(num_copies)
         rows = torch.arange(1, num_copies * width + 1, dtype=torch.float32).view(num_copies, width)
