@@ -25,7 +25,7 @@ SPREAD := --numprocesses auto --maxprocesses 4
 LEFT_OUT := slow or vllm or ray or browser
 
 .PHONY: help setup setup-vllm lock demo generate distill eval compare push push-traces serve doctor zoo
-.PHONY: bench bench-kernels bench-parallel tune bench-graders bench-ledger bench-serve bench-serving torture pico-teacher pico-bases check format test test-all test-gpu clean
+.PHONY: bench bench-kernels bench-parallel tune bench-graders bench-ledger bench-serve bench-serving readme torture pico-teacher pico-bases check format test test-all test-gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -106,6 +106,9 @@ bench-graders: $(STAMP) ## Grade the gold solutions of the benchmarks in POTSTIL
 
 bench-serving: $(STAMP) $(STAMP_VLLM) ## Measure generation through the vLLM backend against vLLM's own benchmark
 	@$(BIN)/python -m benchmarks.serving
+
+readme: $(STAMP) ## Write the numbers of README.md and docs/ from benchmarks/results and the run in runs/pico
+	@$(BIN)/python -m benchmarks.readme
 
 check: $(STAMP) ## Format, lint, types and import layers
 	@$(BIN)/ruff format --check .

@@ -112,7 +112,7 @@ class ServedTeacher(Config):
     max_retries: int = Field(8, ge=0)
     extra_body: dict[str, Any] = Field(default_factory=dict, description="fields added to every request, as they are")
     budget_forcing: Literal["completions", "chat", "server"] = Field(
-        "completions", description="how the end of thinking is forced (sampling.max_thinking_tokens); docs/teacher.md"
+        "completions", description="how the end of thinking is forced (sampling.max_thinking_tokens); docs/serving.md"
     )
     price_per_million_prompt_tokens: float | None = Field(None, ge=0, description="for the costs shown and noted")
     price_per_million_completion_tokens: float | None = Field(None, ge=0)

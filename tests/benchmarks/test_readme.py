@@ -1,0 +1,99 @@
+"""Numbers in README and docs are those of benchmarks/results, written by `make readme`."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.readme import REPOSITORY, DocumentError, documents, keep_summary, written
+from benchmarks.readme_tables import TABLES
+
+# What only a measurement says. Limits and settings ("20 ms apart", "at most 64 KiB") may stand in prose.
+MEASURED = re.compile(r" ± |tokens/s|TFLOP/s|TB/s| us\b|times the mean|pass@1 of \d|\d\.\d(?: percent|%)")
+CARDS = [
+    ("a", "teacher", 9_400_000, 0.988, 0.005),
+    ("small-base", "base", 234_560, 0.065, 0.009),
+    ("small-direct", "direct", 234_560, 0.034, 0.006),
+    ("small-distilled", "distilled", 234_560, 0.377, 0.021),
+]
+
+
+def card(name: str, role: str, size: int, value: float, stderr: float) -> dict[str, object]:
+    counts = {"num_parameters": size, "num_active_parameters": size // 2, "num_questions": 400, "num_samples": 1600}
+    return {"name": name, "role": role, "value": value, "stderr": stderr, **counts}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    summary = {
+        "stages": [{"name": "generate", "seconds": 130.4, "peak_rss_bytes": 1}, {"name": "eval", "seconds": 99.7}],
+        "models": [card(*of) for of in CARDS],
+        "funnel": [],
+        "audit": None,
+    }
+    path = tmp_path / "runs/pico/report/summary.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(summary))
+    return tmp_path / "runs/pico"
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_documents_hold_what_the_results_say(path: Path) -> None:
+    text = path.read_text("utf-8")
+    assert written(text, path.name) == text, "make readme"
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_no_measurement_stands_outside_a_block(path: Path) -> None:
+    prose = re.sub(r"<!-- results: .*?<!-- end -->", "", path.read_text("utf-8"), flags=re.DOTALL)
+    assert [line for line in prose.splitlines() if MEASURED.search(line)] == []
+
+
+def test_every_table_is_in_a_document() -> None:
+    used = {name for path in documents() for name in re.findall(r"<!-- results: ([\w-]+) ", path.read_text("utf-8"))}
+    assert used == TABLES.keys()
+
+
+def test_a_run_becomes_the_table(run: Path, tmp_path: Path) -> None:
+    kept = keep_summary(run, tmp_path / "results", "a-machine")
+    assert kept == tmp_path / "results/a-machine/pico-summary.json"
+    text = "before\n<!-- results: pico-scores a-machine -->\nold\n<!-- end -->\nafter\n"
+    now = written(text, "README.md", tmp_path / "results")
+    assert "The teacher (9.4M parameters, 4.7M active) scores 98.8 ± 0.5." in now
+    assert "| small | 234,560 | 6.5 ± 0.9 | 3.4 ± 0.6 | **37.7 ± 2.1** |" in now
+    assert now.startswith("before\n")
+    assert now.endswith("<!-- end -->\nafter\n")
+    assert "old" not in now
+    assert written(now, "README.md", tmp_path / "results") == now
+    seconds = written(text.replace("scores", "seconds"), "README.md", tmp_path / "results")
+    assert "take 3 min 50 s: generate 130 s, eval 100 s." in seconds
+
+
+def test_no_run_keeps_what_is_there(tmp_path: Path) -> None:
+    assert keep_summary(tmp_path, tmp_path / "results", "a-machine") is None
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- results: nothing amd-epyc -->\n<!-- end -->\n", "no table is called nothing"),
+        ("<!-- results: memory nowhere -->\n<!-- end -->\n", "cannot be read"),
+        ("<!-- results: memory -->\n<!-- end -->\n", "not `results: NAME DEVICE`"),
+        ("<!-- results: memory nvidia-h200 -->\n", "is not closed"),
+    ],
+)
+def test_a_marker_that_means_nothing_is_an_error(text: str, message: str) -> None:
+    with pytest.raises(DocumentError, match=re.escape(message)):
+        written(text, "README.md")
+
+
+def test_check_exits_with_the_state_of_the_documents() -> None:
+    command = [sys.executable, "-m", "benchmarks.readme", "--check"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
