@@ -138,6 +138,7 @@ def serve(
                 *_served(recipe, set_),
                 host=host,
                 port=port,
+                base_dir=Path.cwd(),
                 max_waiting=max_waiting,
                 announce=typer.echo,
                 node_rank=node_rank,
@@ -169,9 +170,10 @@ def doctor(
     """Check this machine, and a recipe if one is given, before anything runs."""
     from pipelines.doctor import examine_machine, examine_recipe
 
-    findings = examine_machine()
+    here = Path.cwd()
+    findings = examine_machine(here)
     if recipe is not None:
-        findings += examine_recipe(recipe, set_)
+        findings += examine_recipe(recipe, set_, here)
     _print_findings(findings)
     raise typer.Exit(max(finding.exit_code for finding in findings))
 
@@ -289,15 +291,16 @@ def _served(path: Path, overrides: list[str]) -> tuple[TeacherConfig, Sampling]:
 
 def _run_stages(command: str, path: Path, overrides: list[str], out: Path, *, dry_run: bool = False) -> None:
     from pipelines import chain
+    from pipelines.context import Context
 
     recipe = _load(path, overrides)
     run_dir = out / recipe.name
+    context = Context(base_dir=Path.cwd(), progress=_progress(), dry_run=dry_run)
     with _naming(path):
-        stages = chain.prepare(command, recipe, run_dir, dry_run=dry_run)
+        stages = chain.prepare(command, recipe, run_dir, context)
         typer.echo(f"recipe {recipe.name} ({path}) in {run_dir}")
-        progress = _progress()
         for stage in stages:
-            outcome = stage.run(progress)
+            outcome = stage.run()
             typer.echo(f"  {'dry run: nothing is pushed' if dry_run else outcome.line()}")
             if command in ("push", "push-traces"):
                 _print_push(outcome.manifest.counts)

@@ -34,13 +34,14 @@ class Finding:
     exit_code: int = 0
 
 
-def examine_machine() -> list[Finding]:
+def examine_machine(base_dir: Path) -> list[Finding]:
     """Python, packages, processor, memory, disk, GPU, optional programs, the sandbox, whether a Hub token is there."""
-    checks = (_python, _torch, _packages, _cores, _memory, _disk, _gpu, _vllm, _sandbox, _chromium, _hub_token)
-    return [check() for check in checks]
+    before = (_python, _torch, _packages, _cores, _memory)
+    after = (_gpu, _vllm, _sandbox, _chromium, _hub_token)
+    return [*(check() for check in before), _disk(base_dir), *(check() for check in after)]
 
 
-def examine_recipe(path: Path, overrides: Iterable[str] = ()) -> list[Finding]:
+def examine_recipe(path: Path, overrides: Iterable[str], base_dir: Path) -> list[Finding]:
     """The recipe, the files that it names, and the preflight of its students."""
     from pipelines.checks import recipe_checks
 
@@ -49,7 +50,7 @@ def examine_recipe(path: Path, overrides: Iterable[str] = ()) -> list[Finding]:
     except PotstillError as exc:
         return [_fault("recipe", exc)]
     findings = [Finding("recipe", "ok", f"{recipe.name} ({path})")]
-    for name, check in recipe_checks(recipe):
+    for name, check in recipe_checks(recipe, base_dir):
         findings.append(_outcome(name, check))
     if all(finding.state == "ok" for finding in findings):
         findings += _students(recipe)
@@ -125,8 +126,8 @@ def _memory() -> Finding:
     return Finding("memory", "ok", text)
 
 
-def _disk() -> Finding:
-    free = shutil.disk_usage(Path.cwd()).free / 1e9
+def _disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free / 1e9
     text = f"{free:.1f} GB free here"
     if free < LEAST_DISK_GB:
         return Finding("disk", "warning", f"{text}; {LEAST_DISK_GB:g} GB are advisable")

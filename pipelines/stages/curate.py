@@ -23,7 +23,7 @@ from distill.curate import Dropped, DroppedExamples, GradedTrace, outcomes, sift
 from distill.curate.mix import check_sources
 from distill.errors import DataError, EnvironmentFault
 from distill.ledger import Ledger
-from distill.manifest import is_current, read_manifest, run_stage, write_atomically
+from distill.manifest import StageRun, run_stage, write_atomically
 from distill.problems import load_problems, source_files
 from distill.progress import Progress, Task
 from distill.recipe import Recipe, VerifyConfig
@@ -32,6 +32,7 @@ from distill.tables import iterate_records, read_records, record_writer
 from distill.verify import open_verifier
 from distill.verify.audit import Audit, normal_form
 from distill.verify.kept import AFTERWARDS, KeptVerdicts, grading_settings
+from pipelines.context import Context
 from pipelines.judging import open_judge
 from pipelines.preemption import preemptible
 
@@ -48,13 +49,13 @@ class ProblemOfTrace(Record):
     problem_id: str
 
 
-def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path | None = None) -> StageManifest:
+def curate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     """Run the stage in `run_dir`/curate over what generation left in `run_dir`/generate.
 
     Raises DataError (traces that are not there or not sound), RecipeError (held-out questions that cannot be read),
     EnvironmentFault (workers that do not start, a full disk).
     """
-    base_dir = base_dir or Path.cwd()
+    base_dir, progress = context.base_dir, context.progress
     out_dir = run_dir / "curate"
     inputs = {"problems": run_dir / "generate" / "problems.parquet", "traces": run_dir / "generate" / "traces"}
     for path in inputs.values():
@@ -69,9 +70,8 @@ def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path 
     if recipe.curate.decontaminate:
         held_out = _held_out(recipe, base_dir, inputs)
         config["eval"] = recipe.eval.model_dump(mode="json", include={"suites", "held_out"})
-    if is_current("curate", inputs, config, out_dir):
-        done = read_manifest(out_dir)
-        assert done is not None
+    stage_run = StageRun("curate", inputs, config, out_dir)
+    if (done := stage_run.current()) is not None:
         return done
     prompts = held_out()
     problems = {problem.id: problem for problem in read_records(inputs["problems"], Problem)}
@@ -85,7 +85,7 @@ def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path 
             relabelled = _audit(problems, recipe.verify, out_dir)
             return _curated(relabelled, num_traces, inputs["traces"], recipe, prompts, out_dir, progress)
 
-    return run_stage("curate", inputs, config, out_dir, body, (VERDICTS, AUDIT, EXAMPLES, DIRECT, FUNNEL, DROPPED))
+    return stage_run.run(body, (VERDICTS, AUDIT, EXAMPLES, DIRECT, FUNNEL, DROPPED))
 
 
 def _held_out(recipe: Recipe, base_dir: Path, inputs: dict[str, Path]) -> Callable[[], dict[str, list[str]]]:

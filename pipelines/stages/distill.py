@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill.errors import DataError
-from distill.manifest import MANIFEST, hash_file, is_current, read_manifest, run_stage
+from distill.manifest import MANIFEST, current, hash_file, read_manifest, run_stage
 from distill.progress import Progress
 from distill.recipe import Recipe, StudentConfig
 from distill.records import StageManifest
+from pipelines.context import Context
 from pipelines.preemption import preemptible
 from pipelines.workers import num_cores, run_side_by_side
 
@@ -52,10 +53,10 @@ class Job:
         return {"student": settings, "template": self.template, "method": self.method, "seed": SEED}
 
     def is_done(self) -> bool:
-        return is_current("distill", self.inputs, self.config, self.out_dir)
+        return current("distill", self.inputs, self.config, self.out_dir) is not None
 
 
-def distill(recipe: Recipe, run_dir: Path, *, progress: Progress) -> StageManifest:
+def distill(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     """Run the stage in `run_dir`/distill over what curation left in `run_dir`/curate.
 
     Raises RecipeError, DataError or CheckpointError for what was given, TrainingFailure for a loss that is not finite,
@@ -73,7 +74,7 @@ def distill(recipe: Recipe, run_dir: Path, *, progress: Progress) -> StageManife
         inputs,
         config,
         out_dir,
-        lambda: _body(jobs, recipe.distill.num_workers, progress),
+        lambda: _body(jobs, recipe.distill.num_workers, context.progress),
         [job.name for job in jobs],
     )
 

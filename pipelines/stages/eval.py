@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill.errors import DataError
-from distill.manifest import is_current, read_manifest, run_stage
+from distill.manifest import current, read_manifest, run_stage
 from distill.problems import load_problems, normalised, source_files
-from distill.progress import Progress, silent
+from distill.progress import Progress
 from distill.protocols import Teacher
 from distill.recipe import EvalConfig, NativeTeacher, Recipe, ServedTeacher, TeacherConfig, VerifyConfig
 from distill.records import Example, Problem, Role, Sampling, StageManifest
 from distill.tables import read_records, write_records
 from eval.harness import SAMPLES, SCORES, Subject, score_model
 from eval.suites import BENCHMARKS, TASKS, bench_folder, check_suites
+from pipelines.context import Context
 from pipelines.preemption import preemptible
 from pipelines.workers import num_cores, run_side_by_side
 
@@ -82,17 +83,10 @@ class Job:
         }
 
 
-def evaluate(
-    recipe: Recipe,
-    run_dir: Path,
-    *,
-    progress: Progress | None = None,
-    base_dir: Path | None = None,
-    num_workers: int | None = None,
-) -> StageManifest:
+def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     """Score every model of the recipe's roles. Raises DataError where a student has not been trained yet, or where a
     held-out question occurs among the training examples."""
-    base_dir = base_dir or Path.cwd()
+    base_dir = context.base_dir
     config, out_dir = recipe.eval, run_dir / "eval"
     check_suites(config.suites, bench_data=config.bench_data)
     jobs = _jobs(recipe, run_dir, base_dir)
@@ -106,7 +100,7 @@ def evaluate(
     def body() -> dict[str, Any]:
         counts = _write_held_out(config, out_dir, examples, base_dir)
         with preemptible():
-            _score_all(jobs, num_workers or _num_workers(), progress or silent())
+            _score_all(jobs, context.num_workers or _num_workers(), context.progress)
         manifests = [read_manifest(job.out_dir) for job in jobs]
         return {**counts, "models": len(jobs), "samples": sum(m.counts["samples"] for m in manifests if m)}
 
@@ -118,7 +112,7 @@ def evaluate(
 
 def _score_all(jobs: list[Job], num_workers: int, progress: Progress) -> None:
     """Tiny models are bound by single operations, which threads do not help: two cores are two models at a time."""
-    missing = [job for job in jobs if not is_current("eval-model", job.inputs, job.settings, job.out_dir)]
+    missing = [job for job in jobs if current("eval-model", job.inputs, job.settings, job.out_dir) is None]
     workers = min(num_workers, len(missing))
     if workers > 1:
         threads = max(1, num_cores() // workers)

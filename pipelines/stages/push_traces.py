@@ -23,12 +23,13 @@ from distill.publish.traces import FOLDERS, Laid, lay_out, paired
 from distill.recipe import Recipe
 from distill.records import Problem, StageManifest, Trace, Verdict
 from distill.tables import iterate_records, read_records
+from pipelines.context import Context
 
 DATASET = "dataset"
 README = "README.md"
 
 
-def push_traces(recipe: Recipe, run_dir: Path, *, progress: Progress, dry_run: bool = False) -> StageManifest:
+def push_traces(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     """Lay the data set out and push it. A dry run pushes nothing: its manifest only says what would go.
 
     Raises RecipeError for a repository name or a source that there is not, DataError where curation has not run,
@@ -38,7 +39,7 @@ def push_traces(recipe: Recipe, run_dir: Path, *, progress: Progress, dry_run: b
     repo = settings.repo.replace("{recipe}", recipe.name)
     check_name(repo, field="push_traces.repo")
     out_dir = run_dir / "push-traces"
-    laid = _layout(recipe, repo, run_dir, out_dir / "layout", progress)
+    laid = _layout(recipe, repo, run_dir, out_dir / "layout", context.progress)
     folder = out_dir / "layout" / DATASET
     files = tree(folder)
     config = {"push_traces": settings.model_dump(mode="json"), "repo": repo}
@@ -50,7 +51,7 @@ def push_traces(recipe: Recipe, run_dir: Path, *, progress: Progress, dry_run: b
         "bytes": sum(files.values()),
         "tree": files,
     }
-    if dry_run:
+    if context.dry_run:
         return laid.model_copy(
             update={
                 "stage": "push_traces",
@@ -61,7 +62,7 @@ def push_traces(recipe: Recipe, run_dir: Path, *, progress: Progress, dry_run: b
         )
 
     def body() -> Mapping[str, Any]:
-        with progress.task(f"push {repo}", 1, unit="commits") as task:
+        with context.progress.task(f"push {repo}", 1, unit="commits") as task:
             done = push_folder(
                 folder,
                 repo,

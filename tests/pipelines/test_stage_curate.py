@@ -16,12 +16,12 @@ from distill.manifest import read_manifest
 from distill.problems import load_problems
 from distill.problems.stream import PICO_FAMILIES
 from distill.problems.worked import worked_solution
-from distill.progress import silent
 from distill.recipe import Recipe
 from distill.records import Example, FinishReason, Problem, Trace, Verdict
 from distill.tables import read_records, write_records
 from distill.verify import kept as kept_module
 from distill.verify.verifier import RuleVerifier
+from pipelines.context import Context
 from pipelines.stages import curate as stage_module
 from pipelines.stages.curate import curate
 
@@ -66,7 +66,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def run(run_dir: Path, what: Recipe | None = None) -> Any:
-    return curate(what or recipe(), run_dir, progress=silent(), base_dir=run_dir)
+    return curate(what or recipe(), run_dir, Context(run_dir))
 
 
 def test_from_traces_to_examples(run_dir: Path) -> None:
