@@ -24,7 +24,7 @@ from distill.verify import open_verifier
 from distill.verify.background import BackgroundGrader
 from distill.verify.kept import KeptVerdicts, grading_settings
 from distill.wanted import Place, Requests, WantedSamples, chunks
-from pipelines.stages.live import live
+from pipelines.teacher_facts import with_teacher_facts
 
 FLUSH_SAMPLES = 64
 FLUSH_S = 5.0
@@ -93,7 +93,7 @@ class Rounds:
             return
         with (
             self._progress.task(name, total=len(round_), done=done, unit="samples") as plain,
-            live(plain, self._teacher) as task,
+            with_teacher_facts(plain, self._teacher) as task,
             BackgroundGrader(self._recipe.verify) as grader,
         ):
             self._collect(missing, task, grader)
