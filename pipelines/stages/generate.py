@@ -32,14 +32,6 @@ from pipelines.preemption import preemptible
 from pipelines.rounds import Rounds
 
 LEDGER, PROBLEMS, TRACES = "ledger.sqlite", "problems.parquet", "traces"
-# What changes how fast and how patiently a teacher is asked, and nothing of what it writes.
-SPEED = {"batch_size", "speculate", "max_concurrency", "timeout_s", "idle_timeout_s", "stream", "max_retries"}
-SPEED |= {"api_key_env"}
-SPEED |= {"startup_timeout_s", "max_restarts", "num_nodes", "head_address", "rpc_port"}
-SPEED |= {"in_halves", "num_redundant", "rebalance"}
-SPEED |= {"address", "base_urls", "num_replicas", "cpus_per_replica", "gpus_per_replica"}
-# What is noted of the samples besides, and changes none of them.
-PRICES = {"price_per_million_prompt_tokens", "price_per_million_completion_tokens"}
 
 
 def generate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
@@ -69,7 +61,7 @@ def generate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
 def _what_matters(recipe: Recipe) -> dict[str, Any]:
     matters: dict[str, Any] = {
         "problems": [source.model_dump(mode="json") for source in recipe.problems],
-        "teacher": recipe.teacher.model_dump(mode="json", exclude=SPEED | PRICES),
+        "teacher": recipe.teacher.identity(),
         "generate": recipe.generate.model_dump(mode="json", exclude={"grade"}),
     }
     if recipe.generate.adaptive is not None:
