@@ -26,10 +26,10 @@ from distill.errors import EnvironmentFault, PotstillError, RecipeError, UserInp
 from pipelines.preemption import preemptible
 
 if TYPE_CHECKING:
+    from distill.findings import Finding
     from distill.progress import Progress
     from distill.recipe import Recipe, TeacherConfig
     from distill.records import Sampling
-    from pipelines.doctor import Finding
 
 INTERRUPTED = 130
 UNWRAPPED = 1_000

@@ -13,25 +13,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from distill.errors import EnvironmentFault, PotstillError, UserInputError
+from distill.cores import num_cores
+from distill.errors import EnvironmentFault, PotstillError
+from distill.findings import Finding
 from distill.recipe import Recipe, load_recipe
 
 PACKAGES = ("transformers", "tokenizers", "datasets", "accelerate", "trl", "lm-eval", "math-verify", "reasoning-gym")
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 LEAST_MEMORY_GB = 4.0
 LEAST_DISK_GB = 2.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    check: str
-    state: Literal["ok", "warning", "error"]
-    text: str
-    exit_code: int = 0
 
 
 def examine_machine(base_dir: Path) -> list[Finding]:
@@ -65,7 +57,7 @@ def _outcome(name: str, check: Callable[[], str]) -> Finding:
 
 
 def _fault(name: str, exc: PotstillError) -> Finding:
-    return Finding(name, "error", str(exc), exc.exit_code)
+    return Finding(name, "error", str(exc), type(exc))
 
 
 def _students(recipe: Recipe) -> list[Finding]:
@@ -88,7 +80,7 @@ def _students(recipe: Recipe) -> list[Finding]:
                 findings.append(_fault(check, exc))
                 continue
             for fault in faults:
-                findings.append(Finding(check, "error", f"{fault.check}: {fault.text}", UserInputError.exit_code))
+                findings.append(Finding(check, "error", f"{fault.check}: {fault.text}", fault.fault))
             if not faults:
                 findings.append(Finding(check, "ok", "preflight passed"))
     return findings
@@ -101,7 +93,7 @@ def _python() -> Finding:
 def _torch() -> Finding:
     version = _version("torch")
     if version is None:
-        return Finding("torch", "error", "not installed; run `make setup`", EnvironmentFault.exit_code)
+        return Finding("torch", "error", "not installed; run `make setup`", EnvironmentFault)
     return Finding("torch", "ok", version)
 
 
@@ -109,12 +101,12 @@ def _packages() -> Finding:
     missing = [name for name in PACKAGES if _version(name) is None]
     if missing:
         text = f"not installed: {', '.join(missing)}; run `make setup`"
-        return Finding("packages", "error", text, EnvironmentFault.exit_code)
+        return Finding("packages", "error", text, EnvironmentFault)
     return Finding("packages", "ok", ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
 
 
 def _cores() -> Finding:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = num_cores()
     return Finding("cores", "ok" if count > 1 else "warning", str(count))
 
 

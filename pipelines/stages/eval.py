@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from distill.cores import num_cores
 from distill.errors import DataError
 from distill.manifest import current, read_manifest, run_stage
 from distill.problems import load_problems, normalised, source_files
@@ -26,14 +27,14 @@ from eval.harness import SAMPLES, SCORES, Subject, score_model
 from eval.suites import BENCHMARKS, TASKS, bench_folder, check_suites
 from pipelines.context import Context
 from pipelines.preemption import preemptible
-from pipelines.workers import num_cores, run_side_by_side
+from pipelines.workers import run_side_by_side
 
 HELD_OUT = "held_out.parquet"
 MAX_WORKERS = 4  # each holds a model and the libraries, about 0.8 GB for a pico model
 
 
 @dataclass(frozen=True)
-class Job:
+class ScoringJob:
     """One model to score; everything a worker process needs, picklable."""
 
     name: str
@@ -110,7 +111,7 @@ def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     return run_stage("eval", inputs, settings, out_dir, body, outputs)
 
 
-def _score_all(jobs: list[Job], num_workers: int, progress: Progress) -> None:
+def _score_all(jobs: list[ScoringJob], num_workers: int, progress: Progress) -> None:
     """Tiny models are bound by single operations, which threads do not help: two cores are two models at a time."""
     missing = [job for job in jobs if current("eval-model", job.inputs, job.settings, job.out_dir) is None]
     workers = min(num_workers, len(missing))
@@ -122,7 +123,7 @@ def _score_all(jobs: list[Job], num_workers: int, progress: Progress) -> None:
             score(job, progress)
 
 
-def score(job: Job, progress: Progress) -> None:
+def score(job: ScoringJob, progress: Progress) -> None:
     """One model's stage, in whatever process this is: open it, score it, leave its manifest."""
 
     def body() -> dict[str, Any]:
@@ -157,7 +158,7 @@ def score(job: Job, progress: Progress) -> None:
     run_stage("eval-model", job.inputs, job.settings, job.out_dir, body, [SAMPLES, SCORES])
 
 
-def _open(job: Job) -> tuple[Teacher, Subject]:
+def _open(job: ScoringJob) -> tuple[Teacher, Subject]:
     from teacher.serve.models import read_facts
 
     if isinstance(job.model, Path) and job.engine == "native":
@@ -180,7 +181,7 @@ def _open(job: Job) -> tuple[Teacher, Subject]:
     return model, Subject(job.name, job.role, facts.model_type, facts.num_parameters, facts.num_active)
 
 
-def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[Job]:
+def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
     """The models of the recipe's roles, the slowest to score first: the teacher, then the larger students."""
     from students.base_folder import resolve_base
     from students.zoo import find_student
@@ -204,7 +205,7 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[Job]:
     if not models:
         raise DataError("no model has one of these roles", where="recipe", field="eval.roles")
     return [
-        Job(
+        ScoringJob(
             name=name,
             role=role,
             model=model,
