@@ -72,7 +72,7 @@ class HeldOutQuestions:
         self._num_grams = Counter(map(id, self._grams.values()))
 
     def match(self, problem: Problem) -> str | None:
-        """What the question has in common with a held-out one, in words and with the text, or None."""
+        """Return what the question has in common with a held-out one, in words and with the text, or None."""
         if (same := self._exact.get(symbols_of(problem.prompt))) is not None:
             return f"is the held-out question {same}"
         if problem.grader == "reasoning_gym":

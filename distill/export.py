@@ -104,7 +104,7 @@ def _publish(staging: Path, folder: Path, aside: Path) -> None:
 
 
 def _is_published(ledger: Ledger, pending: Pending, keys: Iterator[str], staging: Path, folder: Path) -> bool:
-    """Whether the kill came after the renaming: all that is listed lies in the published folder, and that is all."""
+    """Tell whether the kill came after the renaming: all that is listed, and nothing else, lies in the published folder."""
     if staging.exists() or not pending.shards:
         return False
     return len(_still_good(ledger, pending.shards, keys, folder)) == len(pending.shards) and next(keys, None) is None

@@ -120,7 +120,7 @@ class Ledger:
             yield Trace.model_construct(**dict(zip(Trace.model_fields, values, strict=True)))
 
     def rows(self, keys: Iterable[str]) -> Iterator[Row]:
-        """As `traces`, but the values alone, in the order of Trace's fields. Holds `KEYS_A_QUERY` of them."""
+        """Yield the values of `traces` alone, in the order of Trace's fields. Holds `KEYS_A_QUERY` of them."""
         for chunk in _chunks(keys):
             found = {row[0]: row for row in self._select("*", "traces", chunk)}
             for key in chunk:
@@ -129,7 +129,7 @@ class Ledger:
                 yield self._checked(found[key])
 
     def digests(self, keys: Iterable[str]) -> Iterator[str]:
-        """What `keys` have, in that order, in a few bytes each: equal digests are equal samples."""
+        """Digests of the samples at `keys`, in that order, in a few bytes each: equal digests are equal samples."""
         for chunk in _chunks(keys):
             found: dict[str, str] = dict(self._select("key, digest", "traces", chunk))
             yield from (found.get(key, "") for key in chunk)
@@ -164,7 +164,7 @@ class Ledger:
         return self._write(f"INSERT {'' if least else 'OR IGNORE '}{what}", rows, done="ledger.graded")
 
     def verdicts(self, pairs: Iterable[tuple[str, str]]) -> dict[str, Verdict]:
-        """What is known of `(key, grading)` pairs, by key. Raises DataError for an altered row."""
+        """Known verdicts on `(key, grading)` pairs, by key. Raises DataError for an altered row."""
         wanted = dict(pairs)
         found = {}
         for chunk in _chunks(wanted):

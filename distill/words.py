@@ -18,7 +18,7 @@ def words_of(text: str) -> Words:
 
 
 def symbols_of(text: str) -> Words:
-    """As `words_of`, and every other sign by itself: `1 - 2` is not `1 + 2`."""
+    """Split as `words_of` does, with every other sign by itself: `1 - 2` is not `1 + 2`."""
     return tuple(SYMBOL_OR_WORD.findall(folded(text)))
 
 

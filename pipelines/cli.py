@@ -277,7 +277,7 @@ def _load(path: Path, overrides: list[str]) -> Recipe:
 
 
 def _served(path: Path, overrides: list[str]) -> tuple[TeacherConfig, Sampling]:
-    """What is served, and the sampling of requests that leave it open."""
+    """The teacher to serve, and the sampling of requests that leave it open."""
     from distill.recipe import NativeTeacher
     from distill.records import Sampling as Settings
 
@@ -330,7 +330,7 @@ def _progress() -> Progress:
 
 
 def _print_push(counts: dict[str, Any]) -> None:
-    """Where the model or the data set goes and of which files it consists."""
+    """Print where the model or the data set goes and of which files it consists."""
     from rich.table import Table
 
     if "folder" in counts:

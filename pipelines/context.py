@@ -1,4 +1,4 @@
-"""What a stage is told besides its recipe and its run's folder: where relative paths start, who is shown progress."""
+"""The context of a stage, besides its recipe and its run's folder: where paths start, who is shown progress."""
 
 from __future__ import annotations
 

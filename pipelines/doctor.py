@@ -1,4 +1,4 @@
-"""What `potstill doctor` looks at: the machine, and a recipe with everything that it names.
+"""Checks of `potstill doctor`: the machine, and a recipe with everything that it names.
 
 Each check is one `Finding`. An error's exit code is that of the fault it stands for (2: the recipe or a file it names,
 3: the machine); a warning says what will not work and why, and does not change the exit code. Nothing is written and

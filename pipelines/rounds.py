@@ -62,7 +62,7 @@ class Rounds:
             active = array("I", (problem for problem in active if self._wants_more(problem, policy)))
 
     def counts(self) -> dict[str, object]:
-        """What was asked for and what came of it; `samples_per_problem`: of how many problems so many."""
+        """Counts of what was asked for and what came of it; `samples_per_problem`: of how many problems so many."""
         histogram = {str(n): count for n, count in sorted(Counter(self.wanted.num_samples).items())}
         counts: dict[str, object] = {"problems": len(self.wanted.problems), "reused": self.reused}
         if self._recipe.generate.adaptive is not None:

@@ -1,4 +1,4 @@
-"""What the filters look at: a graded sample with its text, and what is remembered of it when the text is gone."""
+"""Candidates for the filters: a graded sample with its text, and what is remembered of it when the text is gone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What filters of the whole set know of a sample: some hundred bytes, however long its text is.
+    """A sample as filters of the whole set remember it: some hundred bytes, however long its text is.
 
     `position` is the sample's place in the traces, `digest` 16 bytes over question and text.
     """
@@ -62,7 +62,7 @@ class Sample:
 
     @property
     def precedence(self) -> tuple[int, str]:
-        """Of two samples that only one may stay of, the lower stays: the input's order decides nothing."""
+        """Rank samples of which only one may stay, the lowest: the input's order decides nothing."""
         return self.sample_index, self.key
 
 

@@ -109,7 +109,7 @@ def sift(problems: Mapping[str, Problem], graded: Graded, config: CurateConfig, 
 def outcomes(
     problems: Mapping[str, Problem], graded: Iterable[tuple[Trace, Verdict]], dropped: Mapping[int, tuple[str, str]]
 ) -> Iterator[tuple[Candidate, Example | Dropped]]:
-    """What became of each trace, in their order: an Example or a Dropped.
+    """Tell what became of each trace, in their order: an Example or a Dropped.
 
     The first example of a question is followed by its twin with the bare answer (`trace_key` None): the reference,
     or, where a question has none of its own, the answer that was graded.
@@ -166,7 +166,7 @@ def _signatures(config: NearDuplicates | None, what: str) -> Signatures | None:
 
 
 def _like_questions(samples: Sequence[Sample], problems: Mapping[str, Problem], signatures: Signatures) -> Reasons:
-    """Of questions that are nearly the same, the one with the lowest id stays, with all its samples.
+    """Drop questions that are nearly the same as another; the one with the lowest id stays, with all its samples.
 
     Procedural questions take no part: those of a family are alike by construction, and differ in what counts.
     """
@@ -181,7 +181,7 @@ def _like_questions(samples: Sequence[Sample], problems: Mapping[str, Problem], 
 def _like_completions(
     samples: Sequence[Sample], problems: Mapping[str, Problem], graded: Graded, signatures: Signatures
 ) -> Reasons:
-    """Of completions that are nearly the same, the one with precedence stays.
+    """Drop completions that are nearly the same as another; the one with precedence stays.
 
     Completions of procedural problems are compared within one problem alone, for the reason above.
     """

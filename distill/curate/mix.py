@@ -22,7 +22,7 @@ NUM_EXAMPLES = "curate.mix.num_examples"
 
 
 def outside_mix(mix: Mix) -> SetFilter:
-    """What is over a source's quota. Which samples stay is decided by a hash of their keys."""
+    """Return the samples over a source's quota. Which samples stay is decided by a hash of their keys."""
 
     def reasons(samples: Sequence[Sample]) -> Reasons:
         left: dict[str, list[Sample]] = defaultdict(list)

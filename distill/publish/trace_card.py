@@ -17,7 +17,7 @@ SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the traces come from. `identity` is the TeacherIdentity, `sampling` how each of `num_samples` was drawn."""
+    """The origin of the traces. `identity` is the TeacherIdentity, `sampling` how each of `num_samples` was drawn."""
 
     recipe: str
     identity: Mapping[str, str]

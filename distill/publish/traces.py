@@ -60,7 +60,7 @@ class SourceCount:
 
 @dataclass(frozen=True)
 class Laid:
-    """What was written: rows and bytes of the tables in memory by configuration, samples by source."""
+    """The data set that was written: rows and bytes of the tables in memory by configuration, samples by source."""
 
     num_rows: dict[str, int]
     num_bytes: dict[str, int]

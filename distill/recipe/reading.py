@@ -93,7 +93,7 @@ def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _same_kind(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
-    """Whether both describe the same thing: a teacher of another backend shares no settings with its parent's."""
+    """Tell whether both describe the same thing: a teacher of another backend shares no settings with its parent's."""
     return all(tag not in above or above[tag] == below.get(tag) for tag in ("backend", "kind"))
 
 

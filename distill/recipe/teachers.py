@@ -26,7 +26,7 @@ SERVER_KEY_ENV = "POTSTILL_API_KEY"
 
 
 class OverNodes(Config):
-    """Where the ranks of a teacher are, and how the nodes find each other."""
+    """Nodes that share the ranks of a teacher, and how they find each other."""
 
     num_nodes: Annotated[int, Mark.PLACE] = Field(1, ge=1, description="nodes that share the ranks")
     head_address: Annotated[str | None, Mark.PLACE] = Field(
@@ -108,7 +108,7 @@ SET_BY_POTSTILL = {
 
 
 class ServedTeacher(Config):
-    """How a model behind an OpenAI-compatible endpoint is asked, whoever started the endpoint."""
+    """A model behind an OpenAI-compatible endpoint, whoever started the endpoint, and how it is asked."""
 
     model: str = Field(description="the served model's name")
     revision: str = "unknown"
@@ -160,7 +160,7 @@ class OpenAITeacher(ServedTeacher):
 
 
 class VllmServing(Config):
-    """How a vLLM server of ours is started and watched.
+    """A vLLM server of ours: how it is started and watched.
 
     `flags` are those of `vllm serve` without their dashes: true and false stand for `--x` and `--no-x`, a mapping for
     JSON, null takes back what a parent recipe set. What says where the server listens, what it is called and who may

@@ -73,7 +73,7 @@ class SuspectedReference(Record):
 
 
 class AuditSummary(Record):
-    """What audit.json says. `answers` were looked at; a share of those `decided_by_both` is `rate`.
+    """The content of audit.json. `answers` were looked at; a share of those `decided_by_both` is `rate`.
 
     `relabel` is what the recipe asked for: only "majority" lets a suspected reference be replaced.
     """
@@ -179,7 +179,7 @@ class Audit:
 
 
 def second_opinion(reference: str, answer: str) -> bool | None:
-    """Whether the two are equal, as text in its normal form or as numbers; None where that does not settle it.
+    """Tell whether the two are equal, as text in its normal form or as numbers; None where that does not settle it.
 
     >>> second_opinion("\\\\frac{1}{2}", "0.5"), second_opinion("7", "8"), second_opinion("x+1", "1+x")
     (True, False, None)

@@ -88,7 +88,7 @@ class MathVerify:
 
 
 def _same_equations(reference: list[Any], answer: list[Any]) -> bool:
-    """Whether an equation is a multiple of the other; math-verify takes all that have no real solutions for one."""
+    """Tell whether one equation is a multiple of the other; math-verify takes all without real solutions for one."""
     from sympy import Eq, Symbol, simplify
 
     one, other = reference[0], answer[0]
@@ -144,7 +144,7 @@ def _grade_reasoning_gym(dataset: Any, task: dict[str, Any]) -> Result:
 
 
 def _scores_its_own(dataset: Any, entry: dict[str, Any]) -> bool:
-    """Whether the scorer can do its work at all on this entry."""
+    """Tell whether the scorer can do its work at all on this entry."""
     try:
         dataset.score_answer(entry["answer"], entry)
     except Exception:  # noqa: BLE001
@@ -174,7 +174,7 @@ def _plainly_set(answer: str) -> str:
 
 
 def _closes_last(text: str, start: int) -> bool:
-    """Whether the group that is open at `start` is closed by the text's last character, and no earlier."""
+    """Tell whether the group that is open at `start` is closed by the text's last character, and no earlier."""
     depth = 1
     for match in BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)

@@ -50,7 +50,7 @@ def judge_sampling(config: JudgeConfig) -> Sampling:
 
 
 def judge_settings(config: JudgeConfig, judge: Teacher | None) -> dict[str, Any]:
-    """What a judge's verdict depends on, beside question, reference and answer; with `judge`, its identity."""
+    """Settings that a judge's verdict depends on, beside question, reference and answer; with `judge`, its identity."""
     return {
         "prompt": PROMPT_ID,
         "num_votes": config.num_votes,
@@ -86,7 +86,7 @@ class JudgingVerifier:
         """Nothing is held: the one who opened rules and judge closes them."""
 
     def _submitted(self, answer: Answer, verdict: Verdict) -> str | None:
-        """What the judge shall see; None where it is not asked."""
+        """The answer that the judge shall see; None where it is not asked."""
         problem, text, _ = answer
         if verdict.state != "unverifiable" or not problem.answer:
             return None

@@ -29,7 +29,7 @@ FLUSH_S = 1.0
 
 
 def grading_settings(config: VerifyConfig, judge: Teacher | None = None) -> dict[str, Any]:
-    """What every verdict depends on: the graders' versions and settings, not how many grade at once.
+    """Settings that every verdict depends on: the graders' versions and settings, not how many grade at once.
 
     With `judge`, the model that `config.judge` names, its identity too.
     """

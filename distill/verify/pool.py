@@ -131,7 +131,7 @@ class WorkerPool:
             self._selector.register(worker.into, selectors.EVENT_WRITE, worker)
 
     def _take(self, worker: Keeper, message: dict[str, Any]) -> bool:
-        """Whether it is a message that can come now. What a grader says that was given up is not listened to."""
+        """Tell whether it is a message that can come now, and take it: a grader that was given up is not listened to."""
         if "ended" in message:
             return worker.busy and self._ended(worker, str(message["ended"]))
         if not worker.chunk:

@@ -143,7 +143,7 @@ def _probe_memory() -> None:
 
 
 def _confine(memory_bytes: int) -> None:
-    """For the grader alone: no more memory than `memory_bytes` beside what it was born with, no files to speak of."""
+    """Confine the grader: no more memory than `memory_bytes` beside what it was born with, no files to speak of."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     born_with = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -29,7 +29,7 @@ _templates.filters["quote"] = shlex.quote
 
 
 def node_script(config: LaunchConfig) -> str:
-    """What each node runs."""
+    """The commands that each node runs."""
     first, others = node_commands(config)
     return _templates.get_template("node.sh.jinja").render(
         config=config, place=_PLACES[config.launcher], first=first, others=others, record=config.launcher == "slurm"

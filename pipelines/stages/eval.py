@@ -69,7 +69,7 @@ class ScoringJob:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the scores besides the files; how fast they are made is left out."""
+        """Everything that decides the scores besides the files; how fast they are made is left out."""
         engine = {"engine": self.engine} if isinstance(self.model, Path) and self.engine != "transformers" else {}
         return engine | {
             "name": self.name,
@@ -227,7 +227,7 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
 
 
 def _suite_files(config: EvalConfig, base_dir: Path) -> dict[str, Path]:
-    """What decides the questions of all models: the suites' files and the problem set behind the held-out source."""
+    """Files that decide the questions of all models: the suites' and the problem set behind the held-out source."""
     held_out = [] if config.held_out is None else [config.held_out]
     return _task_files(config.suites, config.bench_data) | source_files(held_out, base_dir=base_dir)
 

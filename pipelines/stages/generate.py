@@ -115,7 +115,7 @@ def _body(
 
 
 def _cost(teacher: TeacherConfig, traces: Path) -> dict[str, float]:
-    """What the samples cost at the recipe's prices, each paid once, however often the run was resumed."""
+    """The cost of the samples at the recipe's prices, each paid once, however often the run was resumed."""
     if not isinstance(teacher, ServedTeacher):
         return {}
     import pyarrow.compute as pc

@@ -169,7 +169,7 @@ def _funnel(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _hashes(run_dir: Path, folder: Path) -> dict[str, str]:
-    """What the student's manifest read (base, examples) and what stands behind that (teacher, traces)."""
+    """Hashes of what the student's manifest read (base, examples) and of what stands behind that (teacher, traces)."""
     student, generated = read_manifest(folder), read_manifest(run_dir / "generate")
     hashes = dict(student.inputs) if student else {}
     if student:

@@ -158,7 +158,7 @@ def _grade_cases(sandbox: Sandbox, cases: Sequence[Mapping[str, Any]], program: 
 
 
 def _lines(text: str) -> list[str]:
-    """What counts of an output: its lines without trailing white space, and no empty lines at the end."""
+    """The part of an output that counts: its lines without trailing white space, and no empty lines at the end."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
@@ -186,7 +186,7 @@ def _verdict_on_end(outcome: Outcome) -> Result:
 
 
 def _raised(reply: bytes) -> str | None:
-    """What the program raised while it was defined, or None."""
+    """The exception that the program raised while it was defined, or None."""
     try:
         outcome, *said = wire.decode(reply, str)
     except (ValueError, TypeError, RecursionError):
