@@ -57,7 +57,7 @@ class Problem(Record):
 
 
 class Sampling(Record):
-    """Settings of drawing a completion and of what is kept. `max_tokens` counts new tokens; `temperature` 0 is greedy."""
+    """Settings of drawing a completion and keeping it. `max_tokens` counts new tokens; `temperature` 0 is greedy."""
 
     temperature: float = Field(0.6, ge=0, le=5)
     top_p: float = Field(0.95, gt=0, le=1)

@@ -135,7 +135,7 @@ def serve(
                 typer.echo(command)
         else:
             serve_teacher(
-                *_served(recipe, set_),
+                *_served_teacher(recipe, set_),
                 host=host,
                 port=port,
                 base_dir=Path.cwd(),
@@ -276,7 +276,7 @@ def _load(path: Path, overrides: list[str]) -> Recipe:
     return load_recipe(path, overrides)
 
 
-def _served(path: Path, overrides: list[str]) -> tuple[TeacherConfig, Sampling]:
+def _served_teacher(path: Path, overrides: list[str]) -> tuple[TeacherConfig, Sampling]:
     """The teacher to serve, and the sampling of requests that leave it open."""
     from distill.recipe import NativeTeacher
     from distill.records import Sampling as Settings

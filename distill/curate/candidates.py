@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from distill.problems.split import normalised
+from distill.problems.split import normalise
 from distill.records import Problem, Record, Trace, Verdict, VerdictState
 
 
@@ -27,7 +27,7 @@ class GradedTrace(Record):
         return Verdict(state=self.state, extracted=self.extracted, detail=self.detail, relabelled=self.relabelled)
 
 
-class Dropped(Record):
+class DroppedTrace(Record):
     """A trace that is no example: which filter said so, and why."""
 
     key: str
@@ -66,10 +66,10 @@ class Sample:
         return self.sample_index, self.key
 
 
-def remembered(candidate: Candidate, position: int) -> Sample:
+def sample_of(candidate: Candidate, position: int) -> Sample:
     """The sample without its text. Questions that differ in spacing, and texts that differ at their ends, are equal."""
     problem, trace, verdict = candidate
-    text = f"{normalised(problem.prompt)}\0{trace.text.strip()}"
+    text = f"{normalise(problem.prompt)}\0{trace.text.strip()}"
     return Sample(
         position=position,
         key=trace.key,

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from distill.problems import hub, local, reasoning_gym
-from distill.problems.split import normalised, split_of
+from distill.problems.split import normalise, split_of
 from distill.recipe import LocalSource, ProblemSource, ReasoningGymSource
 from distill.records import Problem
 
-__all__ = ["iterate_problems", "load_problems", "normalised", "source_files", "split_of"]
+__all__ = ["iterate_problems", "load_problems", "normalise", "source_files", "split_of"]
 
 
 def load_problems(sources: Iterable[ProblemSource], *, base_dir: Path) -> list[Problem]:

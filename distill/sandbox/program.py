@@ -44,7 +44,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a program. `exit_code` is negative for a signal; `wall_s` counts from where its first line could run."""
+    """The end of a program. `exit_code` is negative for a signal; `wall_s` counts from when its first line can run."""
 
     how: How
     exit_code: int

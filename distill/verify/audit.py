@@ -156,10 +156,10 @@ class Audit:
             ci95=wilson(disagreements, self._decided) if self._decided else None,
             relabel=self._config.relabel,
             examples=tuple(self._examples),
-            suspected_references=tuple(map(self._shown, self.suspects())),
+            suspected_references=tuple(map(self._suspected_reference, self.suspects())),
         )
 
-    def _shown(self, suspect: Suspect) -> SuspectedReference:
+    def _suspected_reference(self, suspect: Suspect) -> SuspectedReference:
         problem = self._problems[suspect.problem_id]
         texts = {"question": problem.prompt, "reference": problem.answer or "", "majority": suspect.majority}
         return SuspectedReference(**suspect._asdict() | {name: text[:MAX_SHOWN] for name, text in texts.items()})

@@ -36,7 +36,7 @@ def node_script(config: LaunchConfig) -> str:
     )
 
 
-def rendered(config: LaunchConfig) -> str:
+def render(config: LaunchConfig) -> str:
     node = node_script(config)
     if config.launcher == "skypilot":
         return _sky_task(config, node)

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distill.curate import Dropped, DroppedExamples, GradedTrace, outcomes, sift
+from distill.curate import DroppedExamples, DroppedTrace, GradedTrace, filter_traces, outcomes
 from distill.curate.mix import check_sources
 from distill.errors import DataError, EnvironmentFault
 from distill.ledger import Ledger
@@ -83,7 +83,7 @@ def curate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
         with preemptible():
             _grade_all(problems, num_traces, grading, recipe.verify, out_dir, progress, base_dir)
             relabelled = _audit(problems, recipe.verify, out_dir)
-            return _curated(relabelled, num_traces, inputs["traces"], recipe, prompts, out_dir, progress)
+            return _write_examples(relabelled, num_traces, inputs["traces"], recipe, prompts, out_dir, progress)
 
     return stage_run.run(body, (VERDICTS, AUDIT, EXAMPLES, DIRECT, FUNNEL, DROPPED))
 
@@ -198,7 +198,7 @@ def _grade(kept: KeptVerdicts, traces: list[Trace], problems: Mapping[str, Probl
     return graded
 
 
-def _curated(
+def _write_examples(
     problems: Mapping[str, Problem],
     num_traces: int,
     traces: Path,
@@ -214,18 +214,18 @@ def _curated(
                 yield trace, one.verdict
                 task.advance(1)
 
-    sifted = sift(problems, graded, recipe.curate, held_out)
-    if not sifted.num_kept:
-        last = next((step for step in sifted.funnel if not step["out"]), {"filter": "generate"})
+    filtered = filter_traces(problems, graded, recipe.curate, held_out)
+    if not filtered.num_kept:
+        last = next((step for step in filtered.funnel if not step["out"]), {"filter": "generate"})
         raise DataError(f"no trace is left after the filter {last['filter']!r}: {_states(out_dir)}", where=out_dir)
     shown = DroppedExamples()
     with (
         record_writer(out_dir / EXAMPLES, Example) as examples,
         record_writer(out_dir / DIRECT, Example) as direct,
-        record_writer(out_dir / DROPPED, Dropped) as dropped,
+        record_writer(out_dir / DROPPED, DroppedTrace) as dropped,
     ):
-        for candidate, one in outcomes(problems, graded(), sifted.dropped):
-            if isinstance(one, Dropped):
+        for candidate, one in outcomes(problems, graded(), filtered.dropped):
+            if isinstance(one, DroppedTrace):
                 dropped.write(one)
                 shown.add(candidate, one)
             else:
@@ -233,7 +233,7 @@ def _curated(
     relabelled = sum(one.relabelled for one in iterate_records(out_dir / VERDICTS, GradedTrace))
     funnel = [
         {**step, "relabelled": relabelled} if step["filter"] == "verdict" and relabelled else step
-        for step in sifted.funnel
+        for step in filtered.funnel
     ]
     write_atomically(out_dir / FUNNEL, json.dumps(shown.beside(funnel), indent=2) + "\n")
     counts = {"traces": num_traces, "examples": examples.count, "questions": direct.count}

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from distill.cores import num_cores
 from distill.errors import DataError
 from distill.manifest import current, read_manifest, run_stage
-from distill.problems import load_problems, normalised, source_files
+from distill.problems import load_problems, normalise, source_files
 from distill.progress import Progress
 from distill.protocols import Teacher
 from distill.recipe import EvalConfig, NativeTeacher, Recipe, ServedTeacher, TeacherConfig, VerifyConfig
@@ -248,9 +248,9 @@ def _write_held_out(config: EvalConfig, out_dir: Path, examples: Path, base_dir:
     # By id, which is a hash: a `limit` then takes a fair share of every family.
     problems = sorted(load_problems([config.held_out], base_dir=base_dir), key=lambda problem: problem.id)
     trained = (
-        {normalised(example.question) for example in read_records(examples, Example)} if examples.exists() else set()
+        {normalise(example.question) for example in read_records(examples, Example)} if examples.exists() else set()
     )
-    shared = [problem for problem in problems if normalised(problem.prompt) in trained]
+    shared = [problem for problem in problems if normalise(problem.prompt) in trained]
     if shared:
         raise DataError(
             f"{len(shared)} of {len(problems)} held-out questions occur among the training examples, "

@@ -78,12 +78,12 @@ def _checkpoint_folder(path: Path) -> Path:
 def _backend(context: Context, log_dir: Path) -> OpenTeacher:
     from teacher.backends import open_teacher  # may bring torch in
 
-    def opened(config: TeacherConfig) -> Teacher:
+    def open_backend(config: TeacherConfig) -> Teacher:
         base_dir, progress = context.base_dir, context.progress
         teacher: Teacher = open_teacher(config, base_dir=base_dir, log_dir=log_dir, progress=progress)
         return teacher
 
-    return opened
+    return open_backend
 
 
 def _problems(recipe: Recipe, base_dir: Path) -> PackedProblems:

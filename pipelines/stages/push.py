@@ -43,7 +43,7 @@ def push(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     inputs = {"model": folder, **{f"scores {path.parent.name}": path for path in _score_files(run_dir)}}
     config = {"push": recipe.push.model_dump(mode="json"), "repo": repo, "student": student.name}
     if context.dry_run:
-        return _shown(config, folder, card, private=recipe.push.private)
+        return _dry_run_manifest(config, folder, card, private=recipe.push.private)
     out_dir = run_dir / "push"
 
     def body() -> Mapping[str, Any]:
@@ -126,7 +126,7 @@ def _card(recipe: Recipe, run_dir: Path, folder: Path, scores: list[ScoreCard]) 
     return model_card(repo, student, log, shown, lineage), student, repo
 
 
-def _shown(config: dict[str, Any], folder: Path, card: str, *, private: bool) -> StageManifest:
+def _dry_run_manifest(config: dict[str, Any], folder: Path, card: str, *, private: bool) -> StageManifest:
     from students.publish.hub import tree
 
     files = tree(folder, card)

@@ -13,7 +13,7 @@ import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
-from distill.curate import Dropped
+from distill.curate import DroppedTrace
 from distill.errors import DataError, RecipeError
 from distill.export import export_traces
 from distill.ledger import Ledger
@@ -111,7 +111,7 @@ def test_what_is_laid_out_loads_and_holds_every_sample(world: Path, tmp_path: Pa
         assert (row["source"], row["problem_id"]) == (example.source, example.problem_id)
     traces = read_records(run / "generate" / "traces", Trace)
     assert every["trace_key"][:] == [trace.key for trace in traces]
-    dropped = {one.key: one for one in read_records(run / "curate" / "dropped.parquet", Dropped)}
+    dropped = {one.key: one for one in read_records(run / "curate" / "dropped.parquet", DroppedTrace)}
     assert {row["trace_key"]: row["dropped_by"] for row in every if row["dropped_by"]} == {
         key: one.filter for key, one in dropped.items()
     }
