@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.device import device_name, write_result
+from distill.cores import num_cores
 from distill.errors import PotstillError
 from distill.problems import load_problems
 from distill.recipe import OpenAITeacher, ReasoningGymSource
@@ -269,7 +270,7 @@ def generation(num_samples: int) -> dict[str, Any] | None:
     requests = [TraceRequest(problem=problem, sample_index=0) for problem in problems]
     sampling = Sampling(temperature=0.6, top_p=0.95, max_tokens=512, seed=5)
     backend = open_native(BUNDLED, batch_size=64)
-    backend.max_workers = len(os.sched_getaffinity(0))
+    backend.max_workers = num_cores()
     list(directly(backend, requests[:8], sampling))  # engines are started by their first request
     direct = [rate(lambda: directly(backend, requests, sampling))]
     recipe = "pipelines/recipes/pico.yaml"

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.device import RESULTS, device_name, write_result
-from distill.curate import Dropped, outcomes, sift
+from distill.curate import DroppedTrace, filter_traces, outcomes
 from distill.recipe import BestOfN, CurateConfig, Difficulty, NearDuplicates
 from distill.records import Example, Problem, Trace, Verdict
 from distill.tables import iterate_records, read_records, record_writer, write_records
@@ -130,14 +130,14 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
             yield trace, wrong if states.random() < WRONG_SHARE else correct
 
     started, cpu = time.perf_counter(), time.process_time()
-    sifted = sift(problems, graded, config, {"held out": (folder / "held_out.txt").read_text().splitlines()})
+    filtered = filter_traces(problems, graded, config, {"held out": (folder / "held_out.txt").read_text().splitlines()})
     sifting = time.perf_counter() - started
     with (
         record_writer(folder / "examples.parquet", Example) as examples,
-        record_writer(folder / "dropped.parquet", Dropped) as dropped,
+        record_writer(folder / "dropped.parquet", DroppedTrace) as dropped,
     ):
-        for _, one in outcomes(problems, graded(), sifted.dropped):
-            if isinstance(one, Dropped):
+        for _, one in outcomes(problems, graded(), filtered.dropped):
+            if isinstance(one, DroppedTrace):
                 dropped.write(one)
             else:
                 examples.write(one)
@@ -147,8 +147,8 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
         "filter_seconds": round(sifting, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "num_kept": sifted.num_kept,
-        "funnel": {step["filter"]: step["in"] - step["out"] for step in sifted.funnel},
+        "num_kept": filtered.num_kept,
+        "funnel": {step["filter"]: step["in"] - step["out"] for step in filtered.funnel},
     }
 
 

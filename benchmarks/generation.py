@@ -13,7 +13,6 @@ else random weights of its shapes. Results go to benchmarks/results/<device>/gen
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 import transformers
 
 from benchmarks.device import device_name, write_result
+from distill.cores import num_cores
 from distill.problems import load_problems
 from distill.recipe import ReasoningGymSource
 from distill.records import Problem
@@ -71,7 +71,7 @@ def main() -> None:
             folder = random_weights(Path(temporary) / "random-weights")
         model = load_checkpoint(folder)
         bench = Bench(folder, model, transformers_model(model, Path(temporary) / "peer"), arguments)
-        cores = len(os.sched_getaffinity(0))
+        cores = num_cores()
         prompts = tokenised_prompts(folder, model.config, max(arguments.batch, 2 * cores * arguments.batch))
         rows = [
             bench.row("greedy", prompts[: arguments.batch], temperature=0.0, num_threads=1),

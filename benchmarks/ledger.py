@@ -33,6 +33,7 @@ from distill.progress import Task
 from distill.recipe import Recipe
 from distill.records import Completion, Sampling, TeacherIdentity, Trace, TraceRequest
 from distill.wanted import WantedSamples
+from pipelines.context import Context
 from pipelines.stages.generate import generate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,13 +144,8 @@ def fill(folder: Path, num_samples: int, per_problem: int) -> None:
 def run(folder: Path, per_problem: int) -> None:
     """One run of the stage in this process; prints what it took."""
     clock = Clock()
-    manifest = generate(
-        recipe_of(folder, per_problem),
-        folder / "generate",
-        clock,
-        base_dir=folder,
-        open_teacher=lambda config: InstantTeacher(clock),
-    )
+    context = Context(folder, clock, open_teacher=lambda config: InstantTeacher(clock))
+    manifest = generate(recipe_of(folder, per_problem), folder, context)
     print(json.dumps({"parts": clock.parts, "counts": manifest.counts}))
 
 

@@ -1,4 +1,4 @@
-"""How many samples a problem deserves: enough correct ones, and no money where there is nothing to learn.
+"""Adaptive numbers of samples: a problem gets enough correct ones, and no money where there is nothing to learn.
 
 Samples are asked for in rounds, and after each whole round one rule decides whether a problem gets another. It looks at
 counts over complete rounds alone, never at what arrived first, so that a run that was killed decides as one that was
@@ -14,7 +14,7 @@ JUDGED: frozenset[VerdictState] = frozenset({"correct", "wrong", "truncated"})
 
 
 def wants_more(policy: AdaptiveSampling, *, correct: int, judged: int, asked: int) -> bool:
-    """Whether a problem gets another round after `asked` samples, of which `judged` got a verdict on the model.
+    """Tell whether a problem gets another round after `asked` samples, of which `judged` got a verdict on the model.
 
     Time-outs and failures of ours, and answers that cannot be verified, say nothing of the model: they are in `asked`
     alone.

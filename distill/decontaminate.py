@@ -60,10 +60,10 @@ class HeldOutQuestions:
                 question = HeldOutQuestion(suite, prompt, words, frozenset(runs(words, SHORT)))
                 self._exact.setdefault(symbols_of(prompt), question)
         questions = list(self._exact.values())
-        self._runs = _owned((question, _telling_runs(question)) for question in questions)
+        self._runs = _owners((question, _telling_runs(question)) for question in questions)
         self._grams: dict[Words, HeldOutQuestion] = {}
         if min_containment is not None:
-            self._grams = _owned((question, question.grams) for question in questions if len(question.words) >= LONG)
+            self._grams = _owners((question, question.grams) for question in questions if len(question.words) >= LONG)
         self._lengths = sorted({len(run) for run in self._runs})
         boilerplate = self._boilerplate(training)
         for index in (self._runs, self._grams):
@@ -72,7 +72,7 @@ class HeldOutQuestions:
         self._num_grams = Counter(map(id, self._grams.values()))
 
     def match(self, problem: Problem) -> str | None:
-        """What the question has in common with a held-out one, in words and with the text, or None."""
+        """Return what the question has in common with a held-out one, in words and with the text, or None."""
         if (same := self._exact.get(symbols_of(problem.prompt))) is not None:
             return f"is the held-out question {same}"
         if problem.grader == "reasoning_gym":
@@ -124,7 +124,7 @@ def _telling_runs(question: HeldOutQuestion) -> frozenset[Words]:
     return frozenset([question.words] if len(question.words) >= SHORT else [])
 
 
-def _owned(runs_of: Iterable[tuple[HeldOutQuestion, frozenset[Words]]]) -> dict[Words, HeldOutQuestion]:
+def _owners(runs_of: Iterable[tuple[HeldOutQuestion, frozenset[Words]]]) -> dict[Words, HeldOutQuestion]:
     """Each run with the first question that has it; runs of two questions that are no copies are left out."""
     owners: dict[Words, HeldOutQuestion] = {}
     shared: set[Words] = set()

@@ -65,7 +65,7 @@ def export_traces(
     listing = folder.with_name(f".{folder.name}.pending.json")
     staging = folder.with_name(f".{folder.name}.pending")
     aside = folder.with_name(f".{folder.name}.old")
-    pending = _read(listing, wanted := _hashed(keys()))
+    pending = _read(listing, wanted := _hash_lines(keys()))
     if pending is None:
         shutil.rmtree(staging, ignore_errors=True)
         pending = Pending(wanted=wanted, shards=[])
@@ -104,7 +104,7 @@ def _publish(staging: Path, folder: Path, aside: Path) -> None:
 
 
 def _is_published(ledger: Ledger, pending: Pending, keys: Iterator[str], staging: Path, folder: Path) -> bool:
-    """Whether the kill came after the renaming: all that is listed lies in the published folder, and that is all."""
+    """Tell whether the kill came after the renaming: all that is listed lies in the published folder, nothing else."""
     if staging.exists() or not pending.shards:
         return False
     return len(_still_good(ledger, pending.shards, keys, folder)) == len(pending.shards) and next(keys, None) is None
@@ -118,7 +118,7 @@ def _still_good(ledger: Ledger, shards: list[Shard], keys: Iterator[str], where:
         of_shard = list(islice(keys, shard.num_rows))
         if not path.is_file() or hash_file(path) != shard.sha256:
             break
-        if _hashed(_with_digests(of_shard, ledger.digests(of_shard))) != shard.samples:
+        if _hash_lines(_with_digests(of_shard, ledger.digests(of_shard))) != shard.samples:
             break
         good.append(shard)
     return good
@@ -147,7 +147,7 @@ def _shards(ledger: Ledger, keys: Iterable[str], folder: Path, first: int, task:
         yield Shard(
             name=path.name,
             sha256=hash_file(path),
-            samples=_hashed(_with_digests(of_shard, ledger.digests(of_shard))),
+            samples=_hash_lines(_with_digests(of_shard, ledger.digests(of_shard))),
             num_rows=rows,
             num_tokens=num_tokens,
             num_truncated=num_truncated,
@@ -210,7 +210,7 @@ def _with_digests(keys: Iterable[str], digests: Iterable[str]) -> Iterator[str]:
     return (f"{key} {digest}" for key, digest in zip(keys, digests, strict=True))
 
 
-def _hashed(lines: Iterable[str]) -> str:
+def _hash_lines(lines: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for line in lines:
         digest.update(f"{line}\n".encode())

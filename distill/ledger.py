@@ -49,9 +49,9 @@ class Ledger:
         """Open or create. Raises DataError where another process writes it, or where it is not a sound ledger."""
         with environment_faults(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = _locked(path)
+            lock = _lock(path)
         try:
-            with _translated(path):
+            with _sqlite_faults(path):
                 connection = sqlite3.connect(path, isolation_level=None)
                 try:
                     prepare(connection, path)
@@ -73,7 +73,7 @@ class Ledger:
 
     def close(self) -> None:
         try:
-            with _translated(self.path):
+            with _sqlite_faults(self.path):
                 self._connection.close()
         finally:
             if self._lock >= 0:
@@ -87,7 +87,7 @@ class Ledger:
         return self._count("verdicts")
 
     def _count(self, table: str) -> int:
-        with _translated(self.path):
+        with _sqlite_faults(self.path):
             (count,) = self._connection.execute(f"SELECT count(*) FROM {table}").fetchone()
             return int(count)
 
@@ -120,25 +120,25 @@ class Ledger:
             yield Trace.model_construct(**dict(zip(Trace.model_fields, values, strict=True)))
 
     def rows(self, keys: Iterable[str]) -> Iterator[Row]:
-        """As `traces`, but the values alone, in the order of Trace's fields. Holds `KEYS_A_QUERY` of them."""
+        """Yield the values of `traces` alone, in the order of Trace's fields. Holds `KEYS_A_QUERY` of them."""
         for chunk in _chunks(keys):
             found = {row[0]: row for row in self._select("*", "traces", chunk)}
             for key in chunk:
                 if key not in found:
                     raise DataError("has no such sample", where=self.path, field=key)
-                yield self._checked(found[key])
+                yield self._check(found[key])
 
     def digests(self, keys: Iterable[str]) -> Iterator[str]:
-        """What `keys` have, in that order, in a few bytes each: equal digests are equal samples."""
+        """Digests of the samples at `keys`, in that order, in a few bytes each: equal digests are equal samples."""
         for chunk in _chunks(keys):
             found: dict[str, str] = dict(self._select("key, digest", "traces", chunk))
             yield from (found.get(key, "") for key in chunk)
 
     def scan(self) -> Iterator[Row]:
         """Every sample as it is stored, in the order of arrival. Raises DataError for an altered row."""
-        with _translated(self.path):
+        with _sqlite_faults(self.path):
             for row in self._connection.execute("SELECT * FROM traces ORDER BY rowid"):
-                self._checked(row)
+                self._check(row)
                 yield row
 
     def add_verdicts(self, verdicts: Iterable[tuple[str, str, Verdict]]) -> int:
@@ -164,7 +164,7 @@ class Ledger:
         return self._write(f"INSERT {'' if least else 'OR IGNORE '}{what}", rows, done="ledger.graded")
 
     def verdicts(self, pairs: Iterable[tuple[str, str]]) -> dict[str, Verdict]:
-        """What is known of `(key, grading)` pairs, by key. Raises DataError for an altered row."""
+        """Known verdicts on `(key, grading)` pairs, by key. Raises DataError for an altered row."""
         wanted = dict(pairs)
         found = {}
         for chunk in _chunks(wanted):
@@ -176,37 +176,37 @@ class Ledger:
 
     def scan_verdicts(self) -> Iterator[Row]:
         """Every verdict as it is stored, by key. Raises DataError for an altered row."""
-        with _translated(self.path):
+        with _sqlite_faults(self.path):
             for row in self._connection.execute("SELECT * FROM verdicts ORDER BY key, grading"):
                 self._check_verdict(row)
                 yield row
 
-    def _checked(self, row: Row) -> Row:
+    def _check(self, row: Row) -> Row:
         *values, digest, packed = row
         try:
             logprobs = None if packed is None else zlib.decompress(packed).decode()
         except (zlib.error, UnicodeDecodeError) as exc:
-            raise self._altered(row) from exc
+            raise self._altered_row(row) from exc
         if _digest(values if logprobs is None else [*values, logprobs]) != digest:
-            raise self._altered(row)
+            raise self._altered_row(row)
         return (*values, logprobs)
 
     def _check_verdict(self, row: Row) -> None:
         if _digest(row[:-1]) != row[-1]:
-            raise self._altered(row)
+            raise self._altered_row(row)
 
-    def _altered(self, row: Row) -> DataError:
+    def _altered_row(self, row: Row) -> DataError:
         return DataError("the row is not what was stored; the file is damaged", where=self.path, field=str(row[0]))
 
     def _select(self, what: str, table: str, keys: Sequence[str]) -> list[Row]:
         marks = ", ".join("?" * len(keys))
-        with _translated(self.path):
+        with _sqlite_faults(self.path):
             return self._connection.execute(f"SELECT {what} FROM {table} WHERE key IN ({marks})", keys).fetchall()
 
     def _write(self, statement: str, rows: Sequence[Row], *, done: str = "ledger.committed") -> int:
         if not rows:
             return 0
-        with _translated(self.path), self._transaction():
+        with _sqlite_faults(self.path), self._transaction():
             before = self._connection.total_changes
             self._connection.executemany(statement, rows)
             new = self._connection.total_changes - before
@@ -226,7 +226,7 @@ class Ledger:
             raise
 
 
-def _locked(path: Path) -> int:
+def _lock(path: Path) -> int:
     descriptor = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -243,7 +243,7 @@ def _locked(path: Path) -> int:
 
 
 @contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def _sqlite_faults(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as exc:

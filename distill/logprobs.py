@@ -32,8 +32,8 @@ class TokenLogprobs:
     def packed(self) -> str:
         tree = {
             "unit": self.unit,
-            "sampled": [_rounded(pair) for pair in self.sampled],
-            "top": [[_rounded(pair) for pair in pairs] for pairs in self.top],
+            "sampled": [_round(pair) for pair in self.sampled],
+            "top": [[_round(pair) for pair in pairs] for pairs in self.top],
         }
         return json.dumps(tree, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
@@ -51,6 +51,6 @@ class TokenLogprobs:
         return TokenLogprobs(self.unit, self.sampled + other.sampled, self.top + other.top)
 
 
-def _rounded(pair: Scored) -> Scored:
+def _round(pair: Scored) -> Scored:
     token, logprob = pair
     return token, None if logprob is None else max(IMPOSSIBLE, round(logprob, DIGITS))

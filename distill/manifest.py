@@ -1,9 +1,10 @@
 """Stage manifests: a stage is complete when its `manifest.json` is there, and the manifest is written last.
 
-`run_stage` is the one way to run a stage. It fingerprints what goes in (input hashes, resolved config, potstill's own
-version); where the folder already holds a manifest with that fingerprint and its outputs are still there, nothing runs.
-Otherwise the stage's body runs and the manifest is written atomically (temporary file, fsync, rename, fsync of the
-folder). A body must itself be resumable: what it finds in its folder from an interrupted run is its own to judge.
+`run_stage` runs a stage; a `StageRun` does the same in two steps, for a stage that prepares what its body needs. What
+goes in is fingerprinted (input hashes, resolved config, potstill's own version); where the folder already holds a
+manifest with that fingerprint and its outputs are still there, nothing runs. Otherwise the stage's body runs and the
+manifest is written atomically (temporary file, fsync, rename, fsync of the folder). A body must itself be resumable:
+what it finds in its folder from an interrupted run is its own to judge.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pydantic import ValidationError
 
 from distill.errors import EnvironmentFault
 from distill.failpoints import failpoint
+from distill.hash_cache import LEAST_BYTES, HashCache, cache_folder
 from distill.records import StageManifest, content_id
 
 MANIFEST = "manifest.json"
@@ -86,12 +88,22 @@ def sync_folder(folder: Path) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, or of a folder's files (relative names and bytes, sorted; manifests left out)."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file's bytes, or of a folder's files (relative names and bytes, sorted; manifests left out).
+
+    A file of `hash_cache.LEAST_BYTES` or more is read once, until it changes; a smaller one each time.
+    """
     if path.is_dir():
+        digest = hashlib.sha256()
         for inner in sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST):
             digest.update(f"{inner.relative_to(path).as_posix()}\0{hash_file(inner)}\n".encode())
         return digest.hexdigest()
+    if path.stat().st_size < LEAST_BYTES:
+        return _read_hash(path)
+    return HashCache(cache_folder() / "hashes").digest(path, _read_hash)
+
+
+def _read_hash(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
@@ -110,6 +122,55 @@ def fingerprint(stage: str, inputs: Mapping[str, str], config: Mapping[str, Any]
     return content_id([stage, dict(inputs), dict(config), _version("potstill")])
 
 
+class StageRun:
+    """One stage about to run: its inputs are hashed once, when it is made.
+
+    `inputs` maps a name to a file or folder, `config` is the part of the resolved recipe that the stage depends on,
+    `out_dir` the folder that belongs to it.
+    """
+
+    def __init__(self, stage: str, inputs: Mapping[str, Path], config: Mapping[str, Any], out_dir: Path) -> None:
+        self._stage = stage
+        self._config = dict(config)
+        self._out_dir = out_dir
+        self._hashes = {name: hash_file(path) for name, path in inputs.items()}
+        self._fingerprint = fingerprint(stage, self._hashes, config)
+
+    def current(self) -> StageManifest | None:
+        """The manifest in the folder where `run` would have nothing to do; None where it would."""
+        done = read_manifest(self._out_dir)
+        if done is None or done.fingerprint != self._fingerprint or not _outputs_present(self._out_dir, done):
+            return None
+        return done
+
+    def run(self, body: Callable[[], Mapping[str, Any]], outputs: Iterable[str]) -> StageManifest:
+        """Call `body`, which does the work inside the folder and returns counts, and write the manifest.
+
+        `outputs` names the files or folders in the folder that later stages read; it is looked at after the body.
+        """
+        out_dir = self._out_dir
+        with environment_faults(out_dir):
+            out_dir.mkdir(parents=True, exist_ok=True)
+            (out_dir / MANIFEST).unlink(missing_ok=True)
+            failpoint("stage.begun", self._stage)
+            started = time.monotonic()
+            counts = dict(body())
+            failpoint("stage.ended", self._stage)
+            manifest = StageManifest(
+                stage=self._stage,
+                fingerprint=self._fingerprint,
+                inputs=self._hashes,
+                config=self._config,
+                outputs={name: hash_file(out_dir / name) for name in outputs},
+                versions={name: _version(name) for name in VERSIONED},
+                counts=counts,
+                seconds=round(time.monotonic() - started, 3),
+                peak_rss_bytes=peak_rss_bytes(),
+            )
+            write_atomically(out_dir / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
+        return manifest
+
+
 def run_stage(
     stage: str,
     inputs: Mapping[str, Path],
@@ -118,46 +179,19 @@ def run_stage(
     body: Callable[[], Mapping[str, Any]],
     outputs: Iterable[str],
 ) -> StageManifest:
-    """Run `body` unless `out_dir` already holds its result, and write the manifest.
+    """The manifest of the stage, which runs unless `out_dir` already holds its result (see `StageRun`)."""
+    stage_run = StageRun(stage, inputs, config, out_dir)
+    return stage_run.current() or stage_run.run(body, outputs)
 
-    `inputs` maps a name to a file or folder that is hashed, `config` is the part of the resolved recipe that the stage
-    depends on, `body` does the work inside `out_dir` and returns counts, `outputs` names the files or folders in
-    `out_dir` that later stages read.
+
+def current(stage: str, inputs: Mapping[str, Path], config: Mapping[str, Any], out_dir: Path) -> StageManifest | None:
+    """The manifest in `out_dir` where `run_stage` with these arguments would have nothing to do; None where it would.
+
+    No input is read where there is no manifest.
     """
-    hashes = {name: hash_file(path) for name, path in inputs.items()}
-    print_ = fingerprint(stage, hashes, config)
-    done = read_manifest(out_dir)
-    if done is not None and done.fingerprint == print_ and _outputs_present(out_dir, done):
-        return done
-    with environment_faults(out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / MANIFEST).unlink(missing_ok=True)
-        failpoint("stage.begun", stage)
-        started = time.monotonic()
-        counts = dict(body())
-        failpoint("stage.ended", stage)
-        manifest = StageManifest(
-            stage=stage,
-            fingerprint=print_,
-            inputs=hashes,
-            config=dict(config),
-            outputs={name: hash_file(out_dir / name) for name in outputs},
-            versions={name: _version(name) for name in VERSIONED},
-            counts=counts,
-            seconds=round(time.monotonic() - started, 3),
-            peak_rss_bytes=peak_rss_bytes(),
-        )
-        write_atomically(out_dir / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
-    return manifest
-
-
-def is_current(stage: str, inputs: Mapping[str, Path], config: Mapping[str, Any], out_dir: Path) -> bool:
-    """Whether `run_stage` with these arguments would have nothing to do."""
-    done = read_manifest(out_dir)
-    if done is None or not all(path.exists() for path in inputs.values()):
-        return False
-    hashes = {name: hash_file(path) for name, path in inputs.items()}
-    return done.fingerprint == fingerprint(stage, hashes, config) and _outputs_present(out_dir, done)
+    if read_manifest(out_dir) is None or not all(path.exists() for path in inputs.values()):
+        return None
+    return StageRun(stage, inputs, config, out_dir).current()
 
 
 def peak_rss_bytes() -> int:

@@ -57,7 +57,7 @@ class Problem(Record):
 
 
 class Sampling(Record):
-    """How a completion is drawn, and what is kept of it. `max_tokens` counts new tokens; `temperature` 0 is greedy."""
+    """Settings of drawing a completion and keeping it. `max_tokens` counts new tokens; `temperature` 0 is greedy."""
 
     temperature: float = Field(0.6, ge=0, le=5)
     top_p: float = Field(0.95, gt=0, le=1)
@@ -75,7 +75,7 @@ class Sampling(Record):
         return self
 
     def content(self) -> dict[str, Any]:
-        """What goes into a sample's key: every field, but a feature that is off is left out.
+        """The part that goes into a sample's key: every field, but a feature that is off is left out.
 
         So a ledger that was written before a feature existed still answers. "Off" is a fixed value, not the field's
         default: a default that moves one day must not make two different samplings equal.
@@ -118,7 +118,7 @@ class TraceRequest(Record):
 
 
 class Completion(Record):
-    """What a teacher wrote for one request; `text` begins with the reasoning's opening tag where the model has one.
+    """A teacher's text for one request; `text` begins with the reasoning's opening tag where the model has one.
 
     `num_tokens` counts forced tokens too. `logprobs` is a packed `distill.logprobs.TokenLogprobs`, or None.
     """
@@ -146,7 +146,7 @@ class Trace(Record):
 
 
 class Verdict(Record):
-    """What grading says of one answer. A failure of ours (`timeout`, `infra_error`) is never `wrong`."""
+    """The grading of one answer. A failure of ours (`timeout`, `infra_error`) is never `wrong`."""
 
     state: VerdictState
     extracted: str | None = None

@@ -37,7 +37,7 @@ def write_records(path: Path, records: Iterable[M], model: type[M]) -> int:
 
 @contextmanager
 def record_writer(path: Path, model: type[M]) -> Iterator[RecordWriter[M]]:
-    """What to `write` records to one by one; the file appears at the end of the block, whole or not at all."""
+    """Open a table to `write` records to one by one; the file appears at the end of the block, whole or not at all."""
     schema = schema_of(model)
     with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as parquet:
         writer = RecordWriter[M](parquet, schema, _json_fields(model))
@@ -76,7 +76,7 @@ def read_records(path: Path, model: type[M]) -> list[M]:
 
 
 def iterate_records(path: Path, model: type[M]) -> Iterator[M]:
-    """As `read_records`, one by one; holds one batch of rows in memory."""
+    """Yield what `read_records` reads, one by one; holds one batch of rows in memory."""
     as_json = _json_fields(model)
     return (_record(row, model, as_json, path, number) for number, row in enumerate(_rows(path, model), start=1))
 

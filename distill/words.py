@@ -14,15 +14,15 @@ Words = tuple[str, ...]
 
 def words_of(text: str) -> Words:
     """Words and numbers, whatever the case and the Unicode form; punctuation is left out."""
-    return tuple(WORD.findall(folded(text)))
+    return tuple(WORD.findall(fold_case(text)))
 
 
 def symbols_of(text: str) -> Words:
-    """As `words_of`, and every other sign by itself: `1 - 2` is not `1 + 2`."""
-    return tuple(SYMBOL_OR_WORD.findall(folded(text)))
+    """Split as `words_of` does, with every other sign by itself: `1 - 2` is not `1 + 2`."""
+    return tuple(SYMBOL_OR_WORD.findall(fold_case(text)))
 
 
-def folded(text: str) -> str:
+def fold_case(text: str) -> str:
     return unicodedata.normalize("NFKC", text).casefold()
 
 

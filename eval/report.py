@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.cores import num_cores
 from distill.manifest import write_atomically
 from distill.records import Record
 from distill.verify.audit import AuditSummary
@@ -320,8 +320,7 @@ def _overlap(comparison: Comparison) -> str:
 
 
 def _machine() -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{platform.machine()}, {cores} CPU cores, Python {platform.python_version()}"
+    return f"{platform.machine()}, {num_cores()} CPU cores, Python {platform.python_version()}"
 
 
 def words(name: str) -> str:

@@ -16,10 +16,9 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean, stdev
 
-LEVEL = 0.95
-_Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
+from distill.intervals import LEVEL, Z95, wilson
 
 
 @dataclass(frozen=True)
@@ -94,17 +93,12 @@ def mean_estimate(values: Sequence[float], num_samples: int) -> Estimate:
     """Estimate for a metric in [0, 1] with one value a question; `num_samples` is what the values rest on."""
     value, stderr = _mean_and_stderr(values)
     degenerate = stderr == 0 and value in (0.0, 1.0)
-    interval = wilson(value, len(values)) if degenerate else _student(value, stderr, len(values), 0.0, 1.0)
+    interval = (
+        wilson(round(value) * len(values), len(values))
+        if degenerate
+        else _student(value, stderr, len(values), 0.0, 1.0)
+    )
     return Estimate(value, stderr, interval, len(values), num_samples)
-
-
-def wilson(share: float, num_questions: int) -> tuple[float, float]:
-    """Wilson's score interval for a share of `num_questions` independent questions."""
-    z2 = _Z * _Z
-    centre = (share + z2 / (2 * num_questions)) / (1 + z2 / num_questions)
-    spread = math.sqrt(share * (1 - share) / num_questions + z2 / (4 * num_questions**2))
-    half = _Z * spread / (1 + z2 / num_questions)
-    return (max(0.0, centre - half), min(1.0, centre + half))
 
 
 def student_quantile(degrees: int) -> float:
@@ -118,7 +112,7 @@ def student_quantile(degrees: int) -> float:
         return math.tan(math.pi * LEVEL / 2)
     if degrees == 2:
         return LEVEL * math.sqrt(2 / (1 - LEVEL**2))
-    z = _Z
+    z = Z95
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,

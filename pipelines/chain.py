@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,22 @@ import yaml
 
 from distill.errors import DataError
 from distill.manifest import MANIFEST, hash_file, read_manifest, write_atomically
-from distill.progress import Progress
 from distill.recipe import Recipe
 from distill.records import StageManifest
 from pipelines.checks import check_recipe, check_weights
+from pipelines.context import Context
 
+# The function behind each stage, `(recipe, run_dir, context) -> StageManifest`. Its module is imported when it runs:
+# some need seconds for that.
+STAGES = {
+    "generate": "pipelines.stages.generate:generate",
+    "curate": "pipelines.stages.curate:curate",
+    "distill": "pipelines.stages.distill:distill",
+    "eval": "pipelines.stages.eval:evaluate",
+    "compare": "pipelines.stages.compare:compare",
+    "push": "pipelines.stages.push:push",
+    "push-traces": "pipelines.stages.push_traces:push_traces",
+}
 COMMANDS: dict[str, tuple[str, ...]] = {
     "generate": ("generate",),
     "distill": ("curate", "distill"),
@@ -33,7 +45,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "push-traces": ("push-traces",),
     "run": ("generate", "curate", "distill", "eval", "compare"),
 }
-# What a stage reads: stages that must be complete before it.
+# Stages that must be complete before one.
 NEEDS: dict[str, tuple[str, ...]] = {
     "generate": (),
     "curate": ("generate",),
@@ -48,7 +60,7 @@ FOLDERS = {"compare": "report"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one stage; `ran` is False where it was up to date."""
+    """The end of one stage; `ran` is False where it was up to date."""
 
     stage: str
     manifest: StageManifest
@@ -65,32 +77,36 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of one run, ready to go."""
+    """One stage of one run, ready to go; `function` is `module:name`, as in `STAGES`."""
 
     name: str
-    folder: Path
-    body: Callable[[Progress], StageManifest]
+    function: str
+    recipe: Recipe
+    run_dir: Path
+    context: Context
 
-    def run(self, progress: Progress) -> Outcome:
-        before = _stamp(self.folder)
-        manifest = self.body(progress)
-        return Outcome(self.name, manifest, ran=before is None or before != _stamp(self.folder))
+    def run(self) -> Outcome:
+        module, _, name = self.function.partition(":")
+        function: Callable[[Recipe, Path, Context], StageManifest] = getattr(import_module(module), name)
+        folder = folder_of(self.name, self.run_dir)
+        before = _stamp(folder)
+        manifest = function(self.recipe, self.run_dir, self.context)
+        return Outcome(self.name, manifest, ran=before is None or before != _stamp(folder))
 
 
-def prepare(command: str, recipe: Recipe, run_dir: Path, *, dry_run: bool = False) -> Iterator[Stage]:
+def prepare(command: str, recipe: Recipe, run_dir: Path, context: Context) -> Iterator[Stage]:
     """The stages of a command, after every check that can be made beforehand; nothing is written until one is taken.
 
     Raises UserInputError for what the user gave, EnvironmentFault for what the machine lacks.
     """
     names = COMMANDS[command]
-    check_recipe(recipe, names)
+    check_recipe(recipe, names, base_dir=context.base_dir)
     for name in names:
         for needed in NEEDS[name]:
             if needed not in names:
                 require_complete(needed, recipe, run_dir)
-    check_weights(recipe, names, known=_known_hashes(run_dir))
-    bodies = _bodies(recipe, run_dir, dry_run=dry_run)
-    stages = [Stage(name, folder_of(name, run_dir), bodies[name]) for name in names]
+    check_weights(recipe, names, known=_known_hashes(run_dir), base_dir=context.base_dir)
+    stages = [Stage(name, STAGES[name], recipe, run_dir, context) for name in names]
     return _with_recipe(stages, recipe, run_dir)
 
 
@@ -137,57 +153,8 @@ def _with_recipe(stages: list[Stage], recipe: Recipe, run_dir: Path) -> Iterator
     yield from stages
 
 
-def _bodies(recipe: Recipe, run_dir: Path, *, dry_run: bool) -> dict[str, Callable[[Progress], StageManifest]]:
-    """Stage modules are imported when they run: some of them need seconds for that."""
-
-    def generate(progress: Progress) -> StageManifest:
-        from pipelines.stages.generate import generate as stage
-
-        return stage(recipe, folder_of("generate", run_dir), progress)
-
-    def curate(progress: Progress) -> StageManifest:
-        from pipelines.stages.curate import curate as stage
-
-        return stage(recipe, run_dir, progress=progress)
-
-    def distill(progress: Progress) -> StageManifest:
-        from pipelines.stages.distill import distill as stage
-
-        return stage(recipe, run_dir, progress=progress)
-
-    def evaluate(progress: Progress) -> StageManifest:
-        from pipelines.stages.eval import evaluate as stage
-
-        return stage(recipe, run_dir, progress=progress)
-
-    def compare(progress: Progress) -> StageManifest:
-        from pipelines.stages.compare import compare as stage
-
-        return stage(recipe, run_dir, progress=progress)
-
-    def push(progress: Progress) -> StageManifest:
-        from pipelines.stages.push import push as stage
-
-        return stage(recipe, run_dir, progress=progress, dry_run=dry_run)
-
-    def push_traces(progress: Progress) -> StageManifest:
-        from pipelines.stages.push_traces import push_traces as stage
-
-        return stage(recipe, run_dir, progress=progress, dry_run=dry_run)
-
-    return {
-        "generate": generate,
-        "curate": curate,
-        "distill": distill,
-        "eval": evaluate,
-        "compare": compare,
-        "push": push,
-        "push-traces": push_traces,
-    }
-
-
 def _known_hashes(run_dir: Path) -> set[str]:
-    """What complete stages of this run have read or made: no need to look into it again."""
+    """Hashes of all that complete stages of this run have read: no need to look into it again."""
     manifests = (read_manifest(path.parent) for path in run_dir.glob(f"**/{MANIFEST}"))
     return {digest for manifest in manifests if manifest for digest in manifest.inputs.values()}
 

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a stage starts: files that a recipe names, and the weights of its models."""
+"""Faults that can be found before a stage starts: in files that a recipe names, and in the weights of its models."""
 
 from __future__ import annotations
 
@@ -15,33 +15,36 @@ MAX_CHECKED_BYTES = 2 * 2**30
 Check = tuple[str, Callable[[], str]]
 
 
-def check_recipe(recipe: Recipe, stages: Collection[str]) -> None:
+def check_recipe(recipe: Recipe, stages: Collection[str], *, base_dir: Path) -> None:
     """Raise the first fault of `recipe_checks`; the suites' files matter only to the stages that read them."""
-    for name, check in recipe_checks(recipe):
+    for name, check in recipe_checks(recipe, base_dir):
         if name != "suites" or {"curate", "eval"} & set(stages):
             check()
 
 
-def recipe_checks(recipe: Recipe) -> Iterator[Check]:
-    """Named checks of the files and names in a recipe. Each returns what it found, or raises a UserInputError."""
-    yield "problems", lambda: _problems(recipe)
-    yield "teacher", lambda: _teacher(recipe)
+def recipe_checks(recipe: Recipe, base_dir: Path) -> Iterator[Check]:
+    """Named checks of the files and names in a recipe, whose relative paths start at `base_dir`.
+
+    Each returns what it found, or raises a UserInputError.
+    """
+    yield "problems", lambda: _problems(recipe, base_dir)
+    yield "teacher", lambda: _teacher(recipe, base_dir)
     yield "students", lambda: _students(recipe)
     yield "suites", lambda: _suites(recipe)
 
 
-def check_weights(recipe: Recipe, stages: Collection[str], *, known: Collection[str]) -> None:
+def check_weights(recipe: Recipe, stages: Collection[str], *, known: Collection[str], base_dir: Path) -> None:
     """Open the local models that these stages read, as whole as they will be: names, shapes, values.
 
     Folders whose hash is in `known` have been opened before and are left alone. Raises CheckpointError.
     """
     if isinstance(recipe.teacher, NativeTeacher) and {"generate", "eval"} & set(stages):
-        folder = Path(recipe.teacher.model)
+        folder = base_dir / recipe.teacher.model
         if _is_new(folder, known):
             from teacher.backends import open_teacher
 
             alone = recipe.teacher.model_copy(update={"num_ranks": 1, "num_nodes": 1})
-            open_teacher(alone, base_dir=Path.cwd()).close()
+            open_teacher(alone, base_dir=base_dir).close()
     if {"distill", "eval"} & set(stages):
         new = [folder for folder in _local_bases(recipe) if _is_new(folder, known)]
         for folder in new:
@@ -74,28 +77,28 @@ def _is_new(folder: Path, known: Collection[str]) -> bool:
     return size <= MAX_CHECKED_BYTES and hash_file(folder) not in known
 
 
-def _problems(recipe: Recipe) -> str:
+def _problems(recipe: Recipe, base_dir: Path) -> str:
     """Problem-set files are there, local files can be read to their last line; the Hub is not asked."""
     from distill.problems import load_problems, source_files
 
     held_out = () if recipe.eval.held_out is None else (recipe.eval.held_out,)
-    files = source_files([*recipe.problems, *held_out], base_dir=Path.cwd())
+    files = source_files([*recipe.problems, *held_out], base_dir=base_dir)
     local = [source for source in recipe.problems if isinstance(source, LocalSource)]
-    count = len(load_problems(local, base_dir=Path.cwd())) if local else 0
+    count = len(load_problems(local, base_dir=base_dir)) if local else 0
     return ", ".join([*files, *([f"{count} local problems"] if local else [])]) or "no local file"
 
 
-def _teacher(recipe: Recipe) -> str:
+def _teacher(recipe: Recipe, base_dir: Path) -> str:
     if isinstance(recipe.teacher, OpenAITeacher):
         return f"{recipe.teacher.model} at {recipe.teacher.base_url}"
     if isinstance(recipe.teacher, VllmTeacher):
         from teacher.backends.vllm import check_vllm
 
-        return check_vllm(recipe.teacher, base_dir=Path.cwd())
+        return check_vllm(recipe.teacher, base_dir=base_dir)
     if isinstance(recipe.teacher, RayTeacher):
         where = ", ".join(recipe.teacher.base_urls) or f"{recipe.teacher.num_replicas} replicas"
         return f"{recipe.teacher.model} over Ray: {where}"  # its folder lies on the nodes
-    folder = Path(recipe.teacher.model)
+    folder = base_dir / recipe.teacher.model
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", where=folder)
     if not (folder / "config.json").is_file():

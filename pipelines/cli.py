@@ -27,10 +27,10 @@ from distill.errors import EnvironmentFault, PotstillError, RecipeError, UserInp
 from pipelines.preemption import preemptible
 
 if TYPE_CHECKING:
+    from distill.findings import Finding
     from distill.progress import Progress
     from distill.recipe import Recipe, TeacherConfig
     from distill.records import Sampling
-    from pipelines.doctor import Finding
 
 INTERRUPTED = 130
 UNWRAPPED = 1_000
@@ -136,9 +136,10 @@ def serve(
                 typer.echo(command)
         else:
             serve_teacher(
-                *_served(recipe, set_),
+                *_served_teacher(recipe, set_),
                 host=host,
                 port=port,
+                base_dir=Path.cwd(),
                 max_waiting=max_waiting,
                 announce=typer.echo,
                 node_rank=node_rank,
@@ -170,9 +171,10 @@ def doctor(
     """Check this machine, and a recipe if one is given, before anything runs."""
     from pipelines.doctor import examine_machine, examine_recipe
 
-    findings = examine_machine()
+    here = Path.cwd()
+    findings = examine_machine(here)
     if recipe is not None:
-        findings += examine_recipe(recipe, set_)
+        findings += examine_recipe(recipe, set_, here)
     _print_findings(findings)
     raise typer.Exit(max(finding.exit_code for finding in findings))
 
@@ -275,8 +277,8 @@ def _load(path: Path, overrides: list[str]) -> Recipe:
     return load_recipe(path, overrides)
 
 
-def _served(path: Path, overrides: list[str]) -> tuple[TeacherConfig, Sampling]:
-    """What is served, and the sampling of requests that leave it open."""
+def _served_teacher(path: Path, overrides: list[str]) -> tuple[TeacherConfig, Sampling]:
+    """The teacher to serve, and the sampling of requests that leave it open."""
     from distill.recipe import NativeTeacher
     from distill.records import Sampling as Settings
 
@@ -290,15 +292,16 @@ def _served(path: Path, overrides: list[str]) -> tuple[TeacherConfig, Sampling]:
 
 def _run_stages(command: str, path: Path, overrides: list[str], out: Path, *, dry_run: bool = False) -> None:
     from pipelines import chain
+    from pipelines.context import Context
 
     recipe = _load(path, overrides)
     run_dir = out / recipe.name
+    context = Context(base_dir=Path.cwd(), progress=_progress(), dry_run=dry_run)
     with _naming(path):
-        stages = chain.prepare(command, recipe, run_dir, dry_run=dry_run)
+        stages = chain.prepare(command, recipe, run_dir, context)
         typer.echo(f"recipe {recipe.name} ({path}) in {run_dir}")
-        progress = _progress()
         for stage in stages:
-            outcome = stage.run(progress)
+            outcome = stage.run()
             typer.echo(f"  {'dry run: nothing is pushed' if dry_run else outcome.line()}")
             if command in ("push", "push-traces"):
                 _print_push(outcome.manifest.counts)
@@ -328,7 +331,7 @@ def _progress() -> Progress:
 
 
 def _print_push(counts: dict[str, Any]) -> None:
-    """Where the model or the data set goes and of which files it consists."""
+    """Print where the model or the data set goes and of which files it consists."""
     from rich.table import Table
 
     if "folder" in counts:

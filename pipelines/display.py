@@ -1,4 +1,4 @@
-"""How progress looks: bars on a terminal, a plain line now and then everywhere else.
+"""Progress as it is shown: bars on a terminal, a plain line now and then everywhere else.
 
 Both implement `distill.progress.Progress` and write to the stream that they are given; the command line chooses one.
 """
@@ -41,7 +41,7 @@ def facts_text(facts: dict[str, str | float]) -> str:
 
 
 class _Count:
-    """What one task has done, how fast since it began, and how long the rest takes at that rate."""
+    """The count of one task: done so far, the rate since it began, and how long the rest takes at that rate."""
 
     def __init__(self, total: float, done: float) -> None:
         self.total = total

@@ -1,4 +1,4 @@
-"""What `potstill doctor` looks at: the machine, and a recipe with everything that it names.
+"""Checks of `potstill doctor`: the machine, and a recipe with everything that it names.
 
 Each check is one `Finding`. An error's exit code is that of the fault it stands for (2: the recipe or a file it names,
 3: the machine); a warning says what will not work and why, and does not change the exit code. Nothing is written and
@@ -13,11 +13,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from distill.errors import EnvironmentFault, PotstillError, UserInputError
+from distill.cores import num_cores
+from distill.errors import EnvironmentFault, PotstillError
+from distill.findings import Finding
 from distill.recipe import Recipe, load_recipe
 
 PACKAGES = ("transformers", "tokenizers", "datasets", "accelerate", "trl", "lm-eval", "math-verify", "reasoning-gym")
@@ -26,21 +26,14 @@ LEAST_MEMORY_GB = 4.0
 LEAST_DISK_GB = 2.0
 
 
-@dataclass(frozen=True)
-class Finding:
-    check: str
-    state: Literal["ok", "warning", "error"]
-    text: str
-    exit_code: int = 0
-
-
-def examine_machine() -> list[Finding]:
+def examine_machine(base_dir: Path) -> list[Finding]:
     """Python, packages, processor, memory, disk, GPU, optional programs, the sandbox, whether a Hub token is there."""
-    checks = (_python, _torch, _packages, _cores, _memory, _disk, _gpu, _vllm, _sandbox, _chromium, _hub_token)
-    return [check() for check in checks]
+    before = (_python, _torch, _packages, _cores, _memory)
+    after = (_gpu, _vllm, _sandbox, _chromium, _hub_token)
+    return [*(check() for check in before), _disk(base_dir), *(check() for check in after)]
 
 
-def examine_recipe(path: Path, overrides: Iterable[str] = ()) -> list[Finding]:
+def examine_recipe(path: Path, overrides: Iterable[str], base_dir: Path) -> list[Finding]:
     """The recipe, the files that it names, and the preflight of its students."""
     from pipelines.checks import recipe_checks
 
@@ -49,7 +42,7 @@ def examine_recipe(path: Path, overrides: Iterable[str] = ()) -> list[Finding]:
     except PotstillError as exc:
         return [_fault("recipe", exc)]
     findings = [Finding("recipe", "ok", f"{recipe.name} ({path})")]
-    for name, check in recipe_checks(recipe):
+    for name, check in recipe_checks(recipe, base_dir):
         findings.append(_outcome(name, check))
     if all(finding.state == "ok" for finding in findings):
         findings += _students(recipe)
@@ -64,7 +57,7 @@ def _outcome(name: str, check: Callable[[], str]) -> Finding:
 
 
 def _fault(name: str, exc: PotstillError) -> Finding:
-    return Finding(name, "error", str(exc), exc.exit_code)
+    return Finding(name, "error", str(exc), type(exc))
 
 
 def _students(recipe: Recipe) -> list[Finding]:
@@ -87,7 +80,7 @@ def _students(recipe: Recipe) -> list[Finding]:
                 findings.append(_fault(check, exc))
                 continue
             for fault in faults:
-                findings.append(Finding(check, "error", f"{fault.check}: {fault.text}", UserInputError.exit_code))
+                findings.append(Finding(check, "error", f"{fault.check}: {fault.text}", fault.fault))
             if not faults:
                 findings.append(Finding(check, "ok", "preflight passed"))
     return findings
@@ -100,7 +93,7 @@ def _python() -> Finding:
 def _torch() -> Finding:
     version = _version("torch")
     if version is None:
-        return Finding("torch", "error", "not installed; run `make setup`", EnvironmentFault.exit_code)
+        return Finding("torch", "error", "not installed; run `make setup`", EnvironmentFault)
     return Finding("torch", "ok", version)
 
 
@@ -108,12 +101,12 @@ def _packages() -> Finding:
     missing = [name for name in PACKAGES if _version(name) is None]
     if missing:
         text = f"not installed: {', '.join(missing)}; run `make setup`"
-        return Finding("packages", "error", text, EnvironmentFault.exit_code)
+        return Finding("packages", "error", text, EnvironmentFault)
     return Finding("packages", "ok", ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
 
 
 def _cores() -> Finding:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = num_cores()
     return Finding("cores", "ok" if count > 1 else "warning", str(count))
 
 
@@ -125,8 +118,8 @@ def _memory() -> Finding:
     return Finding("memory", "ok", text)
 
 
-def _disk() -> Finding:
-    free = shutil.disk_usage(Path.cwd()).free / 1e9
+def _disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free / 1e9
     text = f"{free:.1f} GB free here"
     if free < LEAST_DISK_GB:
         return Finding("disk", "warning", f"{text}; {LEAST_DISK_GB:g} GB are advisable")

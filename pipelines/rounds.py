@@ -24,7 +24,7 @@ from distill.verify import open_verifier
 from distill.verify.background import BackgroundGrader
 from distill.verify.kept import KeptVerdicts, grading_settings
 from distill.wanted import Place, Requests, WantedSamples, chunks
-from pipelines.stages.live import live
+from pipelines.teacher_facts import with_teacher_facts
 
 FLUSH_SAMPLES = 64
 FLUSH_S = 5.0
@@ -62,7 +62,7 @@ class Rounds:
             active = array("I", (problem for problem in active if self._wants_more(problem, policy)))
 
     def counts(self) -> dict[str, object]:
-        """What was asked for and what came of it; `samples_per_problem`: of how many problems so many."""
+        """Counts of what was asked for and what came of it; `samples_per_problem`: of how many problems so many."""
         histogram = {str(n): count for n, count in sorted(Counter(self.wanted.num_samples).items())}
         counts: dict[str, object] = {"problems": len(self.wanted.problems), "reused": self.reused}
         if self._recipe.generate.adaptive is not None:
@@ -93,7 +93,7 @@ class Rounds:
             return
         with (
             self._progress.task(name, total=len(round_), done=done, unit="samples") as plain,
-            live(plain, self._teacher) as task,
+            with_teacher_facts(plain, self._teacher) as task,
             BackgroundGrader(self._recipe.verify) as grader,
         ):
             self._collect(missing, task, grader)

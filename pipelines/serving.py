@@ -28,6 +28,7 @@ def serve_teacher(
     *,
     host: str,
     port: int,
+    base_dir: Path,
     max_waiting: int | None = None,
     reasoning_parser: str | None = None,
     end_loops: bool = False,
@@ -36,7 +37,7 @@ def serve_teacher(
     speculate: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; `sampling` says what a request leaves open.
+    """Serve until SIGINT or SIGTERM; `sampling` says what a request leaves open, `base_dir` where paths start.
 
     `announce` is told the address. `node_rank`: which node this is; others than the first serve its ranks. Of a native
     server `max_waiting` bounds the queue (None: as `build_app` does), `reasoning_parser` (of `REASONING_PARSERS`) tells
@@ -58,7 +59,7 @@ def serve_teacher(
         for flag, given in (("--reasoning-parser", reasoning_parser), ("--end-loops", end_loops)):
             if given:
                 raise RecipeError("is for a native teacher; vLLM's own flags stand in its recipe", where=flag)
-        _serve_vllm(config, host=host, port=port, announce=announce, node_rank=node_rank)
+        _serve_vllm(config, host=host, port=port, base_dir=base_dir, announce=announce, node_rank=node_rank)
         return
     if not isinstance(config, NativeTeacher):
         raise RecipeError("only a native or a vllm teacher can be served", where="recipe", field="teacher.backend")
@@ -67,7 +68,7 @@ def serve_teacher(
         from teacher.backends.fleet import serve_node
 
         with preemptible():
-            serve_node(config, node_rank, base_dir=Path.cwd(), announce=announce)
+            serve_node(config, node_rank, base_dir=base_dir, announce=announce)
         return
     key = _key(SERVER_KEY_ENV, host)
     listener = _bind(host, port)
@@ -79,7 +80,7 @@ def serve_teacher(
     name = Path(config.model).name
     if speculate:
         config = config.model_copy(update={"speculate": True})
-    teacher = open_teacher(config, base_dir=Path.cwd(), progress=progress)
+    teacher = open_teacher(config, base_dir=base_dir, progress=progress)
     limits = {} if max_waiting is None else {"max_waiting": max_waiting}
     app = build_app(
         teacher,
@@ -118,7 +119,7 @@ def launch_plan(recipe: Recipe, *, host: str, port: int) -> list[str]:
 
 
 def _serve_vllm(
-    config: VllmTeacher, *, host: str, port: int, announce: Callable[[str], object], node_rank: int
+    config: VllmTeacher, *, host: str, port: int, base_dir: Path, announce: Callable[[str], object], node_rank: int
 ) -> None:
     from teacher.backends.vllm import located, make_server, served_name
     from teacher.backends.vllm_launch import installed_version
@@ -128,7 +129,7 @@ def _serve_vllm(
     key = os.environ.get(config.api_key_env, "") if node_rank else _key(config.api_key_env, host)
     if node_rank == 0 and port:
         _bind(host, port).close()
-    config = located(config, Path.cwd())
+    config = located(config, base_dir)
     server = make_server(config, version, key=key, log=None, host=host, port=port or None, node_rank=node_rank)
     head = node_rank == 0
     try:

@@ -25,12 +25,6 @@ Work = Callable[[Any, Progress], None]
 GRACE_S = 5.0
 
 
-def num_cores() -> int:
-    """Cores that this process may use (a container's share, where the system tells)."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-
-
 def run_side_by_side(
     work: Work, jobs: Sequence[tuple[str, Any]], num_workers: int, *, num_threads: int, progress: Progress
 ) -> None:

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from distill.errors import CheckpointError, DataError, UserInputError
+from distill.findings import Finding
 from distill.progress import silent
 from distill.recipe import StudentConfig
 from students import bases
@@ -28,16 +27,6 @@ from students.tokens import THINK, Fault, TokenCounts, render, render_prompt, wr
 PROBE_TEXT = "What is 12 * 34?\n 7 mod 3 = 1\n\nBase-16: ff, x^2 + 5 = 41 \\boxed{6}"
 PROBE_QUESTION = "What is 2 + 3?"
 PROBE = {"distilled": f"{THINK}2 + 3 = 5\n</think>\n\n\\boxed{{5}}", "direct": "\\boxed{5}"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check's outcome. `about` tells whose fault an error is: the checkpoint's or the examples'."""
-
-    check: str
-    state: Literal["ok", "error"]
-    text: str
-    about: Literal["checkpoint", "examples"] = "checkpoint"
 
 
 def preflight(student: StudentConfig, method: Method, examples_path: Path | None = None) -> list[Finding]:
@@ -71,13 +60,13 @@ def check_counts(counts: TokenCounts, max_length: int) -> list[Finding]:
 
     def finding(check: str, fault: Fault, what: str, fine: str) -> Finding:
         if not fault.count:
-            return Finding(check, "ok", fine, "examples")
+            return Finding(check, "ok", fine)
         text = f"{fault.count} of {counts.num_examples} examples {what} (first: {fault.first})"
-        return Finding(check, "error", text, "examples")
+        return Finding(check, "error", text, DataError)
 
-    present = Finding("examples", "ok", f"{counts.num_examples} examples, {counts.num_tokens} tokens", "examples")
+    present = Finding("examples", "ok", f"{counts.num_examples} examples, {counts.num_tokens} tokens")
     if not counts.num_examples:
-        present = Finding("examples", "error", "no examples to train on", "examples")
+        present = Finding("examples", "error", "no examples to train on", DataError)
     longer = f"are longer than sft.max_length={max_length}; raise it or filter them, nothing is cut"
     return [
         present,
@@ -93,8 +82,9 @@ def stop_on_error(findings: Iterable[Finding], *, base: Path, examples_path: Pat
     """Raise the first error: CheckpointError naming the base, or DataError naming the file of examples."""
     for finding in findings:
         if finding.state == "error":
-            kind: type[UserInputError] = DataError if finding.about == "examples" else CheckpointError
-            where = examples_path if finding.about == "examples" else base
+            of_examples = finding.fault is DataError
+            kind: type[UserInputError] = DataError if of_examples else CheckpointError
+            where = examples_path if of_examples else base
             raise kind(finding.text, where=where, field=finding.check)
 
 

@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTConfig as TRLConfig
 
 from distill.errors import DataError, EnvironmentFault, RecipeError, TrainingFailure
+from distill.findings import Finding
 from distill.manifest import hash_file, write_atomically
 from distill.progress import Progress, silent
 from distill.recipe import StudentConfig
@@ -36,7 +37,7 @@ from distill.records import content_id
 from students import bases
 from students.bases import Method
 from students.checkpoints import drop_incomplete, move_into_place, newest_complete
-from students.preflight import Finding, check_counts, check_student, stop_on_error
+from students.preflight import check_counts, check_student, stop_on_error
 from students.tokens import TokenCounts, write_tokens
 from students.trainer import CompletionTrainer, Reporter
 
@@ -46,7 +47,7 @@ KEPT_CHECKPOINTS = 2  # the newest may be half written when the machine stops
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingRun:
     """One training run and the folders that it uses."""
 
     student: StudentConfig
@@ -89,7 +90,7 @@ def train_student(
     progress = progress or silent()
     base = bases.resolve_base(student)
     bases.check_folder(base)
-    job = Job(student, method, Path(examples_path), base, Path(out_dir), seed)
+    job = TrainingRun(student, method, Path(examples_path), base, Path(out_dir), seed)
     config = bases.open_config(base)
     tokenizer = bases.open_tokenizer(student, method, base)
     findings = check_student(student, method, config, tokenizer)
@@ -108,7 +109,7 @@ def train_student(
 
 
 def _train(
-    job: Job,
+    job: TrainingRun,
     fingerprint: str,
     tokenizer: Tokenizer,
     args: TRLConfig,
@@ -148,7 +149,7 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _require_examples(job: Job) -> None:
+def _require_examples(job: TrainingRun) -> None:
     if not job.examples_path.is_file():
         raise DataError("no such file of examples", where=job.examples_path)
 
@@ -170,7 +171,9 @@ def _prepare_work_dir(work_dir: Path, fingerprint: str) -> None:
     drop_incomplete(work_dir)
 
 
-def _tokens(job: Job, fingerprint: str, tokenizer: Tokenizer, args: TRLConfig, progress: Progress) -> TokenCounts:
+def _tokens(
+    job: TrainingRun, fingerprint: str, tokenizer: Tokenizer, args: TRLConfig, progress: Progress
+) -> TokenCounts:
     """The main process makes the work folder and writes the tokens, the others wait and read the counts."""
     path = job.work_dir / "counts.json"
     with args.main_process_first(local=False):
@@ -240,7 +243,7 @@ def arguments(student: StudentConfig, work_dir: Path, seed: int) -> TRLConfig:
     )
 
 
-def _run(trainer: CompletionTrainer, job: Job, resume: Path | None, progress: Progress) -> None:
+def _run(trainer: CompletionTrainer, job: TrainingRun, resume: Path | None, progress: Progress) -> None:
     sft = job.student.sft
     num_steps = math.ceil(sft.num_epochs * math.ceil(len(trainer.train_dataset) / sft.batch_size))
     done = 0 if resume is None else int(resume.name.rpartition("-")[2])
@@ -274,7 +277,7 @@ def _environment_fault(exc: Exception) -> str | None:
 
 
 def _log(
-    job: Job,
+    job: TrainingRun,
     fingerprint: str,
     trainer: CompletionTrainer,
     counts: TokenCounts,
@@ -310,7 +313,7 @@ def _log(
     }
 
 
-def _finish(job: Job, trainer: CompletionTrainer, tokenizer: Tokenizer, log: dict[str, Any]) -> None:
+def _finish(job: TrainingRun, trainer: CompletionTrainer, tokenizer: Tokenizer, log: dict[str, Any]) -> None:
     """Write the finished checkpoint beside its place, and rename it there."""
     built = job.work_dir / "final"
     if trainer.args.should_save:

@@ -6,7 +6,6 @@ A process a case. The experts share one, since their weights fill a part of the 
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
@@ -15,6 +14,7 @@ import torch
 
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.families import all_cases
+from distill.cores import num_cores
 
 MOST_PROCESSES = 12  # each holds a context and a case's inputs
 WORTHWHILE = 8  # cases: starting processes takes as long as compiling a few kernels
@@ -29,7 +29,7 @@ def warm(cases: Sequence[Case]) -> None:
         for kernel, group in groupby(cases, key=lambda case: case.kernel)
         for names in _tasks(kernel, [case.name for case in group])
     ]
-    processes = min(MOST_PROCESSES, len(os.sched_getaffinity(0)), len(tasks))
+    processes = min(MOST_PROCESSES, num_cores(), len(tasks))
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         failed = [name for of_task in pool.map(_run, tasks) for name in of_task]
     print(f"compiled for {len(cases)} cases in {processes} processes" + (f"; failed: {failed}" if failed else ""))

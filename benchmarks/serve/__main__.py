@@ -20,6 +20,7 @@ from benchmarks import serve
 from benchmarks.device import device_name, driver_version, write_result
 from benchmarks.generation import machine_speed
 from benchmarks.serve import pico, v3
+from distill.cores import num_cores
 
 PACKAGES = ("torch", "transformers", "vllm")
 
@@ -101,7 +102,7 @@ def _measure_slice(
 
 
 def _measure_bundled(args: argparse.Namespace, details: dict[str, Any], missing: list[str]) -> Iterator[dict[str, Any]]:
-    torch.set_num_threads(pico.num_cores())
+    torch.set_num_threads(num_cores())
     speed = details["flop_per_s"], details["bytes_per_s"] = machine_speed()
     details["load_average"] = [round(value, 1) for value in os.getloadavg()]
     for model in pico.MODELS:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.generation import BUNDLED, ROOT, tokenised_prompts
 from benchmarks.serve.floor import step_seconds
+from distill.cores import num_cores
 from teacher.model.checkpoint import convert_checkpoint
 from teacher.serve.models import LATENT, read_facts
 
@@ -121,10 +122,6 @@ def rows(
                 "step_ms": 1e3 * step_s, "tokens_per_s": int(requests) / step_s,
                 "floor_ms": 1e3 * floor_s, "share_of_floor": floor_s / step_s,
             }  # fmt: skip
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _timed(generate: Generate, folder: Path, scale: Scale, requests: list[int]) -> dict[str, Any]:

@@ -1,11 +1,21 @@
 """Traces to training examples: filters in a fixed order, each a switch of CurateConfig, each counted in the funnel.
 
-`curate` sifts what fits into memory; `sift` and `outcomes` are its two halves for what does not.
+`curate` filters what fits into memory; `filter_traces` and `outcomes` are its two halves for what does not.
 """
 
-from distill.curate.candidates import Dropped, GradedTrace
+from distill.curate.candidates import DroppedTrace, GradedTrace
 from distill.curate.filters import repetition
-from distill.curate.funnel import Curated, Sifted, curate, outcomes, sift
+from distill.curate.funnel import CurationResult, FilterResult, curate, filter_traces, outcomes
 from distill.curate.shown import DroppedExamples
 
-__all__ = ["Curated", "Dropped", "DroppedExamples", "GradedTrace", "Sifted", "curate", "outcomes", "repetition", "sift"]
+__all__ = [
+    "CurationResult",
+    "DroppedExamples",
+    "DroppedTrace",
+    "FilterResult",
+    "GradedTrace",
+    "curate",
+    "filter_traces",
+    "outcomes",
+    "repetition",
+]

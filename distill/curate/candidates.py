@@ -1,4 +1,4 @@
-"""What the filters look at: a graded sample with its text, and what is remembered of it when the text is gone."""
+"""Candidates for the filters: a graded sample with its text, and what is remembered of it when the text is gone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from distill.problems.split import normalised
+from distill.problems.split import normalise
 from distill.records import Problem, Record, Trace, Verdict, VerdictState
 
 
@@ -27,7 +27,7 @@ class GradedTrace(Record):
         return Verdict(state=self.state, extracted=self.extracted, detail=self.detail, relabelled=self.relabelled)
 
 
-class Dropped(Record):
+class DroppedTrace(Record):
     """A trace that is no example: which filter said so, and why."""
 
     key: str
@@ -46,7 +46,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What filters of the whole set know of a sample: some hundred bytes, however long its text is.
+    """A sample as filters of the whole set remember it: some hundred bytes, however long its text is.
 
     `position` is the sample's place in the traces, `digest` 16 bytes over question and text.
     """
@@ -62,14 +62,14 @@ class Sample:
 
     @property
     def precedence(self) -> tuple[int, str]:
-        """Of two samples that only one may stay of, the lower stays: the input's order decides nothing."""
+        """Rank samples of which only one may stay, the lowest: the input's order decides nothing."""
         return self.sample_index, self.key
 
 
-def remembered(candidate: Candidate, position: int) -> Sample:
+def sample_of(candidate: Candidate, position: int) -> Sample:
     """The sample without its text. Questions that differ in spacing, and texts that differ at their ends, are equal."""
     problem, trace, verdict = candidate
-    text = f"{normalised(problem.prompt)}\0{trace.text.strip()}"
+    text = f"{normalise(problem.prompt)}\0{trace.text.strip()}"
     return Sample(
         position=position,
         key=trace.key,

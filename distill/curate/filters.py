@@ -86,10 +86,10 @@ def _looping(candidate: Candidate) -> str | None:
     found = loop(text)
     if found is None:
         return None
-    return f"{found.share:.0%} is a loop, {found.repeats:.0f} times {shortened(text[found.start : found.end])!r}"
+    return f"{found.share:.0%} is a loop, {found.repeats:.0f} times {shorten(text[found.start : found.end])!r}"
 
 
-def shortened(text: str) -> str:
+def shorten(text: str) -> str:
     """One line of at most 80 characters."""
     line = " ".join(text.split())
     return line if len(line) <= 80 else f"{line[:77]}..."

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from distill.curate.candidates import Candidate, Dropped, Sample, remembered
+from distill.curate.candidates import Candidate, DroppedTrace, Sample, sample_of
 from distill.curate.filters import single_filters
 from distill.curate.mix import check_sources, outside_mix
 from distill.curate.near_duplicates import Signatures, near_duplicates, reasons
@@ -28,7 +28,7 @@ Graded = Callable[[], Iterable[tuple[Trace, Verdict]]]  # the traces from the fi
 HeldOut = Mapping[str, Iterable[str]]  # suite -> questions
 
 
-class Sifted(NamedTuple):
+class FilterResult(NamedTuple):
     """`funnel` is `[{"filter", "in", "out"}]`, `dropped` maps a trace's position to the filter and its reason."""
 
     funnel: list[dict[str, Any]]
@@ -36,11 +36,11 @@ class Sifted(NamedTuple):
     num_kept: int
 
 
-class Curated(NamedTuple):
+class CurationResult(NamedTuple):
     examples: list[Example]
     direct_examples: list[Example]
     funnel: list[dict[str, Any]]
-    dropped: list[Dropped]
+    dropped: list[DroppedTrace]
 
 
 def curate(
@@ -49,17 +49,17 @@ def curate(
     verdicts: Sequence[Verdict],
     config: CurateConfig,
     held_out: HeldOut,
-) -> Curated:
-    """Sift traces that fit into memory: examples, their bare-answer twins, the funnel, what was dropped and why.
+) -> CurationResult:
+    """Filter traces that fit into memory: examples, their bare-answer twins, the funnel, what was dropped and why.
 
     `verdicts` belong to `traces` one by one; everything comes out in the order of the traces.
     """
     by_id = {problem.id: problem for problem in problems}
     graded = list(zip(traces, verdicts, strict=True))
-    sifted = sift(by_id, lambda: graded, config, held_out)
-    curated = Curated([], [], sifted.funnel, [])
-    for _, one in outcomes(by_id, graded, sifted.dropped):
-        if isinstance(one, Dropped):
+    filtered = filter_traces(by_id, lambda: graded, config, held_out)
+    curated = CurationResult([], [], filtered.funnel, [])
+    for _, one in outcomes(by_id, graded, filtered.dropped):
+        if isinstance(one, DroppedTrace):
             curated.dropped.append(one)
         else:
             target = curated.examples if one.trace_key is not None else curated.direct_examples
@@ -67,7 +67,9 @@ def curate(
     return curated
 
 
-def sift(problems: Mapping[str, Problem], graded: Graded, config: CurateConfig, held_out: HeldOut) -> Sifted:
+def filter_traces(
+    problems: Mapping[str, Problem], graded: Graded, config: CurateConfig, held_out: HeldOut
+) -> FilterResult:
     """Run every filter that is on.
 
     Raises DataError for a trace whose problem is not there and for a mix that cannot be made, RecipeError for shares
@@ -91,7 +93,7 @@ def sift(problems: Mapping[str, Problem], graded: Graded, config: CurateConfig, 
                 break
             passed[number] += 1
         else:
-            samples.append(remembered(candidate, position))
+            samples.append(sample_of(candidate, position))
             if completions is not None:
                 completions.add(position, candidate.trace.text)
     funnel = [
@@ -103,13 +105,13 @@ def sift(problems: Mapping[str, Problem], graded: Graded, config: CurateConfig, 
         left = [sample for sample in samples if sample.position not in found]
         funnel.append({"filter": name, "in": len(samples), "out": len(left)})
         samples = left
-    return Sifted(funnel, dropped, len(samples))
+    return FilterResult(funnel, dropped, len(samples))
 
 
 def outcomes(
     problems: Mapping[str, Problem], graded: Iterable[tuple[Trace, Verdict]], dropped: Mapping[int, tuple[str, str]]
-) -> Iterator[tuple[Candidate, Example | Dropped]]:
-    """What became of each trace, in their order: an Example or a Dropped.
+) -> Iterator[tuple[Candidate, Example | DroppedTrace]]:
+    """Tell what became of each trace, in their order: an Example or a DroppedTrace.
 
     The first example of a question is followed by its twin with the bare answer (`trace_key` None): the reference,
     or, where a question has none of its own, the answer that was graded.
@@ -119,7 +121,7 @@ def outcomes(
         problem, trace, verdict = candidate
         if position in dropped:
             name, reason = dropped[position]
-            yield candidate, Dropped(key=trace.key, problem_id=trace.problem_id, filter=name, detail=reason)
+            yield candidate, DroppedTrace(key=trace.key, problem_id=trace.problem_id, filter=name, detail=reason)
             continue
         fields = {
             "question": problem.prompt,
@@ -166,7 +168,7 @@ def _signatures(config: NearDuplicates | None, what: str) -> Signatures | None:
 
 
 def _like_questions(samples: Sequence[Sample], problems: Mapping[str, Problem], signatures: Signatures) -> Reasons:
-    """Of questions that are nearly the same, the one with the lowest id stays, with all its samples.
+    """Drop questions that are nearly the same as another; the one with the lowest id stays, with all its samples.
 
     Procedural questions take no part: those of a family are alike by construction, and differ in what counts.
     """
@@ -181,7 +183,7 @@ def _like_questions(samples: Sequence[Sample], problems: Mapping[str, Problem], 
 def _like_completions(
     samples: Sequence[Sample], problems: Mapping[str, Problem], graded: Graded, signatures: Signatures
 ) -> Reasons:
-    """Of completions that are nearly the same, the one with precedence stays.
+    """Drop completions that are nearly the same as another; the one with precedence stays.
 
     Completions of procedural problems are compared within one problem alone, for the reason above.
     """

@@ -22,7 +22,7 @@ NUM_EXAMPLES = "curate.mix.num_examples"
 
 
 def outside_mix(mix: Mix) -> SetFilter:
-    """What is over a source's quota. Which samples stay is decided by a hash of their keys."""
+    """Return the samples over a source's quota. Which samples stay is decided by a hash of their keys."""
 
     def reasons(samples: Sequence[Sample]) -> Reasons:
         left: dict[str, list[Sample]] = defaultdict(list)
@@ -32,7 +32,7 @@ def outside_mix(mix: Mix) -> SetFilter:
         return {
             sample.position: f"{quota[source]} of {len(of_source)} of source {source!r} are taken"
             for source, of_source in left.items()
-            for sample in sorted(of_source, key=_drawn)[quota[source] :]
+            for sample in sorted(of_source, key=_draw_key)[quota[source] :]
         }
 
     return reasons
@@ -66,5 +66,5 @@ def quotas(mix: Mix, left: Mapping[str, int]) -> Counter[str]:
     return Counter({source: min(left.get(source, 0), math.ceil(scale * w)) for source, w in weights.items()})
 
 
-def _drawn(sample: Sample) -> tuple[bytes, str]:
+def _draw_key(sample: Sample) -> tuple[bytes, str]:
     return hashlib.blake2b(sample.key.encode(), digest_size=8).digest(), sample.key

@@ -20,7 +20,7 @@ SetFilter = Callable[[Sequence[Sample]], Reasons]
 
 
 class PassRates:
-    """How often each problem was solved, over all samples that were graded, also those that other filters drop."""
+    """Pass rates of the problems, over all samples that were graded, also those that other filters drop."""
 
     def __init__(self) -> None:
         self._correct: Counter[str] = Counter()
@@ -84,7 +84,7 @@ def not_best(choice: BestOfN) -> SetFilter:
 
 
 def beyond(max_per_problem: int) -> SetFilter:
-    """What a problem has over `max_per_problem` samples."""
+    """Return the samples that a problem has over `max_per_problem`."""
 
     def reasons(samples: Sequence[Sample]) -> Reasons:
         return {

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from distill.curate.candidates import Candidate, Dropped
+from distill.curate.candidates import Candidate, DroppedTrace
 
 NUM_EXAMPLES = 3  # a filter
 QUESTION_CHARACTERS = 1_200
@@ -22,7 +22,7 @@ class DroppedExamples:
     def __init__(self) -> None:
         self._of: dict[str, list[dict[str, str]]] = defaultdict(list)
 
-    def add(self, candidate: Candidate, dropped: Dropped) -> None:
+    def add(self, candidate: Candidate, dropped: DroppedTrace) -> None:
         kept = self._of[dropped.filter]
         if len(kept) < NUM_EXAMPLES:
             question = cut(candidate.problem.prompt, QUESTION_CHARACTERS)

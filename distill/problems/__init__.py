@@ -1,4 +1,4 @@
-"""Where questions come from: procedural families, local files, data sets of the Hub.
+"""Sources of questions: procedural families, local files, data sets of the Hub.
 
 `load_problems` reads any mixture of sources into one list of `Problem`s, each question once. `split_of` is the
 boundary between training and evaluation: a procedural question's own text decides on which side it lives.
@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from distill.problems import hub, local, reasoning_gym
-from distill.problems.split import normalised, split_of
+from distill.problems.split import normalise, split_of
 from distill.recipe import LocalSource, ProblemSource, ReasoningGymSource
 from distill.records import Problem
 
-__all__ = ["iterate_problems", "load_problems", "normalised", "source_files", "split_of"]
+__all__ = ["iterate_problems", "load_problems", "normalise", "source_files", "split_of"]
 
 
 def load_problems(sources: Iterable[ProblemSource], *, base_dir: Path) -> list[Problem]:
@@ -30,7 +30,7 @@ def load_problems(sources: Iterable[ProblemSource], *, base_dir: Path) -> list[P
 
 
 def iterate_problems(sources: Iterable[ProblemSource], *, base_dir: Path) -> Iterator[Problem]:
-    """As `load_problems`, one by one, and those that occur twice, twice."""
+    """Yield what `load_problems` loads, one by one, and those that occur twice, twice."""
     for source in sources:
         yield from _read(source, base_dir)
 

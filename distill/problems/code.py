@@ -40,7 +40,7 @@ def code_problem(
     """Raises DataError naming `where` and the field that is missing or of the wrong kind."""
     assert source.tests_field is not None
     field = source.tests_field
-    tests = _parsed(row.get(field))
+    tests = _parse(row.get(field))
     if cases := _cases(tests):
         return _problem(f"{prompt}\n\n{INSTRUCTION}", answer, name, {"cases": cases})
     if isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests):
@@ -58,7 +58,7 @@ def code_problem(
         return _completion(prompt, answer, tests, entry_point, setup, name)
     whole = ast.Module([*_tree(setup, where, field).body, *tree.body], [])
     free = _free_names(whole)
-    remote = (free - sys.stdlib_module_names) | (_definitions(answer) & _names(whole))
+    remote = (free - sys.stdlib_module_names) | (_defined_names(answer) & _names(whole))
     imports = "".join(f"import {module}\n" for module in sorted(free - remote))
     signatures = _signatures(answer, remote)
     shown = f"\n\nIt is to define:\n\n```python\n{signatures}\n```" if signatures else ""
@@ -70,7 +70,7 @@ def _completion(prompt: str, answer: str | None, tests: str, entry_point: str, s
     """A beginning to be completed (HumanEval): its imports and helpers are there for the program and for the tests."""
     whole = None
     if answer is not None:
-        whole = answer if entry_point in _definitions(answer) else prompt + answer
+        whole = answer if entry_point in _defined_names(answer) else prompt + answer
     metadata: dict[str, Any] = {
         "tests": tests,
         "setup": f"{setup}\n{prompt if whole is None else whole}",
@@ -87,7 +87,7 @@ def _problem(prompt: str, answer: str | None, name: str, metadata: dict[str, Any
     return Problem(prompt=prompt, answer=answer, grader="code", source=name, metadata=metadata)
 
 
-def _parsed(tests: Any) -> Any:
+def _parse(tests: Any) -> Any:
     """JSON text as what it says; test code as it is."""
     if isinstance(tests, str) and tests.lstrip()[:1] in ("{", "["):
         try:
@@ -115,25 +115,25 @@ def _cases(tests: Any) -> list[dict[str, str]]:
 
 def _tree(source: str, where: str, field: str) -> ast.Module:
     try:
-        return _parsed_code(source)
+        return _parse_code(source)
     except (SyntaxError, ValueError, RecursionError) as exc:
         raise DataError(f"not Python ({exc})", where=where, field=field) from exc
 
 
-def _parsed_code(source: str) -> ast.Module:
+def _parse_code(source: str) -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a data set's invalid escapes are not our user's to mend
         return ast.parse(source)
 
 
-def _definitions(source: str | None) -> set[str]:
+def _defined_names(source: str | None) -> set[str]:
     """Functions and classes that a program defines at its top level; none where it cannot be read."""
-    return {node.name for node in _defined(source)}
+    return {node.name for node in _definitions(source)}
 
 
-def _defined(source: str | None) -> list[ast.FunctionDef | ast.ClassDef]:
+def _definitions(source: str | None) -> list[ast.FunctionDef | ast.ClassDef]:
     try:
-        body = _parsed_code(source or "").body
+        body = _parse_code(source or "").body
     except (SyntaxError, ValueError, RecursionError):
         return []
     return [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
@@ -141,7 +141,7 @@ def _defined(source: str | None) -> list[ast.FunctionDef | ast.ClassDef]:
 
 def _signatures(source: str | None, names: set[str]) -> str:
     lines = []
-    for node in _defined(source):
+    for node in _definitions(source):
         if node.name not in names:
             continue
         if isinstance(node, ast.FunctionDef):

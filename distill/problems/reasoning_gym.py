@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from distill.errors import RecipeError, nearest
-from distill.problems.split import normalised, split_of
+from distill.problems.split import normalise, split_of
 from distill.recipe import ReasoningGymSource
 from distill.records import Problem, content_id
 
@@ -169,7 +169,7 @@ def _draw(
     stream = _entries(family, name, params, seed=source.seed, where=where)
     while len(kept) < count:
         entry = next(stream)
-        question = normalised(entry["question"])
+        question = normalise(entry["question"])
         if question in seen or split_of(question) != source.split:
             fruitless += 1
             if fruitless > PATIENCE:

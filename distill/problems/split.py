@@ -22,6 +22,6 @@ def split_of(prompt: str) -> Split:
     return "held_out" if int.from_bytes(digest, "big") % HELD_OUT_SHARE == 0 else "train"
 
 
-def normalised(prompt: str) -> str:
+def normalise(prompt: str) -> str:
     """The prompt with every run of whitespace as one space: what counts as the same question."""
     return " ".join(prompt.split())

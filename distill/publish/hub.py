@@ -15,7 +15,7 @@ from distill.errors import EnvironmentFault, RecipeError
 
 
 @dataclass(frozen=True)
-class Pushed:
+class PushResult:
     repo_id: str
     url: str
     commit: str
@@ -40,7 +40,7 @@ def push_folder(
     private: bool,
     message: str,
     replace: Sequence[str] = (),
-) -> Pushed:
+) -> PushResult:
     """Create the repository if it is not there, and upload the folder's files in one commit.
 
     `repo` without a namespace goes to the token's owner. A repository that is there already keeps its visibility.
@@ -69,7 +69,7 @@ def push_folder(
         raise EnvironmentFault(_refusal(status, repo), where=api.endpoint) from None
     except (httpx.HTTPError, OSError) as exc:
         raise EnvironmentFault(f"cannot be reached ({type(exc).__name__})", where=api.endpoint) from None
-    return Pushed(repo_id=created.repo_id, url=str(created), commit=done.oid)
+    return PushResult(repo_id=created.repo_id, url=str(created), commit=done.oid)
 
 
 def _refusal(status: int, repo: str) -> str:

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill.publish.traces import ALL, DEFAULT, FOLDERS, MESSAGES, Laid, columns, schema
+from distill.publish.traces import ALL, DEFAULT, FOLDERS, MESSAGES, DatasetLayout, columns, schema
 
 SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M"))
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the traces come from. `identity` is the TeacherIdentity, `sampling` how each of `num_samples` was drawn."""
+    """The origin of the traces. `identity` is the TeacherIdentity, `sampling` how each of `num_samples` was drawn."""
 
     recipe: str
     identity: Mapping[str, str]
@@ -30,20 +30,22 @@ class Provenance:
     versions: Mapping[str, str]
 
 
-def dataset_card(repo: str, laid: Laid, provenance: Provenance, *, licence: str | None, language: str) -> str:
+def dataset_card(
+    repo: str, layout: DatasetLayout, provenance: Provenance, *, licence: str | None, language: str
+) -> str:
     """README.md of the data set."""
     title = repo.rpartition("/")[2]
     return "\n".join(
         [
-            f"---\n{_front(title, laid, licence=licence, language=language)}---\n",
+            f"---\n{_front(title, layout, licence=licence, language=language)}---\n",
             f"# {title}\n",
-            _summary(laid, provenance),
+            _summary(layout, provenance),
             "## Use\n",
-            _use(repo, laid),
+            _use(repo, layout),
             "## Columns\n",
-            _columns(laid),
+            _columns(layout),
             "## Sources\n",
-            _sources(laid),
+            _sources(layout),
             "## How it was filtered\n",
             _funnel(provenance),
             "## Teacher and sampling\n",
@@ -54,7 +56,7 @@ def dataset_card(repo: str, laid: Laid, provenance: Provenance, *, licence: str 
     )
 
 
-def _front(title: str, laid: Laid, *, licence: str | None, language: str) -> str:
+def _front(title: str, layout: DatasetLayout, *, licence: str | None, language: str) -> str:
     import yaml
     from datasets import DatasetInfo, Features
     from datasets.info import DatasetInfosDict
@@ -62,16 +64,16 @@ def _front(title: str, laid: Laid, *, licence: str | None, language: str) -> str
     from huggingface_hub import DatasetCardData
 
     infos = {}
-    for config, num_rows in laid.num_rows.items():
-        split = SplitInfo("train", num_bytes=laid.num_bytes[config], num_examples=num_rows)
+    for config, num_rows in layout.num_rows.items():
+        split = SplitInfo("train", num_bytes=layout.num_bytes[config], num_examples=num_rows)
         features = Features.from_arrow_schema(schema(config))
         infos[config] = DatasetInfo(features=features, splits=SplitDict({"train": split}))
-    licences = [licence] if licence else sorted({count.licence for count in laid.sources.values() if count.num_kept})
+    licences = [licence] if licence else sorted({count.licence for count in layout.sources.values() if count.num_kept})
     data = DatasetCardData(
         language=language,
         license=licences[0] if len(licences) == 1 else licences,
         pretty_name=title,
-        size_categories=next((name for limit, name in SIZES if laid.num_rows[DEFAULT] < limit), "n>10M"),
+        size_categories=next((name for limit, name in SIZES if layout.num_rows[DEFAULT] < limit), "n>10M"),
         task_categories=["text-generation"],
         tags=["potstill", "reasoning", "distillation", "synthetic"],
         configs=[
@@ -80,7 +82,7 @@ def _front(title: str, laid: Laid, *, licence: str | None, language: str) -> str
                 "data_files": [{"split": "train", "path": f"{FOLDERS[config]}/train-*"}],
                 **({"default": True} if config == DEFAULT else {}),
             }
-            for config in laid.num_rows
+            for config in layout.num_rows
         ],
     )
     DatasetInfosDict(infos).to_dataset_card_data(data)
@@ -88,25 +90,25 @@ def _front(title: str, laid: Laid, *, licence: str | None, language: str) -> str
     return text
 
 
-def _summary(laid: Laid, provenance: Provenance) -> str:
-    traces = sum(count.num_traces for count in laid.sources.values())
+def _summary(layout: DatasetLayout, provenance: Provenance) -> str:
+    traces = sum(count.num_traces for count in layout.sources.values())
     return (
-        f"{laid.num_rows[DEFAULT]:,} reasoning traces that the teacher `{provenance.identity['name']}` wrote, of "
+        f"{layout.num_rows[DEFAULT]:,} reasoning traces that the teacher `{provenance.identity['name']}` wrote, of "
         f"{traces:,} it was asked for, verified and filtered by potstill's recipe `{provenance.recipe}`. Synthetic "
         "text: a trace whose answer is right may still reason wrongly.\n"
     )
 
 
-def _use(repo: str, laid: Laid) -> str:
+def _use(repo: str, layout: DatasetLayout) -> str:
     repo = repo if "/" in repo else f"OWNER/{repo}"
     lines = ["```python", "from datasets import load_dataset", "", f'traces = load_dataset("{repo}", split="train")']
-    if ALL in laid.num_rows:
+    if ALL in layout.num_rows:
         lines.append(f'rejected_too = load_dataset("{repo}", "{ALL}", split="train")  # with verdicts and reasons')
     return "\n".join([*lines, "```", "", "The column `messages` trains in TRL's `SFTTrainer` as it is.\n"])
 
 
-def _columns(laid: Laid) -> str:
-    config = ALL if ALL in laid.num_rows else DEFAULT
+def _columns(layout: DatasetLayout) -> str:
+    config = ALL if ALL in layout.num_rows else DEFAULT
     rows = [
         f"| `{name}` | {'list of {role, content}' if kind == MESSAGES else kind} | {about} |"
         for name, (kind, about) in columns(config).items()
@@ -114,10 +116,10 @@ def _columns(laid: Laid) -> str:
     return "\n".join(["| column | type | what it is |", "|---|---|---|", *rows]) + "\n"
 
 
-def _sources(laid: Laid) -> str:
+def _sources(layout: DatasetLayout) -> str:
     rows = [
         f"| {name} | {count.licence} | {count.num_traces:,} | {count.num_kept:,} |"
-        for name, count in laid.sources.items()
+        for name, count in layout.sources.items()
     ]
     return "\n".join(["| source | licence | traces | kept |", "|---|---|---|---|", *rows]) + "\n"
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.curate import Dropped
+from distill.curate import DroppedTrace
 from distill.manifest import environment_faults
 from distill.records import Problem, Trace, Verdict
 
@@ -59,8 +59,8 @@ class SourceCount:
 
 
 @dataclass(frozen=True)
-class Laid:
-    """What was written: rows and bytes of the tables in memory by configuration, samples by source."""
+class DatasetLayout:
+    """The data set that was written: rows and bytes of the tables in memory by configuration, samples by source."""
 
     num_rows: dict[str, int]
     num_bytes: dict[str, int]
@@ -76,13 +76,13 @@ def schema(config: str) -> Any:
 
 
 def lay_out(
-    samples: Iterable[tuple[Problem, Trace, Verdict, Dropped | None]],
+    samples: Iterable[tuple[Problem, Trace, Verdict, DroppedTrace | None]],
     folder: Path,
     *,
     licences: Mapping[str, str],
     include_rejected: bool,
     shard_bytes: int,
-) -> Laid:
+) -> DatasetLayout:
     """Write the shards below `folder`. `licences` maps sources to their licences; procedural ones need none."""
     configs = (DEFAULT, ALL) if include_rejected else (DEFAULT,)
     writers = {config: Shards(folder / FOLDERS[config], schema(config), shard_bytes) for config in configs}
@@ -103,16 +103,16 @@ def lay_out(
             writer.close()
     for writer in writers.values():
         writer.name_shards()
-    return Laid(
+    return DatasetLayout(
         {config: writer.num_rows for config, writer in writers.items()},
         {config: writer.num_bytes for config, writer in writers.items()},
         dict(sorted(sources.items())),
     )
 
 
-def paired(
-    samples: Iterable[tuple[Problem, Trace, Verdict]], dropped: Iterable[Dropped]
-) -> Iterator[tuple[Problem, Trace, Verdict, Dropped | None]]:
+def pair_with_drops(
+    samples: Iterable[tuple[Problem, Trace, Verdict]], dropped: Iterable[DroppedTrace]
+) -> Iterator[tuple[Problem, Trace, Verdict, DroppedTrace | None]]:
     """Each sample with what dropped it; `dropped` stands in the order of the samples, as curation leaves it."""
     waiting = iter(dropped)
     following = next(waiting, None)

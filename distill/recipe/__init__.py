@@ -4,7 +4,7 @@
 one `RecipeError` line naming file and field. `whole` has the sections, the other files one or two of them each.
 """
 
-from distill.recipe.config import Config
+from distill.recipe.config import Config, Mark, marked_fields
 from distill.recipe.curation import (
     BestOfN,
     CodeLimits,
@@ -48,6 +48,7 @@ __all__ = [
     "GenerateConfig",
     "JudgeConfig",
     "LocalSource",
+    "Mark",
     "Mix",
     "NativeTeacher",
     "NearDuplicates",
@@ -66,5 +67,6 @@ __all__ = [
     "load_recipe",
     "load_settings",
     "load_student",
+    "marked_fields",
     "parse",
 ]

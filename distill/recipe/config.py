@@ -1,9 +1,31 @@
-"""What every part of a recipe is: frozen, without unknown keys, without infinite numbers."""
+"""The base of every part of a recipe: frozen, without unknown keys, without infinite numbers."""
 
 from __future__ import annotations
+
+from enum import Enum
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    def identity(self) -> dict[str, Any]:
+        """The resolved fields that can change what comes of them, for a fingerprint: all but those with a `Mark`."""
+        return self.model_dump(mode="json", exclude=set(marked_fields(type(self))))
+
+
+class Mark(Enum):
+    """Marks of fields that change no text of a teacher, put where one is declared: `Annotated[int, Mark.SPEED]`."""
+
+    SPEED = "how fast it writes"
+    PATIENCE = "how patiently it is asked"
+    PLACE = "where it runs and how it is reached"
+    PRICE = "at what price"
+
+
+def marked_fields(config: type[Config]) -> dict[str, Mark]:
+    """The fields of `config` that are no part of its identity, with their marks."""
+    marks = ((name, mark) for name, field in config.model_fields.items() for mark in field.metadata)
+    return {name: mark for name, mark in marks if isinstance(mark, Mark)}

@@ -1,4 +1,4 @@
-"""How traces are graded, and which of them become examples."""
+"""Settings of grading and curation: how traces are graded, and which of them become examples."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class NearDuplicates(Config):
 
 
 class BestOfN(Config):
-    """Of each problem's correct samples, the shortest or longest."""
+    """The shortest or longest of each problem's correct samples."""
 
     keep: int = Field(1, ge=1)
     by: Literal["shortest", "longest"] = "shortest"
@@ -85,7 +85,7 @@ class CurateConfig(Config):
 
 
 class CodeLimits(Config):
-    """What a program that is graded may use, for each test with standard input or for all function tests together."""
+    """Limits of a program that is graded, for each test with standard input or for all function tests together."""
 
     timeout_s: float = Field(10.0, gt=0, description="of processor time; by the clock half as much again")
     memory_mib: int = Field(1_024, ge=64)

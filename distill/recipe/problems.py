@@ -1,4 +1,4 @@
-"""Where the prompts come from."""
+"""Sources of the prompts."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def load_student(path: Path, sft_overrides: Mapping[str, Any] | None = None) -> 
     """Read one student file of the zoo, with `sft_overrides` laid over its `sft` settings. Raises RecipeError."""
     tree = _read_tree(path)
     if sft_overrides:
-        tree = _merged(tree, {"sft": dict(sft_overrides)})
+        tree = _merge(tree, {"sft": dict(sft_overrides)})
     return parse(StudentConfig, tree, where=path)
 
 
@@ -47,7 +47,7 @@ def parse(model: type[M], tree: Any, *, where: Path | str) -> M:
     try:
         return model.model_validate(tree)
     except ValidationError as exc:
-        raise _translated(exc, model, where) from exc
+        raise _recipe_error(exc, model, where) from exc
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -81,19 +81,19 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     parent_path = (path.parent / parent).resolve()
     if parent_path in (*seen, path.resolve()):
         raise RecipeError(f"{parent!r} extends this file again", where=path, field="extends")
-    return _merged(_read_tree(parent_path, (*seen, path.resolve())), tree)
+    return _merge(_read_tree(parent_path, (*seen, path.resolve())), tree)
 
 
-def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = _merged(result[key], value) if both and _same_kind(result[key], value) else value
+        result[key] = _merge(result[key], value) if both and _same_kind(result[key], value) else value
     return result
 
 
 def _same_kind(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
-    """Whether both describe the same thing: a teacher of another backend shares no settings with its parent's."""
+    """Tell whether both describe the same thing: a teacher of another backend shares no settings with its parent's."""
     return all(tag not in above or above[tag] == below.get(tag) for tag in ("backend", "kind"))
 
 
@@ -128,7 +128,7 @@ def _step(node: Any, name: str, dotted: str, *, create: bool) -> Any:
     raise RecipeError("goes through a plain value", where="--set", field=dotted)
 
 
-def _translated(exc: ValidationError, model: type[BaseModel], where: Path | str) -> RecipeError:
+def _recipe_error(exc: ValidationError, model: type[BaseModel], where: Path | str) -> RecipeError:
     fault = exc.errors()[0]
     loc = [str(part) for part in fault["loc"]]
     message, got = fault["msg"], fault.get("input")
@@ -148,14 +148,14 @@ def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]
     schema = model.model_json_schema()
     definitions = schema.get("$defs", {})
 
-    def resolved(node: dict[str, Any]) -> dict[str, Any]:
+    def resolve(node: dict[str, Any]) -> dict[str, Any]:
         while "$ref" in node:
             node = definitions[node["$ref"].rsplit("/", 1)[1]]
         return node
 
     node = schema
     for part in loc[:-1]:
-        node = resolved(node)
+        node = resolve(node)
         mapping = node.get("discriminator", {}).get("mapping", {})
         if isinstance(part, int):
             node = node.get("items", {})
@@ -168,4 +168,4 @@ def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]
             for option in node.get("anyOf", ()):
                 if "$ref" in option:
                     node = option
-    return set(resolved(node).get("properties", {}))
+    return set(resolve(node).get("properties", {}))

@@ -1,4 +1,4 @@
-"""How models are scored, and where models and traces are pushed."""
+"""Settings of scoring models and of pushing models and traces."""
 
 from __future__ import annotations
 

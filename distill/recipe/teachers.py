@@ -1,4 +1,7 @@
-"""Who writes the traces, and how many."""
+"""Teachers, which write the traces, and how many traces they write.
+
+A field that changes none of a teacher's texts carries a `Mark`: it is no part of the teacher's identity.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from distill.recipe.config import Config
+from distill.recipe.config import Config, Mark
 from distill.records import Sampling
 
 FlagValue = bool | int | float | str | list[Any] | dict[str, Any] | None
@@ -23,11 +26,15 @@ SERVER_KEY_ENV = "POTSTILL_API_KEY"
 
 
 class OverNodes(Config):
-    """Where the ranks of a teacher are, and how the nodes find each other."""
+    """Nodes that share the ranks of a teacher, and how they find each other."""
 
-    num_nodes: int = Field(1, ge=1, description="nodes that share the ranks")
-    head_address: str | None = Field(None, description="address of node 0, as the other nodes reach it")
-    rpc_port: int = Field(13_345, ge=1, le=65_535, description="port of node 0 at which the other nodes report")
+    num_nodes: Annotated[int, Mark.PLACE] = Field(1, ge=1, description="nodes that share the ranks")
+    head_address: Annotated[str | None, Mark.PLACE] = Field(
+        None, description="address of node 0, as the other nodes reach it"
+    )
+    rpc_port: Annotated[int, Mark.PLACE] = Field(
+        13_345, ge=1, le=65_535, description="port of node 0 at which the other nodes report"
+    )
 
     @model_validator(mode="after")
     def _head_is_known(self) -> Self:
@@ -51,15 +58,21 @@ class NativeTeacher(OverNodes):
 
     backend: Literal["native"] = "native"
     model: str = Field(description="checkpoint folder")
-    batch_size: int = Field(64, ge=1, description="sequences in progress together, on each rank")
-    speculate: bool = Field(False, description="draft a token a step with the MTP layer; same texts")
+    batch_size: Annotated[int, Mark.SPEED] = Field(64, ge=1, description="sequences in progress together, on each rank")
+    speculate: Annotated[bool, Mark.SPEED] = Field(
+        False, description="draft a token a step with the MTP layer; same texts"
+    )
     batch_invariant: bool = Field(
         False, description="on a CPU: the same bits for a request whatever is computed beside it; slower"
     )
     num_ranks: int = Field(1, ge=1, description="of a deepseek_v3 folder, in FP8; each has sequences of its own")
-    num_redundant: int = Field(0, ge=0, description="slots beyond one an expert, for those that are used most")
-    rebalance: ExpertRebalancing | None = Field(None, description="none: experts stay where they are at first")
-    in_halves: bool = Field(
+    num_redundant: Annotated[int, Mark.SPEED] = Field(
+        0, ge=0, description="slots beyond one an expert, for those that are used most"
+    )
+    rebalance: Annotated[ExpertRebalancing | None, Mark.SPEED] = Field(
+        None, description="none: experts stay where they are at first"
+    )
+    in_halves: Annotated[bool, Mark.SPEED] = Field(
         False, description="ranks compute half of a large step while the other half's tokens travel"
     )
 
@@ -95,27 +108,33 @@ SET_BY_POTSTILL = {
 
 
 class ServedTeacher(Config):
-    """How a model behind an OpenAI-compatible endpoint is asked, whoever started the endpoint."""
+    """A model behind an OpenAI-compatible endpoint, whoever started the endpoint, and how it is asked."""
 
     model: str = Field(description="the served model's name")
     revision: str = "unknown"
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: Annotated[str, Mark.PLACE] = "OPENAI_API_KEY"
     system_prompt: str | None = None
-    max_concurrency: int = Field(256, ge=1, description="requests in flight at the most; how many it is adapts")
-    timeout_s: float = Field(14_400, gt=0, description="a whole answer; 32,768 tokens can take hours")
-    idle_timeout_s: float = Field(
+    max_concurrency: Annotated[int, Mark.SPEED] = Field(
+        256, ge=1, description="requests in flight at the most; how many it is adapts"
+    )
+    timeout_s: Annotated[float, Mark.PATIENCE] = Field(
+        14_400, gt=0, description="a whole answer; 32,768 tokens can take hours"
+    )
+    idle_timeout_s: Annotated[float, Mark.PATIENCE] = Field(
         600, gt=0, description="nothing comes of a streamed answer, the wait for a place included"
     )
-    stream: bool = Field(
+    stream: Annotated[bool, Mark.SPEED] = Field(
         True, description="false: for an endpoint that does not stream, or streams without token counts"
     )
-    max_retries: int = Field(8, ge=0)
+    max_retries: Annotated[int, Mark.PATIENCE] = Field(8, ge=0)
     extra_body: dict[str, Any] = Field(default_factory=dict, description="fields added to every request, as they are")
     budget_forcing: Literal["completions", "chat", "server"] = Field(
         "completions", description="how the end of thinking is forced (sampling.max_thinking_tokens); docs/serving.md"
     )
-    price_per_million_prompt_tokens: float | None = Field(None, ge=0, description="for the costs shown and noted")
-    price_per_million_completion_tokens: float | None = Field(None, ge=0)
+    price_per_million_prompt_tokens: Annotated[float | None, Mark.PRICE] = Field(
+        None, ge=0, description="for the costs shown and noted"
+    )
+    price_per_million_completion_tokens: Annotated[float | None, Mark.PRICE] = Field(None, ge=0)
     think_prefilled: bool = Field(True, description="the served template already opens <think>: put it back in front")
 
     @field_validator("extra_body")
@@ -141,7 +160,7 @@ class OpenAITeacher(ServedTeacher):
 
 
 class VllmServing(Config):
-    """How a vLLM server of ours is started and watched.
+    """A vLLM server of ours: how it is started and watched.
 
     `flags` are those of `vllm serve` without their dashes: true and false stand for `--x` and `--no-x`, a mapping for
     JSON, null takes back what a parent recipe set. What says where the server listens, what it is called and who may
@@ -152,8 +171,12 @@ class VllmServing(Config):
     environment: dict[str, str] = Field(
         default_factory=dict, description="variables for the server, beyond those of this process"
     )
-    startup_timeout_s: float | None = Field(None, gt=0, description="none: from the size of the weights")
-    max_restarts: int = Field(3, ge=0, description="how often a server that died is started again")
+    startup_timeout_s: Annotated[float | None, Mark.PATIENCE] = Field(
+        None, gt=0, description="none: from the size of the weights"
+    )
+    max_restarts: Annotated[int, Mark.PATIENCE] = Field(
+        3, ge=0, description="how often a server that died is started again"
+    )
 
     @field_validator("flags")
     @classmethod
@@ -190,11 +213,15 @@ class RayTeacher(ServedTeacher, VllmServing):
     backend: Literal["ray"] = "ray"
     model: str = Field(description="checkpoint folder (on every node), a repository of the Hub, or the served name")
     revision: str = "main"
-    address: str | None = Field(None, description="of a running cluster; none: Ray starts on this machine")
-    base_urls: tuple[str, ...] = Field((), description="a pool of endpoints, instead of servers of our own")
-    num_replicas: int = Field(1, ge=1, description="servers to start")
-    cpus_per_replica: float = Field(1, ge=0)
-    gpus_per_replica: float = Field(0, ge=0)
+    address: Annotated[str | None, Mark.PLACE] = Field(
+        None, description="of a running cluster; none: Ray starts on this machine"
+    )
+    base_urls: Annotated[tuple[str, ...], Mark.PLACE] = Field(
+        (), description="a pool of endpoints, instead of servers of our own"
+    )
+    num_replicas: Annotated[int, Mark.SPEED] = Field(1, ge=1, description="servers to start")
+    cpus_per_replica: Annotated[float, Mark.SPEED] = Field(1, ge=0)
+    gpus_per_replica: Annotated[float, Mark.SPEED] = Field(0, ge=0)
 
 
 TeacherConfig = Annotated[NativeTeacher | OpenAITeacher | VllmTeacher | RayTeacher, Field(discriminator="backend")]

@@ -84,7 +84,7 @@ class Sandbox:
                 "uid": new_user(pid) if setup["new_user"] else None,
                 "parent": os.getpid() if self._cage.parent_visible else 0,
             }
-            parts = (_compiled(launcher.__file__), marshal.dumps(setup | own))
+            parts = (_compile(launcher.__file__), marshal.dumps(setup | own))
             return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
         return opening
@@ -110,7 +110,7 @@ def compile_module(path: str) -> CodeType:
 
 
 @cache
-def _compiled(path: str) -> bytes:
+def _compile(path: str) -> bytes:
     return marshal.dumps(compile_module(path))
 
 

@@ -1,4 +1,4 @@
-"""What runs first inside the sandbox: it gives up everything that the program shall not have, then becomes the program.
+"""The launcher runs first in the sandbox: it gives up all that the program shall not have, then becomes the program.
 
 The parent ships this module as compiled code over standard input, behind it one marshalled mapping with all that is to
 be done, and behind that the program's own input. The interpreter is fresh and imports nothing of ours: standard library

@@ -84,7 +84,7 @@ def interpreter() -> str:
 
 
 def python_command() -> tuple[str, ...]:
-    """As `-I` would, but hashes of strings are fixed: the same answer must get the same verdict every time."""
+    """A Python as with `-I`, but hashes of strings are fixed: the same answer must get the same verdict every time."""
     return (interpreter(), "-P", "-s", "-S", "-B", "-c", BOOTSTRAP)
 
 
@@ -174,7 +174,7 @@ def _capable(capability: int) -> bool:
 
 
 def _mapped_users() -> int:
-    """How many users there are in this process's user name space, counted from 0."""
+    """Count the users in this process's user name space, from 0 on."""
     for line in Path("/proc/self/uid_map").read_text().splitlines():
         first, _, count = map(int, line.split())
         if first == 0:

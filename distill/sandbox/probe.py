@@ -51,7 +51,7 @@ def attempts(planted: str) -> dict[str, Callable[[], object]]:
 
 
 def started_threads(most: int) -> int:
-    """How many threads could be started, of `most`; they end when they are let go."""
+    """Start up to `most` threads and tell how many could be started; they end when they are let go."""
     gate = threading.Event()
     started = []
     try:

@@ -28,7 +28,7 @@ How = Literal["exit", "wall_time", "cpu_time", "output"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use. The whole program is one process: it may start threads, and nothing else.
+    """Limits of a program. The whole program is one process: it may start threads, and nothing else.
 
     `output_bytes` counts standard output and standard error together; `num_files` are open descriptors. Nothing can be
     written to a file, so there is no limit on size.
@@ -44,7 +44,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended. `exit_code` is negative for a signal; `wall_s` counts from when its first line could run."""
+    """The end of a program. `exit_code` is negative for a signal; `wall_s` counts from when its first line can run."""
 
     how: How
     exit_code: int

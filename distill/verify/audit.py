@@ -11,20 +11,19 @@ Such problems are always listed; `verify.relabel` takes the majority's answer fo
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
+from distill.intervals import wilson
 from distill.recipe import VerifyConfig
 from distill.records import Problem, Record, VerdictState
 
 MAX_EXAMPLES = 20
 MAX_SHOWN = 200  # characters of a question or an answer
 MAX_DIGITS = 1_000
-Z95 = 1.959964
 AUDITED = ("math", "choice", "reasoning_gym", "judge")
 RELABELLED = ("math", "choice", "judge")  # a procedural reference is made together with its question
 
@@ -74,7 +73,7 @@ class SuspectedReference(Record):
 
 
 class AuditSummary(Record):
-    """What audit.json says. `answers` were looked at; a share of those `decided_by_both` is `rate`.
+    """The content of audit.json. `answers` were looked at; a share of those `decided_by_both` is `rate`.
 
     `relabel` is what the recipe asked for: only "majority" lets a suspected reference be replaced.
     """
@@ -154,13 +153,13 @@ class Audit:
             accepted_by_the_first_alone=self._disagreements["correct"],
             accepted_by_the_second_alone=self._disagreements["wrong"],
             rate=disagreements / self._decided if self._decided else None,
-            ci95=wilson(disagreements, self._decided),
+            ci95=wilson(disagreements, self._decided) if self._decided else None,
             relabel=self._config.relabel,
             examples=tuple(self._examples),
-            suspected_references=tuple(map(self._shown, self.suspects())),
+            suspected_references=tuple(map(self._suspected_reference, self.suspects())),
         )
 
-    def _shown(self, suspect: Suspect) -> SuspectedReference:
+    def _suspected_reference(self, suspect: Suspect) -> SuspectedReference:
         problem = self._problems[suspect.problem_id]
         texts = {"question": problem.prompt, "reference": problem.answer or "", "majority": suspect.majority}
         return SuspectedReference(**suspect._asdict() | {name: text[:MAX_SHOWN] for name, text in texts.items()})
@@ -180,7 +179,7 @@ class Audit:
 
 
 def second_opinion(reference: str, answer: str) -> bool | None:
-    """Whether the two are equal, as text in its normal form or as numbers; None where that does not settle it.
+    """Tell whether the two are equal, as text in its normal form or as numbers; None where that does not settle it.
 
     >>> second_opinion("\\\\frac{1}{2}", "0.5"), second_opinion("7", "8"), second_opinion("x+1", "1+x")
     (True, False, None)
@@ -213,13 +212,3 @@ def normal_form(text: str) -> str:
 def _is_number(text: str) -> bool:
     match = NUMBER.fullmatch(text) if len(text) <= MAX_DIGITS else None
     return match is not None and (match[2] is None or int(match[2]) != 0)
-
-
-def wilson(count: int, total: int) -> tuple[float, float] | None:
-    """The 95% Wilson score interval of a share (Wilson 1927); None of nothing."""
-    if not total:
-        return None
-    share, spread = count / total, Z95 * Z95 / total
-    middle = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)

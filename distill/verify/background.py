@@ -76,7 +76,7 @@ class BackgroundGrader:
             self.fault = exc
 
     def _batch(self) -> list[tuple[Problem, Trace]]:
-        """What waits, or what comes next; nothing when the block has ended."""
+        """Take what waits, or what comes next; nothing when the block has ended."""
         batch: list[tuple[Problem, Trace]] = []
         while not self._ended.is_set() and len(batch) < MAX_BATCH:
             try:

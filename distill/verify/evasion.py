@@ -69,7 +69,7 @@ def evasion(question: str, reference: str, answer: str) -> str | None:
 
 
 def _repeats(question: str, reference: str, answer: str) -> bool:
-    """Whether it is a calculation that stands in the question, where the reference is what comes of it."""
+    """Tell whether it is a calculation that stands in the question, where the reference is what comes of it."""
     given, wanted = LOOKS.sub("", answer), LOOKS.sub("", reference)
     if not OPERATION.search(given) or PLAIN_NUMBER.fullmatch(given):
         return False

@@ -1,4 +1,4 @@
-"""What a completion answers, after its reasoning: the last balanced `\\boxed{}`, or the last block of Python where a
+"""The answer of a completion, after its reasoning: the last balanced `\\boxed{}`, or the last block of Python where a
 program is asked for. Linear in the text.
 
 `\\fbox{}` and `\\framebox{}`, LaTeX's own boxes, count as well.
@@ -53,7 +53,7 @@ def extract_program(text: str) -> str | None:
 
 
 def answer_of(text: str, grader: Grader) -> str | None:
-    """What the grader is given to grade."""
+    """Extract what the grader is given to grade."""
     return extract_program(text) if grader == "code" else extract_answer(text)
 
 
@@ -63,18 +63,18 @@ def bare_answer(answer: str, grader: Grader) -> str:
 
 
 def reasoning_is_complete(text: str, grader: Grader = "math") -> bool:
-    """Whether the text opens its reasoning, closes it once, and answers after it."""
+    """Tell whether the text opens its reasoning, closes it once, and answers after it."""
     return text.startswith(OPEN) and text.count(OPEN) == text.count(CLOSE) == 1 and answer_of(text, grader) is not None
 
 
 def _after_reasoning(text: str) -> str | None:
-    """What follows the last closed reasoning; all of a text that never opens any; None where it is never closed."""
+    """Return what follows the last closed reasoning; all of a text that opens none; None where it is never closed."""
     _, closed, after = text.rpartition(CLOSE)
     return None if not closed and OPEN in text else after
 
 
 def _last_box(text: str) -> str | None:
-    """Of the boxes that are closed, the one that is opened last."""
+    """Find the box that is opened last among those that are closed."""
     opened: list[tuple[bool, int]] = []
     best: tuple[int, int] | None = None
     for match in TOKEN.finditer(text):

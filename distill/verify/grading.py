@@ -76,10 +76,10 @@ class MathVerify:
         self._parse, self._verify = parse, verify
         # math-verify takes an exception inside it for "not equal": what it imports late must be here before the fence
         # is up, and a sympy that is broken must not pass for a wrong answer.
-        if not self.equal(self.parsed("x^2-1"), self.parsed("(x-1)(x+1)")):
+        if not self.equal(self.parse("x^2-1"), self.parse("(x-1)(x+1)")):
             raise RuntimeError("math-verify does not find x^2-1 equal to (x-1)(x+1)")
 
-    def parsed(self, latex: str) -> list[Any]:
+    def parse(self, latex: str) -> list[Any]:
         found: list[Any] = self._parse(f"\\boxed{{{latex}}}", self._config, parsing_timeout=None)
         return [item for item in found if not isinstance(item, str)]
 
@@ -88,7 +88,7 @@ class MathVerify:
 
 
 def _same_equations(reference: list[Any], answer: list[Any]) -> bool:
-    """Whether an equation is a multiple of the other; math-verify takes all that have no real solutions for one."""
+    """Tell whether one equation is a multiple of the other; math-verify takes all without real solutions for one."""
     from sympy import Eq, Symbol, simplify
 
     one, other = reference[0], answer[0]
@@ -103,13 +103,13 @@ def _grade_math(math: MathVerify, reference: str, answer: str, question: str = "
         return "correct", ""
     answer = _plainly_set(answer)
     try:
-        gold = math.parsed(reference)
+        gold = math.parse(reference)
     except (RecursionError, ValueError, TypeError, AttributeError, ArithmeticError) as exc:
         return "unverifiable", f"the reference cannot be read ({type(exc).__name__})"
     if not gold:
         return "unverifiable", "the reference is not mathematics"
     try:
-        given = math.parsed(answer)
+        given = math.parse(answer)
         if not given:
             return "wrong", "the answer is not mathematics"
         if not math.equal(gold, given):
@@ -129,7 +129,7 @@ def _grade_reasoning_gym(dataset: Any, task: dict[str, Any]) -> Result:
     answer: str = task["answer"]
     best = 0.0
     fault = ""
-    for text in dict.fromkeys((answer, _unwrapped(answer))):
+    for text in dict.fromkeys((answer, _unwrap(answer))):
         try:
             best = max(best, float(dataset.score_answer(text, entry)))
         except MemoryError:
@@ -144,7 +144,7 @@ def _grade_reasoning_gym(dataset: Any, task: dict[str, Any]) -> Result:
 
 
 def _scores_its_own(dataset: Any, entry: dict[str, Any]) -> bool:
-    """Whether the scorer can do its work at all on this entry."""
+    """Tell whether the scorer can do its work at all on this entry."""
     try:
         dataset.score_answer(entry["answer"], entry)
     except Exception:  # noqa: BLE001
@@ -152,7 +152,7 @@ def _scores_its_own(dataset: Any, entry: dict[str, Any]) -> bool:
     return True
 
 
-def _unwrapped(answer: str) -> str:
+def _unwrap(answer: str) -> str:
     """The answer without the typesetting that a box invites: `$7$`, `\\text{yes}`."""
     text = answer.strip().strip("$").strip()
     match = WRAPPED.fullmatch(text)
@@ -174,7 +174,7 @@ def _plainly_set(answer: str) -> str:
 
 
 def _closes_last(text: str, start: int) -> bool:
-    """Whether the group that is open at `start` is closed by the text's last character, and no earlier."""
+    """Tell whether the group that is open at `start` is closed by the text's last character, and no earlier."""
     depth = 1
     for match in BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)

@@ -1,4 +1,4 @@
-"""What stands between a model's text and the Python that some graders would run it as. For worker processes only.
+"""Guards between a model's text and the Python that some graders would run it as. For worker processes only.
 
 Several of reasoning-gym's scorers call `eval` or `sympy.parse_expr` on the answer, and parse_expr is eval. Here `eval`
 becomes `ast.literal_eval` in those modules, and parse_expr takes plain arithmetic over known functions only. Beneath

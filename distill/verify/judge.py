@@ -50,7 +50,7 @@ def judge_sampling(config: JudgeConfig) -> Sampling:
 
 
 def judge_settings(config: JudgeConfig, judge: Teacher | None) -> dict[str, Any]:
-    """What a judge's verdict depends on, beside question, reference and answer; with `judge`, its identity."""
+    """Settings that a judge's verdict depends on, beside question, reference and answer; with `judge`, its identity."""
     return {
         "prompt": PROMPT_ID,
         "num_votes": config.num_votes,
@@ -76,17 +76,17 @@ class JudgingVerifier:
             wanted = {
                 place: (answer[0], submitted)
                 for place, (answer, verdict) in enumerate(batch)
-                if (submitted := self._submitted(answer, verdict)) is not None
+                if (submitted := self._submission(answer, verdict)) is not None
             }
-            judged = dict(zip(wanted, self._judged(list(wanted.values())), strict=True))
+            judged = dict(zip(wanted, self._ask_judge(list(wanted.values())), strict=True))
             for place, (_, verdict) in enumerate(batch):
                 yield judged.get(place, verdict)
 
     def close(self) -> None:
         """Nothing is held: the one who opened rules and judge closes them."""
 
-    def _submitted(self, answer: Answer, verdict: Verdict) -> str | None:
-        """What the judge shall see; None where it is not asked."""
+    def _submission(self, answer: Answer, verdict: Verdict) -> str | None:
+        """The answer that the judge shall see; None where it is not asked."""
         problem, text, _ = answer
         if verdict.state != "unverifiable" or not problem.answer:
             return None
@@ -95,7 +95,7 @@ class JudgingVerifier:
         submitted = verdict.extracted or text.rpartition(CLOSE)[2].strip()
         return submitted if submitted and len(submitted) <= MAX_CHARS and OPEN not in submitted else None
 
-    def _judged(self, submissions: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+    def _ask_judge(self, submissions: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """One verdict a submission, from all its votes."""
         if not submissions:
             return []
@@ -124,10 +124,10 @@ class JudgingVerifier:
                 request, mark = ballots[place, vote]
                 text = said.get((request.id, vote))
                 votes.append(None if text is None else read_vote(text, mark))
-            verdicts.append(self._counted(votes, submitted, trouble))
+            verdicts.append(self._count_votes(votes, submitted, trouble))
         return verdicts
 
-    def _counted(self, votes: Sequence[str | None], submitted: str, trouble: str) -> Verdict:
+    def _count_votes(self, votes: Sequence[str | None], submitted: str, trouble: str) -> Verdict:
         name, total = self._judge.identity.name, len(votes)
         if None in votes:
             return Verdict(state="infra_error", extracted=submitted, detail=f"judge {name} failed: {trouble}")

@@ -24,16 +24,12 @@ from distill.verify.judge import judge_settings
 GRADING_VERSION = 2
 GRADERS = ("math-verify", "reasoning-gym", "sympy")
 AFTERWARDS = {"relabel", "suspect_min_samples", "suspect_min_share"}  # what is made of verdicts that are there
-# How fast, how patiently and at what price a judge is asked changes nothing of what it says.
-SPEED = {"batch_size", "max_concurrency", "timeout_s", "idle_timeout_s", "stream", "max_retries", "api_key_env"}
-SPEED |= {"startup_timeout_s", "max_restarts", "num_nodes", "head_address", "rpc_port"}
-SPEED |= {"price_per_million_prompt_tokens", "price_per_million_completion_tokens"}
 FLUSH_VERDICTS = 256
 FLUSH_S = 1.0
 
 
 def grading_settings(config: VerifyConfig, judge: Teacher | None = None) -> dict[str, Any]:
-    """What every verdict depends on: the graders' versions and settings, not how many grade at once.
+    """Settings that every verdict depends on: the graders' versions and settings, not how many grade at once.
 
     With `judge`, the model that `config.judge` names, its identity too.
     """
@@ -46,7 +42,7 @@ def grading_settings(config: VerifyConfig, judge: Teacher | None = None) -> dict
     if config.judge is not None:
         settings["judge"] = judge_settings(config.judge, judge)
         if judge is None:
-            settings["judge"]["teacher"] = config.judge.teacher.model_dump(mode="json", exclude=SPEED)
+            settings["judge"]["teacher"] = config.judge.teacher.identity()
     return settings
 
 

@@ -90,7 +90,7 @@ def _prose(text: str) -> str:
 
 
 def _weight(word: str) -> float:
-    """How many words a run of letters counts for: none where it is a symbol or a name of a formula."""
+    """Count the words that a run of letters stands for: none where it is a symbol or a name of a formula."""
     script = _script(word[0])
     if script in ("CJK", "HIRAGANA", "KATAKANA", "THAI"):
         return max(1.0, len(word) / 2)
@@ -100,7 +100,7 @@ def _weight(word: str) -> float:
 
 
 def _is_of_another(sentence: str, language: str) -> bool:
-    """Whether the sentence's kana or function words are clearly those of another language of the same script."""
+    """Tell whether the sentence's kana or function words are clearly those of another language of the same script."""
     if language in ("zh", "ja"):
         scripts = [_script(character) for character in sentence]
         kana = sum(script in ("HIRAGANA", "KATAKANA") for script in scripts)

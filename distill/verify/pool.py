@@ -131,9 +131,9 @@ class WorkerPool:
             self._selector.register(worker.into, selectors.EVENT_WRITE, worker)
 
     def _take(self, worker: Keeper, message: dict[str, Any]) -> bool:
-        """Whether it is a message that can come now. What a grader says that was given up is not listened to."""
+        """Take a message that can come now and return True; a grader that was given up is not listened to."""
         if "ended" in message:
-            return worker.busy and self._ended(worker, str(message["ended"]))
+            return worker.busy and self._take_end(worker, str(message["ended"]))
         if not worker.chunk:
             return True
         if "ready" in message:
@@ -146,7 +146,7 @@ class WorkerPool:
         worker.heard()
         return True
 
-    def _ended(self, worker: Keeper, how: str) -> bool:
+    def _take_end(self, worker: Keeper, how: str) -> bool:
         """A grader is gone: done, killed by us, dead at an answer, or never there."""
         had_begun, left = worker.ready, worker.at_rest()
         if not left:

@@ -70,7 +70,7 @@ def loop(text: str) -> Loop | None:
 
 
 def _recurrences(tokens: Sequence[int]) -> list[int]:
-    """For each token, how far back the run of GRAM tokens that begins there stood last; 0 where it is new."""
+    """Tell for each token how far back the run of GRAM tokens that begins there stood last; 0 where it is new."""
     last: dict[tuple[int, ...], int] = {}
     distances = [0] * len(tokens)
     for index in range(len(tokens) - GRAM + 1):
@@ -93,7 +93,7 @@ def _periods(distances: Sequence[int], ends: set[int]) -> list[int]:
 def _longest_stretch(
     tokens: Sequence[int], distances: Sequence[int], costs: Sequence[int], period: int
 ) -> tuple[int, int]:
-    """Where repeating at `period` pays most (Kadane's maximum-sum run), with the first round that is repeated.
+    """Find where repeating at `period` pays most (Kadane's maximum-sum run), with the first round that is repeated.
 
     A token repeats if it is the one a period before, or (a word) two periods where that one is the stumble, or if it
     stands in a run that recurs at about that distance: where a word was dropped, the whole next round is shifted.

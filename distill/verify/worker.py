@@ -64,7 +64,7 @@ def main() -> None:
             os.close(ended)
             _be_grader(graders, tasks, out, timeout_s, memory_bytes)
         os.close(still_open)
-        _report(out, {"ended": _watched(grader, ended, lines)})
+        _report(out, {"ended": _watch(grader, ended, lines)})
         os.close(ended)
 
 
@@ -91,7 +91,7 @@ class _Lines:
         return bool(data)
 
 
-def _watched(grader: int, ended: int, lines: _Lines) -> str:
+def _watch(grader: int, ended: int, lines: _Lines) -> str:
     """Wait for the grader's end, bringing it about where the pool says so or is gone."""
     while True:
         ready, _, _ = select.select([ended, lines.descriptor], [], [])
@@ -111,7 +111,7 @@ def _be_grader(graders: Any, tasks: Sequence[dict[str, Any]], out: int, timeout_
         for task in tasks:
             # SIGALRM's default action ends the process without asking Python, which a loop in C would not let speak.
             signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 5)
-            state, detail = _graded(graders, task, memory_bytes)
+            state, detail = _grade(graders, task, memory_bytes)
             signal.setitimer(signal.ITIMER_REAL, 0)
             _report(out, {"state": state, "detail": detail})
         code = 0
@@ -121,7 +121,7 @@ def _be_grader(graders: Any, tasks: Sequence[dict[str, Any]], out: int, timeout_
         os._exit(code)
 
 
-def _graded(graders: Any, task: dict[str, Any], memory_bytes: int) -> tuple[str, str]:
+def _grade(graders: Any, task: dict[str, Any], memory_bytes: int) -> tuple[str, str]:
     """The verdict; raises MemoryError where it is not the answer that wants too much: the machine has none to give."""
     try:
         state, detail = graders.grade(task)
@@ -143,7 +143,7 @@ def _probe_memory() -> None:
 
 
 def _confine(memory_bytes: int) -> None:
-    """For the grader alone: no more memory than `memory_bytes` beside what it was born with, no files to speak of."""
+    """Confine the grader: no more memory than `memory_bytes` beside what it was born with, no files to speak of."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     born_with = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

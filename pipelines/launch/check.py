@@ -1,4 +1,4 @@
-"""What can be said of a rendered job before it is submitted, and the program that submits it.
+"""Checks of a rendered job before it is submitted, and the program that submits it.
 
 A bash script must parse. Slurm's own judge, `sbatch --test-only`, is asked where it is there; else every `#SBATCH` line
 must be an option that is known, with a value of its form. A SkyPilot task must have none but the fields of its schema
@@ -36,7 +36,7 @@ SKY_RESOURCES: dict[str, type] = {
 
 
 def check(config: LaunchConfig, text: str) -> str:
-    """What was checked, in a few words. Raises RecipeError for what the launcher would refuse."""
+    """Check the job and say what was checked, in a few words. Raises RecipeError for what the launcher would refuse."""
     _check_bash(node_script(config))
     if config.launcher == "skypilot":
         return _check_task(text)

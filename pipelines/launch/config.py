@@ -1,4 +1,4 @@
-"""What a job file may say. Whatever ends in a header or a name is restricted to what needs no quotes there."""
+"""The fields of a job file. Whatever ends in a header or a name is restricted to what needs no quotes there."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class LaunchConfig(Config):
 
     @property
     def processes(self) -> int:
-        """Of one node."""
+        """Processes of one node."""
         return self.processes_per_node or max(1, self.gpus_per_node)
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What every node of a job runs: NODE_RANK says which it is, HEAD where the first one is."""
+"""The script that every node of a job runs: NODE_RANK says which it is, HEAD where the first one is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job's recipe says of nodes, where the recipe can be read before the job is submitted."""
+"""The nodes that a job's recipe speaks of, where the recipe can be read before the job is submitted."""
 
 from __future__ import annotations
 

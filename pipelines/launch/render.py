@@ -29,14 +29,14 @@ _templates.filters["quote"] = shlex.quote
 
 
 def node_script(config: LaunchConfig) -> str:
-    """What each node runs."""
+    """The commands that each node runs."""
     first, others = node_commands(config)
     return _templates.get_template("node.sh.jinja").render(
         config=config, place=_PLACES[config.launcher], first=first, others=others, record=config.launcher == "slurm"
     )
 
 
-def rendered(config: LaunchConfig) -> str:
+def render(config: LaunchConfig) -> str:
     node = node_script(config)
     if config.launcher == "skypilot":
         return _sky_task(config, node)

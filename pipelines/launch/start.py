@@ -11,7 +11,7 @@ from distill.recipe import load_settings
 from pipelines.launch.check import check, submit
 from pipelines.launch.config import LaunchConfig
 from pipelines.launch.recipes import check_recipe
-from pipelines.launch.render import rendered
+from pipelines.launch.render import render
 
 
 def start(
@@ -22,7 +22,7 @@ def start(
     Raises RecipeError for what is wrong with the job or its recipe, EnvironmentFault where its launcher is missing.
     """
     config = load_settings(LaunchConfig, job, overrides)
-    text = rendered(config)
+    text = render(config)
     recipe = check_recipe(config)
     checked = ", ".join(filter(None, (check(config, text), recipe)))
     if dry_run and out is None:

@@ -1,4 +1,4 @@
-"""The compare stage: what the scores of a run say together, as a report, figures and `summary.json`.
+"""The compare stage: all scores of a run together, as a report, figures and `summary.json`.
 
 run_dir/report/{index.html, *.png, summary.json, manifest.json}
 """
@@ -12,20 +12,18 @@ from typing import Any
 
 from distill.errors import DataError
 from distill.manifest import MANIFEST, peak_rss_bytes, run_stage
-from distill.progress import Progress
 from distill.recipe import Recipe
 from distill.records import StageManifest
 from eval import report
 from eval.compare import compare_run
 from eval.harness import SAMPLES, SCORES
+from pipelines.context import Context
 
 # What decides how a report looks; a change of any of them writes the report again.
 SOURCES = ("report.html.jinja", "report.py", "charts.py", "compare.py", "statistics.py")
 
 
-def compare(
-    recipe: Recipe, run_dir: Path, *, progress: Progress | None = None, base_dir: Path | None = None
-) -> StageManifest:
+def compare(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     """Write the report of what has been scored. Raises DataError where nothing has. It takes seconds: no bar."""
     folders = sorted(path.parent for path in (run_dir / "eval").glob(f"*/{SCORES}"))
     if not folders:

@@ -19,11 +19,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distill.curate import Dropped, DroppedExamples, GradedTrace, outcomes, sift
+from distill.curate import DroppedExamples, DroppedTrace, GradedTrace, filter_traces, outcomes
 from distill.curate.mix import check_sources
 from distill.errors import DataError, EnvironmentFault
 from distill.ledger import Ledger
-from distill.manifest import is_current, read_manifest, run_stage, write_atomically
+from distill.manifest import StageRun, run_stage, write_atomically
 from distill.problems import load_problems, source_files
 from distill.progress import Progress, Task
 from distill.recipe import Recipe, VerifyConfig
@@ -32,6 +32,7 @@ from distill.tables import iterate_records, read_records, record_writer
 from distill.verify import open_verifier
 from distill.verify.audit import Audit, normal_form
 from distill.verify.kept import AFTERWARDS, KeptVerdicts, grading_settings
+from pipelines.context import Context
 from pipelines.judging import open_judge
 from pipelines.preemption import preemptible
 
@@ -48,13 +49,13 @@ class ProblemOfTrace(Record):
     problem_id: str
 
 
-def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path | None = None) -> StageManifest:
+def curate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     """Run the stage in `run_dir`/curate over what generation left in `run_dir`/generate.
 
     Raises DataError (traces that are not there or not sound), RecipeError (held-out questions that cannot be read),
     EnvironmentFault (workers that do not start, a full disk).
     """
-    base_dir = base_dir or Path.cwd()
+    base_dir, progress = context.base_dir, context.progress
     out_dir = run_dir / "curate"
     inputs = {"problems": run_dir / "generate" / "problems.parquet", "traces": run_dir / "generate" / "traces"}
     for path in inputs.values():
@@ -69,9 +70,8 @@ def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path 
     if recipe.curate.decontaminate:
         held_out = _held_out(recipe, base_dir, inputs)
         config["eval"] = recipe.eval.model_dump(mode="json", include={"suites", "held_out"})
-    if is_current("curate", inputs, config, out_dir):
-        done = read_manifest(out_dir)
-        assert done is not None
+    stage_run = StageRun("curate", inputs, config, out_dir)
+    if (done := stage_run.current()) is not None:
         return done
     prompts = held_out()
     problems = {problem.id: problem for problem in read_records(inputs["problems"], Problem)}
@@ -83,9 +83,9 @@ def curate(recipe: Recipe, run_dir: Path, *, progress: Progress, base_dir: Path 
         with preemptible():
             _grade_all(problems, num_traces, grading, recipe.verify, out_dir, progress, base_dir)
             relabelled = _audit(problems, recipe.verify, out_dir)
-            return _curated(relabelled, num_traces, inputs["traces"], recipe, prompts, out_dir, progress)
+            return _write_examples(relabelled, num_traces, inputs["traces"], recipe, prompts, out_dir, progress)
 
-    return run_stage("curate", inputs, config, out_dir, body, (VERDICTS, AUDIT, EXAMPLES, DIRECT, FUNNEL, DROPPED))
+    return stage_run.run(body, (VERDICTS, AUDIT, EXAMPLES, DIRECT, FUNNEL, DROPPED))
 
 
 def _held_out(recipe: Recipe, base_dir: Path, inputs: dict[str, Path]) -> Callable[[], dict[str, list[str]]]:
@@ -198,7 +198,7 @@ def _grade(kept: KeptVerdicts, traces: list[Trace], problems: Mapping[str, Probl
     return graded
 
 
-def _curated(
+def _write_examples(
     problems: Mapping[str, Problem],
     num_traces: int,
     traces: Path,
@@ -214,18 +214,18 @@ def _curated(
                 yield trace, one.verdict
                 task.advance(1)
 
-    sifted = sift(problems, graded, recipe.curate, held_out)
-    if not sifted.num_kept:
-        last = next((step for step in sifted.funnel if not step["out"]), {"filter": "generate"})
+    filtered = filter_traces(problems, graded, recipe.curate, held_out)
+    if not filtered.num_kept:
+        last = next((step for step in filtered.funnel if not step["out"]), {"filter": "generate"})
         raise DataError(f"no trace is left after the filter {last['filter']!r}: {_states(out_dir)}", where=out_dir)
     shown = DroppedExamples()
     with (
         record_writer(out_dir / EXAMPLES, Example) as examples,
         record_writer(out_dir / DIRECT, Example) as direct,
-        record_writer(out_dir / DROPPED, Dropped) as dropped,
+        record_writer(out_dir / DROPPED, DroppedTrace) as dropped,
     ):
-        for candidate, one in outcomes(problems, graded(), sifted.dropped):
-            if isinstance(one, Dropped):
+        for candidate, one in outcomes(problems, graded(), filtered.dropped):
+            if isinstance(one, DroppedTrace):
                 dropped.write(one)
                 shown.add(candidate, one)
             else:
@@ -233,7 +233,7 @@ def _curated(
     relabelled = sum(one.relabelled for one in iterate_records(out_dir / VERDICTS, GradedTrace))
     funnel = [
         {**step, "relabelled": relabelled} if step["filter"] == "verdict" and relabelled else step
-        for step in sifted.funnel
+        for step in filtered.funnel
     ]
     write_atomically(out_dir / FUNNEL, json.dumps(shown.beside(funnel), indent=2) + "\n")
     counts = {"traces": num_traces, "examples": examples.count, "questions": direct.count}

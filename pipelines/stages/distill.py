@@ -15,20 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from distill.cores import num_cores
 from distill.errors import DataError
-from distill.manifest import MANIFEST, hash_file, is_current, read_manifest, run_stage
+from distill.manifest import MANIFEST, current, hash_file, read_manifest, run_stage
 from distill.progress import Progress
 from distill.recipe import Recipe, StudentConfig
 from distill.records import StageManifest
+from pipelines.context import Context
 from pipelines.preemption import preemptible
-from pipelines.workers import num_cores, run_side_by_side
+from pipelines.workers import run_side_by_side
 
 EXAMPLES = {"distilled": "examples.parquet", "direct": "direct.parquet"}
 SEED = 17
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """One student to train with one method. Crosses over to another process."""
 
     student: StudentConfig
@@ -52,10 +54,10 @@ class Job:
         return {"student": settings, "template": self.template, "method": self.method, "seed": SEED}
 
     def is_done(self) -> bool:
-        return is_current("distill", self.inputs, self.config, self.out_dir)
+        return current("distill", self.inputs, self.config, self.out_dir) is not None
 
 
-def distill(recipe: Recipe, run_dir: Path, *, progress: Progress) -> StageManifest:
+def distill(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     """Run the stage in `run_dir`/distill over what curation left in `run_dir`/curate.
 
     Raises RecipeError, DataError or CheckpointError for what was given, TrainingFailure for a loss that is not finite,
@@ -73,12 +75,12 @@ def distill(recipe: Recipe, run_dir: Path, *, progress: Progress) -> StageManife
         inputs,
         config,
         out_dir,
-        lambda: _body(jobs, recipe.distill.num_workers, progress),
+        lambda: _body(jobs, recipe.distill.num_workers, context.progress),
         [job.name for job in jobs],
     )
 
 
-def _jobs(recipe: Recipe, run_dir: Path) -> list[Job]:
+def _jobs(recipe: Recipe, run_dir: Path) -> list[TrainingJob]:
     """Every student with every method, largest first: the last to finish is then a small one."""
     from students.base_folder import locate, resolve_base
     from students.zoo import find_student
@@ -94,12 +96,12 @@ def _jobs(recipe: Recipe, run_dir: Path) -> list[Job]:
             if not examples.is_file():
                 raise DataError("not there yet; run `potstill distill` with this recipe", where=examples)
             out_dir = run_dir / "distill" / f"{student.name}-{method}"
-            jobs.append(Job(student, method, examples, base, template, out_dir))
+            jobs.append(TrainingJob(student, method, examples, base, template, out_dir))
     # Worked examples are many times longer than bare answers, whatever the student.
     return sorted(jobs, key=lambda job: (job.method == "direct", -job.student.num_parameters))
 
 
-def _body(jobs: list[Job], num_workers: int, progress: Progress) -> Mapping[str, Any]:
+def _body(jobs: list[TrainingJob], num_workers: int, progress: Progress) -> Mapping[str, Any]:
     missing = [job for job in jobs if not job.is_done()]
     with preemptible():
         if min(num_workers, len(missing)) > 1:
@@ -119,7 +121,7 @@ def _body(jobs: list[Job], num_workers: int, progress: Progress) -> Mapping[str,
     }
 
 
-def train(job: Job, progress: Progress) -> None:
+def train(job: TrainingJob, progress: Progress) -> None:
     """Train one student, in whatever process this is, and leave its manifest."""
 
     def body() -> Mapping[str, Any]:

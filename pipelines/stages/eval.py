@@ -14,25 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from distill.cores import num_cores
 from distill.errors import DataError
-from distill.manifest import is_current, read_manifest, run_stage
-from distill.problems import load_problems, normalised, source_files
-from distill.progress import Progress, silent
+from distill.manifest import current, read_manifest, run_stage
+from distill.problems import load_problems, normalise, source_files
+from distill.progress import Progress
 from distill.protocols import Teacher
 from distill.recipe import EvalConfig, NativeTeacher, Recipe, ServedTeacher, TeacherConfig, VerifyConfig
 from distill.records import Example, Problem, Role, Sampling, StageManifest
 from distill.tables import read_records, write_records
 from eval.harness import SAMPLES, SCORES, Subject, score_model
 from eval.suites import BENCHMARKS, TASKS, bench_folder, check_suites
+from pipelines.context import Context
 from pipelines.preemption import preemptible
-from pipelines.workers import num_cores, run_side_by_side
+from pipelines.workers import run_side_by_side
 
 HELD_OUT = "held_out.parquet"
 MAX_WORKERS = 4  # each holds a model and the libraries, about 0.8 GB for a pico model
 
 
 @dataclass(frozen=True)
-class Job:
+class ScoringJob:
     """One model to score; everything a worker process needs, picklable."""
 
     name: str
@@ -67,7 +69,7 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the scores besides the files; how fast they are made is left out."""
+        """Everything that decides the scores besides the files; how fast they are made is left out."""
         engine = {"engine": self.engine} if isinstance(self.model, Path) and self.engine != "transformers" else {}
         return engine | {
             "name": self.name,
@@ -82,17 +84,10 @@ class Job:
         }
 
 
-def evaluate(
-    recipe: Recipe,
-    run_dir: Path,
-    *,
-    progress: Progress | None = None,
-    base_dir: Path | None = None,
-    num_workers: int | None = None,
-) -> StageManifest:
+def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     """Score every model of the recipe's roles. Raises DataError where a student has not been trained yet, or where a
     held-out question occurs among the training examples."""
-    base_dir = base_dir or Path.cwd()
+    base_dir = context.base_dir
     config, out_dir = recipe.eval, run_dir / "eval"
     check_suites(config.suites, bench_data=config.bench_data)
     jobs = _jobs(recipe, run_dir, base_dir)
@@ -106,7 +101,7 @@ def evaluate(
     def body() -> dict[str, Any]:
         counts = _write_held_out(config, out_dir, examples, base_dir)
         with preemptible():
-            _score_all(jobs, num_workers or _num_workers(), progress or silent())
+            _score_all(jobs, context.num_workers or _num_workers(), context.progress)
         manifests = [read_manifest(job.out_dir) for job in jobs]
         return {**counts, "models": len(jobs), "samples": sum(m.counts["samples"] for m in manifests if m)}
 
@@ -116,9 +111,9 @@ def evaluate(
     return run_stage("eval", inputs, settings, out_dir, body, outputs)
 
 
-def _score_all(jobs: list[Job], num_workers: int, progress: Progress) -> None:
+def _score_all(jobs: list[ScoringJob], num_workers: int, progress: Progress) -> None:
     """Tiny models are bound by single operations, which threads do not help: two cores are two models at a time."""
-    missing = [job for job in jobs if not is_current("eval-model", job.inputs, job.settings, job.out_dir)]
+    missing = [job for job in jobs if current("eval-model", job.inputs, job.settings, job.out_dir) is None]
     workers = min(num_workers, len(missing))
     if workers > 1:
         threads = max(1, num_cores() // workers)
@@ -128,7 +123,7 @@ def _score_all(jobs: list[Job], num_workers: int, progress: Progress) -> None:
             score(job, progress)
 
 
-def score(job: Job, progress: Progress) -> None:
+def score(job: ScoringJob, progress: Progress) -> None:
     """One model's stage, in whatever process this is: open it, score it, leave its manifest."""
 
     def body() -> dict[str, Any]:
@@ -163,7 +158,7 @@ def score(job: Job, progress: Progress) -> None:
     run_stage("eval-model", job.inputs, job.settings, job.out_dir, body, [SAMPLES, SCORES])
 
 
-def _open(job: Job) -> tuple[Teacher, Subject]:
+def _open(job: ScoringJob) -> tuple[Teacher, Subject]:
     from teacher.serve.models import read_facts
 
     if isinstance(job.model, Path) and job.engine == "native":
@@ -186,7 +181,7 @@ def _open(job: Job) -> tuple[Teacher, Subject]:
     return model, Subject(job.name, job.role, facts.model_type, facts.num_parameters, facts.num_active)
 
 
-def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[Job]:
+def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
     """The models of the recipe's roles, the slowest to score first: the teacher, then the larger students."""
     from students.base_folder import resolve_base
     from students.zoo import find_student
@@ -210,7 +205,7 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[Job]:
     if not models:
         raise DataError("no model has one of these roles", where="recipe", field="eval.roles")
     return [
-        Job(
+        ScoringJob(
             name=name,
             role=role,
             model=model,
@@ -232,7 +227,7 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[Job]:
 
 
 def _suite_files(config: EvalConfig, base_dir: Path) -> dict[str, Path]:
-    """What decides the questions of all models: the suites' files and the problem set behind the held-out source."""
+    """Files that decide the questions of all models: the suites' and the problem set behind the held-out source."""
     held_out = [] if config.held_out is None else [config.held_out]
     return _task_files(config.suites, config.bench_data) | source_files(held_out, base_dir=base_dir)
 
@@ -253,9 +248,9 @@ def _write_held_out(config: EvalConfig, out_dir: Path, examples: Path, base_dir:
     # By id, which is a hash: a `limit` then takes a fair share of every family.
     problems = sorted(load_problems([config.held_out], base_dir=base_dir), key=lambda problem: problem.id)
     trained = (
-        {normalised(example.question) for example in read_records(examples, Example)} if examples.exists() else set()
+        {normalise(example.question) for example in read_records(examples, Example)} if examples.exists() else set()
     )
-    shared = [problem for problem in problems if normalised(problem.prompt) in trained]
+    shared = [problem for problem in problems if normalise(problem.prompt) in trained]
     if shared:
         raise DataError(
             f"{len(shared)} of {len(problems)} held-out questions occur among the training examples, "

@@ -11,74 +11,49 @@ each (`distill.wanted`), asked for in rounds (`pipelines.rounds`) and published 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from distill.errors import CheckpointError
 from distill.export import export_traces
 from distill.ledger import Ledger
-from distill.manifest import is_current, read_manifest, run_stage
+from distill.manifest import StageRun
 from distill.problems import iterate_problems, source_files
 from distill.problems.packed import PackedProblems
-from distill.progress import Progress
 from distill.protocols import Teacher
 from distill.recipe import NativeTeacher, Recipe, ServedTeacher, TeacherConfig, VllmServing
 from distill.records import Problem, StageManifest
 from distill.tables import write_records
 from distill.verify.kept import grading_settings
+from pipelines.context import Context, OpenTeacher
 from pipelines.judging import open_judge
 from pipelines.preemption import preemptible
 from pipelines.rounds import Rounds
 
 LEDGER, PROBLEMS, TRACES = "ledger.sqlite", "problems.parquet", "traces"
-# What changes how fast and how patiently a teacher is asked, and nothing of what it writes.
-SPEED = {"batch_size", "speculate", "max_concurrency", "timeout_s", "idle_timeout_s", "stream", "max_retries"}
-SPEED |= {"api_key_env"}
-SPEED |= {"startup_timeout_s", "max_restarts", "num_nodes", "head_address", "rpc_port"}
-SPEED |= {"in_halves", "num_redundant", "rebalance"}
-SPEED |= {"address", "base_urls", "num_replicas", "cpus_per_replica", "gpus_per_replica"}
-# What is noted of the samples besides, and changes none of them.
-PRICES = {"price_per_million_prompt_tokens", "price_per_million_completion_tokens"}
-
-OpenTeacher = Callable[[TeacherConfig], Teacher]
 
 
-def generate(
-    recipe: Recipe,
-    out_dir: Path,
-    progress: Progress,
-    *,
-    base_dir: Path | None = None,
-    open_teacher: OpenTeacher | None = None,
-) -> StageManifest:
-    """Run the stage in `out_dir`. `open_teacher` makes the teacher; by default it is the backend of the recipe.
+def generate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
+    """Run the stage in `run_dir`/generate.
 
     Raises RecipeError, DataError or CheckpointError before anything is written; EnvironmentFault, Preempted or
     KeyboardInterrupt with all finished samples in the ledger.
     """
-    base_dir = base_dir or Path.cwd()
+    base_dir, out_dir = context.base_dir, run_dir / "generate"
     inputs = source_files(recipe.problems, base_dir=base_dir)
     if isinstance(recipe.teacher, NativeTeacher):
         inputs["teacher"] = _checkpoint_folder(base_dir / recipe.teacher.model)
     elif isinstance(recipe.teacher, VllmServing) and (base_dir / recipe.teacher.model).is_dir():
         inputs["teacher"] = base_dir / recipe.teacher.model
     config = _what_matters(recipe)
-    if is_current("generate", inputs, config, out_dir):
-        done = read_manifest(out_dir)
-        assert done is not None
+    stage_run = StageRun("generate", inputs, config, out_dir)
+    if (done := stage_run.current()) is not None:
         return done
     problems = _problems(recipe, base_dir)
-    teacher = (open_teacher or _backend(base_dir, out_dir, progress))(recipe.teacher)
+    teacher = (context.open_teacher or _backend(context, out_dir))(recipe.teacher)
     try:
-        return run_stage(
-            "generate",
-            inputs,
-            config,
-            out_dir,
-            lambda: _body(problems, teacher, recipe, out_dir, progress, base_dir),
-            (PROBLEMS, TRACES),
-        )
+        return stage_run.run(lambda: _body(problems, teacher, recipe, out_dir, context), (PROBLEMS, TRACES))
     finally:
         teacher.close()
 
@@ -86,7 +61,7 @@ def generate(
 def _what_matters(recipe: Recipe) -> dict[str, Any]:
     matters: dict[str, Any] = {
         "problems": [source.model_dump(mode="json") for source in recipe.problems],
-        "teacher": recipe.teacher.model_dump(mode="json", exclude=SPEED | PRICES),
+        "teacher": recipe.teacher.identity(),
         "generate": recipe.generate.model_dump(mode="json", exclude={"grade"}),
     }
     if recipe.generate.adaptive is not None:
@@ -100,14 +75,15 @@ def _checkpoint_folder(path: Path) -> Path:
     return path
 
 
-def _backend(base_dir: Path, log_dir: Path, progress: Progress) -> OpenTeacher:
+def _backend(context: Context, log_dir: Path) -> OpenTeacher:
     from teacher.backends import open_teacher  # may bring torch in
 
-    def opened(config: TeacherConfig) -> Teacher:
+    def open_backend(config: TeacherConfig) -> Teacher:
+        base_dir, progress = context.base_dir, context.progress
         teacher: Teacher = open_teacher(config, base_dir=base_dir, log_dir=log_dir, progress=progress)
         return teacher
 
-    return opened
+    return open_backend
 
 
 def _problems(recipe: Recipe, base_dir: Path) -> PackedProblems:
@@ -120,8 +96,9 @@ def _problems(recipe: Recipe, base_dir: Path) -> PackedProblems:
 
 
 def _body(
-    problems: PackedProblems, teacher: Teacher, recipe: Recipe, out_dir: Path, progress: Progress, base_dir: Path
+    problems: PackedProblems, teacher: Teacher, recipe: Recipe, out_dir: Path, context: Context
 ) -> Mapping[str, Any]:
+    progress = context.progress
     with preemptible(), Ledger.open(out_dir / LEDGER) as ledger:
         for path in [*out_dir.glob(f".{PROBLEMS}.*.tmp"), *out_dir.glob(f".{TRACES}.*.tmp")]:
             path.unlink()  # a killed run's: this process alone writes here now
@@ -129,7 +106,7 @@ def _body(
         rounds = Rounds(problems, teacher, recipe, ledger, progress)
         # Only adaptive sampling needs a judge here: elsewhere curation asks it.
         verify = recipe.verify if recipe.generate.adaptive else recipe.verify.model_copy(update={"judge": None})
-        with open_judge(verify, base_dir, out_dir, progress) as judge:
+        with open_judge(verify, context.base_dir, out_dir, progress) as judge:
             rounds.ask(judge)
         with progress.task("export", total=len(rounds.wanted), unit="samples") as task:
             exported = export_traces(ledger, rounds.wanted.keys, out_dir / TRACES, task)
@@ -138,7 +115,7 @@ def _body(
 
 
 def _cost(teacher: TeacherConfig, traces: Path) -> dict[str, float]:
-    """What the samples cost at the recipe's prices, each paid once, however often the run was resumed."""
+    """The cost of the samples at the recipe's prices, each paid once, however often the run was resumed."""
     if not isinstance(teacher, ServedTeacher):
         return {}
     import pyarrow.compute as pc

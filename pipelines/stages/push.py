@@ -16,12 +16,12 @@ from pydantic import ValidationError
 
 from distill.errors import DataError, RecipeError, nearest
 from distill.manifest import read_manifest, run_stage
-from distill.progress import Progress
 from distill.recipe import Recipe, StudentConfig, parse
 from distill.records import ScoreCard, StageManifest
+from pipelines.context import Context
 
 
-def push(recipe: Recipe, run_dir: Path, *, progress: Progress, dry_run: bool = False) -> StageManifest:
+def push(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     """Push one student. A dry run touches neither the network nor the disk: its manifest only says what would go.
 
     Raises RecipeError for a student or repository name, DataError where nothing is trained or scored yet,
@@ -42,8 +42,8 @@ def push(recipe: Recipe, run_dir: Path, *, progress: Progress, dry_run: bool = F
     card, student, repo = _card(recipe, run_dir, folder, scores)
     inputs = {"model": folder, **{f"scores {path.parent.name}": path for path in _score_files(run_dir)}}
     config = {"push": recipe.push.model_dump(mode="json"), "repo": repo, "student": student.name}
-    if dry_run:
-        return _shown(config, folder, card, private=recipe.push.private)
+    if context.dry_run:
+        return _dry_run_manifest(config, folder, card, private=recipe.push.private)
     out_dir = run_dir / "push"
 
     def body() -> Mapping[str, Any]:
@@ -51,7 +51,7 @@ def push(recipe: Recipe, run_dir: Path, *, progress: Progress, dry_run: bool = F
         from students.publish.hub import lay_out, tree
 
         lay_out(folder, card, out_dir / "model")
-        with progress.task(f"push {repo}", 1, unit="commits") as task:
+        with context.progress.task(f"push {repo}", 1, unit="commits") as task:
             message = f"Distilled from {_teacher(recipe)} with the recipe {recipe.name}"
             done = push_folder(out_dir / "model", repo, repo_type="model", private=recipe.push.private, message=message)
             task.advance(1)
@@ -126,7 +126,7 @@ def _card(recipe: Recipe, run_dir: Path, folder: Path, scores: list[ScoreCard]) 
     return model_card(repo, student, log, shown, lineage), student, repo
 
 
-def _shown(config: dict[str, Any], folder: Path, card: str, *, private: bool) -> StageManifest:
+def _dry_run_manifest(config: dict[str, Any], folder: Path, card: str, *, private: bool) -> StageManifest:
     from students.publish.hub import tree
 
     files = tree(folder, card)
@@ -169,7 +169,7 @@ def _funnel(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _hashes(run_dir: Path, folder: Path) -> dict[str, str]:
-    """What the student's manifest read (base, examples) and what stands behind that (teacher, traces)."""
+    """Hashes of what the student's manifest read (base, examples) and of what stands behind that (teacher, traces)."""
     student, generated = read_manifest(folder), read_manifest(run_dir / "generate")
     hashes = dict(student.inputs) if student else {}
     if student:

@@ -13,22 +13,23 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.curate import Dropped, GradedTrace
+from distill.curate import DroppedTrace, GradedTrace
 from distill.errors import DataError, RecipeError, nearest
 from distill.manifest import read_manifest, run_stage, write_atomically
 from distill.progress import Progress
 from distill.publish.hub import check_name, push_folder
 from distill.publish.trace_card import Provenance, dataset_card
-from distill.publish.traces import FOLDERS, Laid, lay_out, paired
+from distill.publish.traces import FOLDERS, DatasetLayout, lay_out, pair_with_drops
 from distill.recipe import Recipe
 from distill.records import Problem, StageManifest, Trace, Verdict
 from distill.tables import iterate_records, read_records
+from pipelines.context import Context
 
 DATASET = "dataset"
 README = "README.md"
 
 
-def push_traces(recipe: Recipe, run_dir: Path, *, progress: Progress, dry_run: bool = False) -> StageManifest:
+def push_traces(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     """Lay the data set out and push it. A dry run pushes nothing: its manifest only says what would go.
 
     Raises RecipeError for a repository name or a source that there is not, DataError where curation has not run,
@@ -38,20 +39,20 @@ def push_traces(recipe: Recipe, run_dir: Path, *, progress: Progress, dry_run: b
     repo = settings.repo.replace("{recipe}", recipe.name)
     check_name(repo, field="push_traces.repo")
     out_dir = run_dir / "push-traces"
-    laid = _layout(recipe, repo, run_dir, out_dir / "layout", progress)
+    layout = _layout(recipe, repo, run_dir, out_dir / "layout", context.progress)
     folder = out_dir / "layout" / DATASET
     files = tree(folder)
     config = {"push_traces": settings.model_dump(mode="json"), "repo": repo}
     counts = {
-        **{name: laid.counts[name] for name in ("traces", "examples")},
+        **{name: layout.counts[name] for name in ("traces", "examples")},
         "repo": repo,
         "private": settings.private,
         "files": len(files),
         "bytes": sum(files.values()),
         "tree": files,
     }
-    if dry_run:
-        return laid.model_copy(
+    if context.dry_run:
+        return layout.model_copy(
             update={
                 "stage": "push_traces",
                 "config": config,
@@ -61,13 +62,13 @@ def push_traces(recipe: Recipe, run_dir: Path, *, progress: Progress, dry_run: b
         )
 
     def body() -> Mapping[str, Any]:
-        with progress.task(f"push {repo}", 1, unit="commits") as task:
+        with context.progress.task(f"push {repo}", 1, unit="commits") as task:
             done = push_folder(
                 folder,
                 repo,
                 repo_type="dataset",
                 private=settings.private,
-                message=f"Traces of {laid.counts['identity']['name']} by the recipe {recipe.name}",
+                message=f"Traces of {layout.counts['identity']['name']} by the recipe {recipe.name}",
                 replace=[f"{name}/*.parquet" for name in FOLDERS.values()],
             )
             task.advance(1)
@@ -101,13 +102,13 @@ def _layout(recipe: Recipe, repo: str, run_dir: Path, out_dir: Path, progress: P
         problems = {problem.id: problem for problem in read_records(inputs["problems"], Problem)}
         _check_licences(recipe.push_traces.licences, {problem.source for problem in problems.values()})
         shutil.rmtree(out_dir / DATASET, ignore_errors=True)
-        laid = _lay_out(recipe, problems, inputs, curated.counts["traces"], out_dir / DATASET, progress)
+        layout = _lay_out(recipe, problems, inputs, curated.counts["traces"], out_dir / DATASET, progress)
         card = dataset_card(
-            repo, laid, provenance, licence=recipe.push_traces.licence, language=recipe.push_traces.language
+            repo, layout, provenance, licence=recipe.push_traces.licence, language=recipe.push_traces.language
         )
         write_atomically(out_dir / DATASET / README, card)
-        num_traces = sum(count.num_traces for count in laid.sources.values())
-        return {"traces": num_traces, "examples": laid.num_rows["default"], "identity": dict(provenance.identity)}
+        num_traces = sum(count.num_traces for count in layout.sources.values())
+        return {"traces": num_traces, "examples": layout.num_rows["default"], "identity": dict(provenance.identity)}
 
     return run_stage("push_traces_layout", inputs, config, out_dir, body, (DATASET,))
 
@@ -119,7 +120,7 @@ def _lay_out(
     num_traces: int,
     folder: Path,
     progress: Progress,
-) -> Laid:
+) -> DatasetLayout:
     def samples() -> Iterator[tuple[Problem, Trace, Verdict]]:
         verdicts = iterate_records(inputs["verdicts"], GradedTrace)
         with progress.task("lay out", total=num_traces, unit="traces") as task:
@@ -128,7 +129,7 @@ def _lay_out(
                 task.advance(1)
 
     return lay_out(
-        paired(samples(), iterate_records(inputs["dropped"], Dropped)),
+        pair_with_drops(samples(), iterate_records(inputs["dropped"], DroppedTrace)),
         folder,
         licences=recipe.push_traces.licences,
         include_rejected=recipe.push_traces.include_rejected,

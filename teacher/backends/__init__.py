@@ -16,16 +16,15 @@ if TYPE_CHECKING:
 def open_teacher(
     config: TeacherConfig,
     *,
-    base_dir: Path | None = None,
+    base_dir: Path,
     log_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Teacher:
-    """The teacher that a recipe names. `base_dir` (default: the current directory) is where relative paths start.
+    """The teacher that a recipe names. `base_dir` is where relative paths start.
 
     `log_dir` is where a server that is started keeps its log. Only the chosen backend's module is imported: an
     endpoint needs no torch.
     """
-    base_dir = base_dir or Path.cwd()
     if isinstance(config, NativeTeacher):
         from teacher.backends.native import open_native
 

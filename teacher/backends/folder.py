@@ -6,11 +6,11 @@ hash of what they were made from.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
 from distill.errors import CheckpointError
+from distill.hash_cache import cache_folder
 from distill.manifest import environment_faults, hash_file, sync_folder
 from distill.records import TeacherIdentity, content_id
 from teacher.model.config import read_config_json
@@ -34,10 +34,6 @@ def folder_identity(folder: Path, *, backend: str, backend_version: str) -> Teac
         backend=backend,
         backend_version=backend_version,
     )
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("POTSTILL_CACHE") or Path.home() / ".cache" / "potstill")
 
 
 def check_cpu_sizes(folder: Path) -> None:

@@ -137,7 +137,7 @@ class Replica:
                 return _pool_member(self._config, self._base_url, self._key).identity
             if self._key:  # the server takes its key from its starter's environment, under this name
                 os.environ[self._config.api_key_env] = self._key
-            self._server = open_vllm(_server_config(self._config), base_dir=Path.cwd(), log_dir=self._log_dir)
+            self._server = open_vllm(_server_config(self._config), base_dir=Path(), log_dir=self._log_dir)
             assert self._server.url
             identity: TeacherIdentity = self._server.identity
             return identity

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.intervals import wilson
 from distill.recipe import VerifyConfig
 from distill.records import Problem
-from distill.verify.audit import Audit, AuditSummary, second_opinion, wilson
+from distill.verify.audit import Audit, AuditSummary, second_opinion
 
 
 @pytest.mark.parametrize(
@@ -51,14 +52,6 @@ def test_no_text_breaks_the_second_grader(text: str, latex: str) -> None:
         assert second_opinion(one, "1") in (True, False, None)
 
 
-def test_wilson_intervals() -> None:
-    """Against published values: 10 of 100, and none of 20 (Newcombe 1998 gives 0.1611 for 0 of 20)."""
-    assert wilson(0, 0) is None
-    assert wilson(10, 100) == pytest.approx((0.0552, 0.1744), abs=1e-4)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-    assert wilson(20, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
-
-
 def problem(number: int, answer: str | None = "7", grader: Any = "math") -> Problem:
     return Problem(prompt=f"Question {number}?", answer=answer, grader=grader, source="s")
 
@@ -85,6 +78,7 @@ def test_disagreements_are_counted_both_ways() -> None:
     assert [summary.accepted_by_the_first_alone, summary.accepted_by_the_second_alone] == [1, 1]
     assert summary.rate == pytest.approx(2 / 9)
     assert summary.ci95 == wilson(2, 9)
+    assert audited([problem(0)], []).summary().ci95 is None
     assert [(one.key, one.first, one.second) for one in summary.examples] == [
         ("k6", "correct", "wrong"),
         ("k7", "wrong", "correct"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,7 +216,7 @@ def test_through_a_real_endpoint() -> None:
     from teacher.backends import open_teacher
 
     with serving(JudgeEndpoint(model="judge")) as endpoint:
-        judge = open_teacher(OpenAITeacher(base_url=endpoint.url, model="judge"))
+        judge = open_teacher(OpenAITeacher(base_url=endpoint.url, model="judge"), base_dir=Path())
         try:
             verdicts = judged(judge, "\\boxed{Paris}", "\\boxed{Lyon}", "\\boxed{Paris, I say}", num_votes=3)
         finally:

@@ -22,9 +22,9 @@ from distill.errors import EnvironmentFault
 from distill.failpoints import VARIABLE
 from distill.manifest import (
     MANIFEST,
+    current,
     environment_faults,
     hash_file,
-    is_current,
     read_manifest,
     run_stage,
     write_atomically,
@@ -55,7 +55,7 @@ class Stage:
         return run_stage("copy", {"in": self.source}, self.config, self.out, whole, ["copy.txt"])
 
     def current(self) -> bool:
-        return is_current("copy", {"in": self.source}, self.config, self.out)
+        return current("copy", {"in": self.source}, self.config, self.out) is not None
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.errors import DataError, RecipeError
-from distill.problems import load_problems, normalised, source_files, split_of
+from distill.problems import load_problems, normalise, source_files, split_of
 from distill.problems.reasoning_gym import entry_of, from_json, make_dataset, to_json
 from distill.problems.stream import PICO_FAMILIES
 from distill.problems.worked import worked_steps
@@ -58,7 +58,7 @@ def test_train_and_held_out_never_meet_whatever_the_seed(tmp_path: Path) -> None
 @given(st.text(min_size=1), st.sampled_from([" ", "\n", "\t ", "  "]))
 def test_split_ignores_whitespace_alone(text: str, gap: str) -> None:
     assert split_of(text) == split_of(gap + text.replace(" ", gap) + gap)
-    assert normalised(normalised(text)) == normalised(text)
+    assert normalise(normalise(text)) == normalise(text)
 
 
 def test_one_question_in_eight_is_held_out() -> None:
@@ -69,7 +69,7 @@ def test_one_question_in_eight_is_held_out() -> None:
 def test_questions_are_distinct_across_families(tmp_path: Path) -> None:
     twins = {"one": {"dataset": "gcd", "max_value": 40}, "two": {"dataset": "gcd", "max_value": 40}}
     problems = load_problems([gym(200, twins)], base_dir=tmp_path)
-    assert len({normalised(p.prompt) for p in problems}) == 200
+    assert len({normalise(p.prompt) for p in problems}) == 200
 
 
 def test_an_exhausted_family_is_named(tmp_path: Path) -> None:

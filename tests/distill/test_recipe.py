@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.errors import RecipeError
-from distill.recipe import Recipe, load_recipe, load_student
+from distill.recipe import (
+    Mark,
+    NativeTeacher,
+    OpenAITeacher,
+    RayTeacher,
+    Recipe,
+    VllmTeacher,
+    load_recipe,
+    load_student,
+    marked_fields,
+)
 
 GOOD: dict[str, Any] = {
     "name": "good",
@@ -230,3 +241,42 @@ def test_no_tree_whatever_ends_in_anything_but_one_line(
         assert isinstance(recipe, Recipe)
     assert message.startswith(str(path))
     assert "\n" not in message
+
+
+# --- fields of a teacher that change none of its texts ----------------------------------------------------------------
+
+ASKED = {"model", "revision", "system_prompt", "extra_body", "budget_forcing", "think_prefilled"}
+TEACHERS = {
+    NativeTeacher: {"backend", "model", "batch_invariant", "num_ranks"},
+    OpenAITeacher: {"backend", "base_url", *ASKED},
+    VllmTeacher: {"backend", "flags", "environment", *ASKED},
+    RayTeacher: {"backend", "flags", "environment", *ASKED},
+}
+
+
+@pytest.mark.parametrize("teacher", TEACHERS, ids=lambda teacher: teacher.__name__)
+def test_a_teachers_identity_is_every_field_that_can_change_a_text(teacher: type[NativeTeacher]) -> None:
+    """A new field has to be placed here: in the identity, or with a mark where it is declared."""
+    assert set(teacher(model="m").identity()) == TEACHERS[teacher]
+    assert set(marked_fields(teacher)) == set(teacher.model_fields) - TEACHERS[teacher]
+    assert teacher(model="m").identity() != teacher(model="n").identity()
+
+
+def test_a_marked_field_leaves_the_identity_as_it_was() -> None:
+    plain = NativeTeacher(model="m")
+    assert NativeTeacher(model="m", batch_size=3, speculate=True).identity() == plain.identity()
+    assert NativeTeacher(model="m", num_ranks=2).identity() != plain.identity()
+    moved = {"num_nodes": 2, "head_address": "10.0.0.1", "in_halves": True, "num_redundant": 8}
+    ranks = NativeTeacher(model="m", num_ranks=2)
+    assert NativeTeacher(model="m", num_ranks=2, **moved).identity() == ranks.identity()
+
+
+def test_the_documents_list_the_marked_fields() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/recipes.md").read_text(encoding="utf-8")
+    listed = {
+        mark: set(re.findall(r"`(\w+)`", found.group(1)))
+        for mark in Mark
+        if (found := re.search(rf"^- {mark.value}: (.*(?:\n  .*)*)", text, re.MULTILINE))
+    }
+    marks = {name: mark for teacher in TEACHERS for name, mark in marked_fields(teacher).items()}
+    assert listed == {mark: {name for name, of in marks.items() if of is mark} for mark in Mark}

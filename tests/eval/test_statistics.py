@@ -12,7 +12,6 @@ from eval.statistics import (
     paired_difference,
     pass_at_1,
     student_quantile,
-    wilson,
 )
 
 
@@ -47,10 +46,6 @@ def test_all_right_is_not_certainty():
     assert 0.85 < low < 0.90
     assert high == 1.0
     assert pass_at_1([[False]] * 30).ci95 == pytest.approx((1 - high, 1 - low))
-
-
-def test_wilson_example():
-    assert wilson(0.1, 100) == pytest.approx((0.0552, 0.1744), abs=1e-4)
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=4), min_size=1, max_size=12))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from distill.errors import CheckpointError, DataError, RecipeError
 from distill.manifest import run_stage
-from distill.progress import silent
 from distill.recipe import Recipe, parse
-from pipelines.chain import COMMANDS, NEEDS, Stage, _with_recipe, prepare, require_complete
+from distill.records import StageManifest
+from pipelines.chain import COMMANDS, NEEDS, STAGES, Stage, _with_recipe, prepare, require_complete
 from pipelines.checks import check_recipe
+from pipelines.context import Context
+
+HERE = Context(base_dir=Path())
 
 
 def recipe(**changes: object) -> Recipe:
@@ -38,6 +43,23 @@ def complete(stage: str, made_with: Recipe, run_dir: Path) -> None:
     run_stage(stage, {}, config, folder, body, ["traces.parquet"])
 
 
+def write_three_samples(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
+    """A stage, as `STAGES` names them."""
+
+    def work() -> dict[str, object]:
+        (run_dir / "generate/out").write_text("x", encoding="utf-8")
+        return {"samples": 3, "seconds": {"a": 1}}
+
+    return run_stage("generate", {}, {}, run_dir / "generate", work, ["out"])
+
+
+def test_every_stage_of_a_command_is_a_function_with_the_one_signature() -> None:
+    for name in {name for names in COMMANDS.values() for name in names}:
+        module, _, function = STAGES[name].partition(":")
+        parameters = inspect.signature(getattr(import_module(module), function)).parameters
+        assert list(parameters) == ["recipe", "run_dir", "context"], name
+
+
 def test_every_stage_comes_after_what_it_needs() -> None:
     for names in COMMANDS.values():
         for position, name in enumerate(names):
@@ -47,9 +69,9 @@ def test_every_stage_comes_after_what_it_needs() -> None:
 
 def test_a_missing_stage_is_named_with_its_command(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"generate/manifest.json: not there yet; run `potstill generate`"):
-        prepare("distill", recipe(), tmp_path / "run")
+        prepare("distill", recipe(), tmp_path / "run", HERE)
     with pytest.raises(DataError, match=r"eval/manifest.json: not there yet; run `potstill eval`"):
-        prepare("compare", recipe(), tmp_path / "run")
+        prepare("compare", recipe(), tmp_path / "run", HERE)
     assert not list(tmp_path.iterdir())
 
 
@@ -71,15 +93,8 @@ def test_a_changed_output_is_refused(tmp_path: Path) -> None:
 
 
 def test_outcome_tells_whether_a_stage_ran(tmp_path: Path) -> None:
-    def body(_: object):
-        def work() -> dict[str, object]:
-            (tmp_path / "generate/out").write_text("x", encoding="utf-8")
-            return {"samples": 3, "seconds": {"a": 1}}
-
-        return run_stage("generate", {}, {}, tmp_path / "generate", work, ["out"])
-
-    stage = Stage("generate", tmp_path / "generate", body)
-    first, second = stage.run(silent()), stage.run(silent())
+    stage = Stage("generate", f"{__name__}:write_three_samples", recipe(), tmp_path, HERE)
+    first, second = stage.run(), stage.run()
     assert first.ran
     assert first.line().startswith("generate  done in ")
     assert first.line().endswith(" s: samples 3")
@@ -114,7 +129,7 @@ def test_the_resolved_recipe_is_written_when_it_changes(tmp_path: Path) -> None:
 )
 def test_what_a_recipe_names_must_exist(changes: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error) as caught:
-        check_recipe(recipe(**changes), COMMANDS["run"])
+        check_recipe(recipe(**changes), COMMANDS["run"], base_dir=Path())
     assert message in str(caught.value)
 
 
@@ -123,5 +138,5 @@ def test_a_corrupt_prompt_file_is_found_before_anything_runs(tmp_path: Path) -> 
     rows = [json.dumps({"prompt": "1 + 1", "answer": "2"}), '{"prompt": "1 + 2", "answer"']
     file.write_text("\n".join(rows), encoding="utf-8")
     with pytest.raises(DataError, match=r"prompts.jsonl:2"):
-        prepare("generate", recipe(problems=[{"kind": "local", "path": str(file)}]), tmp_path / "run")
+        prepare("generate", recipe(problems=[{"kind": "local", "path": str(file)}]), tmp_path / "run", HERE)
     assert not (tmp_path / "run").exists()

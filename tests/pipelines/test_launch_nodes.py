@@ -24,7 +24,7 @@ from pipelines.cli import app
 from pipelines.launch.check import check, submit
 from pipelines.launch.config import LaunchConfig
 from pipelines.launch.recipes import check_recipe
-from pipelines.launch.render import rendered
+from pipelines.launch.render import render
 from tests.repository import REPOSITORY
 
 LAUNCHERS = ("torchrun", "slurm", "ray", "skypilot")
@@ -52,7 +52,7 @@ def config(**changes: Any) -> LaunchConfig:
 
 
 def script_of(config: LaunchConfig) -> str:
-    text = rendered(config)
+    text = render(config)
     return yaml.safe_load(text)["run"] if config.launcher == "skypilot" else text
 
 
@@ -60,7 +60,7 @@ def script_of(config: LaunchConfig) -> str:
 @pytest.mark.parametrize("job", JOBS)
 def test_what_is_rendered_passes_its_check(launcher: str, job: str, tmp_path: Path) -> None:
     given = config(launcher=launcher, job=job, setup=["source .venv/bin/activate"], secrets=["HF_TOKEN"])
-    assert "bash -n" in check(given, rendered(given))
+    assert "bash -n" in check(given, render(given))
     script = tmp_path / "job.sh"
     script.write_text(script_of(given))
     if shutil.which("shellcheck"):
@@ -168,21 +168,21 @@ def test_a_recipe_that_the_nodes_have_alone_is_not_checked() -> None:
 def test_setup_that_is_no_bash_is_refused() -> None:
     for launcher in LAUNCHERS:
         with pytest.raises(RecipeError, match="no bash"):
-            check(given := config(launcher=launcher, setup=["if then ("]), rendered(given))
+            check(given := config(launcher=launcher, setup=["if then ("]), render(given))
 
 
 def test_a_header_that_slurm_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     given = config()
-    assert check(given, rendered(given)) == "bash -n, sbatch's options"
+    assert check(given, render(given)) == "bash -n, sbatch's options"
     for wrong in ("#SBATCH --nodse=2\n", "#SBATCH --nodes=two\n", "#SBATCH -N 2\n"):
         with pytest.raises(RecipeError, match="no option of sbatch's"):
-            check(given, rendered(given).replace("#SBATCH --nodes=2\n", wrong))
+            check(given, render(given).replace("#SBATCH --nodes=2\n", wrong))
     task = config(launcher="skypilot")
     with pytest.raises(RecipeError, match="num_node"):
-        check(task, rendered(task).replace("num_nodes: 2", "num_node: 2"))
+        check(task, render(task).replace("num_nodes: 2", "num_node: 2"))
     with pytest.raises(RecipeError, match="disk_size"):
-        check(task, rendered(task).replace("disk_size: 1024", "disk_size: '1024'"))
+        check(task, render(task).replace("disk_size: 1024", "disk_size: '1024'"))
 
 
 def test_a_launcher_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_dry_run_prints_or_writes(tmp_path: Path) -> None:
     path.write_text("{name: t, launcher: skypilot, job: serve, recipe: r.yaml, workdir: /w}")
     printed = CliRunner().invoke(app, ["launch", str(path), "--dry-run", "--set", "nodes=2"])
     assert printed.exit_code == 0
-    assert printed.stdout == rendered(load_settings(LaunchConfig, path, ["nodes=2"]))
+    assert printed.stdout == render(load_settings(LaunchConfig, path, ["nodes=2"]))
     out = tmp_path / "t.yaml"
     assert CliRunner().invoke(app, ["launch", str(path), "--dry-run", "--out", str(out)]).exit_code == 0
     assert yaml.safe_load(out.read_text())["num_nodes"] == 1
@@ -225,7 +225,7 @@ def test_hostile_values_arrive_as_they_are(tmp_path: Path) -> None:
     hostile = ["a.b=$(touch evil)", "c='; touch evil; '", 'd="$HOME" `id` \\ *', "-x", "e=$HEAD and $NODE_RANK"]
     odd = {"ODD": "$(id) 'x'\n"}
     given = config(launcher="torchrun", workdir=str(workdir), overrides=hostile, recipe="my recipe's.yaml", env=odd)
-    result = run(rendered(given), tmp_path)
+    result = run(render(given), tmp_path)
     assert result.returncode == 0, result.stderr
     argv, cwd, found = json.loads((workdir / "said.json").read_text())
     overrides = [part for text in hostile for part in ("--set", text)]
@@ -236,7 +236,7 @@ def test_hostile_values_arrive_as_they_are(tmp_path: Path) -> None:
 
 def test_a_secret_must_be_there(tmp_path: Path) -> None:
     program(tmp_path, "potstill", "print('started')")
-    script = rendered(config(launcher="torchrun", workdir=str(tmp_path), secrets=["POTSTILL_TEST_KEY"]))
+    script = render(config(launcher="torchrun", workdir=str(tmp_path), secrets=["POTSTILL_TEST_KEY"]))
     assert "POTSTILL_TEST_KEY: must be in the environment" in run(script, tmp_path).stderr
     assert run(script, tmp_path, POTSTILL_TEST_KEY=CANARY).stdout == "started\n"
 
@@ -252,7 +252,7 @@ def test_torchrun_on_this_machine_trains(tmp_path: Path) -> None:
         overrides=["layout.ep=2"], arguments=["--held-out", "1"],
         env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
-    result = run(rendered(given), tmp_path)
+    result = run(render(given), tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads((tmp_path / "teacher" / "training.json").read_text())["layout"]["ep"] == 2
 
@@ -307,7 +307,7 @@ def test_a_slurm_job_is_queued_again_until_it_is_done(tmp_path: Path) -> None:
         program(tmp_path, name, body)
     work = tmp_path / "work"
     work.mkdir()
-    script = rendered(config(workdir=str(work)))
+    script = render(config(workdir=str(work)))
     slurm = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "41"}
     for code in (75, 0):
         result = run(script, tmp_path, **slurm, REQUEUED=str(tmp_path / "requeued"))
@@ -334,7 +334,7 @@ def test_a_slow_first_node_is_queued_again_too(tmp_path: Path) -> None:
     """All nodes are told to stop; one is through before the first has kept what it has, and must not end it."""
     for name, body in (("srun", SRUN), ("scontrol", SCONTROL), ("torchrun", TORCHRUN)):
         program(tmp_path, name, body)
-    script = rendered(config(workdir=str(tmp_path), job="pretrain"))
+    script = render(config(workdir=str(tmp_path), job="pretrain"))
     slurm = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "41", "TOLD": "1"}
     result = run(f"cd {tmp_path}\n{script}", tmp_path, **slurm, REQUEUED=str(tmp_path / "requeued"))
     assert result.returncode == 75, result.stderr
@@ -344,7 +344,7 @@ def test_a_slow_first_node_is_queued_again_too(tmp_path: Path) -> None:
 def test_a_node_that_is_stopped_says_so(tmp_path: Path) -> None:
     """SIGTERM goes on to the command; that it failed because of it is 75, whatever it said itself."""
     program(tmp_path, "potstill", "import pathlib, time; pathlib.Path('up').touch(); time.sleep(60)")
-    script = rendered(config(launcher="torchrun", workdir=str(tmp_path)))
+    script = render(config(launcher="torchrun", workdir=str(tmp_path)))
     outside = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with subprocess.Popen(["bash", "-c", script], env=outside) as process:
         while not (tmp_path / "up").exists():

@@ -62,5 +62,5 @@ def test_full_scale_reads_r1_and_trains_the_six() -> None:
 def test_a_pool_over_ray_needs_no_folder_here() -> None:
     pool = {"backend": "ray", "model": "r1", "base_urls": ["http://a/v1", "http://b/v1"]}
     recipe = load_recipe(REPOSITORY / "pipelines/recipes/tiny.yaml", [f"teacher={json.dumps(pool)}"])
-    checks = dict(recipe_checks(recipe))
+    checks = dict(recipe_checks(recipe, REPOSITORY))
     assert checks["teacher"]() == "r1 over Ray: http://a/v1, http://b/v1"

@@ -23,6 +23,7 @@ from distill.records import Completion, FinishReason, Problem, Sampling, Teacher
 from distill.tables import read_records
 from distill.verify.judge import DIFFERENT, SAME
 from distill.verify.verifier import RuleVerifier
+from pipelines.context import Context
 from pipelines.stages import generate as generate_stage
 from pipelines.stages.curate import curate
 from pipelines.stages.generate import generate
@@ -78,13 +79,8 @@ def recipe(folder: Path, **generate_: Any) -> Recipe:
 
 
 def run(folder: Path, teacher: ScriptedTeacher, what: Recipe | None = None, progress: Any = None) -> Any:
-    return generate(
-        what or recipe(folder),
-        folder / "generate",
-        progress or silent(),
-        base_dir=folder,
-        open_teacher=lambda config: teacher,
-    )
+    context = Context(folder, progress or silent(), open_teacher=lambda config: teacher)
+    return generate(what or recipe(folder), folder, context)
 
 
 def expected(what: Recipe) -> dict[int, int]:
@@ -176,7 +172,7 @@ def test_verdicts_made_on_the_way_are_not_made_again_by_curation(
 
     manifest = run(tmp_path, ScriptedTeacher())
     monkeypatch.setattr(RuleVerifier, "verify", counted)
-    curated = curate(recipe(tmp_path), tmp_path, progress=silent(), base_dir=tmp_path)
+    curated = curate(recipe(tmp_path), tmp_path, Context(tmp_path))
     assert sum(asked) == 0
     verified = read_manifest(tmp_path / "curate" / "verify")
     assert verified is not None

@@ -12,8 +12,8 @@ import pytest
 
 from distill.ledger import Ledger
 from distill.manifest import MANIFEST
-from distill.progress import silent
 from distill.recipe import Recipe
+from pipelines.context import Context
 from pipelines.stages.generate import generate
 from tests.teacher.chat_endpoint import ChatEndpoint, serving
 from tests.teacher.v3_models import tiny_config, write_model_folder
@@ -50,12 +50,12 @@ class World:
                 "eval": {"held_out": {"families": {"gcd": {}}, "count": 9, "split": "held_out"}},
             }
         )
-        (self.folder / "out" / MANIFEST).unlink(missing_ok=True)  # the ledger shall answer, not the complete stage
-        manifest = generate(recipe, self.folder / "out", silent(), base_dir=self.folder)
+        (self.folder / "generate" / MANIFEST).unlink(missing_ok=True)  # the ledger shall answer, not the complete stage
+        manifest = generate(recipe, self.folder, Context(self.folder))
         return int(manifest.counts["reused"])
 
     def num_stored(self) -> int:
-        with Ledger.open(self.folder / "out" / "ledger.sqlite") as ledger:
+        with Ledger.open(self.folder / "generate" / "ledger.sqlite") as ledger:
             return len(ledger)
 
 
@@ -134,7 +134,7 @@ def asked_once(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_native(
     what: str, asked_once: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(asked_once / "out", tmp_path / "out")
+    shutil.copytree(asked_once / "generate", tmp_path / "generate")
     shutil.copytree(model_folder, tmp_path / "teacher")
     world = World(tmp_path, {"backend": "native", "model": str(tmp_path / "teacher")})
     world.patch = monkeypatch

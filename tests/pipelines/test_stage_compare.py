@@ -8,9 +8,11 @@ import pytest
 from distill.errors import DataError
 from distill.manifest import read_manifest
 from distill.recipe import Recipe
+from pipelines.context import Context
 from pipelines.stages.compare import compare
 from tests.eval.synthetic_run import write_synthetic_run
 
+HERE = Context(base_dir=Path())
 RECIPE = Recipe.model_validate(
     {
         "name": "pico",
@@ -28,39 +30,39 @@ def run_dir(tmp_path) -> Path:
 
 
 def test_the_report_is_written_once_and_again_when_a_score_changes(run_dir):
-    first = compare(RECIPE, run_dir)
+    first = compare(RECIPE, run_dir, HERE)
     names = {"index.html", "summary.json", "accuracy_by_parameters.png", "accuracy_by_family.png", "filter_funnel.png"}
     assert set(first.outputs) == names
     assert first.counts["models"] == 13
     page = run_dir / "report" / "index.html"
     stamp = page.stat().st_mtime_ns
-    assert compare(RECIPE, run_dir) == first
+    assert compare(RECIPE, run_dir, HERE) == first
     assert page.stat().st_mtime_ns == stamp
     cards = json.loads((run_dir / "eval" / "teacher" / "scores.json").read_text())
     cards[0]["value"] = 0.123
     (run_dir / "eval" / "teacher" / "scores.json").write_text(json.dumps(cards))
-    assert compare(RECIPE, run_dir).fingerprint != first.fingerprint
+    assert compare(RECIPE, run_dir, HERE).fingerprint != first.fingerprint
     assert "12.3" in page.read_text()
 
 
 def test_a_damaged_report_is_written_again(run_dir):
-    first = compare(RECIPE, run_dir)
+    first = compare(RECIPE, run_dir, HERE)
     (run_dir / "report" / "index.html").write_text("torn")
-    again = compare(RECIPE, run_dir)
+    again = compare(RECIPE, run_dir, HERE)
     assert again.fingerprint == first.fingerprint
     assert "potstill" in (run_dir / "report" / "index.html").read_text()
 
 
 def test_nothing_scored_is_one_line_and_nothing_written(tmp_path):
     with pytest.raises(DataError, match="run eval first"):
-        compare(RECIPE, tmp_path / "pico")
+        compare(RECIPE, tmp_path / "pico", HERE)
     assert not (tmp_path / "pico" / "report").exists()
 
 
 @pytest.mark.parametrize("name", ["funnel.json", "audit.json"])
 def test_a_broken_file_of_curation_leaves_no_manifest(run_dir, name):
-    compare(RECIPE, run_dir)
+    compare(RECIPE, run_dir, HERE)
     (run_dir / "curate" / name).write_text("{")
     with pytest.raises(DataError, match=name):
-        compare(RECIPE, run_dir)
+        compare(RECIPE, run_dir, HERE)
     assert read_manifest(run_dir / "report") is None

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
-from distill.curate import Dropped, GradedTrace
+from distill.curate import DroppedTrace, GradedTrace
 from distill.errors import DataError, EnvironmentFault, RecipeError
 from distill.manifest import read_manifest
 from distill.problems import load_problems
 from distill.problems.stream import PICO_FAMILIES
 from distill.problems.worked import worked_solution
-from distill.progress import silent
 from distill.recipe import Recipe
 from distill.records import Example, FinishReason, Problem, Trace, Verdict
 from distill.tables import read_records, write_records
 from distill.verify import kept as kept_module
 from distill.verify.verifier import RuleVerifier
+from pipelines.context import Context
 from pipelines.stages import curate as stage_module
 from pipelines.stages.curate import curate
 
@@ -66,7 +66,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def run(run_dir: Path, what: Recipe | None = None) -> Any:
-    return curate(what or recipe(), run_dir, progress=silent(), base_dir=run_dir)
+    return curate(what or recipe(), run_dir, Context(run_dir))
 
 
 def test_from_traces_to_examples(run_dir: Path) -> None:
@@ -89,7 +89,7 @@ def test_from_traces_to_examples(run_dir: Path) -> None:
         e.completion.startswith("<think>\n") and d.completion.startswith("\\boxed{")
         for e, d in zip(examples, direct, strict=True)
     )
-    assert len(read_records(out / "dropped.parquet", Dropped)) == 120
+    assert len(read_records(out / "dropped.parquet", DroppedTrace)) == 120
 
 
 def test_nothing_runs_twice_and_other_filters_need_no_new_grading(
@@ -182,7 +182,9 @@ def test_questions_of_the_evaluation_are_dropped_with_their_text(run_dir: Path) 
     (bench / "math500.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     suites = {**recipe().eval.model_dump(), "suites": ["pico", "math500"], "bench_data": str(bench)}
     assert run(run_dir, recipe(eval=suites)).counts["examples"] == 37
-    leaks = [d for d in read_records(run_dir / "curate" / "dropped.parquet", Dropped) if d.filter == "decontaminate"]
+    leaks = [
+        d for d in read_records(run_dir / "curate" / "dropped.parquet", DroppedTrace) if d.filter == "decontaminate"
+    ]
     assert {d.problem_id for d in leaks} == {problem.id for problem in problems[:3]}
     assert all(d.detail.startswith("is the held-out question") for d in leaks)
 

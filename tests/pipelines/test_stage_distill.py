@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 from distill.errors import CheckpointError, DataError, EnvironmentFault
 from distill.manifest import read_manifest
-from distill.progress import silent
 from distill.recipe import Recipe, parse
+from pipelines.context import Context
 from pipelines.stages.distill import distill
 from tests.students.tiny_bases import make_base, make_examples, make_student
 
@@ -72,7 +72,7 @@ def stamps(run: Path) -> dict[str, int]:
 def test_one_after_the_other_then_nothing_then_what_changed(run):
     recipe = recipe_of(run, ["small"], methods=["distilled", "direct"])
     recorder = Recorder()
-    manifest = distill(recipe, run, progress=recorder)
+    manifest = distill(recipe, run, Context(Path(), recorder))
     assert manifest.counts["trained"] == 2
     assert recorder.steps["train small-distilled"] == recorder.steps["train small-direct"] == 16
     inner = read_manifest(run / "distill" / "small-distilled")
@@ -80,22 +80,22 @@ def test_one_after_the_other_then_nothing_then_what_changed(run):
     assert inner.counts["last_loss"] < inner.counts["first_loss"]
     before = stamps(run)
     again = Recorder()
-    assert distill(recipe, run, progress=again) == manifest
+    assert distill(recipe, run, Context(Path(), again)) == manifest
     assert (again.steps, stamps(run)) == ({}, before)
     make_examples(run / "curate" / "direct.parquet", direct=True, seed=1)
-    assert distill(recipe, run, progress=silent()).counts["trained"] == 1
+    assert distill(recipe, run, Context(Path())).counts["trained"] == 1
     changed = stamps(run)
     assert {name for name in changed if changed[name] != before[name]} == {"small-direct"}
     other = recipe_of(run, ["small"], methods=["distilled", "direct"], overrides={"lr": 1e-3})
-    assert distill(other, run, progress=silent()).counts["trained"] == 2
-    assert distill(other.model_copy(update={"name": "renamed"}), run, progress=again).counts["trained"] == 2
+    assert distill(other, run, Context(Path())).counts["trained"] == 2
+    assert distill(other.model_copy(update={"name": "renamed"}), run, Context(Path(), again)).counts["trained"] == 2
     assert again.steps == {}
 
 
 def test_examples_that_are_not_there_are_named(run):
     (run / "curate" / "direct.parquet").unlink()
     with pytest.raises(DataError, match=r"direct\.parquet: not there yet"):
-        distill(recipe_of(run, methods=["distilled", "direct"]), run, progress=silent())
+        distill(recipe_of(run, methods=["distilled", "direct"]), run, Context(Path()))
     assert not (run / "distill").exists()
 
 
@@ -104,14 +104,14 @@ def test_side_by_side_gives_what_one_after_the_other_gives(run):
     recorder = Recorder()
     recipe = recipe_of(run, methods=["distilled", "direct"])
     side = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"num_workers": 2})})
-    manifest = distill(side, run, progress=recorder)
+    manifest = distill(side, run, Context(Path(), recorder))
     assert recorder.steps["train large-distilled"] == 16
     assert len([name for name in recorder.steps if name.startswith("train")]) == 4
     assert multiprocessing.active_children() == []
-    assert distill(recipe, run, progress=silent()) == manifest  # the number of workers changes nothing
+    assert distill(recipe, run, Context(Path())) == manifest  # the number of workers changes nothing
     kept = run.parent / "kept"
     shutil.move(run / "distill", kept)
-    distill(recipe, run, progress=silent())
+    distill(recipe, run, Context(Path()))
     for name in manifest.outputs:
         one, other = (load_file(folder / name / "model.safetensors") for folder in (kept, run / "distill"))
         assert_close(one, other, rtol=1e-3, atol=1e-3)  # sums in the order of one thread and of several, through Adam
@@ -124,7 +124,7 @@ def test_a_failing_student_ends_the_stage_with_its_own_error(run):
     broken["model.norm.weight"][0] = float("nan")
     save_file(broken, weights, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"base-small: model\.norm\.weight: has values that are not finite"):
-        distill(recipe_of(run, num_workers=2), run, progress=silent())
+        distill(recipe_of(run, num_workers=2), run, Context(Path()))
     assert multiprocessing.active_children() == []
     assert not (run / "distill" / "manifest.json").exists()
 
@@ -142,10 +142,10 @@ def test_a_killed_worker_and_ctrl_c_leave_a_stage_that_goes_on(run, end):
     recipe = recipe_of(run, num_workers=2)
     expected, do = (EnvironmentFault, kill) if end == "kill" else (KeyboardInterrupt, interrupt)
     with pytest.raises(expected):
-        distill(recipe, run, progress=Recorder(("train large-distilled", 8), do))
+        distill(recipe, run, Context(Path(), Recorder(("train large-distilled", 8), do)))
     assert multiprocessing.active_children() == []
     assert not (run / "distill" / "large-distilled" / "model.safetensors").exists()
     recorder = Recorder()
-    distill(recipe, run, progress=recorder)
+    distill(recipe, run, Context(Path(), recorder))
     assert (run / "distill" / "large-distilled" / "model.safetensors").exists()
     assert recorder.steps["train large-distilled"] < 16  # from a checkpoint on, not from the start

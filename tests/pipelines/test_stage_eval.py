@@ -12,10 +12,12 @@ from distill.problems import load_problems, split_of
 from distill.recipe import Recipe
 from distill.records import Example, Problem
 from distill.tables import read_records, write_records
+from pipelines.context import Context
 from pipelines.stages.eval import HELD_OUT, evaluate
 from tests.eval.tiny_models import save_tiny_model
 from tests.teacher.v3_models import tiny_config, write_model_folder
 
+ALONE = Context(Path(), num_workers=1)
 FAMILIES = {"gcd": {"min_value": 1, "max_value": 99}, "chain_sum": {"min_terms": 2, "max_terms": 3}}
 
 
@@ -79,7 +81,7 @@ def stamps(run_dir: Path) -> dict[str, int]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_model_is_scored_once(student, run_dir, workers):
     recipe = recipe_of(student)
-    manifest = evaluate(recipe, run_dir, num_workers=workers)
+    manifest = evaluate(recipe, run_dir, Context(Path(), num_workers=workers))
     counted = {"held_out": 6, "training_questions": 1, "shared_with_training": 0, "models": 3, "samples": 3 * 6 * 2}
     assert manifest.counts == counted
     problems = read_records(run_dir / "eval" / HELD_OUT, Problem)
@@ -93,14 +95,14 @@ def test_every_model_is_scored_once(student, run_dir, workers):
         assert (total["num_parameters"] > total["num_active_parameters"]) == (role == "teacher")
         assert {card["suite"] for card in families} == {f"pico/{family}" for family in FAMILIES}
     before = stamps(run_dir)
-    assert evaluate(recipe, run_dir, num_workers=workers) == manifest
+    assert evaluate(recipe, run_dir, Context(Path(), num_workers=workers)) == manifest
     assert stamps(run_dir) == before, "the second time nothing is done"
 
 
 def test_the_engine_scores_bases_and_students_too(student, run_dir):
-    before = evaluate(recipe_of(student), run_dir, num_workers=1)
+    before = evaluate(recipe_of(student), run_dir, ALONE)
     samples = {path: path.read_bytes() for path in (run_dir / "eval").glob("*/samples.parquet")}
-    manifest = evaluate(recipe_of(student, engine="native"), run_dir, num_workers=1)
+    manifest = evaluate(recipe_of(student, engine="native"), run_dir, ALONE)
     assert manifest.counts == before.counts
     changed = {path.parent.name for path, content in samples.items() if path.read_bytes() != content}
     assert changed == {"mini-base", "mini-distilled"}, "the teacher's own backend is the engine in both"
@@ -113,10 +115,10 @@ def test_the_engine_scores_bases_and_students_too(student, run_dir):
 
 def test_only_what_changed_is_scored_again(student, run_dir, bases):
     recipe = recipe_of(student)
-    evaluate(recipe, run_dir, num_workers=1)
+    evaluate(recipe, run_dir, ALONE)
     before = stamps(run_dir)
     save_tiny_model(run_dir / "distill" / "mini-distilled", template="thinking", seed=2)
-    evaluate(recipe, run_dir, num_workers=1)
+    evaluate(recipe, run_dir, ALONE)
     after = stamps(run_dir)
     changed = {Path(path).parent.name for path in after if after[path] != before.get(path)}
     assert "mini-distilled" in changed
@@ -125,12 +127,12 @@ def test_only_what_changed_is_scored_again(student, run_dir, bases):
 
 def test_an_interrupted_run_resumes_to_the_same_scores(student, run_dir, tmp_path):
     recipe = recipe_of(student)
-    evaluate(recipe, run_dir, num_workers=1)
+    evaluate(recipe, run_dir, ALONE)
     whole = {p.parent.name: p.read_bytes() for p in (run_dir / "eval").glob("*/samples.parquet")}
     (run_dir / "eval" / "manifest.json").unlink()
     (run_dir / "eval" / "mini-base" / "manifest.json").unlink()
     (run_dir / "eval" / "mini-base" / "scores.json").write_text("[")
-    evaluate(recipe, run_dir, num_workers=1)
+    evaluate(recipe, run_dir, ALONE)
     assert {p.parent.name: p.read_bytes() for p in (run_dir / "eval").glob("*/samples.parquet")} == whole
 
 
@@ -140,11 +142,11 @@ def test_a_held_out_question_in_the_training_set_is_an_error(student, run_dir):
     path = run_dir / "curate" / "examples.parquet"
     write_records(path, [example("  " + leaked.prompt.replace(" ", "\n"))], Example)
     with pytest.raises(DataError, match=r"1 of 6 held-out questions occur among the training examples"):
-        evaluate(recipe, run_dir, num_workers=1)
+        evaluate(recipe, run_dir, ALONE)
     assert not (run_dir / "eval" / "manifest.json").exists()
 
 
 def test_an_untrained_student_is_one_line_and_nothing_written(student, tmp_path):
     with pytest.raises(DataError, match=r"mini-distilled: this student has not been trained yet"):
-        evaluate(recipe_of(student), tmp_path / "tiny")
+        evaluate(recipe_of(student), tmp_path / "tiny", Context(Path()))
     assert not (tmp_path / "tiny").exists()

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from distill.errors import CheckpointError, DataError, EnvironmentFault, Preempted
 from distill.ledger import Ledger
 from distill.manifest import read_manifest
-from distill.progress import silent
 from distill.recipe import Recipe
 from distill.records import Completion, Problem, Sampling, TeacherIdentity, Trace, TraceRequest
 from distill.tables import read_records
+from pipelines.context import Context
 from pipelines.rounds import FLUSH_SAMPLES
 from pipelines.stages.generate import generate
 from tests.repository import REPOSITORY
@@ -74,15 +74,16 @@ def local_recipe(folder: Path) -> Recipe:
     return Recipe.model_validate({**recipe().model_dump(), "problems": [{"kind": "local", "path": "p.jsonl"}]})
 
 
-def run(out: Path, teacher: SumTeacher, what: Recipe | None = None) -> Any:
-    return generate(what or recipe(), out, silent(), base_dir=out.parent, open_teacher=lambda config: teacher)
+def run(run_dir: Path, teacher: SumTeacher, what: Recipe | None = None) -> Any:
+    context = Context(run_dir.parent, open_teacher=lambda config: teacher)
+    return generate(what or recipe(), run_dir, context)
 
 
 def test_traces_follow_the_order_of_problems_and_indices(tmp_path: Path) -> None:
     teacher = SumTeacher()
     manifest = run(tmp_path / "g", teacher)
-    problems = read_records(tmp_path / "g" / "problems.parquet", Problem)
-    traces = read_records(tmp_path / "g" / "traces", Trace)
+    problems = read_records(tmp_path / "g/generate" / "problems.parquet", Problem)
+    traces = read_records(tmp_path / "g/generate" / "traces", Trace)
     assert len(problems) == 100
     assert [(t.problem_id, t.sample_index) for t in traces] == [(p.id, i) for p in problems for i in range(2)]
     assert len({t.text for t in traces}) == len({t.key for t in traces}) == 200
@@ -96,14 +97,14 @@ def test_traces_follow_the_order_of_problems_and_indices(tmp_path: Path) -> None
 
 def test_the_second_run_does_nothing_and_opens_no_teacher(tmp_path: Path) -> None:
     first = run(tmp_path / "g", SumTeacher())
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "g").iterdir()}
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "g/generate").iterdir()}
 
     def refuse(config: object) -> SumTeacher:
         raise AssertionError("the teacher is not needed")
 
     faster = recipe(max_concurrency=3, timeout_s=5)
-    assert generate(faster, tmp_path / "g", silent(), base_dir=tmp_path, open_teacher=refuse) == first
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "g").iterdir()} == stamps
+    assert generate(faster, tmp_path / "g", Context(tmp_path, open_teacher=refuse)) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "g/generate").iterdir()} == stamps
 
 
 def test_the_cost_is_that_of_the_samples_however_often_it_was_resumed(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_another_teacher_is_asked_for_everything(tmp_path: Path) -> None:
     other = SumTeacher(identity=IDENTITY.model_copy(update={"backend_version": "2"}))
     run(tmp_path / "g", other, recipe(revision="two"))
     assert len(other.asked) == 200
-    with Ledger.open(tmp_path / "g" / "ledger.sqlite") as ledger:
+    with Ledger.open(tmp_path / "g/generate" / "ledger.sqlite") as ledger:
         assert len(ledger) == 400
 
 
@@ -161,11 +162,11 @@ def test_any_interruptions_leave_the_same_bytes_and_ask_nothing_twice(
         with expected:
             run(folder / "stopped", teacher, recipe(2, 60))
         asked += [(request.problem.id, request.sample_index) for request in teacher.asked]
-        done = read_manifest(folder / "stopped")
+        done = read_manifest(folder / "stopped/generate")
         assert (done is not None) == (len(asked) == 120)
     assert len(asked) == len(set(asked)) == 120
     for name in ("traces/part-00000.parquet", "problems.parquet"):
-        assert (folder / "stopped" / name).read_bytes() == (folder / "straight" / name).read_bytes()
+        assert (folder / "stopped/generate" / name).read_bytes() == (folder / "straight/generate" / name).read_bytes()
 
 
 CHILD = """
@@ -178,8 +179,8 @@ CHILD = """
             time.sleep(600)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands on that it is ignored
     try:
-        out = Path(sys.argv[1])
-        run(out, SumTeacher(seed=int(sys.argv[2]), on_sample=wait), local_recipe(out.parent))
+        run_dir = Path(sys.argv[1])
+        run(run_dir, SumTeacher(seed=int(sys.argv[2]), on_sample=wait), local_recipe(run_dir.parent))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as exc:
@@ -188,10 +189,10 @@ CHILD = """
 """
 
 
-def start(out: Path, seed: int, at: int) -> subprocess.Popen[str]:
+def start(run_dir: Path, seed: int, at: int) -> subprocess.Popen[str]:
     """A run whose teacher has handed `at` samples over and hangs at the next one, after a line that says so."""
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(CHILD), str(out), str(seed), str(at)],
+        [sys.executable, "-c", textwrap.dedent(CHILD), str(run_dir), str(seed), str(at)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
@@ -217,9 +218,9 @@ def test_signals_leave_a_run_that_goes_on(tmp_path: Path) -> None:
         out = child.stdout.read()
         assert child.wait() == code
         assert ("stopped by SIGTERM" in out) == (number == signal.SIGTERM)
-        assert read_manifest(tmp_path / "g") is None
+        assert read_manifest(tmp_path / "g/generate") is None
         expected += kept
-        with Ledger.open(tmp_path / "g" / "ledger.sqlite") as ledger:
+        with Ledger.open(tmp_path / "g/generate" / "ledger.sqlite") as ledger:
             # What comes slowly is flushed by time as well, so on a machine that crawls a kill loses less.
             assert expected <= len(ledger) <= expected + (at - kept if number == signal.SIGKILL else 0)
             expected = len(ledger)
@@ -228,7 +229,7 @@ def test_signals_leave_a_run_that_goes_on(tmp_path: Path) -> None:
     assert manifest.counts["reused"] == 200 - len(teacher.asked) == expected
     run(tmp_path / "straight", SumTeacher(), local_recipe(tmp_path))
     for name in ("traces/part-00000.parquet", "problems.parquet"):
-        assert (tmp_path / "g" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+        assert (tmp_path / "g/generate" / name).read_bytes() == (tmp_path / "straight/generate" / name).read_bytes()
 
 
 def test_a_teacher_that_leaves_samples_out_is_not_complete(tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_a_teacher_that_leaves_samples_out_is_not_complete(tmp_path: Path) -> No
 
     with pytest.raises(EnvironmentFault, match="left 3 samples out"):
         run(tmp_path / "g", Lazy())
-    assert read_manifest(tmp_path / "g") is None
+    assert read_manifest(tmp_path / "g/generate") is None
 
 
 def test_a_full_disk_is_exit_three_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +251,7 @@ def test_a_full_disk_is_exit_three_and_the_run_goes_on(tmp_path: Path, monkeypat
         with pytest.raises(EnvironmentFault, match="No space left") as caught:
             run(tmp_path / "g", SumTeacher())
     assert caught.value.exit_code == 3
-    assert not list((tmp_path / "g").glob("*.parquet"))
+    assert not list((tmp_path / "g/generate").glob("*.parquet"))
     assert run(tmp_path / "g", SumTeacher()).counts["samples"] == 200
 
 

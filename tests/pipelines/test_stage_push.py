@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,24 +18,25 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.errors import DataError, RecipeError
-from distill.progress import silent
 from distill.recipe import load_recipe
 from distill.records import ScoreCard
+from pipelines.context import Context
 from pipelines.stages.distill import distill
 from pipelines.stages.push import best_student, push
 from tests.students.loopback_hub import TOKEN, loopback_hub
 from tests.students.tiny_bases import make_base, make_examples, make_student
 
+DRY = Context(Path(), dry_run=True)
 # The endpoint is read when huggingface_hub is imported: every push is a process of its own.
 PUSH = """
 import sys
 from pathlib import Path
 from distill.errors import PotstillError
-from distill.progress import silent
 from distill.recipe import load_recipe
+from pipelines.context import Context
 from pipelines.stages.push import push
 try:
-    push(load_recipe(Path(sys.argv[1]), sys.argv[3:]), Path(sys.argv[2]), progress=silent())
+    push(load_recipe(Path(sys.argv[1]), sys.argv[3:]), Path(sys.argv[2]), Context(Path()))
 except PotstillError as exc:
     sys.stderr.write(f"{exc.exit_code} {exc}")
     sys.exit(exc.exit_code)
@@ -74,7 +76,7 @@ def trained(tmp_path_factory):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     run = folder / "run"
     make_examples(run / "curate" / "examples.parquet")
-    distill(load_recipe(folder / "recipe.yaml"), run, progress=silent())
+    distill(load_recipe(folder / "recipe.yaml"), run, Context(Path()))
     for name, cards in {
         "tiny-distilled": [card_of("tiny-distilled", 0.75, 20), card_of("tiny-distilled", 0.9, 20, suite="pico/sums")],
         "tiny": [card_of("tiny", 0.9, 20, "base")],
@@ -106,7 +108,7 @@ def test_a_dry_run_shows_the_tree_and_touches_nothing(trained, monkeypatch):
         raise AssertionError("a dry run opened a socket")
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    counts = push(load_recipe(recipe), run, progress=silent(), dry_run=True).counts
+    counts = push(load_recipe(recipe), run, DRY).counts
     assert (counts["repo"], counts["private"]) == ("potstill-tiny", True)
     model = run / "distill" / "tiny-distilled"
     assert counts["tree"]["model.safetensors"] == (model / "model.safetensors").stat().st_size
@@ -207,8 +209,8 @@ def test_a_student_that_is_not_there_and_scores_that_are_none_are_named(trained,
     recipe, run = trained
     named = load_recipe(recipe, ["push.student=tinny"])
     with pytest.raises(RecipeError, match=r"push\.student: no distilled student 'tinny' .*did you mean 'tiny'\?"):
-        push(named, run, progress=silent(), dry_run=True)
+        push(named, run, DRY)
     (tmp_path / "eval" / "x").mkdir(parents=True)
     (tmp_path / "eval" / "x" / "scores.json").write_text("[{}]")
     with pytest.raises(DataError, match=r"scores\.json: not a file of score cards"):
-        push(load_recipe(recipe), tmp_path, progress=silent(), dry_run=True)
+        push(load_recipe(recipe), tmp_path, DRY)

@@ -13,24 +13,25 @@ import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
-from distill.curate import Dropped
+from distill.curate import DroppedTrace
 from distill.errors import DataError, RecipeError
 from distill.export import export_traces
 from distill.ledger import Ledger
 from distill.manifest import run_stage
 from distill.problems import load_problems
 from distill.problems.worked import worked_solution
-from distill.progress import silent
 from distill.publish import traces as module
 from distill.recipe import Recipe, load_recipe
 from distill.records import Example, Problem, Trace, Verdict
 from distill.tables import read_records, write_records
+from pipelines.context import Context
 from pipelines.stages.curate import curate
 from pipelines.stages.push_traces import push_traces
 from tests.pipelines.tiny_world import potstill, write_yaml
 from tests.students.loopback_hub import TOKEN, loopback_hub
 
 SYSTEM = "Please reason | step by step,\nand box the answer."
+DRY = Context(Path(), dry_run=True)
 IDENTITY = {"name": "x", "weights": "w" * 8, "template": "t" * 8, "backend": "openai", "backend_version": "1"}
 
 
@@ -69,7 +70,7 @@ def write_run(folder: Path) -> Path:
 
     config = {"problems": [source.model_dump(mode="json") for source in recipe.problems]}
     run_stage("generate", {}, config, out, body, ("problems.parquet", "traces"))
-    curate(recipe, folder / "runs" / "t", progress=silent(), base_dir=folder)
+    curate(recipe, folder / "runs" / "t", Context(folder))
     return path
 
 
@@ -83,7 +84,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dry(world: Path, **settings: Any) -> tuple[Any, Path]:
     recipe = Recipe.model_validate({**load_recipe(world / "recipe.yaml").model_dump(), "push_traces": settings})
     run_dir = world / "runs" / "t"
-    return push_traces(recipe, run_dir, progress=silent(), dry_run=True), run_dir / "push-traces" / "layout" / "dataset"
+    return push_traces(recipe, run_dir, DRY), run_dir / "push-traces" / "layout" / "dataset"
 
 
 def test_what_is_laid_out_loads_and_holds_every_sample(world: Path, tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_what_is_laid_out_loads_and_holds_every_sample(world: Path, tmp_path: Pa
         assert (row["source"], row["problem_id"]) == (example.source, example.problem_id)
     traces = read_records(run / "generate" / "traces", Trace)
     assert every["trace_key"][:] == [trace.key for trace in traces]
-    dropped = {one.key: one for one in read_records(run / "curate" / "dropped.parquet", Dropped)}
+    dropped = {one.key: one for one in read_records(run / "curate" / "dropped.parquet", DroppedTrace)}
     assert {row["trace_key"]: row["dropped_by"] for row in every if row["dropped_by"]} == {
         key: one.filter for key, one in dropped.items()
     }
@@ -260,7 +261,7 @@ def test_faults_are_one_line(world: Path, tmp_path: Path) -> None:
     ):
         dry(world, licences={"lmc": "mit"})
     with pytest.raises(DataError, match="not there yet; run `potstill distill` with this recipe first"):
-        push_traces(load_recipe(world / "recipe.yaml"), tmp_path, progress=silent(), dry_run=True)
+        push_traces(load_recipe(world / "recipe.yaml"), tmp_path, DRY)
     assert not list(tmp_path.iterdir())
     done = potstill("push-traces", world / "recipe.yaml", "--out", tmp_path, "--dry-run")
     assert done.returncode == 2

@@ -111,7 +111,7 @@ def running(pid: int) -> bool:
 
 def test_a_job_outlives_one_of_its_two_nodes(world: Any) -> None:
     config = {"model": str(world.folder / "model"), "num_replicas": 2, "max_concurrency": 4, "address": world.address}
-    teacher = open_teacher(RayTeacher.model_validate(config), log_dir=world.folder / "logs")
+    teacher = open_teacher(RayTeacher.model_validate(config), base_dir=Path.cwd(), log_dir=world.folder / "logs")
     assert isinstance(teacher, Teacher)
     native = open_native(world.folder / "model", batch_size=1).identity
     assert teacher.identity == native.model_copy(update={"backend": "vllm", "backend_version": "0.31.0"})
@@ -151,7 +151,7 @@ def test_the_key_is_in_nothing_that_ray_or_the_servers_wrote(world: Any) -> None
 def pool(world: Any, *endpoints: ChatEndpoint, **settings: Any) -> RayBackend:
     urls = [endpoint.url for endpoint in endpoints]
     tree = {"model": "pico", "base_urls": urls, "address": world.address, "max_concurrency": 4, "max_retries": 1}
-    teacher = open_teacher(RayTeacher.model_validate(tree | settings))
+    teacher = open_teacher(RayTeacher.model_validate(tree | settings), base_dir=Path.cwd())
     assert isinstance(teacher, RayBackend)
     return teacher
 
@@ -203,4 +203,4 @@ def _refuse() -> Any:
 def test_without_ray_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(EnvironmentFault, match=r"^ray: is not installed: pip install 'potstill\[ray\]'"):
-        open_teacher(RayTeacher(model="x", base_urls=("http://127.0.0.1:1/v1",)))
+        open_teacher(RayTeacher(model="x", base_urls=("http://127.0.0.1:1/v1",)), base_dir=Path.cwd())

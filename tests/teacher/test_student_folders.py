@@ -62,7 +62,7 @@ def test_what_changes_results_changes_the_identity() -> None:
 def test_the_end_of_a_turn_ends_an_answer_where_only_the_template_says_so(tmp_path: Path) -> None:
     folder = shutil.copytree(STUDENTS / NAMES[0], tmp_path / "base")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
-    teacher = open_teacher(NativeTeacher(model=str(folder)))
+    teacher = open_teacher(NativeTeacher(model=str(folder)), base_dir=Path())
     assert isinstance(teacher, NativeBackend)
     assert teacher.engine.eos_token_ids == {2, 3}
 
@@ -72,7 +72,7 @@ def test_an_unknown_architecture_is_one_line(tmp_path: Path) -> None:
     tree = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(tree | {"model_type": "qwen4"}))
     with pytest.raises(CheckpointError, match=r"config.json: model_type: .*'qwen4'; did you mean 'qwen[23]'"):
-        open_teacher(NativeTeacher(model=str(folder)))
+        open_teacher(NativeTeacher(model=str(folder)), base_dir=Path())
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
 @contextlib.contextmanager
 def backend(folder: Path, environment: dict[str, str] | None = None, **settings: Any) -> Iterator[VllmBackend]:
     settings = {"model": str(folder), "environment": environment or {}, "max_concurrency": 4, **settings}
-    teacher = open_teacher(VllmTeacher.model_validate(settings), log_dir=folder.parent)
+    teacher = open_teacher(VllmTeacher.model_validate(settings), base_dir=Path.cwd(), log_dir=folder.parent)
     assert isinstance(teacher, VllmBackend)
     try:
         yield teacher
@@ -183,10 +183,10 @@ def test_a_vllm_that_is_missing_or_too_old_is_one_line(
 ) -> None:
     write_version(stand_in, "0.21.3")
     with pytest.raises(EnvironmentFault, match=r"^vllm: 0\.21\.3 is too old: potstill needs 0\.22\.0 or later$"):
-        open_teacher(VllmTeacher(model=str(folder)))
+        open_teacher(VllmTeacher(model=str(folder)), base_dir=Path.cwd())
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(EnvironmentFault, match=r"^vllm: is not installed: `make setup-vllm`"):
-        open_teacher(VllmTeacher(model=str(folder)))
+        open_teacher(VllmTeacher(model=str(folder)), base_dir=Path.cwd())
 
 
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(stand_in: Path, folder: Path) -> None:
@@ -244,7 +244,7 @@ OWNER = """
     from teacher.backends import open_teacher, vllm_server
 
     vllm_server.GRACE_S = 1.0
-    teacher = open_teacher(VllmTeacher(model=sys.argv[1]), log_dir=Path(sys.argv[1]).parent)
+    teacher = open_teacher(VllmTeacher(model=sys.argv[1]), base_dir=Path.cwd(), log_dir=Path(sys.argv[1]).parent)
     request = TraceRequest(problem=Problem(prompt="?", answer="x", grader="math", source="t"), sample_index=0)
     list(teacher.generate([request], Sampling()))
     print("up", flush=True)

@@ -25,6 +25,7 @@ from distill.ledger import Ledger
 from distill.progress import Task
 from distill.recipe import Recipe
 from distill.records import Completion, Sampling, TeacherIdentity, Trace, TraceRequest
+from pipelines.context import Context
 from pipelines.stages import curate as curate_stage
 from pipelines.stages.generate import generate
 
@@ -90,8 +91,9 @@ def recipe_of(folder: Path, num_samples: int) -> Recipe:
 def chain(folder: Path, seed: int, num_samples: int) -> None:
     recipe = recipe_of(folder, num_samples)
     teacher = ScriptedTeacher(seed, folder / "asked")
-    generate(recipe, folder / "generate", Announcing(), base_dir=folder, open_teacher=lambda config: teacher)
-    curate_stage.curate(recipe, folder, progress=Announcing(), base_dir=folder)
+    context = Context(folder, Announcing(), open_teacher=lambda config: teacher)
+    generate(recipe, folder, context)
+    curate_stage.curate(recipe, folder, context)
 
 
 def acknowledge(folder: Path) -> None:

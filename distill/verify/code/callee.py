@@ -57,7 +57,7 @@ def hold(value: Any, held: list[Any]) -> str:
 
 
 def find(where: str, program: ModuleType, held: list[Any]) -> Any:
-    """What a reference stands for: a name of the program's, or something that it gave out before."""
+    """Look up what a reference stands for: a name of the program's, or something that it gave out before."""
     index, held_before, _ = where.partition(":")
     return held[int(index)] if held_before else getattr(program, where)
 

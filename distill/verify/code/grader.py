@@ -26,7 +26,7 @@ WAITING = 1.5  # by the clock, for every second of processor time: other program
 PACKAGES = ("distill", "distill.verify", "distill.verify.code")
 
 
-class Killed(Exception):
+class ProgramKilled(Exception):
     """SIGKILL ended a program, and not from here: it may have done it to itself, or the machine is out of memory."""
 
 
@@ -85,13 +85,13 @@ class CodeGrader:
             return "wrong", f"{len(program)} characters are no program"
         try:
             return grade_program(sandbox, metadata, program, self._limits, self._patience)
-        except (SandboxFailure, Killed):
+        except (SandboxFailure, ProgramKilled):
             pass  # once more: what happens to us once, a program that does it to itself does every time
         try:
             return grade_program(sandbox, metadata, program, self._limits, self._patience)
         except SandboxFailure as exc:
             return "infra_error", str(exc)
-        except Killed:
+        except ProgramKilled:
             return "wrong", "killed"
 
 
@@ -108,8 +108,8 @@ def grade_program(
     try:
         defined = with_program.exchange(wire.encode(("define", tests.pop("prelude"), program), repr))
         if defined is None:
-            return _ended(with_program)
-        if fault := _raised(defined):
+            return _result_of_end(with_program)
+        if fault := _exception_in(defined):
             return "wrong", fault
         with_tests = _start(sandbox, examiner, patience)
         try:
@@ -133,7 +133,7 @@ def _examine(program: SandboxedProgram, tests: SandboxedProgram, request: dict[s
             return state, detail
         reply = program.exchange(content)
         if reply is None:
-            return _ended(program)
+            return _result_of_end(program)
         asked = True
         said = tests.exchange(reply)
     outcome = tests.finish()
@@ -158,7 +158,7 @@ def _grade_cases(sandbox: Sandbox, cases: Sequence[Mapping[str, Any]], program: 
 
 
 def _lines(text: str) -> list[str]:
-    """What counts of an output: its lines without trailing white space, and no empty lines at the end."""
+    """The part of an output that counts: its lines without trailing white space, and no empty lines at the end."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
@@ -166,17 +166,17 @@ def _start(sandbox: Sandbox, module: Any, limits: Limits) -> SandboxedProgram:
     modules = dict.fromkeys(PACKAGES) | {wire.__name__: compile_module(wire.__file__)}
     started = sandbox.start(compile_module(module.__file__), limits, modules)
     if started.exchange(b"") != b"ready":  # nobody's program has run yet: a fault here is ours
-        raise SandboxFailure(f"{module.__name__} does not start ({_ended(started)[1]})", where="sandbox")
+        raise SandboxFailure(f"{module.__name__} does not start ({_result_of_end(started)[1]})", where="sandbox")
     return started
 
 
-def _ended(program: SandboxedProgram) -> Result:
+def _result_of_end(program: SandboxedProgram) -> Result:
     return _verdict_on_end(program.finish())
 
 
 def _verdict_on_end(outcome: Outcome) -> Result:
     if outcome.killed:
-        raise Killed
+        raise ProgramKilled
     if outcome.how in ("wall_time", "cpu_time"):
         return "timeout", "out of time"
     if outcome.how == "output":
@@ -185,8 +185,8 @@ def _verdict_on_end(outcome: Outcome) -> Result:
     return "wrong", f"ends with status {outcome.exit_code}: {last[:200]}".removesuffix(": ")
 
 
-def _raised(reply: bytes) -> str | None:
-    """What the program raised while it was defined, or None."""
+def _exception_in(reply: bytes) -> str | None:
+    """The exception that the program raised while it was defined, or None."""
     try:
         outcome, *said = wire.decode(reply, str)
     except (ValueError, TypeError, RecursionError):

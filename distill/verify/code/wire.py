@@ -47,7 +47,7 @@ def _write(value: Any, add: Callable[[str], None], hold: Callable[[Any], str]) -
     elif issubclass(kind, float):
         add("f" + float.hex(value))
     elif issubclass(kind, str):
-        add("s" + _escaped(str.__str__(value)))
+        add("s" + _escape(str.__str__(value)))
     elif tag := next((tag for tag, (base, _) in CONTAINERS.items() if issubclass(kind, base)), None):
         _write_items(tag, list(CONTAINERS[tag][0].__iter__(value)), add, hold)
     elif issubclass(kind, dict):
@@ -67,7 +67,7 @@ def _write(value: Any, add: Callable[[str], None], hold: Callable[[Any], str]) -
     elif kind in VIEWS:
         _write_items(VIEWS[kind], list(value), add, hold)
     else:
-        add("h" + _escaped(hold(value)))
+        add("h" + _escape(hold(value)))
 
 
 def _write_items(tag: str, items: list[Any], add: Callable[[str], None], hold: Callable[[Any], str]) -> None:
@@ -90,7 +90,7 @@ def _read(tokens: Iterator[str], held: Callable[[str], Any]) -> Any:
     raise ValueError("not a value")
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     return text.encode("unicode_escape").decode("ascii").replace(" ", "\\x20")
 
 

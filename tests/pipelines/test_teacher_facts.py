@@ -1,11 +1,11 @@
-"""What a teacher says is shown beside the bar, also while nothing is finished."""
+"""A teacher's facts are shown beside the bar, also while nothing is finished."""
 
 from __future__ import annotations
 
 import threading
 from typing import Any
 
-from pipelines.stages.live import live
+from pipelines.teacher_facts import with_teacher_facts
 
 
 class Bar:
@@ -36,7 +36,7 @@ class Talking(Silent):
 
 def test_facts_come_with_every_step_and_without_one() -> None:
     bar = Bar()
-    with live(bar, Talking(), beat_s=0.001) as task:
+    with with_teacher_facts(bar, Talking(), beat_s=0.001) as task:
         assert bar.beaten.wait(30)
         task.advance(2, tokens=7, tokens_per_s=1)
     assert bar.done == 2
@@ -47,7 +47,7 @@ def test_facts_come_with_every_step_and_without_one() -> None:
 def test_a_teacher_that_says_nothing_leaves_the_bar_as_it_was() -> None:
     bar = Bar()
     threads = threading.active_count()
-    with live(bar, Silent(), beat_s=0.001) as task:
+    with with_teacher_facts(bar, Silent(), beat_s=0.001) as task:
         assert threading.active_count() == threads
         task.advance(1, tokens=7)
     assert bar.seen == [{"tokens": 7}]

@@ -1,4 +1,4 @@
-"""What a teacher says of its work, shown beside the progress bar, also while no sample is finished.
+"""Facts of a teacher about its work, shown beside a progress bar, also while no sample is finished.
 
 An answer of 32,768 tokens can take an hour: until the first one is there the bar would stand still and say nothing.
 """
@@ -15,7 +15,7 @@ from distill.protocols import Reporting, Teacher
 BEAT_S = 5.0
 
 
-class _LiveTask:
+class _TaskWithFacts:
     """A task that two threads advance."""
 
     def __init__(self, task: Task, teacher: Teacher) -> None:
@@ -30,9 +30,9 @@ class _LiveTask:
 
 
 @contextmanager
-def live(task: Task, teacher: Teacher, *, beat_s: float = BEAT_S) -> Iterator[Task]:
-    """`task`, with the facts of a teacher that is `Reporting` beside its own, at least every `beat_s` seconds."""
-    shown = _LiveTask(task, teacher)
+def with_teacher_facts(task: Task, teacher: Teacher, *, beat_s: float = BEAT_S) -> Iterator[Task]:
+    """Yield `task` with the facts of a `Reporting` teacher beside its own, renewed every `beat_s` seconds."""
+    shown = _TaskWithFacts(task, teacher)
     if not isinstance(teacher, Reporting):
         yield shown
         return
@@ -42,7 +42,7 @@ def live(task: Task, teacher: Teacher, *, beat_s: float = BEAT_S) -> Iterator[Ta
         while not ended.wait(beat_s):
             shown.advance(0)
 
-    thread = threading.Thread(target=beat, name="live-facts", daemon=True)
+    thread = threading.Thread(target=beat, name="teacher-facts", daemon=True)
     thread.start()
     try:
         yield shown
