@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from spread_runs import ARCHITECTURE
 
 from distill.errors import RecipeError
+from distill.training.row_order import RowOrder
 from teacher.model.config import DeepseekV3Config
 from teacher.model.names import empty_model
 from teacher.parallel.layout import Layout
 from teacher.parallel.stage import EMBEDDING, own_entries
-from teacher.train.config import RowOrder
 
 MODEL = DeepseekV3Config.model_validate({"vocab_size": 300, **ARCHITECTURE})
 sizes = st.integers(1, 6)
