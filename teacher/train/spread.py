@@ -63,7 +63,7 @@ def drawn_part(config: DeepseekV3Config, meshes: Meshes, *, seed: int) -> Deepse
 class SpreadPretraining:
     """One run on one of its ranks; all ranks make the same calls.
 
-    `model` is this rank's part of it (`drawn_part`, `teacher.parallel.weights.load_part`). `log` is that of
+    `model` is this rank's part of it (`drawn_part`). `log` is that of
     `Pretraining`, on every rank. With `bf16` (None: on a GPU) products are in BF16, else all is in FP32. Raises
     EnvironmentFault for recomputation under a schedule whose backward passes torch is too old to split.
     """

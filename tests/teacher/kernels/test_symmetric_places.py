@@ -12,10 +12,11 @@ from shared_inboxes import Shared
 from teacher.kernels.experts import ExpertWeights, default_plan, routed_experts_fp8
 from teacher.kernels.quantise import quantise, quantise_weight
 from teacher.kernels.route import Choice
-from teacher.parallel.fixed_places import FixedPlaces, Received, own_experts
+from teacher.parallel.fixed_places import FixedPlaces, Received
 from teacher.parallel.groups import Ranks
 from teacher.parallel.placement import Placement, SlotTables
 from teacher.parallel.symmetric_places import SymmetricFixedPlaces
+from tests.teacher.expert_slots import own_experts
 
 HIDDEN, INNER, PER_TOKEN, MAX_TOKENS = 384, 128, 3, 6
 Tokens = list[tuple[Any, torch.Tensor, torch.Tensor]]
