@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 
 from benchmarks.device import device_name, where_and_when, write_result
+from distill.training.update import BETAS
 from teacher.model.config import DeepseekV3Config
 from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
@@ -30,7 +31,7 @@ from teacher.parallel.layout import Layout
 from teacher.parallel.meshes import Meshes, opened_meshes
 from teacher.parallel.stage import pipeline_blocks
 from teacher.train.activations import SavedActivations
-from teacher.train.config import BETAS, MemoryConfig
+from teacher.train.config import MemoryConfig
 from teacher.train.spread import MOMENTS
 from teacher.train.zero import ZeroAdamW
 

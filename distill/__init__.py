@@ -1,1 +1,2 @@
-"""The core that every stage shares: records, ledger, verification, curation, recipes, manifests. No torch."""
+"""The core that every stage shares: records, ledger, verification, curation, recipes, manifests. No torch, but in
+`distill.training`."""

@@ -235,16 +235,16 @@ def pretrain(
 ) -> None:
     """Train a teacher over the recipe's layout, one process a rank: torchrun --no-python potstill pretrain ..."""
     from distill.progress import silent
-    from teacher.train.make import load_pretrain_config, make_spread_teacher
+    from teacher.train.make import Launch, load_pretrain_config, make_teacher
 
     rank, num_ranks, local_rank, num_local = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
+    init_method = "env://" if "WORLD_SIZE" in os.environ else "tcp://127.0.0.1:0"
     try:
-        folder = make_spread_teacher(
-            load_pretrain_config(recipe, set_), out, rank=rank, num_ranks=num_ranks, local_rank=local_rank,
-            init_method="env://" if "WORLD_SIZE" in os.environ else "tcp://127.0.0.1:0", where=recipe,
+        folder = make_teacher(
+            load_pretrain_config(recipe, set_), out, launch=Launch(rank, num_ranks, local_rank, init_method, recipe),
             num_workers=max(1, (os.cpu_count() or 1) // num_local), held_out_per_family=held_out,
             progress=silent() if rank else _progress(),
         )  # fmt: skip

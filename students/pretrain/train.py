@@ -5,25 +5,25 @@ Plain next-token training: AdamW, linear warm-up, cosine decay, gradients clippe
 
 from __future__ import annotations
 
-import math
-import time
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from distill.errors import TrainingFailure
 from distill.packing import Rows
 from distill.progress import Progress
 from distill.recipe import Config
 from distill.schedule import warmup_cosine
+from distill.training.loop import LogRow, check_finite, train
+from distill.training.losses import cross_entropy
+from distill.training.row_order import RowOrder
+from distill.training.update import Update
 from students.pretrain.corpus import CHAT_TEMPLATE, END_OF_TEXT, IM_END, PAD, CorpusConfig
 
-LOG_EVERY = 50
+MAX_GRAD_NORM = 1.0
 MAX_POSITIONS = 1024
 
 
@@ -78,46 +78,41 @@ def pretrain(
     pad_id: int,
     device: torch.device,
     progress: Progress,
-) -> list[dict[str, float]]:
+) -> list[LogRow]:
     """Train in place, return the log. Raises TrainingFailure as soon as a logged loss is not finite."""
     model.to(device).train()
     ids_RT = torch.from_numpy(rows.ids.astype("int32")).to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=base.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=device.type == "cuda"
-    )
+    order = RowOrder(len(ids_RT), config.rows_per_step, seed=config.seed)
 
-    def loss_of(ids: Tensor) -> Tensor:
+    def loss_of(ids_RT: Tensor) -> tuple[Tensor]:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(input_ids=ids, use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), ignore_index=pad_id)
+            logits_RTV = model(input_ids=ids_RT, use_cache=False).logits
+        return (cross_entropy(logits_RTV, ids_RT, ahead=1, ignored=pad_id),)
 
-    compiled = torch.compile(loss_of) if device.type == "cuda" else loss_of
-    order = torch.Generator().manual_seed(config.seed)
-    queue: list[Tensor] = []
-    log: list[dict[str, float]] = []
-    started = time.monotonic()
-    with progress.task("pre-training a base", config.num_steps, unit="step") as task:
-        for step in range(config.num_steps):
-            if not queue:
-                queue = list(torch.randperm(len(ids_RT), generator=order).split(config.rows_per_step))
-                queue = [chunk for chunk in queue if len(chunk) == config.rows_per_step] or queue
-            for group in optimizer.param_groups:
-                group["lr"] = base.lr * warmup_cosine(
-                    step, num_steps=config.num_steps, warmup_steps=config.warmup_steps, min_ratio=config.min_lr_ratio
-                )
-            loss = compiled(ids_RT[queue.pop().to(device)].long())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if step % LOG_EVERY == 0 or step == config.num_steps - 1:
-                value, seconds = loss.item(), time.monotonic() - started
-                if not math.isfinite(value):
-                    raise TrainingFailure(f"the loss is {value} at step {step}; lower lr", field="lr")
-                tokens = (step + 1) * config.rows_per_step * config.corpus.row_length
-                log.append({"step": step, "loss": round(value, 5), "seconds": round(seconds, 2), "tokens": tokens})
-                task.advance(0, loss=log[-1]["loss"])
-            task.advance(1)
+    groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
+    update = Update(model, loss_of, groups=groups, max_grad_norm=MAX_GRAD_NORM, device=device)
+
+    def make_step(step: int) -> Tensor:
+        rate = warmup_cosine(
+            step, num_steps=config.num_steps, warmup_steps=config.warmup_steps, min_ratio=config.min_lr_ratio
+        )
+        loss, _ = update(ids_RT[order.rows(step).to(device)].long(), lr=base.lr * rate)
+        return loss
+
+    def measure(step: int, loss: Tensor) -> LogRow:
+        check_finite(step, loss.item())
+        return {"loss": round(loss.item(), 5)}
+
+    log: list[LogRow] = []
+    train(
+        make_step,
+        measure,
+        title="pre-training a base",
+        num_steps=config.num_steps,
+        tokens_per_step=config.rows_per_step * config.corpus.row_length,
+        log=log,
+        progress=progress,
+    )
     return log
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teacher.kernels.experts import Alignment, num_rows
+from teacher.kernels.experts import Grouping, num_rows
 
 FEW_PAIRS = 4_096
 PAIRS_A_STEP = 1_024
@@ -23,7 +23,7 @@ EXPERTS_A_PROGRAM = 8
 FILLED_A_STEP = 1_024
 
 
-def align_kernel(indices_NK: Tensor, load_E: Tensor, rows_a_tile: int, *, rows_NK: Tensor | None = None) -> Alignment:
+def align_kernel(indices_NK: Tensor, load_E: Tensor, rows_a_tile: int, *, rows_NK: Tensor | None = None) -> Grouping:
     """Do as `teacher.kernels.experts.align_twin`; `load_E` is the router's count of each expert's pairs.
 
     `rows_NK` int32 is filled with each pair's row; pairs that no expert here serves stay unwritten.
@@ -39,7 +39,7 @@ def align_kernel(indices_NK: Tensor, load_E: Tensor, rows_a_tile: int, *, rows_N
         _align[(num_experts + 1,)](
             indices_NK, load_E, pairs, experts, rows_NK, num_pairs, num_tiles, STEP=PAIRS_A_STEP, PLACED=placed, **sizes
         )
-        return Alignment(pairs, experts)
+        return Grouping(pairs, experts, load_E)
     chunks = triton.cdiv(num_pairs, PAIRS_A_CHUNK)
     ranks_P = torch.empty(num_pairs, dtype=torch.int32, device=indices_NK.device)
     counts_CE = torch.empty(chunks, num_experts, dtype=torch.int32, device=indices_NK.device)
@@ -53,7 +53,7 @@ def align_kernel(indices_NK: Tensor, load_E: Tensor, rows_a_tile: int, *, rows_N
     _place[(chunks,)](
         indices_NK, ranks_P, counts_CE, pairs, rows_NK, num_pairs, E=num_experts, CHUNK=PAIRS_A_CHUNK, PLACED=placed
     )
-    return Alignment(pairs, experts)
+    return Grouping(pairs, experts, load_E)
 
 
 @triton.jit

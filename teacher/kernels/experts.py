@@ -35,11 +35,12 @@ class ExpertWeights(NamedTuple):
     down_scale_inv: Tensor  # [E, D / 128, I / 128]
 
 
-class Alignment(NamedTuple):
-    """int32: which (token, choice) each row holds, N * K where it is padding; the expert of each tile, -1 for none."""
+class Grouping(NamedTuple):
+    """int32: the pair that each row holds (N * K where it is padding), the expert of each tile (-1 for none), loads."""
 
     pairs_R: Tensor
     experts_T: Tensor
+    load_E: Tensor
 
 
 class ExpertsTiling(NamedTuple):
@@ -97,12 +98,13 @@ def num_rows(num_pairs: int, num_experts: int, rows_a_tile: int) -> int:
     return -(-(num_pairs + used * (rows_a_tile - 1)) // rows_a_tile) * rows_a_tile
 
 
-def align_twin(indices_NK: Tensor, num_experts: int, rows_a_tile: int) -> Alignment:
+def align_twin(indices_NK: Tensor, num_experts: int, rows_a_tile: int) -> Grouping:
     """Rows for the pairs of int32 [N, K] in plain torch: experts in order, an expert's pairs in theirs."""
     flat = indices_NK.flatten().long()
     length = num_rows(flat.numel(), num_experts, rows_a_tile)
     pairs = torch.full((length,), flat.numel(), dtype=torch.int32, device=flat.device)
     experts = torch.full((length // rows_a_tile,), -1, dtype=torch.int32, device=flat.device)
+    load_E = torch.bincount(flat[flat >= 0], minlength=num_experts).to(torch.int32)
     start = 0
     for expert in range(num_experts):
         of_expert = (flat == expert).nonzero().flatten()
@@ -110,7 +112,7 @@ def align_twin(indices_NK: Tensor, num_experts: int, rows_a_tile: int) -> Alignm
         pairs[start : start + of_expert.numel()] = of_expert.to(torch.int32)
         experts[start // rows_a_tile : start // rows_a_tile + tiles] = expert
         start += tiles * rows_a_tile
-    return Alignment(pairs, experts)
+    return Grouping(pairs, experts, load_E)
 
 
 def routed_experts_twin(x: Quantised, choice: Choice, weights: ExpertWeights) -> Tensor:

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from teacher.kernels.align_triton import align_kernel
 from teacher.kernels.device import runs_hopper_kernels
-from teacher.kernels.experts import ExpertWeights
-from teacher.kernels.grouped import Grouping
+from teacher.kernels.experts import ExpertWeights, Grouping
 from teacher.kernels.grouped_triton import sum_choices_kernel
 from teacher.kernels.quantise import Quantised, empty_scales
 from teacher.kernels.quantise_triton import swiglu_quantise_kernel
@@ -40,10 +39,10 @@ def routed_experts_prefill(x: Quantised, choice: Choice, weights: ExpertWeights)
     """BF16 [N, D]; `teacher.kernels.experts.routed_experts_fp8` has checked the shapes, N is not zero."""
     top_k = choice.indices_NK.shape[1]
     rows_NK = torch.empty_like(choice.indices_NK)
-    alignment = align_kernel(choice.indices_NK, choice.load_E, BLOCK, rows_NK=rows_NK)
-    rows = spread_tokens(x, choice.indices_NK, rows_NK, alignment.pairs_R)
+    grouping = align_kernel(choice.indices_NK, choice.load_E, BLOCK, rows_NK=rows_NK)
+    rows = spread_tokens(x, choice.indices_NK, rows_NK, grouping.pairs_R)
     products = _products_hopper if runs_hopper_kernels(x.values_MK.device) else _products
-    down_RD = products(rows, Grouping(*alignment, choice.load_E), weights)
+    down_RD = products(rows, grouping, weights)
     placed = {"places_P": rows_NK.flatten(), "gates_NK": choice.weights_NK}
     return sum_choices_kernel(down_RD, top_k, indices_NK=choice.indices_NK, **placed)
 

@@ -141,22 +141,24 @@ def routed_experts_kernel(x: Quantised, choice: Choice, weights: ExpertWeights, 
     device = x.values_MK.device
     if not num_tokens:
         return torch.empty(0, hidden, dtype=torch.bfloat16, device=device)
-    alignment = align_kernel(choice.indices_NK, choice.load_E, tiling.rows)
-    length, tiles = alignment.pairs_R.numel(), alignment.experts_T.numel()
+    grouping = align_kernel(choice.indices_NK, choice.load_E, tiling.rows)
+    length, tiles = grouping.pairs_R.numel(), grouping.experts_T.numel()
     num_pairs = num_tokens * top_k
     groups = {"HIDDEN_GROUPS": hidden // BLOCK, "INNER_GROUPS": inner // BLOCK}
     form = {"ROWS": tiling.rows, "WEIGHTS_FIRST": tiling.weights_first}
     values = torch.empty(length, inner, dtype=torch.float8_e4m3fn, device=device)
     scales = empty_scales(length, inner // BLOCK, device)
     _gate_up[(inner // BLOCK, tiles)](
-        x.values_MK, x.scale_inv_MG, _blocks(weights.gate_up_E2ID), weights.gate_up_scale_inv, *alignment, values,
-        scales, num_pairs, x.scale_inv_MG.stride(1), scales.stride(1), top_k,
+        x.values_MK, x.scale_inv_MG, _blocks(weights.gate_up_E2ID), weights.gate_up_scale_inv,
+        grouping.pairs_R, grouping.experts_T, values, scales, num_pairs,
+        x.scale_inv_MG.stride(1), scales.stride(1), top_k,
         enable_fp_fusion=False, num_warps=tiling.num_warps, num_stages=tiling.num_stages, **groups, **form,
     )  # fmt: skip
     of_pairs = torch.empty(num_pairs, hidden, dtype=torch.bfloat16, device=device)
     _down[(hidden // BLOCK, tiles)](
         TensorDescriptor.from_tensor(values, [tiling.rows, BLOCK]), scales, _blocks(weights.down_EDI),
-        weights.down_scale_inv, *alignment, choice.weights_NK, of_pairs, num_pairs, scales.stride(1),
+        weights.down_scale_inv, grouping.pairs_R, grouping.experts_T, choice.weights_NK, of_pairs,
+        num_pairs, scales.stride(1),
         num_warps=tiling.num_warps, num_stages=tiling.down_stages, **groups, **form,
     )  # fmt: skip
     return sum_choices_kernel(of_pairs, top_k, indices_NK=choice.indices_NK)

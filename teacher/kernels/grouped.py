@@ -18,19 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teacher.kernels.device import runs_kernels
-from teacher.kernels.experts import align_twin
+from teacher.kernels.experts import Grouping, align_twin
 from teacher.kernels.exponential import sigmoid
 from teacher.model.fp8 import BLOCK
 
 BF16_CAPABILITY = (8, 0)  # Ampere: the first with BF16 tensor cores
-
-
-class Grouping(NamedTuple):
-    """int32: the pair that each row holds (P where it is padding), the expert of each tile (-1 for none), loads."""
-
-    pairs_R: Tensor
-    experts_T: Tensor
-    load_E: Tensor
 
 
 def runs_bf16_kernels(tensor: Tensor) -> bool:
@@ -44,14 +36,14 @@ def runs_bf16_kernels(tensor: Tensor) -> bool:
 
 def group_rows(indices_NK: Tensor, num_experts: int) -> Grouping:
     """Place each (token, choice) in its expert's run of rows, in the order of the pairs. No host synchronisation."""
-    flat = indices_NK.flatten().long()
-    load_E = torch.zeros(num_experts, dtype=torch.int32, device=flat.device)
-    load_E.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
-    if flat.numel() and runs_bf16_kernels(indices_NK):
+    if indices_NK.numel() and runs_bf16_kernels(indices_NK):
         from teacher.kernels.align_triton import align_kernel
 
-        return Grouping(*align_kernel(indices_NK.to(torch.int32).contiguous(), load_E, BLOCK), load_E)
-    return Grouping(*align_twin(indices_NK, num_experts, BLOCK), load_E)
+        flat = indices_NK.flatten().long()
+        load_E = torch.zeros(num_experts, dtype=torch.int32, device=flat.device)
+        load_E.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
+        return align_kernel(indices_NK.to(torch.int32).contiguous(), load_E, BLOCK)
+    return align_twin(indices_NK, num_experts, BLOCK)
 
 
 def tokens_of_rows(grouping: Grouping, num_pairs: int, top_k: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ from teacher.model.config import DeepseekV3Config, read_config
 from teacher.model.fp8 import BLOCK, BlockMatrix, quantise_blocks
 from teacher.model.names import Place, empty_model, is_quantised, mtp_copies
 from teacher.model.shards import read_tensors
-from teacher.model.transformer import DeepseekV3
 
 Entry = Tensor | BlockMatrix
 _NAN = 0x7F  # E4M3 has no infinities, and one NaN beside its sign
@@ -96,22 +95,6 @@ def load_blocks(
         for place in _homes(wanted[name][0], slots):
             _put(entries, place, tensor)
     return config, entries
-
-
-def quantised_entries(model: DeepseekV3) -> dict[str, Entry]:
-    """A model's state_dict as `load_blocks` would give it, quantised here."""
-    entries: dict[str, Entry] = {}
-    for name, tensor in model.state_dict().items():
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            entry = BlockMatrix.empty(tuple(tensor.shape), tensor.device)
-            for expert, matrix in enumerate(tensor):
-                _put({name: entry}, Place(name, expert), matrix)
-            entries[name] = entry
-        elif is_quantised(name, tuple(tensor.shape)):
-            entries[name] = BlockMatrix(*quantise_blocks(tensor))
-        else:
-            entries[name] = tensor if "correction_bias" in name else tensor.to(torch.bfloat16)
-    return entries
 
 
 def _homes(place: Place, slots: dict[int, list[int]]) -> list[Place]:

@@ -71,10 +71,6 @@ class Exchange:
             hops = [Hop(ranks.rail, plan.to_nodes(placement)), within]
         self.hops = [Hop(group, table.to(ranks.device)) for group, table in hops]
 
-    def placed(self, placement: Placement) -> Exchange:
-        """The same for another placement."""
-        return Exchange(self.ranks, placement, wire=self.wire, two_hops=self.two_hops)
-
     def dispatch(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> DispatchOutput:
         """Rows for this rank's experts. Raises EnvironmentFault where ranks are lost, ValueError for widths that the
         form does not take (`wire.layout`)."""

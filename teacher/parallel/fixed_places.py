@@ -30,7 +30,7 @@ from teacher.kernels.route import Choice
 from teacher.parallel import wire
 from teacher.parallel.groups import Ranks
 from teacher.parallel.mailbox import AllToAllMailbox, MakeMailbox
-from teacher.parallel.placement import Placement, SlotTables
+from teacher.parallel.placement import SlotTables
 from teacher.parallel.plan import NOWHERE, local_slots
 
 MOST_RANKS = 31  # bits of an int32 that is not negative
@@ -171,14 +171,6 @@ class FixedPlaces:
             came_N1 = (ranks_N >> rank & 1).bool().unsqueeze(1)
             total_ND = total_ND + torch.where(came_N1, returned_RND[rank, : len(ranks_N)].float(), 0.0)
         return total_ND.to(torch.bfloat16)
-
-
-def own_experts(weights: ExpertWeights, placement: Placement, rank: int) -> ExpertWeights:
-    """The experts in the slots of `rank`, copied out of all."""
-    own = torch.tensor(placement.of_rank(rank), device=weights.gate_up_E2ID.device)
-    # By bytes: torch indexes no E4M3 on every device.
-    of_rank = [part.view(torch.uint8)[own].view(part.dtype) for part in weights]
-    return ExpertWeights(*of_rank)
 
 
 def routed_experts_over_ranks(

@@ -7,8 +7,7 @@ receives, one tensor at a time.
 
 Weights keep their addresses. On a GPU all is in the order of the current stream: behind the step that was launched
 last, before the next one, and the host does not wait. CUDA graphs stay valid if the tables too are changed in place
-(`SlotTables.become`, as `teacher.parallel.rebalance` does); `relocate` makes new ones, behind which graphs must be
-captured again.
+(`SlotTables.become`, as `teacher.parallel.rebalance` does).
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from distill.errors import DataError
 from teacher.parallel.groups import Ranks, lost_peers
-from teacher.parallel.moe import ExpertParallelExperts
 from teacher.parallel.placement import Placement
 
 
@@ -93,11 +91,3 @@ def move_weights(weights: Sequence[Tensor], moves: Sequence[Move], ranks: Ranks)
                 request.wait()
         for slot, row in waiting:
             weight[slot].copy_(row)
-
-
-def relocate(layer: ExpertParallelExperts, new: Placement) -> list[Move]:
-    """Move a layer's experts to `new` and route by it from now on; returns the moves. Collective, between steps."""
-    moves = plan_moves(layer.exchange.placement, new)
-    move_weights([layer.gate_up_proj, layer.down_proj], moves, layer.exchange.ranks)
-    layer.exchange = layer.exchange.placed(new)
-    return moves

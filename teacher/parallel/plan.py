@@ -120,39 +120,3 @@ def summed(rows_CD: Tensor, places_NK: Tensor) -> Tensor:
 
         return sum_copies_kernel(rows_CD, places_NK)
     return sum_copies(rows_CD, places_NK)
-
-
-class Traffic(NamedTuple):
-    """Copies between ranks, int64 [ranks, ranks], sender first; the diagonal stays on its rank.
-
-    `first_hop` and `second_hop` of the way over two hops, `direct` of the other. Times the bytes of a row this is what
-    links carry, each way.
-    """
-
-    direct: Tensor
-    first_hop: Tensor
-    second_hop: Tensor
-
-    def between_nodes(self, ranks_per_node: int) -> tuple[int, int]:
-        """Copies that leave their node: (direct, over two hops)."""
-        node = torch.arange(len(self.direct)) // ranks_per_node
-        other = node.unsqueeze(1) != node
-        return int(self.direct[other].sum()), int(self.first_hop[other].sum())
-
-
-def traffic(slots_by_rank: list[Tensor], placement: Placement) -> Traffic:
-    """Count the copies that the slots [N, K] chosen on every rank make travel; on the host."""
-    ranks, per_node = placement.num_ranks, placement.ranks_per_node
-    counts = torch.zeros(3, ranks, ranks, dtype=torch.int64)
-    slot_to_rank, slot_to_node = direct(placement), to_nodes(placement)
-    for rank, slots_NK in enumerate(slots_by_rank):
-        counts[0, rank] = find_copies(slots_NK, slot_to_rank, ranks).counts_R
-        by_node = find_copies(slots_NK, slot_to_node, placement.num_nodes)
-        num_copies = by_node.counts_R.tolist()
-        of_copies = slots_NK[by_node.sources(sum(num_copies))].split(num_copies)
-        for node, slots_CK in enumerate(of_copies):
-            forwarder = node * per_node + rank % per_node
-            counts[1, rank, forwarder] += num_copies[node]
-            onward = find_copies(slots_CK, within_node(placement, forwarder), per_node).counts_R
-            counts[2, forwarder, node * per_node : (node + 1) * per_node] += onward
-    return Traffic(*counts)

@@ -1,15 +1,14 @@
-"""Hugging Face folders over a layout: every rank reads only the tensors that it holds, and writes only its own.
+"""Hugging Face folders written over a layout: every rank writes the tensors that it holds.
 
-Headers of all shards are read and judged everywhere; they are small. Of the weights a rank reads its stages' layers and
-in them its own experts, which is all but a few per cent of what a V3 layer weighs. In writing, what several replicas
-hold is written by the first of them. The result is the folder that one process would write, in other files.
+What several replicas hold is written by the first of them. The result is the folder that one process would write, in
+other files.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,57 +16,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from distill.manifest import write_atomically
-from teacher.model.checkpoint import SCALE, config_json, dequantised, encoded, judged
-from teacher.model.config import read_config
-from teacher.model.names import Place, checkpoint_tensors, empty_model
+from teacher.model.checkpoint import config_json, encoded
+from teacher.model.names import checkpoint_tensors
 from teacher.model.shards import INDEX
 from teacher.model.transformer import DeepseekV3
 from teacher.parallel.groups import lost_peers
 from teacher.parallel.meshes import Meshes
-from teacher.parallel.stage import EMBEDDING, fill, own_entries, own_part
-
-
-class Part(NamedTuple):
-    """A rank's part of a model, and what of the folder it read: tensor names (FP8 scales among them) and bytes."""
-
-    model: DeepseekV3
-    names: tuple[str, ...]
-    num_bytes: int
-
-
-def load_part(folder: Path, meshes: Meshes, *, dtype: torch.dtype = torch.float32) -> Part:
-    """This rank's part of the model in `folder`, on the CPU, in eval mode.
-
-    Raises CheckpointError as `load_checkpoint` does for names, shapes and headers anywhere, and for values in what this
-    rank reads.
-    """
-    config = read_config(folder)
-    whole = empty_model(config)
-    stored, wanted = judged(folder, config, {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()})
-    model = own_part(whole, meshes)
-    entries = set(own_entries(model, meshes.layout, meshes.at.pp))
-    first = meshes.layout.placement(config.n_routed_experts).of_rank(meshes.at.ep)[0]
-    num_own = config.n_routed_experts // meshes.layout.ep
-
-    def is_own(place: Place) -> bool:
-        return place.entry in entries and (place.expert is None or first <= place.expert < first + num_own)
-
-    read = {
-        name: tensor
-        for name, tensor in stored.items()
-        if (found := wanted.get(name.removesuffix(SCALE))) is not None and is_own(found[0])
-    }
-
-    def empty(name: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32 if "correction_bias" in name else dtype)
-
-    fill(model, entries, empty)
-    state = model.state_dict()
-    for name, tensor in dequantised(read):
-        place, _ = wanted[name]
-        target = state[place.entry]
-        (target if place.expert is None else target[place.expert - first][place.rows]).copy_(tensor)
-    return Part(model.eval(), tuple(read), sum(tensor.num_bytes for tensor in read.values()))
+from teacher.parallel.stage import EMBEDDING, own_entries
 
 
 def save_parts(

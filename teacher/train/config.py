@@ -1,4 +1,4 @@
-"""The settings of a pre-training run, and what each step of it follows from: rows, rates and weights.
+"""The settings of a pre-training run, and the rates and weights that each of its steps follows from.
 
 Everything here is a function of the settings and the step's number, so that a run that goes on from step n, on however
 many ranks, does what an undisturbed one does.
@@ -6,19 +6,13 @@ many ranks, does what an undisturbed one does.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
 
 from distill.recipe import Config
 from distill.schedule import warmup_cosine
 from teacher.parallel.layout import Layout
-
-IGNORED = -100  # the label that cross-entropy leaves out
-BETAS = (0.9, 0.95)  # DeepSeek-V3 s.4.2
 
 
 class MemoryConfig(Config):
@@ -64,6 +58,10 @@ class PretrainConfig(Config):
     memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.row_length
+
     def lr_at(self, step: int) -> float:
         return self.lr * warmup_cosine(
             step, num_steps=self.num_steps, warmup_steps=self.warmup_steps, min_ratio=self.min_lr_ratio
@@ -78,50 +76,3 @@ class PretrainConfig(Config):
     def what_is_learned(self) -> dict[str, Any]:
         """The settings that a run must keep when it goes on; how it is spread and what it saves may change."""
         return self.model_dump(mode="json", exclude={"layout", "memory", "checkpoint"})
-
-
-class Position(NamedTuple):
-    """Where in the data a step is: which pass over all rows, and how many of its rows have been used before."""
-
-    epoch: int
-    rows_used: int
-
-
-class RowOrder:
-    """Which rows each step takes: all rows once an epoch, in an order drawn from `seed`."""
-
-    def __init__(self, num_rows: int, rows_per_step: int, *, seed: int) -> None:
-        self.num_rows, self.rows_per_step, self.seed = num_rows, rows_per_step, seed
-        self.steps_per_epoch = max(1, num_rows // rows_per_step)
-        self._generator, self._epochs_drawn = torch.Generator().manual_seed(seed), 0
-        self._batches: list[Tensor] = []
-
-    def position(self, step: int) -> Position:
-        epoch, within = divmod(step, self.steps_per_epoch)
-        return Position(epoch, within * self.rows_per_step)
-
-    def rows(self, step: int) -> Tensor:
-        """int64 [rows_per_step], fewer only where there are fewer rows in all."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if epoch < self._epochs_drawn - 1:
-            self._generator, self._epochs_drawn = torch.Generator().manual_seed(self.seed), 0
-        while self._epochs_drawn <= epoch:
-            batches = torch.randperm(self.num_rows, generator=self._generator).split(self.rows_per_step)
-            self._batches = [rows for rows in batches if len(rows) == self.rows_per_step] or list(batches)
-            self._epochs_drawn += 1
-        return self._batches[-1 - within]
-
-
-def labels(ids_BT: Tensor, is_target_BT: Tensor) -> Tensor:
-    """Token ids where they are to be predicted, IGNORED elsewhere."""
-    return ids_BT.masked_fill(~is_target_BT, IGNORED)
-
-
-def cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, *, ahead: int, reduction: str = "mean") -> Tensor:
-    """Loss of predicting token i + `ahead` at position i, over positions whose token is a target."""
-    return F.cross_entropy(
-        logits_BTV[:, :-ahead].flatten(0, 1).float(),
-        labels_BT[:, ahead:].flatten(),
-        ignore_index=IGNORED,
-        reduction=reduction,
-    )

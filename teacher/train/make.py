@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -19,7 +20,11 @@ from distill.packing import Rows
 from distill.problems.stream import pico_families, stream
 from distill.progress import Progress
 from distill.recipe import load_settings, parse
-from teacher.model.checkpoint import load_checkpoint, save_checkpoint
+from distill.records import Sampling, TraceRequest
+from distill.training.loop import LogRow
+from distill.verify import extract_answer
+from teacher.backends.native import open_native
+from teacher.model.checkpoint import save_checkpoint
 from teacher.model.config import DeepseekV3Config
 from teacher.model.counts import count_parameters
 from teacher.model.initialise import initialise
@@ -30,7 +35,6 @@ from teacher.parallel.weights import save_parts
 from teacher.train.config import PretrainConfig
 from teacher.train.corpus import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, PAD, USER, build_corpus, make_tokenizer
 from teacher.train.pretrain import Pretraining
-from teacher.train.sample import sampled_accuracy
 from teacher.train.spread import SpreadPretraining, drawn_part
 
 RECIPE = Path(__file__).with_name("pico.yaml")
@@ -38,14 +42,25 @@ CARD = Path(__file__).with_name("card.md.jinja")
 BUNDLED = Path(__file__).parents[1] / "pico"
 TEMPERATURE = 0.6
 MAX_TOKENS = 160
+BATCH_SIZE = 64
 
 
 def load_pretrain_config(path: Path = RECIPE, overrides: Iterable[str] = ()) -> PretrainConfig:
     return load_settings(PretrainConfig, path, overrides)
 
 
-class Made(NamedTuple):
-    """What comes before the first step: the text to learn, and the shape of the model that learns it."""
+class Launch(NamedTuple):
+    """This process among those that train together; `recipe` is the file that messages and the card name."""
+
+    rank: int
+    num_ranks: int
+    local_rank: int
+    init_method: str = "env://"
+    recipe: Path = RECIPE
+
+
+class Materials(NamedTuple):
+    """The tokenizer, the text to learn, and the shape of the model that learns it."""
 
     tokenizer: Tokenizer
     rows: Rows
@@ -53,82 +68,41 @@ class Made(NamedTuple):
 
 
 def make_teacher(
-    config: PretrainConfig, out_dir: Path, *, num_workers: int, held_out_per_family: int = 64, progress: Progress
-) -> Path:
-    """Train the teacher and write its folder; an older folder is replaced when the new one is whole."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    made = _made(config, num_workers=num_workers)
-    torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("high")
-    with torch.device(device):
-        model = initialise(DeepseekV3(made.architecture))
-    run = Pretraining(model, made.rows, config, device=device)
-    run.run(progress)
-    staging = _staging(out_dir)
-    save_checkpoint(model.cpu(), staging, fp8=True)
-    return _finished(
-        config,
-        made,
-        run.log,
-        out_dir,
-        device=device,
-        held_out_per_family=held_out_per_family,
-        command="make pico-teacher",
-    )
-
-
-def make_spread_teacher(
     config: PretrainConfig,
     out_dir: Path,
     *,
-    rank: int,
-    num_ranks: int,
-    local_rank: int,
-    init_method: str = "env://",
-    where: Path = RECIPE,
+    launch: Launch | None = None,
     num_workers: int = 1,
     held_out_per_family: int = 64,
     progress: Progress,
 ) -> Path:
-    """The same over the ranks of `config.layout`, each of which makes this call with its own number.
+    """Train the teacher and write its folder; an older folder is replaced when the new one is whole.
 
-    Goes on from the newest checkpoint in `OUT_DIR.checkpoints`, whatever layout it was saved under. Raises RecipeError
-    for a layout that does not fit, EnvironmentFault where a rank is lost.
+    With `launch` over the ranks of `config.layout`, each of which makes this call with its own: goes on from the newest
+    checkpoint in `OUT_DIR.checkpoints`, whatever layout it was saved under. Raises RecipeError for a layout that does
+    not fit, EnvironmentFault where a rank is lost.
     """
-    architecture = _architecture(config, dict.fromkeys((BOS, EOS, PAD), 0))
-    layout = config.layout.checked(
-        num_ranks=num_ranks, rows_per_step=config.rows_per_step, model=architecture, where=str(where)
-    )
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    made = _made(config, num_workers=num_workers)
-    with opened_meshes(layout, rank=rank, init_method=init_method, device=device) as meshes:
-        run = SpreadPretraining(
-            drawn_part(made.architecture, meshes, seed=config.seed),
-            made.rows,
-            config,
-            meshes,
-            checkpoint_dir=out_dir.with_name(f"{out_dir.name}.checkpoints"),
-        )
-        run.run(progress)
-        if rank == 0:
-            _staging(out_dir)
-        with lost_peers(meshes.world):
-            torch.distributed.barrier(group=meshes.world)
-        save_parts(run.model, out_dir.with_name(f".{out_dir.name}.part"), meshes, fp8=True)
-    if rank:
-        return out_dir
-    return _finished(
-        config,
-        made,
-        run.log,
-        out_dir,
-        device=device,
-        held_out_per_family=held_out_per_family,
-        command=f"torchrun --nproc-per-node {num_ranks} -m pipelines pretrain {where}",
-    )
+    command = "make pico-teacher"
+    if launch is not None:
+        layout, num_ranks, where = config.layout, launch.num_ranks, str(launch.recipe)
+        unnamed = _architecture(config, dict.fromkeys((BOS, EOS, PAD), 0))
+        layout.checked(num_ranks=num_ranks, rows_per_step=config.rows_per_step, model=unnamed, where=where)
+        command = f"torchrun --nproc-per-node {num_ranks} -m pipelines pretrain {where}"
+    materials = _materials(config, num_workers=num_workers)
+    staging = out_dir.with_name(f".{out_dir.name}.part")
+    if launch is None:
+        log = _train_in_one_process(config, materials, staging, progress)
+    else:
+        checkpoint_dir = out_dir.with_name(f"{out_dir.name}.checkpoints")
+        log = _train_over_ranks(config, materials, staging, checkpoint_dir, launch, progress)
+    if launch is None or launch.rank == 0:
+        _complete(config, materials, log, staging, held_out_per_family=held_out_per_family, command=command)
+        shutil.rmtree(out_dir, ignore_errors=True)
+        staging.replace(out_dir)
+    return out_dir
 
 
-def _made(config: PretrainConfig, *, num_workers: int) -> Made:
+def _materials(config: PretrainConfig, *, num_workers: int) -> Materials:
     tokenizer = make_tokenizer(vocab_size=config.vocab_size, seed=config.seed)
     rows = build_corpus(
         tokenizer,
@@ -139,7 +113,7 @@ def _made(config: PretrainConfig, *, num_workers: int) -> Made:
         num_workers=num_workers,
     )
     ids = {text: tokenizer.token_to_id(text) for text in (BOS, EOS, PAD)}
-    return Made(tokenizer, rows, _architecture(config, ids))
+    return Materials(tokenizer, rows, _architecture(config, ids))
 
 
 def _architecture(config: PretrainConfig, ids: dict[str, int]) -> DeepseekV3Config:
@@ -147,30 +121,61 @@ def _architecture(config: PretrainConfig, ids: dict[str, int]) -> DeepseekV3Conf
     return parse(DeepseekV3Config, {"vocab_size": config.vocab_size, **config.architecture, **special}, where=RECIPE)
 
 
-def _staging(out_dir: Path) -> Path:
-    """An empty folder in which the new teacher comes together."""
-    staging = out_dir.with_name(f".{out_dir.name}.part")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    return staging
+def _train_in_one_process(
+    config: PretrainConfig, materials: Materials, staging: Path, progress: Progress
+) -> list[LogRow]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")
+    with torch.device(device):
+        model = initialise(DeepseekV3(materials.architecture))
+    run = Pretraining(model, materials.rows, config, device=device)
+    run.run(progress)
+    _empty(staging)
+    save_checkpoint(model.cpu(), staging, fp8=True)
+    return run.log
 
 
-def _finished(
+def _train_over_ranks(
     config: PretrainConfig,
-    made: Made,
-    log: list[dict[str, float]],
-    out_dir: Path,
+    materials: Materials,
+    staging: Path,
+    checkpoint_dir: Path,
+    launch: Launch,
+    progress: Progress,
+) -> list[LogRow]:
+    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    joined = opened_meshes(config.layout, rank=launch.rank, init_method=launch.init_method, device=device)
+    with joined as meshes:
+        part = drawn_part(materials.architecture, meshes, seed=config.seed)
+        run = SpreadPretraining(part, materials.rows, config, meshes, checkpoint_dir=checkpoint_dir)
+        run.run(progress)
+        if launch.rank == 0:
+            _empty(staging)
+        with lost_peers(meshes.world):  # nobody writes before the folder is there
+            torch.distributed.barrier(group=meshes.world)
+        save_parts(run.model, staging, meshes, fp8=True)
+    return run.log
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _complete(
+    config: PretrainConfig,
+    materials: Materials,
+    log: list[LogRow],
+    staging: Path,
     *,
-    device: torch.device,
     held_out_per_family: int,
     command: str,
-) -> Path:
-    """Beside the staged weights: tokenizer, record and card; then the folder gets its name."""
-    staging = out_dir.with_name(f".{out_dir.name}.part")
-    save_tokenizer(made.tokenizer, staging, made.architecture)
-    shipped = load_checkpoint(staging).to(device)
-    accuracy = held_out_accuracy(shipped, made.tokenizer, per_family=held_out_per_family, device=device)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+) -> None:
+    """Write tokenizer, record and card beside the staged weights."""
+    save_tokenizer(materials.tokenizer, staging, materials.architecture)
+    accuracy = held_out_accuracy(staging, per_family=held_out_per_family)
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     record = {
         "hardware": hardware,
         "torch": torch.__version__,
@@ -181,11 +186,8 @@ def _finished(
         "log": log,
     }
     write_atomically(staging / "training.json", json.dumps(record, indent=1) + "\n")
-    card = _card(config, made.architecture, log, accuracy, hardware, held_out_per_family, command)
+    card = _card(config, materials.architecture, log, accuracy, hardware, held_out_per_family, command)
     write_atomically(staging / "README.md", card)
-    shutil.rmtree(out_dir, ignore_errors=True)
-    staging.replace(out_dir)
-    return out_dir
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, architecture: DeepseekV3Config) -> None:
@@ -213,31 +215,26 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, architecture: DeepseekV3C
     ).save_pretrained(folder)
 
 
-def held_out_accuracy(
-    model: DeepseekV3, tokenizer: Tokenizer, *, per_family: int, device: torch.device
-) -> dict[str, float]:
-    """pass@1 per family at temperature 0.6 on held-out problems, one sample each."""
-    problems = [
-        problem
+def held_out_accuracy(folder: Path, *, per_family: int) -> dict[str, float]:
+    """pass@1 per family at temperature 0.6 on held-out problems, one sample each, by the native engine."""
+    requests = [
+        TraceRequest(problem=problem, sample_index=0)
         for family, parameters in pico_families().items()
         for problem in itertools.islice(stream(family, parameters, seed=99, split="held_out"), per_family)
     ]
-    return sampled_accuracy(
-        lambda ids: model(ids, experts="dense", with_mtp=False).logits_BTV,
-        tokenizer,
-        problems,
-        [f"{BOS}{USER}{problem.prompt}{ASSISTANT}<think>\n" for problem in problems],
-        eos_id=tokenizer.token_to_id(EOS),
-        temperature=TEMPERATURE,
-        max_tokens=MAX_TOKENS,
-        device=device,
-    )
+    sampling = Sampling(temperature=TEMPERATURE, top_p=1.0, max_tokens=MAX_TOKENS)
+    right = dict.fromkeys(pico_families(), 0)
+    with contextlib.closing(open_native(folder, batch_size=min(BATCH_SIZE, len(requests)))) as teacher:
+        for done in teacher.generate(requests, sampling):
+            problem = done.request.problem
+            right[problem.source] += extract_answer(done.text) == problem.answer
+    return {family: count / per_family for family, count in right.items()}
 
 
 def _card(
     config: PretrainConfig,
     architecture: DeepseekV3Config,
-    log: list[dict[str, float]],
+    log: list[LogRow],
     accuracy: dict[str, float],
     hardware: str,
     per_family: int,

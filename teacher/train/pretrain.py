@@ -9,25 +9,25 @@ Shape legend: R rows, T positions, L MoE layers, E routed experts, V vocabulary.
 
 from __future__ import annotations
 
-import math
-import time
-
 import torch
 from torch import Tensor
 
-from distill.errors import TrainingFailure
 from distill.packing import Rows
 from distill.progress import Progress
+from distill.training.loop import LOG_EVERY, LogRow, check_finite, train
+from distill.training.losses import cross_entropy, labels
+from distill.training.row_order import RowOrder
+from distill.training.update import Update
 from teacher.model.balance import update_bias
 from teacher.model.experts import ExpertsKind
 from teacher.model.transformer import DeepseekV3
-from teacher.train.config import BETAS, PretrainConfig, RowOrder, cross_entropy, labels
+from teacher.train.config import PretrainConfig
 
-LOG_EVERY = 50
+TITLE = "pre-training the teacher"
 
 
 class Pretraining:
-    """One run. `log` holds a row every `log_every` steps: losses, rate, maximal expert load, tokens a second."""
+    """One run in one process. `log` has a row every `log_every` steps: losses, rate, maximal expert load, speed."""
 
     def __init__(
         self, model: DeepseekV3, rows: Rows, config: PretrainConfig, *, device: torch.device, log_every: int = LOG_EVERY
@@ -36,41 +36,41 @@ class Pretraining:
         self.experts: ExpertsKind = "dense"
         self.ids_RT = torch.from_numpy(rows.ids.astype("int32")).to(device)
         self.is_target_RT = torch.from_numpy(rows.is_target).to(device)
+        self.order = RowOrder(len(self.ids_RT), config.rows_per_step, seed=config.seed)
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         vectors = [p for p in model.parameters() if p.dim() < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=config.lr,
-            betas=BETAS,
-            fused=device.type == "cuda",
+        self.update = Update(
+            model,
+            self._losses,
+            groups=[
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            max_grad_norm=config.max_grad_norm,
+            device=device,
         )
-        self.forward = torch.compile(self._losses) if device.type == "cuda" else self._losses
         self.log_every = log_every
-        self.log: list[dict[str, float]] = []
+        self.log: list[LogRow] = []
 
     def run(self, progress: Progress) -> None:
         """Raises TrainingFailure as soon as a logged loss is not finite."""
-        config = self.config
-        order = RowOrder(len(self.ids_RT), config.rows_per_step, seed=config.seed)
-        with progress.task("pre-training the teacher", config.num_steps, unit="step") as task:
-            started = time.monotonic()
-            for step in range(config.num_steps):
-                seen = self._step(step, order.rows(step).to(self.device))
-                if step % self.log_every == 0 or step == config.num_steps - 1:
-                    row = self._log_row(step, seen, time.monotonic() - started)
-                    task.advance(0, loss=row["loss"], max_load=row["max_load"])
-                task.advance(1)
+        train(
+            self._step,
+            self._measure,
+            title=TITLE,
+            num_steps=self.config.num_steps,
+            tokens_per_step=self.config.tokens_per_step,
+            log=self.log,
+            log_every=self.log_every,
+            progress=progress,
+        )
 
-    def _step(self, step: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr_at(step)
+    def _step(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(main, MTP and balance loss, loads [L, E], norm of the gradients)."""
+        config, rows = self.config, self.order.rows(step).to(self.device)
         weights = torch.tensor([config.mtp_weight_at(step), config.balance_alpha], device=self.device)
-        loss, parts, load_LE = self.forward(self.ids_RT[rows].long(), self.is_target_RT[rows], weights)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        inputs = self.ids_RT[rows].long(), self.is_target_RT[rows], weights
+        _, parts, load_LE, norm = self.update(*inputs, lr=config.lr_at(step))
         if speed := config.bias_speed_at(step):
             update_bias(self.model.routers(), load_LE, speed)
         return parts, load_LE, norm
@@ -86,22 +86,31 @@ class Pretraining:
         loss = main + weights[0] * mtp + weights[1] * out.balance_loss
         return loss, torch.stack((main, mtp, out.balance_loss)).detach(), out.load_LE
 
-    def _log_row(self, step: int, seen: tuple[Tensor, Tensor, Tensor], seconds: float) -> dict[str, float]:
-        parts, load_LE, norm = seen
-        main, mtp, balance = parts.tolist()
-        if not math.isfinite(main + mtp):
-            raise TrainingFailure(f"the loss is {main} (MTP {mtp}) at step {step}; lower lr", field="lr")
-        tokens = (step + 1) * self.config.rows_per_step * self.config.row_length
-        row = {
-            "step": step,
-            "loss": round(main, 5),
-            "mtp_loss": round(mtp, 5),
-            "balance_loss": round(balance, 4),
-            "max_load": round(float((load_LE.amax(1) / load_LE.mean(1)).max()), 3) if len(load_LE) else 1.0,
-            "grad_norm": round(float(norm), 4),
-            "lr": self.config.lr_at(step),
-            "seconds": round(seconds, 2),
-            "tokens_per_s": round(tokens / seconds),
-        }
-        self.log.append(row)
-        return row
+    def _measure(self, step: int, outcome: tuple[Tensor, Tensor, Tensor]) -> LogRow:
+        parts, load_LE, norm = outcome
+        check_losses(step, parts)
+        return log_entries(self.config, step, parts, max_load(load_LE), norm)
+
+
+def check_losses(step: int, parts: Tensor) -> None:
+    """Raise TrainingFailure for a main or MTP loss that is not finite."""
+    main, mtp, _ = parts.tolist()
+    check_finite(step, main + mtp, f"{main} (MTP {mtp})")
+
+
+def max_load(load_LE: Tensor) -> Tensor:
+    """The most loaded expert of all layers over its layer's mean; 1 without MoE layers."""
+    return (load_LE.amax(1) / load_LE.mean(1)).max() if len(load_LE) else torch.ones(())
+
+
+def log_entries(config: PretrainConfig, step: int, parts: Tensor, largest_load: Tensor, norm: Tensor | float) -> LogRow:
+    """A step's part of a log row; `parts` are its main, MTP and balance loss."""
+    main, mtp, balance = parts.tolist()
+    return {
+        "loss": round(main, 5),
+        "mtp_loss": round(mtp, 5),
+        "balance_loss": round(balance, 4),
+        "max_load": round(float(largest_load), 3),
+        "grad_norm": round(float(norm), 4),
+        "lr": config.lr_at(step),
+    }

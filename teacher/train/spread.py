@@ -9,8 +9,6 @@ Shape legend: R rows, T positions, L MoE layers, E routed experts.
 from __future__ import annotations
 
 import hashlib
-import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,14 @@ import torch.distributed as dist
 from packaging.version import Version
 from torch import Tensor
 
-from distill.errors import EnvironmentFault, RecipeError, TrainingFailure
+from distill.errors import EnvironmentFault, RecipeError
 from distill.failpoints import failpoint
 from distill.packing import Rows
 from distill.progress import Progress
+from distill.training.loop import LOG_EVERY, LogRow, train
+from distill.training.losses import IGNORED, cross_entropy, labels
+from distill.training.row_order import RowOrder
+from distill.training.update import BETAS
 from teacher.model.balance import update_bias
 from teacher.model.config import DeepseekV3Config
 from teacher.model.initialise import drawn
@@ -35,8 +37,8 @@ from teacher.parallel.pipeline import Pipeline
 from teacher.parallel.stage import EMBEDDING, fill, own_entries, own_part
 from teacher.train import checkpoints
 from teacher.train.activations import SavedActivations
-from teacher.train.config import BETAS, IGNORED, PretrainConfig, RowOrder, cross_entropy, labels
-from teacher.train.pretrain import LOG_EVERY
+from teacher.train.config import PretrainConfig
+from teacher.train.pretrain import TITLE, check_losses, log_entries, max_load
 from teacher.train.zero import ZeroAdamW
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -61,7 +63,7 @@ def drawn_part(config: DeepseekV3Config, meshes: Meshes, *, seed: int) -> Deepse
 class SpreadPretraining:
     """One run on one of its ranks; all ranks make the same calls.
 
-    `model` is this rank's part of it (`drawn_part`, `teacher.parallel.weights.load_part`). `log` is that of
+    `model` is this rank's part of it (`drawn_part`). `log` is that of
     `Pretraining`, on every rank. With `bf16` (None: on a GPU) products are in BF16, else all is in FP32. Raises
     EnvironmentFault for recomputation under a schedule whose backward passes torch is too old to split.
     """
@@ -110,7 +112,7 @@ class SpreadPretraining:
             shared=EMBEDDING if model.config.num_nextn_predict_layers else None,
         )
         self.checkpoint_dir = checkpoint_dir
-        self.log: list[dict[str, float]] = []
+        self.log: list[LogRow] = []
         self._seen: list[Tensor] = []
         self._counts, self._mtp_weight = (1, 1), 0.0
 
@@ -120,24 +122,19 @@ class SpreadPretraining:
         Raises TrainingFailure as soon as a loss is not finite, EnvironmentFault where a rank is lost, RecipeError where
         the checkpoint is of another recipe.
         """
-        first, every = self._resumed(), self.config.checkpoint.every
-        before = self.log[-1]["seconds"] if self.log else 0.0
-        with progress.task("pre-training the teacher", self.config.num_steps, done=first, unit="step") as task:
-            started = time.monotonic()
-            for step in range(first, self.config.num_steps):
-                is_last = step == self.config.num_steps - 1
-                seen = self._step(step)
-                if step % self.log_every == 0 or is_last:
-                    seconds = time.monotonic() - started
-                    row = self._log_row(step, *seen, {
-                        "seconds": round(before + seconds, 2),
-                        "tokens_per_s": round(self._tokens(step + 1 - first) / seconds),
-                    })  # fmt: skip
-                    task.advance(0, loss=row["loss"], max_load=row["max_load"])
-                task.advance(1)
-                failpoint("step.ended", f"{step}.{self.meshes.rank}")
-                if self.checkpoint_dir is not None and every and ((step + 1) % every == 0 or is_last):
-                    self._save(step + 1)
+        first_step = self._resume()
+        train(
+            self._step,
+            self._measure,
+            title=TITLE,
+            num_steps=self.config.num_steps,
+            tokens_per_step=self.config.tokens_per_step,
+            log=self.log,
+            log_every=self.log_every,
+            first_step=first_step,
+            progress=progress,
+            step_ended=self._step_ended,
+        )
 
     def _step(self, step: int) -> tuple[Tensor, Tensor | None, float]:
         """(main, MTP and balance loss of the whole step, this stage's load [L, E], norm of the gradients)."""
@@ -163,9 +160,7 @@ class SpreadPretraining:
                 sums[2] += statistics[1].double() * self._share
         load_LE = summed_over(torch.cat(loads), self.meshes.replicas) if loads else None
         norm, sums = self.optimizer.step(step=step, lr=config.lr_at(step), max_norm=config.max_grad_norm, sums=sums)
-        main, mtp, _ = sums.tolist()
-        if not math.isfinite(main + mtp):  # seen before anything of it could be saved
-            raise TrainingFailure(f"the loss is {main} (MTP {mtp}) at step {step}; lower lr", field="lr")
+        check_losses(step, sums)  # at every step: before anything of it could be saved
         if load_LE is not None and (speed := config.bias_speed_at(step)):
             update_bias((router for block in self.pipeline.blocks for router in block.routers()), load_LE, speed)
         return sums, load_LE, norm
@@ -179,30 +174,14 @@ class SpreadPretraining:
         self._seen.append(torch.stack((main, mtp)).detach())
         return main + self._mtp_weight * mtp
 
-    def _tokens(self, num_steps: int) -> int:
-        return num_steps * self.config.rows_per_step * self.config.row_length
-
-    def _log_row(
-        self, step: int, sums: Tensor, load_LE: Tensor | None, norm: float, speed: dict[str, float]
-    ) -> dict[str, float]:
-        main, mtp, balance = sums.tolist()
+    def _measure(self, step: int, outcome: tuple[Tensor, Tensor | None, float]) -> LogRow:
+        sums, load_LE, norm = outcome
         largest = torch.ones(1, device=self.meshes.device)
         if load_LE is not None:
-            largest[0] = (load_LE.amax(1) / load_LE.mean(1)).max()
+            largest[0] = max_load(load_LE)
         with lost_peers(self.meshes.world):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.meshes.world)
-        row = {
-            "step": step,
-            "loss": round(main, 5),
-            "mtp_loss": round(mtp, 5),
-            "balance_loss": round(balance, 4),
-            "max_load": round(float(largest), 3),
-            "grad_norm": round(norm, 4),
-            "lr": self.config.lr_at(step),
-            **speed,
-        }
-        self.log.append(row)
-        return row
+        return log_entries(self.config, step, sums, largest, norm)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -212,20 +191,25 @@ class SpreadPretraining:
         biases = [router.e_score_correction_bias for block in self.pipeline.blocks for router in block.routers()]
         return {**self.optimizer.state(), **{f"bias/{names[id(bias)]}": bias for bias in biases}}
 
-    def _save(self, step: int) -> None:
-        assert self.checkpoint_dir is not None
+    def _step_ended(self, step: int) -> None:
+        failpoint("step.ended", f"{step}.{self.meshes.rank}")
+        done, every = step + 1, self.config.checkpoint.every
+        if self.checkpoint_dir is not None and every and (done % every == 0 or done == self.config.num_steps):
+            self._save(self.checkpoint_dir, done)
+
+    def _save(self, folder: Path, num_steps: int) -> None:
         record = {
-            "position": self.order.position(step)._asdict(),
+            "position": self.order.position(num_steps)._asdict(),
             "corpus": self.corpus,
             "learned": self.config.what_is_learned(),
             "layout": self.config.layout.model_dump(mode="json"),
             "log": self.log,
         }
         keep, world = self.config.checkpoint.keep, self.meshes.world
-        checkpoints.save(self.checkpoint_dir, step, self._state(), record, keep=keep, world=world)
+        checkpoints.save(folder, num_steps, self._state(), record, keep=keep, world=world)
 
-    def _resumed(self) -> int:
-        """The number of steps that are done."""
+    def _resume(self) -> int:
+        """Load the newest checkpoint; returns the number of steps that are done."""
         found = None if self.checkpoint_dir is None else checkpoints.newest(self.checkpoint_dir, self.meshes.world)
         if found is None:
             return 0

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.errors import CheckpointError
-from teacher.model.block_checkpoint import load_blocks, quantised_entries, unfit_for_fp8
+from teacher.model.block_checkpoint import load_blocks, unfit_for_fp8
 from teacher.model.checkpoint import load_checkpoint, save_checkpoint
 from teacher.model.config import DeepseekV3Config
-from teacher.model.fp8 import BlockMatrix, dequantise_blocks
+from teacher.model.fp8 import BlockMatrix, dequantise_blocks, quantise_blocks
+from teacher.model.names import is_quantised
 from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.sequence import Sequence
@@ -61,9 +62,17 @@ def test_a_folder_in_bf16_is_quantised_on_the_way(config: DeepseekV3Config, tmp_
     model = random_model(config, std=0.05).to(torch.bfloat16)
     save_checkpoint(model, tmp_path)
     _, found = load_blocks(tmp_path, CPU)
-    for name, wanted in quantised_entries(model).items():
-        pairs = zip(found[name], wanted, strict=True) if isinstance(wanted, BlockMatrix) else [(found[name], wanted)]
-        assert all(torch.equal(a.float(), b.float()) for a, b in pairs), name
+    assert found.keys() == model.state_dict().keys()
+    for name, wanted in model.state_dict().items():
+        is_stack = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        assert isinstance(found[name], BlockMatrix) == (is_stack or is_quantised(name, tuple(wanted.shape))), name
+        if is_stack:
+            got, wanted = list(zip(*found[name], strict=True)), list(wanted)
+        else:
+            got, wanted = [found[name]], [wanted]
+        for entry, matrix in zip(got, wanted, strict=True):
+            pairs = zip(entry, quantise_blocks(matrix), strict=True) if isinstance(entry, tuple) else [(entry, matrix)]
+            assert all(torch.equal(a.float(), b.float()) for a, b in pairs), name
 
 
 def test_fp8_products_give_the_model_s_logits(folder: Path) -> None:

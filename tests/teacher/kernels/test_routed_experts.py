@@ -12,13 +12,13 @@ from teacher.kernels.device import runs_hopper_kernels
 from teacher.kernels.experts import (
     ExpertsTiling,
     ExpertWeights,
+    Grouping,
     align_twin,
     num_rows,
     routed_experts_fp8,
     routed_experts_twin,
 )
 from teacher.kernels.gemm import block_gemm_twin
-from teacher.kernels.grouped import Grouping
 from teacher.kernels.quantise import Quantised, quantise, quantise_weight, swiglu_quantise_twin
 from teacher.kernels.route import Choice, Routes, route_twin
 from teacher.model.fp8 import BLOCK, dequantise_blocks
@@ -134,7 +134,8 @@ def test_choices_that_are_served_elsewhere_count_for_nothing(
 def test_alignment_gives_each_pair_one_row_of_its_expert(num_tokens: int, top_k: int, rows: int, seed: int) -> None:
     scores = torch.rand(num_tokens, NUM_EXPERTS, generator=torch.Generator().manual_seed(seed))
     indices = scores.topk(top_k).indices.to(torch.int32)
-    pairs, experts = align_twin(indices, NUM_EXPERTS, rows)
+    pairs, experts, loads = align_twin(indices, NUM_EXPERTS, rows)
+    assert loads.tolist() == [int((indices == expert).sum()) for expert in range(NUM_EXPERTS)]
     assert len(pairs) == num_rows(indices.numel(), NUM_EXPERTS, rows) == len(experts) * rows
     held = pairs[pairs < indices.numel()]
     assert held.sort().values.tolist() == list(range(indices.numel()))
@@ -188,7 +189,8 @@ def test_fused_products_on_hopper_equal_the_twin(device: str) -> None:
     indices = torch.arange(len(loads)).repeat_interleave(torch.tensor(loads)).to(torch.int32)
     indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(6))].unsqueeze(1)
     alignment = align_twin(indices, len(loads), BLOCK)
-    grouping = Grouping(*(part.to(device) for part in (*alignment, torch.tensor(loads, dtype=torch.int32))))
+    assert alignment.load_E.tolist() == loads
+    grouping = Grouping(*(part.to(device) for part in alignment))
     rows = quantise(torch.randn(len(alignment.pairs_R), hidden, generator=generator, device=device).bfloat16())
     units = {"experts_T": grouping.experts_T, "units_U": list_units(grouping, TAIL_ROWS)}
     got = gate_up_hopper(rows, weights.gate_up_E2ID, weights.gate_up_scale_inv, **units)
@@ -224,6 +226,7 @@ def test_alignment_on_the_device_equals_its_twin(device: str, num_tokens: int, r
         wanted = align_twin(indices, NUM_EXPERTS - first, rows)
         assert torch.equal(got.pairs_R, wanted.pairs_R)
         assert torch.equal(got.experts_T, wanted.experts_T)
+        assert torch.equal(got.load_E, wanted.load_E)
         places = (wanted.pairs_R < indices.numel()).nonzero().flatten()
         expected = torch.full_like(rows_NK.flatten(), -1)
         expected[wanted.pairs_R[places].long()] = places.to(torch.int32)

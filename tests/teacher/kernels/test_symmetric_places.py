@@ -11,10 +11,11 @@ import torch
 from teacher.kernels.experts import ExpertWeights, default_tiling, routed_experts_fp8
 from teacher.kernels.quantise import quantise, quantise_weight
 from teacher.kernels.route import Choice
-from teacher.parallel.fixed_places import ExpertInputs, FixedPlaces, own_experts
+from teacher.parallel.fixed_places import ExpertInputs, FixedPlaces
 from teacher.parallel.groups import Ranks
 from teacher.parallel.placement import Placement, SlotTables
 from teacher.parallel.symmetric_places import SymmetricFixedPlaces
+from tests.teacher.expert_slots import own_experts
 from tests.teacher.kernels.shared_inboxes import Shared
 
 HIDDEN, INNER, PER_TOKEN, MAX_TOKENS = 384, 128, 3, 6

@@ -9,9 +9,10 @@ from teacher.kernels.experts import ExpertWeights, routed_experts_fp8
 from teacher.kernels.quantise import quantise
 from teacher.kernels.route import Choice
 from teacher.model.fp8 import quantise_blocks
-from teacher.parallel.fixed_places import FixedPlaces, own_experts, routed_experts_over_ranks
+from teacher.parallel.fixed_places import FixedPlaces, routed_experts_over_ranks
 from teacher.parallel.groups import Ranks
 from teacher.parallel.placement import Placement
+from tests.teacher.expert_slots import own_experts
 from tests.teacher.parallel.process_ranks import own, run_ranks
 
 HIDDEN, INNER, EXPERTS, PER_TOKEN, MAX_TOKENS = 256, 128, 8, 3, 7

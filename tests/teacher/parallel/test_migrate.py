@@ -14,7 +14,7 @@ from teacher.model.router import Routing
 from teacher.parallel.balance import balanced_placement
 from teacher.parallel.dispatch import Exchange
 from teacher.parallel.groups import Ranks
-from teacher.parallel.migrate import plan_moves, relocate
+from teacher.parallel.migrate import move_weights, plan_moves
 from teacher.parallel.moe import ExpertParallelExperts
 from teacher.parallel.placement import Placement
 from teacher.parallel.wire import Wire
@@ -82,8 +82,11 @@ def moving(ranks: Ranks) -> tuple[list[int], list[bool], list[float]]:
     counts, same, errors = [], [], []
     for loads in ([9.0, 1, 1, 1, 1, 1], [1.0, 1, 1, 1, 5, 9], [1.0] * EXPERTS):
         new = balanced_placement(loads, num_ranks=ranks.num_ranks, slots_per_rank=start.slots_per_rank)
-        counts.append(len(relocate(layer, new)))
+        moves = plan_moves(layer.exchange.placement, new)
+        move_weights([layer.gate_up_proj, layer.down_proj], moves, ranks)
+        counts.append(len(moves))
         fresh = layer_of(ranks, new)
+        layer.exchange = fresh.exchange
         same.append(
             torch.equal(layer.gate_up_proj, fresh.gate_up_proj) and torch.equal(layer.down_proj, fresh.down_proj)
         )

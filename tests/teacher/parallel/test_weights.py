@@ -1,4 +1,4 @@
-"""Hugging Face folders over a layout: only what is a rank's own is read, and what is written is the whole model."""
+"""Hugging Face folders over a layout: what the ranks write together is the whole model."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from teacher.model.checkpoint import load_checkpoint, save_checkpoint
-from teacher.model.config import DeepseekV3Config
-from teacher.model.shards import stored_tensors, weight_files
+from teacher.model.initialise import drawn
+from teacher.model.names import empty_model
 from teacher.model.transformer import DeepseekV3
 from teacher.parallel.groups import Ranks
 from teacher.parallel.layout import Layout
 from teacher.parallel.meshes import formed
-from teacher.parallel.weights import load_part, save_parts
+from teacher.parallel.stage import fill
+from teacher.parallel.weights import save_parts
+from teacher.train.spread import drawn_part
 from tests.teacher.parallel.process_ranks import run_ranks
-from tests.teacher.v3_models import random_model, tiny_config
+from tests.teacher.v3_models import tiny_config
 
 LAYOUTS = [
     Layout(ep=4),
@@ -27,60 +28,40 @@ LAYOUTS = [
 ]
 
 
-def model(**changes) -> DeepseekV3:
-    config: DeepseekV3Config = tiny_config(num_hidden_layers=4, **changes)
-    return random_model(config)
+CONFIG = tiny_config(num_hidden_layers=4)
 
 
-def read_and_written(ranks: Ranks, layout: Layout, folder: Path, fp8: bool) -> tuple[tuple[str, ...], int, int]:
+def whole_model() -> DeepseekV3:
+    """The model of which `drawn_part` gives every rank its part."""
+    model = empty_model(CONFIG)
+
+    def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        experts = range(shape[0]) if ".experts." in name else None
+        return drawn(name, shape, std=CONFIG.initializer_range, seed=3, experts=experts)
+
+    fill(model, model.state_dict(), value)
+    return model
+
+
+def written(ranks: Ranks, layout: Layout, folder: Path, fp8: bool) -> int:
     meshes = formed(layout, ranks)
-    part = load_part(folder, meshes)
-    save_parts(part.model, folder.with_name("written"), meshes, fp8=fp8, dtype=torch.float32)
-    held = sum(tensor.numel() for tensor in part.model.state_dict().values() if not tensor.is_meta)
-    return part.names, part.num_bytes, held
+    part = drawn_part(CONFIG, meshes, seed=3)
+    save_parts(part, folder, meshes, fp8=fp8, dtype=torch.float32)
+    return sum(tensor.numel() for tensor in part.state_dict().values() if not tensor.is_meta)
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"pp{layout.pp}-ep{layout.ep}-dp{layout.dp}")
-def test_every_rank_reads_its_own_and_together_they_write_the_model(tmp_path, layout, fp8) -> None:
-    save_checkpoint(model(), tmp_path / "given", fp8=fp8, dtype=torch.float32)
-    results = run_ranks(read_and_written, layout.num_ranks, tmp_path / "ranks", layout, tmp_path / "given", fp8)
-    given, written = load_checkpoint(tmp_path / "given"), load_checkpoint(tmp_path / "written")
+def test_together_the_ranks_write_the_model(tmp_path, layout, fp8) -> None:
+    whole = whole_model()
+    save_checkpoint(whole, tmp_path / "given", fp8=fp8, dtype=torch.float32)
+    held = run_ranks(written, layout.num_ranks, tmp_path / "ranks", layout, tmp_path / "written", fp8)
+    given, together = load_checkpoint(tmp_path / "given"), load_checkpoint(tmp_path / "written")
     for name, tensor in given.state_dict().items():
-        torch.testing.assert_close(written.state_dict()[name], tensor, atol=0, rtol=0, msg=name)
-    stored = stored_tensors(tmp_path / "given")
-    for rank, (names, num_bytes, held) in enumerate(results):
-        own = layout.placement(8).of_rank(layout.coordinates(rank).ep)
-        of_experts = [int(name.split(".experts.")[1].split(".")[0]) for name in names if ".experts." in name]
-        assert set(of_experts) == set(own)
-        assert num_bytes == sum(stored[name].num_bytes for name in names)
-        assert held == sum(torch.Size(stored[n].shape).numel() for n in names if not n.endswith("_scale_inv"))
-    read = {name for names, _, _ in results for name in names}
-    assert {name for name in stored if name not in read} == {
-        "model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.head.weight",
-    }  # fmt: skip
-
-
-def read_alone(ranks: Ranks, layout: Layout, folder: Path) -> str:
-    try:
-        load_part(folder, formed(layout, ranks))
-    except Exception as exc:  # noqa: BLE001 - reported to the test
-        return str(exc)
-    return "read"
-
-
-def test_what_is_another_ranks_is_not_even_looked_at(tmp_path) -> None:
-    """Expert 5 is spoiled with a NaN: only the rank that holds it can tell."""
-    save_checkpoint(model(), tmp_path / "given", dtype=torch.float32)
-    (file,) = weight_files(tmp_path / "given")
-    tensors = load_file(file)
-    spoiled = "model.layers.2.mlp.experts.5.down_proj.weight"
-    tensors[spoiled][0, 0] = torch.nan
-    save_file(tensors, file, metadata={"format": "pt"})
-    outcomes = run_ranks(read_alone, 4, tmp_path / "ranks", Layout(ep=4), tmp_path / "given")
-    assert [outcome == "read" for outcome in outcomes] == [True, True, False, True]
-    assert f"{spoiled}: holds 1 values that are not finite" in outcomes[2]
+        torch.testing.assert_close(together.state_dict()[name], tensor, atol=0, rtol=0, msg=name)
+    if layout.pp * layout.ep > 1:  # no rank held all of it
+        assert max(held) < sum(tensor.numel() for tensor in whole.state_dict().values())
 
 
 def prompts(rank: int) -> torch.Tensor:
@@ -96,13 +77,12 @@ def greedy(model: DeepseekV3, ids: torch.Tensor) -> torch.Tensor:
     return ids
 
 
-def served(ranks: Ranks, layout: Layout, folder: Path) -> torch.Tensor:
-    return greedy(load_part(folder, formed(layout, ranks)).model, prompts(ranks.rank))
+def served(ranks: Ranks, layout: Layout) -> torch.Tensor:
+    return greedy(drawn_part(CONFIG, formed(layout, ranks), seed=3).eval(), prompts(ranks.rank))
 
 
 def test_attention_by_rank_and_experts_over_ranks_serve_what_one_process_does(tmp_path) -> None:
-    whole = model()
-    save_checkpoint(whole, tmp_path / "given", dtype=torch.float32)
+    whole = whole_model().eval()
     layout = Layout(ep=4, dispatch="fp32", combine="fp32")
-    for rank, ids in enumerate(run_ranks(served, 4, tmp_path / "ranks", layout, tmp_path / "given")):
-        assert torch.equal(ids, greedy(whole.eval(), prompts(rank)))
+    for rank, ids in enumerate(run_ranks(served, 4, tmp_path / "ranks", layout)):
+        assert torch.equal(ids, greedy(whole, prompts(rank)))
