@@ -1,4 +1,4 @@
-"""Where experts go, from how much they are used: hot ones several times, ranks loaded evenly (2412.19437 s.3.4.1).
+"""Places of experts, from how much they are used: hot ones several times, ranks loaded evenly (2412.19437 s.3.4.1).
 
     1. groups to nodes, where the routing groups divide among the nodes: a group's experts stay on one node, which is
        what node-limited routing (s.2.1.2) counts on. Else all ranks are packed as one node, and ranks end up more
@@ -166,7 +166,7 @@ def _swap(a: _Bin, i: int, b: _Bin, j: int, loads: Sequence[float]) -> None:
 
 
 def _allowed(a: _Bin, i: int, b: _Bin, j: int, kinds: Sequence[int]) -> bool:
-    """Whether a swap brings no kind to where it is already."""
+    """Tell whether a swap brings no kind to where it is already."""
     gets, gives = kinds[b.items[j]], kinds[a.items[i]]
     if gets == gives:
         return True
@@ -229,7 +229,7 @@ def renamed(new: Placement, current: Placement) -> Placement:
 
 
 def _matched(old: Sequence[Sequence[int]], new: Sequence[Sequence[int]]) -> list[int]:
-    """For each old set one of the new ones, those with most in common first."""
+    """Find one of the new sets for each old one, those with most in common first."""
     common = sorted(
         ((-len(set(a) & set(b)), i, j) for i, a in enumerate(old) for j, b in enumerate(new)),
     )

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from distill.errors import DataError
 from teacher.parallel.balance import rebalanced
-from teacher.parallel.groups import Ranks, summed_over
+from teacher.parallel.groups import Ranks, all_reduce_sum
 from teacher.parallel.migrate import move_weights, plan_moves
 from teacher.parallel.placement import Placement, SlotTables
 from teacher.serve.weights import Fp8MoEWeights, InferenceWeights
@@ -65,7 +65,7 @@ class Imbalance(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a rebalancing came to; both imbalances are under the loads that it went by."""
+    """Result of a rebalancing; both imbalances are under the loads that it went by."""
 
     num_layers_moved: int
     num_slots_moved: int
@@ -73,8 +73,8 @@ class Report(NamedTuple):
     after: Imbalance
 
 
-class _Found(NamedTuple):
-    """Of one layer."""
+class _LayerOutcome(NamedTuple):
+    """Result for one layer."""
 
     num_moves: int
     before: float
@@ -95,7 +95,7 @@ def placed(weights: InferenceWeights, placement: Placement) -> tuple[InferenceWe
 
 
 class Balancer:
-    """Of all layers, each with a placement of its own (`placements`), by counts that begin anew each time.
+    """Placer of all layers, each with a placement of its own (`placements`), by counts that begin anew each time.
 
     `group` is for numbers on the host. Every rebalancing's report, alike on all ranks, goes to `on_report`.
     """
@@ -116,10 +116,10 @@ class Balancer:
         self._ranks, self._group = ranks, group
         self._num_steps = 0  # since the counts were read
         self._waiting: deque[tuple[int, list[int]]] = deque()  # layers to be placed, by these loads
-        self._found: list[_Found] = []
+        self._outcomes: list[_LayerOutcome] = []
 
     def before_step(self) -> None:
-        """To be called before each step that computes something, by all ranks together. At most one layer moves.
+        """Move a layer at most; all ranks call it together, before each step that computes something.
 
         Raises EnvironmentFault where a rank is lost, as `move_weights`.
         """
@@ -128,18 +128,18 @@ class Balancer:
             self._num_steps = 0
         self._num_steps += 1
         if self._waiting:
-            self._found.append(self._place(*self._waiting.popleft()))
+            self._outcomes.append(self._place(*self._waiting.popleft()))
             if not self._waiting:
                 self._report()
 
     def _read_loads(self) -> list[list[int]]:
-        """Of all ranks, [L][E]. The host waits for the step under way and asks over gloo: placing is its own work."""
+        """Loads over all ranks, [L][E]. The host waits for the step under way, asks over gloo, and places."""
         loads_LE = torch.stack([layer.load_E for layer in self._layers]).cpu()
         for layer in self._layers:
             layer.load_E.zero_()
-        return summed_over(loads_LE, self._group).tolist()
+        return all_reduce_sum(loads_LE, self._group).tolist()
 
-    def _place(self, number: int, loads_E: list[int]) -> _Found:
+    def _place(self, number: int, loads_E: list[int]) -> _LayerOutcome:
         layer, current = self._layers[number], self.placements[number]
         gain, groups = self._settings.least_gain, self._num_groups
         new, before, after = rebalanced(current, loads_E, num_groups=groups, least_gain=gain)
@@ -147,12 +147,12 @@ class Balancer:
             move_weights(layer.experts, moves, self._ranks)
             layer.tables.become(new)
             self.placements[number] = new
-        return _Found(len(moves), before, after)
+        return _LayerOutcome(len(moves), before, after)
 
     def _report(self) -> None:
-        num_moves, before, after = zip(*self._found, strict=True)
+        num_moves, before, after = zip(*self._outcomes, strict=True)
         num_layers_moved = sum(moves > 0 for moves in num_moves)
-        self._found.clear()
+        self._outcomes.clear()
         self.on_report(Report(num_layers_moved, sum(num_moves), _over_layers(before), _over_layers(after)))
 
 

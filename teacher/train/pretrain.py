@@ -53,7 +53,7 @@ class Pretraining:
         self.log: list[LogRow] = []
 
     def run(self, progress: Progress) -> None:
-        """Raises TrainingFailure as soon as a logged loss is not finite."""
+        """Train to the end. Raises TrainingFailure as soon as a logged loss is not finite."""
         train(
             self._step,
             self._measure,

@@ -27,10 +27,10 @@ from distill.training.row_order import RowOrder
 from distill.training.update import BETAS
 from teacher.model.balance import update_bias
 from teacher.model.config import DeepseekV3Config
-from teacher.model.initialise import drawn
+from teacher.model.initialise import draw_entry
 from teacher.model.names import empty_model
 from teacher.model.transformer import DeepseekV3
-from teacher.parallel.groups import lost_peers, summed_over
+from teacher.parallel.groups import all_reduce_sum, lost_peers
 from teacher.parallel.layout import STAGES_PER_RANK
 from teacher.parallel.meshes import Meshes
 from teacher.parallel.pipeline import Pipeline
@@ -47,14 +47,14 @@ MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPLITS_RECOMPUTED = Version("2.12")
 
 
-def drawn_part(config: DeepseekV3Config, meshes: Meshes, *, seed: int) -> DeepseekV3:
+def draw_part(config: DeepseekV3Config, meshes: Meshes, *, seed: int) -> DeepseekV3:
     """This rank's part of a fresh model, the same model whatever the layout."""
     model = own_part(empty_model(config), meshes)
     experts = meshes.layout.placement(config.n_routed_experts).of_rank(meshes.at.ep)
 
     def value(name: str, shape: tuple[int, ...]) -> Tensor:
         of_stack = experts if ".experts." in name else None
-        return drawn(name, shape, std=config.initializer_range, seed=seed, experts=of_stack)
+        return draw_entry(name, shape, std=config.initializer_range, seed=seed, experts=of_stack)
 
     fill(model, own_entries(model, meshes.layout, meshes.at.pp), value)
     return model
@@ -63,7 +63,7 @@ def drawn_part(config: DeepseekV3Config, meshes: Meshes, *, seed: int) -> Deepse
 class SpreadPretraining:
     """One run on one of its ranks; all ranks make the same calls.
 
-    `model` is this rank's part of it (`drawn_part`). `log` is that of
+    `model` is this rank's part of it (`draw_part`). `log` is that of
     `Pretraining`, on every rank. With `bf16` (None: on a GPU) products are in BF16, else all is in FP32. Raises
     EnvironmentFault for recomputation under a schedule whose backward passes torch is too old to split.
     """
@@ -117,7 +117,7 @@ class SpreadPretraining:
         self._counts, self._mtp_weight = (1, 1), 0.0
 
     def run(self, progress: Progress) -> None:
-        """From the newest complete checkpoint, or from the beginning, to the end.
+        """Train from the newest complete checkpoint, or from the beginning, to the end.
 
         Raises TrainingFailure as soon as a loss is not finite, EnvironmentFault where a rank is lost, RecipeError where
         the checkpoint is of another recipe.
@@ -158,7 +158,7 @@ class SpreadPretraining:
             if (statistics := block.take_statistics()) is not None:
                 loads.append(statistics[0])
                 sums[2] += statistics[1].double() * self._share
-        load_LE = summed_over(torch.cat(loads), self.meshes.replicas) if loads else None
+        load_LE = all_reduce_sum(torch.cat(loads), self.meshes.replicas) if loads else None
         norm, sums = self.optimizer.step(step=step, lr=config.lr_at(step), max_norm=config.max_grad_norm, sums=sums)
         check_losses(step, sums)  # at every step: before anything of it could be saved
         if load_LE is not None and (speed := config.bias_speed_at(step)):
@@ -215,7 +215,7 @@ class SpreadPretraining:
             return 0
         self._check(found)
         checkpoints.load(found, self._state(), self.meshes.world)
-        self.optimizer.spread()
+        self.optimizer.gather_weights()
         self.log = found.record["log"]
         return int(found.record["step"])
 
