@@ -20,11 +20,9 @@ from torch import Tensor
 from distill.errors import EnvironmentFault, RecipeError
 from distill.failpoints import failpoint
 from distill.packing import Rows
-from distill.progress import Progress
-from distill.training.loop import LOG_EVERY, LogRow, train
+from distill.training.loop import BETAS, LOG_EVERY, LogRow, TrainingRun
 from distill.training.losses import IGNORED, cross_entropy, labels
 from distill.training.row_order import RowOrder
-from distill.training.update import BETAS
 from teacher.model.balance import update_bias
 from teacher.model.config import DeepseekV3Config
 from teacher.model.initialise import draw_entry
@@ -60,13 +58,16 @@ def draw_part(config: DeepseekV3Config, meshes: Meshes, *, seed: int) -> Deepsee
     return model
 
 
-class SpreadPretraining:
-    """One run on one of its ranks; all ranks make the same calls.
+class SpreadPretraining(TrainingRun[tuple[Tensor, Tensor | None, float]]):
+    """One run on one of its ranks; all ranks make the same calls. It goes on from the newest complete checkpoint.
 
-    `model` is this rank's part of it (`draw_part`). `log` is that of
-    `Pretraining`, on every rank. With `bf16` (None: on a GPU) products are in BF16, else all is in FP32. Raises
-    EnvironmentFault for recomputation under a schedule whose backward passes torch is too old to split.
+    `model` is this rank's part of it (`draw_part`). `log` is that of `Pretraining`, on every rank. With `bf16` (None:
+    on a GPU) products are in BF16, else all is in FP32. Raises EnvironmentFault for recomputation under a schedule
+    whose backward passes torch is too old to split. `run` raises TrainingFailure as soon as a loss is not finite,
+    EnvironmentFault where a rank is lost, RecipeError where the checkpoint is of another recipe.
     """
+
+    title = TITLE
 
     def __init__(
         self,
@@ -79,8 +80,9 @@ class SpreadPretraining:
         log_every: int = LOG_EVERY,
         bf16: bool | None = None,
     ) -> None:
+        super().__init__(num_steps=config.num_steps, tokens_per_step=config.tokens_per_step, log_every=log_every)
         self.bf16 = meshes.device.type == "cuda" if bf16 is None else bf16
-        self.model, self.config, self.meshes, self.log_every = model, config, meshes, log_every
+        self.model, self.config, self.meshes = model, config, meshes
         self.ids_RT = torch.from_numpy(rows.ids.astype("int64"))
         self.labels_RT = labels(self.ids_RT, torch.from_numpy(rows.is_target))
         self.corpus = hashlib.sha256(rows.ids.tobytes() + rows.is_target.tobytes()).hexdigest()
@@ -112,31 +114,10 @@ class SpreadPretraining:
             shared=EMBEDDING if model.config.num_nextn_predict_layers else None,
         )
         self.checkpoint_dir = checkpoint_dir
-        self.log: list[LogRow] = []
         self._seen: list[Tensor] = []
         self._counts, self._mtp_weight = (1, 1), 0.0
 
-    def run(self, progress: Progress) -> None:
-        """Train from the newest complete checkpoint, or from the beginning, to the end.
-
-        Raises TrainingFailure as soon as a loss is not finite, EnvironmentFault where a rank is lost, RecipeError where
-        the checkpoint is of another recipe.
-        """
-        first_step = self._resume()
-        train(
-            self._step,
-            self._measure,
-            title=TITLE,
-            num_steps=self.config.num_steps,
-            tokens_per_step=self.config.tokens_per_step,
-            log=self.log,
-            log_every=self.log_every,
-            first_step=first_step,
-            progress=progress,
-            step_ended=self._step_ended,
-        )
-
-    def _step(self, step: int) -> tuple[Tensor, Tensor | None, float]:
+    def make_step(self, step: int) -> tuple[Tensor, Tensor | None, float]:
         """(main, MTP and balance loss of the whole step, this stage's load [L, E], norm of the gradients)."""
         config = self.config
         rows = self.order.rows(step)
@@ -174,7 +155,7 @@ class SpreadPretraining:
         self._seen.append(torch.stack((main, mtp)).detach())
         return main + self._mtp_weight * mtp
 
-    def _measure(self, step: int, outcome: tuple[Tensor, Tensor | None, float]) -> LogRow:
+    def measure(self, step: int, outcome: tuple[Tensor, Tensor | None, float]) -> LogRow:
         sums, load_LE, norm = outcome
         largest = torch.ones(1, device=self.meshes.device)
         if load_LE is not None:
@@ -191,7 +172,7 @@ class SpreadPretraining:
         biases = [router.e_score_correction_bias for block in self.pipeline.blocks for router in block.routers()]
         return {**self.optimizer.state(), **{f"bias/{names[id(bias)]}": bias for bias in biases}}
 
-    def _step_ended(self, step: int) -> None:
+    def step_ended(self, step: int) -> None:
         failpoint("step.ended", f"{step}.{self.meshes.rank}")
         done, every = step + 1, self.config.checkpoint.every
         if self.checkpoint_dir is not None and every and (done % every == 0 or done == self.config.num_steps):
@@ -208,7 +189,7 @@ class SpreadPretraining:
         keep, world = self.config.checkpoint.keep, self.meshes.world
         checkpoints.save(folder, num_steps, self._state(), record, keep=keep, world=world)
 
-    def _resume(self) -> int:
+    def resume(self) -> int:
         """Load the newest checkpoint; returns the number of steps that are done."""
         found = None if self.checkpoint_dir is None else checkpoints.newest(self.checkpoint_dir, self.meshes.world)
         if found is None:
