@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 
 from benchmarks.device import device_name, where_and_when, write_result
-from distill.training.update import BETAS
+from distill.training.loop import BETAS
 from teacher.model.config import DeepseekV3Config
 from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3

@@ -38,10 +38,10 @@ from distill.progress import silent
 from teacher.model.config import DeepseekV3Config
 from teacher.parallel.groups import Ranks, opened_ranks
 from teacher.parallel.layout import Layout
-from teacher.parallel.meshes import Meshes, formed
+from teacher.parallel.meshes import Meshes, form_meshes
 from teacher.parallel.pipeline import Pipeline
 from teacher.train.config import PretrainConfig
-from teacher.train.spread import SpreadPretraining, drawn_part
+from teacher.train.spread import SpreadPretraining, draw_part
 
 
 class Sizes(NamedTuple):
@@ -175,9 +175,9 @@ def bubble(ranks: Ranks, schedule: Any, toy: bool) -> dict[str, Any]:
     sizes = TOY if toy else FULL
     config = DeepseekV3Config(**sizes.config)
     layout = Layout(pp=ranks.num_ranks, schedule=schedule, microbatches=sizes.microbatches)
-    meshes = formed(layout, ranks)
+    meshes = form_meshes(layout, ranks)
     shape = (sizes.rows, sizes.positions)
-    model = drawn_part(config, meshes, seed=0)
+    model = draw_part(config, meshes, seed=0)
     experts = "sorted" if toy else "grouped"
     pipeline = Pipeline(model, meshes, loss=_loss, shape=shape, balance_weight=1e-4, experts=experts)
     watch = Stopwatch(pipeline, meshes.device)
@@ -294,8 +294,8 @@ def curve(ranks: Ranks, schedule: str, toy: bool) -> list[float]:
     generator = np.random.default_rng(0)
     start, stride = generator.integers(0, 24, (128, 1)), generator.integers(1, 4, (128, 1))
     ids = ((start + stride * np.arange(32)) % 24).astype(np.uint16)
-    meshes = formed(config.layout, ranks)
-    model = drawn_part(DeepseekV3Config(**SMALL), meshes, seed=0)
+    meshes = form_meshes(config.layout, ranks)
+    model = draw_part(DeepseekV3Config(**SMALL), meshes, seed=0)
     run = SpreadPretraining(model, Rows(ids, np.ones_like(ids, dtype=bool)), config, meshes, log_every=1, bf16=False)
     run.run(silent())
     return [row["loss"] for row in run.log]

@@ -1,4 +1,4 @@
-"""Torch code that pre-training of the teacher and of the bases shares: the loop, an update, the order of rows, losses.
+"""Torch code that pre-training of the teacher and of the bases shares: the loop, the order of rows, losses.
 
 The one part of `distill` that imports torch, and only those who train import it.
 """

@@ -1,4 +1,4 @@
-"""Which rows of a packed corpus each step learns from: a function of seed and step, so that a run can be taken up."""
+"""The rows of a corpus that each step learns from: a function of seed and step, so that a run can be resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From `pico.yaml` to the model folders under `students/pico`: one tokenizer and one corpus, four bases."""
+"""Make the model folders under `students/pico` by `pico.yaml`: one tokenizer and one corpus, four bases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distill.packing import Rows
 from distill.progress import Progress, silent
 from distill.recipe import parse
 from students.pretrain.corpus import build_corpus, make_tokenizer
-from students.pretrain.train import BasesConfig, build_model, pretrain, save_base
+from students.pretrain.train import BasePretraining, BasesConfig, build_model, save_base
 
 RECIPE = Path(__file__).with_name("pico.yaml")
 CARD = Path(__file__).with_name("card.md.jinja")
@@ -65,7 +65,9 @@ def _make_base(
     pad_id = model.config.pad_token_id
     ids = np.load(corpus)
     rows = Rows(ids, ids != pad_id)
-    log = pretrain(model, rows, base, config, pad_id=pad_id, device=device, progress=progress or silent())
+    run = BasePretraining(model, rows, base, config, pad_id=pad_id, device=device)
+    run.run(progress or silent())
+    log = run.log
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     staging = out_dir.with_name(f".{out_dir.name}.part")
     shutil.rmtree(staging, ignore_errors=True)

@@ -14,13 +14,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from distill.packing import Rows
-from distill.progress import Progress
 from distill.recipe import Config
 from distill.schedule import warmup_cosine
-from distill.training.loop import LogRow, check_finite, train
+from distill.training.loop import LOG_EVERY, DeviceRun, LogRow, check_finite
 from distill.training.losses import cross_entropy
-from distill.training.row_order import RowOrder
-from distill.training.update import Update
 from students.pretrain.corpus import CHAT_TEMPLATE, END_OF_TEXT, IM_END, PAD, CorpusConfig
 
 MAX_GRAD_NORM = 1.0
@@ -69,51 +66,35 @@ def build_model(base: BaseConfig, tokenizer: Tokenizer, vocab_size: int) -> Any:
     return model_class(config)
 
 
-def pretrain(
-    model: Any,
-    rows: Rows,
-    base: BaseConfig,
-    config: BasesConfig,
-    *,
-    pad_id: int,
-    device: torch.device,
-    progress: Progress,
-) -> list[LogRow]:
-    """Train in place, return the log. Raises TrainingFailure as soon as a logged loss is not finite."""
-    model.to(device).train()
-    ids_RT = torch.from_numpy(rows.ids.astype("int32")).to(device)
-    order = RowOrder(len(ids_RT), config.rows_per_step, seed=config.seed)
+class BasePretraining(DeviceRun):
+    """A run of one base. `pad_id` is the token that no loss is taken on."""
 
-    def loss_of(ids_RT: Tensor) -> tuple[Tensor]:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            logits_RTV = model(input_ids=ids_RT, use_cache=False).logits
-        return (cross_entropy(logits_RTV, ids_RT, ahead=1, ignored=pad_id),)
+    title = "pre-training a base"
 
-    groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
-    update = Update(model, loss_of, groups=groups, max_grad_norm=MAX_GRAD_NORM, device=device)
+    def __init__(
+        self, model: Any, rows: Rows, base: BaseConfig, config: BasesConfig, *, pad_id: int, device: torch.device
+    ) -> None:
+        def lr_at(step: int) -> float:
+            return base.lr * warmup_cosine(
+                step, num_steps=config.num_steps, warmup_steps=config.warmup_steps, min_ratio=config.min_lr_ratio
+            )
 
-    def make_step(step: int) -> Tensor:
-        rate = warmup_cosine(
-            step, num_steps=config.num_steps, warmup_steps=config.warmup_steps, min_ratio=config.min_lr_ratio
-        )
-        loss, _ = update(ids_RT[order.rows(step).to(device)].long(), lr=base.lr * rate)
-        return loss
+        self.model, self.pad_id = model.to(device).train(), pad_id
+        groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
+        super().__init__(
+            model, rows, groups, lr_at, num_steps=config.num_steps, rows_per_step=config.rows_per_step,
+            seed=config.seed, max_grad_norm=MAX_GRAD_NORM, device=device, log_every=LOG_EVERY,
+        )  # fmt: skip
 
-    def measure(step: int, loss: Tensor) -> LogRow:
-        check_finite(step, loss.item())
-        return {"loss": round(loss.item(), 5)}
+    def losses(self, ids_RT: Tensor) -> tuple[Tensor]:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits_RTV = self.model(input_ids=ids_RT, use_cache=False).logits
+        return (cross_entropy(logits_RTV, ids_RT, ahead=1, ignored=self.pad_id),)
 
-    log: list[LogRow] = []
-    train(
-        make_step,
-        measure,
-        title="pre-training a base",
-        num_steps=config.num_steps,
-        tokens_per_step=config.rows_per_step * config.corpus.row_length,
-        log=log,
-        progress=progress,
-    )
-    return log
+    def measure(self, step: int, outcome: tuple[Tensor, ...]) -> LogRow:
+        loss = outcome[0].item()
+        check_finite(step, loss)
+        return {"loss": round(loss, 5)}
 
 
 def save_base(model: Any, tokenizer: Tokenizer, out_dir: Path) -> None:

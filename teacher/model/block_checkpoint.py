@@ -15,7 +15,7 @@ from distill.errors import CheckpointError
 from teacher.model.checkpoint import SCALE, check_finite, judged
 from teacher.model.config import DeepseekV3Config, read_config
 from teacher.model.fp8 import BLOCK, BlockMatrix, quantise_blocks
-from teacher.model.names import Place, empty_model, is_quantised, mtp_copies
+from teacher.model.names import TensorLocation, empty_model, is_quantised, mtp_copies
 from teacher.model.shards import read_tensors
 
 Entry = Tensor | BlockMatrix
@@ -97,12 +97,12 @@ def load_blocks(
     return config, entries
 
 
-def _homes(place: Place, slots: dict[int, list[int]]) -> list[Place]:
-    """Where the entries hold it: an expert's place is its slot, or slots."""
+def _homes(place: TensorLocation, slots: dict[int, list[int]]) -> list[TensorLocation]:
+    """The locations in the entries: an expert's is its slot, or slots."""
     return [place] if place.expert is None else [place._replace(expert=slot) for slot in slots[place.expert]]
 
 
-def _part(entries: dict[str, Entry], place: Place) -> BlockMatrix:
+def _part(entries: dict[str, Entry], place: TensorLocation) -> BlockMatrix:
     entry = entries[place.entry]
     assert isinstance(entry, BlockMatrix)
     if place.expert is not None:
@@ -110,7 +110,7 @@ def _part(entries: dict[str, Entry], place: Place) -> BlockMatrix:
     return entry.rows(place.rows)
 
 
-def _put(entries: dict[str, Entry], place: Place, tensor: Tensor) -> None:
+def _put(entries: dict[str, Entry], place: TensorLocation, tensor: Tensor) -> None:
     target = entries[place.entry]
     if isinstance(target, Tensor):
         target.copy_(tensor)

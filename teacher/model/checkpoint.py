@@ -22,7 +22,7 @@ from distill.manifest import environment_faults, write_atomically
 from teacher.model.config import DeepseekV3Config, read_config, read_config_json
 from teacher.model.counts import ParameterCounts, count_parameters
 from teacher.model.fp8 import BLOCK, QUANTIZATION_CONFIG, dequantise_blocks, quantise_blocks, scale_shape
-from teacher.model.names import Place, Shape, checkpoint_tensors, empty_model, is_quantised, mtp_copies, places
+from teacher.model.names import Shape, TensorLocation, checkpoint_tensors, empty_model, is_quantised, mtp_copies, places
 from teacher.model.shards import INDEX, SINGLE, StoredTensor, read_tensors, stored_tensors, weight_files
 from teacher.model.transformer import DeepseekV3
 
@@ -73,13 +73,13 @@ def load_checkpoint(folder: Path | str, dtype: torch.dtype = torch.float32) -> D
 
 
 def is_fp8_folder(folder: Path | str) -> bool:
-    """Whether its config.json says that matrices are in blocks of FP8."""
+    """Tell whether its config.json says that matrices are in blocks of FP8."""
     return read_config_json(Path(folder)).get("quantization_config") is not None
 
 
 def judged(
     folder: Path, config: DeepseekV3Config, shapes: dict[str, Shape]
-) -> tuple[dict[str, StoredTensor], dict[str, tuple[Place, Shape]]]:
+) -> tuple[dict[str, StoredTensor], dict[str, tuple[TensorLocation, Shape]]]:
     """The folder's tensors, and the place of each in a model with entries of these shapes, by the headers alone."""
     _check_quantization(folder)
     stored = stored_tensors(folder)

@@ -1,4 +1,4 @@
-"""How many parameters a config has, and how many of them one token uses; nothing is allocated."""
+"""The number of parameters of a config, and of those that one token uses; nothing is allocated."""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ def initialise(model: DeepseekV3, *, std: float | None = None, generator: torch.
     return model
 
 
-def drawn(name: str, shape: tuple[int, ...], *, std: float, seed: int, experts: Iterable[int] | None = None) -> Tensor:
+def draw_entry(
+    name: str, shape: tuple[int, ...], *, std: float, seed: int, experts: Iterable[int] | None = None
+) -> Tensor:
     """One entry of a model's state, FP32, by its name alone: every rank draws its part of one and the same model.
 
     `experts` are those of a stack [E, ...], each drawn by itself.

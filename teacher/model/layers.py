@@ -22,7 +22,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 class MoEStatistics(NamedTuple):
-    """What one MoE layer saw: tokens per expert FP32 [E], and the sequence-wise balance loss (unweighted)."""
+    """Statistics of one MoE layer: tokens per expert FP32 [E], and the sequence-wise balance loss (unweighted)."""
 
     load_E: Tensor
     balance_loss: Tensor

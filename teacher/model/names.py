@@ -1,4 +1,4 @@
-"""Between the model's tensors and a Hugging Face checkpoint's: which names exist, their shapes, and the way across.
+"""Names and shapes of a Hugging Face checkpoint's tensors, and the way between them and the model's.
 
 In memory an MoE layer's experts are stacked; in a checkpoint each has three matrices. The MTP module's embedding and
 head are the main model's; a checkpoint holds copies of them.
@@ -18,8 +18,8 @@ from teacher.model.transformer import DeepseekV3
 Shape = tuple[int, ...]
 
 
-class Place(NamedTuple):
-    """Where a checkpoint tensor lives in the model: a state_dict entry, and the part of it (None: all of it)."""
+class TensorLocation(NamedTuple):
+    """Home of a checkpoint tensor in the model: a state_dict entry, and the part of it (None: all of it)."""
 
     entry: str
     expert: int | None = None
@@ -34,26 +34,26 @@ def empty_model(config: DeepseekV3Config) -> DeepseekV3:
 
 def places(
     config: DeepseekV3Config, entries: dict[str, Shape], *, first_expert: int = 0
-) -> dict[str, tuple[Place, Shape]]:
+) -> dict[str, tuple[TensorLocation, Shape]]:
     """Every tensor of a checkpoint that `entries` hold -> (its place, its shape), in the order of the layers.
 
     Stacks begin with the expert `first_expert`.
     """
     inner = config.moe_intermediate_size
-    result: dict[str, tuple[Place, Shape]] = {}
+    result: dict[str, tuple[TensorLocation, Shape]] = {}
     for entry, shape in entries.items():
         if entry.endswith("experts.gate_up_proj"):
             stem = entry.removesuffix("gate_up_proj")
             for expert in range(shape[0]):
                 half, number = (inner, shape[2]), first_expert + expert
-                result[f"{stem}{number}.gate_proj.weight"] = Place(entry, expert, slice(0, inner)), half
-                result[f"{stem}{number}.up_proj.weight"] = Place(entry, expert, slice(inner, 2 * inner)), half
+                result[f"{stem}{number}.gate_proj.weight"] = TensorLocation(entry, expert, slice(0, inner)), half
+                result[f"{stem}{number}.up_proj.weight"] = TensorLocation(entry, expert, slice(inner, 2 * inner)), half
         elif entry.endswith("experts.down_proj"):
             stem = entry.removesuffix("down_proj")
             for expert in range(shape[0]):
-                result[f"{stem}{first_expert + expert}.down_proj.weight"] = Place(entry, expert), shape[1:]
+                result[f"{stem}{first_expert + expert}.down_proj.weight"] = TensorLocation(entry, expert), shape[1:]
         else:
-            result[entry] = Place(entry), shape
+            result[entry] = TensorLocation(entry), shape
     return result
 
 
@@ -70,7 +70,7 @@ def mtp_copies(config: DeepseekV3Config) -> dict[str, str]:
 
 
 def is_quantised(name: str, shape: Shape) -> bool:
-    """Whether V3's FP8 format quantises this tensor: the projections, not embedding, head, router, norms, eh_proj."""
+    """Tell whether V3's FP8 format quantises a tensor: projections, not embedding, head, router, norms, eh_proj."""
     kept = ("embed_tokens", "lm_head", "shared_head", "eh_proj", "mlp.gate.", "norm")
     return len(shape) == 2 and not any(part in name for part in kept)
 
@@ -84,7 +84,7 @@ def checkpoint_tensors(
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
 
-    def part(place: Place) -> Tensor:
+    def part(place: TensorLocation) -> Tensor:
         whole = state[place.entry].detach()
         return whole if place.expert is None else whole[place.expert][place.rows]
 

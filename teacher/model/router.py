@@ -17,7 +17,7 @@ from teacher.model.config import DeepseekV3Config
 
 
 class Routing(NamedTuple):
-    """Which experts each token goes to. `weights_NK` are the gates (normalised, scaled), FP32, differentiable."""
+    """Experts that each token goes to. `weights_NK` are the gates (normalised, scaled), FP32, differentiable."""
 
     indices_NK: Tensor
     weights_NK: Tensor

@@ -127,10 +127,10 @@ def exchange_evenly(received: Tensor, sent: Tensor, group: dist.ProcessGroup) ->
 
 
 def _finish(work: dist.Work | None) -> None:
-    """Whoever has turns lets the other compute until the exchange is done."""
+    """Wait for an exchange that was begun in turn; without turns torch has waited already."""
     if work is not None:
-        turns.pass_on()
-        work.wait()
+        turns.pass_on()  # the other computation runs while the rows travel
+        work.wait()  # back in turn: what follows may use the rows
 
 
 def exchange_counts(counts_R: Tensor, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
@@ -141,27 +141,27 @@ def exchange_counts(counts_R: Tensor, group: dist.ProcessGroup) -> tuple[list[in
     return send, receive
 
 
-def reduce_scattered(parts_R: Tensor, group: dist.ProcessGroup) -> Tensor:
+def reduce_scatter(parts_R: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over the group of what each has for this rank: [R, ...] of every rank to [...]."""
     own = torch.empty_like(parts_R[0])
     # torch 2.13 renames both of these and warns of the old names.
-    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     with lost_peers(group):
-        reduce_scatter(own.view(-1), parts_R.contiguous().view(-1), group=group)
+        collective(own.view(-1), parts_R.contiguous().view(-1), group=group)
     return own
 
 
-def all_gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[...] of every rank, in their order, as [R, ...] everywhere."""
     parts_R = own.new_empty(group.size(), *own.shape)
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     with lost_peers(group):
-        all_gather(parts_R.view(-1), own.contiguous().view(-1), group=group)
+        collective(parts_R.view(-1), own.contiguous().view(-1), group=group)
     return parts_R
 
 
-def summed_over(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """In place, the sum over the group."""
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over the group, in place; returns the tensor."""
     with lost_peers(group):
         dist.all_reduce(tensor, group=group)
     return tensor

@@ -1,4 +1,4 @@
-"""Which rank holds what: pipeline stages, experts and replicas of a model, as pure functions of three sizes.
+"""The parts of a model on each rank: pipeline stages, experts and replicas, as pure functions of three sizes.
 
 `pp` ranks share the layers, `ep` ranks share each layer's experts, and `dp` copies of those `pp * ep` ranks share the
 batch. Everything but the experts is on every rank of its stage, and every rank has sequences of its own: the ranks of

@@ -44,7 +44,7 @@ class Meshes:
 
     @property
     def replica(self) -> int:
-        """Which of the stage's replicas this is, and so which part of the batch is its own."""
+        """Number of this rank among the stage's replicas, and so of the part of the batch that is its own."""
         return self.at.dp * self.layout.ep + self.at.ep
 
 
@@ -60,10 +60,10 @@ def opened_meshes(
     with opened_ranks(
         rank=rank, num_ranks=layout.num_ranks, init_method=init_method, device=device, timeout_s=timeout_s
     ) as ranks:
-        yield formed(layout, ranks)
+        yield form_meshes(layout, ranks)
 
 
-def formed(layout: Layout, ranks: Ranks) -> Meshes:
+def form_meshes(layout: Layout, ranks: Ranks) -> Meshes:
     """The layout's groups out of the world of `ranks`. Collective: every rank makes every group, in one order."""
     grid = torch.arange(layout.num_ranks).view(layout.pp, layout.dp, layout.ep)
 

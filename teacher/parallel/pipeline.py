@@ -92,6 +92,9 @@ class Pipeline:
         RuntimeError.
         """
         losses: list[Tensor] = []
+        # The schedule's phases, on each rank: warm-up (forwards, until the pipe is full), steady state (a forward and a
+        # backward in turn; a pair of `dualpipev` is one action), cool-down (backwards; zero-bubble schedules put the
+        # gradients of weights where a rank would wait). A stage waits for its neighbours' sends alone, never for all.
         self.schedule.step(
             *([input_ids_BT] if self.is_first else []),
             **({"input_ids_BT": input_ids_BT} if self._with_ids else {}),

@@ -1,4 +1,4 @@
-"""Which rank holds which expert: a table of slots, in which an expert may occur more than once (redundant experts).
+"""Experts and the ranks that hold them: a table of slots, in which an expert may occur more than once (redundant).
 
 DeepSeek-V3 (arXiv 2412.19437 s.3.4.1) deploys hot experts several times, so that ranks are loaded evenly. All ranks
 have the same number of slots; slot s lies on rank `s // slots_per_rank`; ranks of a node are neighbours.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from distill.errors import DataError
 from teacher.parallel.balance import rebalanced
-from teacher.parallel.groups import Ranks, summed_over
+from teacher.parallel.groups import Ranks, all_reduce_sum
 from teacher.parallel.migrate import move_weights, plan_moves
 from teacher.parallel.placement import Placement, SlotTables
 from teacher.serve.weights import Fp8MoEWeights, InferenceWeights
@@ -73,7 +73,7 @@ class Report(NamedTuple):
     after: Imbalance
 
 
-class _Found(NamedTuple):
+class _LayerOutcome(NamedTuple):
     """Result for one layer."""
 
     num_moves: int
@@ -116,7 +116,7 @@ class Balancer:
         self._ranks, self._group = ranks, group
         self._num_steps = 0  # since the counts were read
         self._waiting: deque[tuple[int, list[int]]] = deque()  # layers to be placed, by these loads
-        self._found: list[_Found] = []
+        self._outcomes: list[_LayerOutcome] = []
 
     def before_step(self) -> None:
         """Move a layer at most; all ranks call it together, before each step that computes something.
@@ -128,7 +128,7 @@ class Balancer:
             self._num_steps = 0
         self._num_steps += 1
         if self._waiting:
-            self._found.append(self._place(*self._waiting.popleft()))
+            self._outcomes.append(self._place(*self._waiting.popleft()))
             if not self._waiting:
                 self._report()
 
@@ -137,9 +137,9 @@ class Balancer:
         loads_LE = torch.stack([layer.load_E for layer in self._layers]).cpu()
         for layer in self._layers:
             layer.load_E.zero_()
-        return summed_over(loads_LE, self._group).tolist()
+        return all_reduce_sum(loads_LE, self._group).tolist()
 
-    def _place(self, number: int, loads_E: list[int]) -> _Found:
+    def _place(self, number: int, loads_E: list[int]) -> _LayerOutcome:
         layer, current = self._layers[number], self.placements[number]
         gain, groups = self._settings.least_gain, self._num_groups
         new, before, after = rebalanced(current, loads_E, num_groups=groups, least_gain=gain)
@@ -147,12 +147,12 @@ class Balancer:
             move_weights(layer.experts, moves, self._ranks)
             layer.tables.become(new)
             self.placements[number] = new
-        return _Found(len(moves), before, after)
+        return _LayerOutcome(len(moves), before, after)
 
     def _report(self) -> None:
-        num_moves, before, after = zip(*self._found, strict=True)
+        num_moves, before, after = zip(*self._outcomes, strict=True)
         num_layers_moved = sum(moves > 0 for moves in num_moves)
-        self._found.clear()
+        self._outcomes.clear()
         self.on_report(Report(num_layers_moved, sum(num_moves), _over_layers(before), _over_layers(after)))
 
 

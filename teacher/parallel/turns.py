@@ -1,5 +1,10 @@
 """Two computations in turn, in a thread each: whoever waits for an exchange lets the other go on meanwhile.
 
+    begin    the exchange is launched and does not block (`async_op`, while `are_taken`)
+    pass     the turn goes to the other computation, which runs up to its own next exchange
+    resume   the turn is back; only now does the first wait for its rows (`groups._finish`)
+    end      a computation that is done gives its turn away for good, and the other runs to its end alone
+
 One of them runs at a time, so the order in which exchanges begin is the program's, the same on every rank that runs the
 same two. On a GPU both launch to one stream: kernels of one run while the other's rows travel on the stream of NCCL.
 """
@@ -13,11 +18,11 @@ from typing import Any
 
 import torch
 
-_pair: _Pair | None = None
+_pair: _TurnTaking | None = None
 
 
-class _Pair:
-    """The first begins."""
+class _TurnTaking:
+    """State of the turns; number 0 begins. Every wait is for the turn alone, never for an exchange."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -30,15 +35,16 @@ class _Pair:
             self._changed.wait_for(lambda: self._turn == number)
 
     def pass_on(self) -> None:
-        """The caller's turn goes to the other, until that passes it back or ends."""
+        """Give the caller's turn to the other, until that passes it back or ends."""
         with self._changed:
             own = self._turn
+            # One that has ended takes no turn: the caller goes on at once, and waits for its exchange alone.
             if self._give(1 - own):
                 self._changed.wait_for(lambda: self._turn == own)
 
     def end(self, number: int) -> None:
         with self._changed:
-            self._has_ended[number] = True
+            self._has_ended[number] = True  # before the turn goes: the other must not wait for it any more
             self._give(1 - number)
 
     def _give(self, number: int) -> bool:
@@ -50,12 +56,12 @@ class _Pair:
 
 
 def are_taken() -> bool:
-    """Whether two computations are under way in turn."""
+    """Tell whether two computations are under way in turn."""
     return _pair is not None
 
 
 def pass_on() -> None:
-    """By whoever has begun what it will wait for."""
+    """Let the other computation run; to be called between the beginning of an exchange and its wait."""
     if _pair is not None:
         _pair.pass_on()
 
@@ -68,9 +74,9 @@ def in_turn(first: Callable[[], object], second: Callable[[], object]) -> int:
     global _pair
     if _pair is not None:
         raise RuntimeError("two computations are under way in turn already")
-    pair = _Pair()
+    pair = _TurnTaking()
     problems: list[BaseException | None] = [None, None]
-    like_here = _settings()
+    like_here = _thread_settings()
 
     def run(number: int, computation: Callable[[], object]) -> None:
         pair.wait_for_turn(number)
@@ -88,9 +94,9 @@ def in_turn(first: Callable[[], object], second: Callable[[], object]) -> int:
     thread = threading.Thread(target=run_second, name="potstill-second", daemon=True)
     _pair = pair
     try:
-        thread.start()
+        thread.start()  # waits until `first` passes its turn on, or ends
         run(0, first)
-        thread.join()
+        thread.join()  # the rest of `second`, alone
     finally:
         _pair = None
     for problem in problems:
@@ -99,8 +105,8 @@ def in_turn(first: Callable[[], object], second: Callable[[], object]) -> int:
     return pair.num_changes
 
 
-def _settings() -> Callable[[], Any]:
-    """Of this thread, for another: what torch keeps by thread."""
+def _thread_settings() -> Callable[[], Any]:
+    """A context for another thread that has what torch keeps by thread as it is in this one."""
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     kind = "cuda" if on_gpu else "cpu"
     autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}

@@ -54,7 +54,7 @@ def save_parts(
 
 
 def _to_write(model: DeepseekV3, meshes: Meshes) -> dict[str, Tensor]:
-    """What this rank holds as the first of those that hold it."""
+    """Entries that this rank is the first to hold."""
     state = model.state_dict()
     own = {name: state[name] for name in own_entries(model, meshes.layout, meshes.at.pp)}
     return {

@@ -1,1 +1,1 @@
-"""How a teacher of our own is made: its text, its tokenizer, its training recipe."""
+"""The making of a teacher of our own: its text, its tokenizer, its training recipe."""

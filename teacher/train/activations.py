@@ -1,4 +1,4 @@
-"""What a layer's forward pass leaves for its backward pass, and in which form (DeepSeek-V3 s.3.2.3, 3.3.3).
+"""Activations that a layer's forward pass leaves for its backward pass, and their form (DeepSeek-V3 s.3.2.3, 3.3.3).
 
 With `recompute`, the outputs of the decoder layers' norms and of MLA's up-projections are not kept, wherever their
 consumers would keep them (the linear layers after a norm, attention for its queries, keys and values): in their place
@@ -34,7 +34,7 @@ from teacher.parallel.moe import ExpertParallelExperts
 Function = Callable[..., tuple[Tensor, ...]]
 
 
-class Region:
+class RecomputedRegion:
     """A piece of the forward pass that can be done again: its function and what goes into it."""
 
     def __init__(self, function: Function, inputs: tuple[Tensor, ...]) -> None:
@@ -45,23 +45,23 @@ class Region:
             "dtype": torch.get_autocast_dtype(kind),
             "enabled": torch.is_autocast_enabled(kind),
         }
-        self._again: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        self._results: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
-    def again(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def recompute(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(inputs, outputs) with a graph of their own, computed once until `forget`."""
-        if self._again is None:
+        if self._results is None:
             inputs = tuple(one.detach().requires_grad_(one.requires_grad) for one in self.inputs)
             with torch.enable_grad(), torch.autocast(**self._autocast):
-                self._again = inputs, self.function(*inputs)
-        return self._again
+                self._results = inputs, self.function(*inputs)
+        return self._results
 
     def forget(self) -> None:
-        self._again = None
+        self._results = None
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, region: Region, num_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, region: RecomputedRegion, num_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """`tensors` are the region's inputs, then the parameters that its function uses."""
         ctx.region, ctx.num_inputs = region, num_inputs
         ctx.parameters = tensors[num_inputs:]
@@ -70,28 +70,28 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, outputs = ctx.region.again()
+        inputs, outputs = ctx.region.recompute()
         wanted = [one for one in (*inputs, *ctx.parameters) if one.requires_grad]
         found = iter(torch.autograd.grad(outputs, wanted, gradients, retain_graph=False))
         ctx.region.forget()
         return None, None, *(next(found) if one.requires_grad else None for one in (*inputs, *ctx.parameters))
 
 
-class Again(NamedTuple):
+class RecomputedView(NamedTuple):
     """Stands for a view of a region's output, perhaps in another dtype."""
 
-    region: Region
+    region: RecomputedRegion
     index: int
     dtype: torch.dtype
     geometry: tuple[torch.Size, tuple[int, ...], int]
 
     def tensor(self) -> Tensor:
-        whole = self.region.again()[1][self.index].detach()
+        whole = self.region.recompute()[1][self.index].detach()
         # A cast is a tensor of its own, laid out like what it was made of.
         return torch.as_strided(whole.to(self.dtype), *self.geometry)
 
 
-class InFP8(NamedTuple):
+class FP8Activation(NamedTuple):
     quantised: Quantised
     dtype: torch.dtype
     shape: torch.Size
@@ -108,8 +108,8 @@ class SavedActivations:
         self._recompute, self._fp8 = recompute, fp8
         # While one layer's forward pass runs: where each output that can be had again lies. Strong references, so that
         # no other tensor takes its place.
-        self._known: dict[int, tuple[Region, int, Tensor]] = {}
-        self._rounded: dict[tuple[int, int, int], tuple[Tensor, InFP8]] = {}
+        self._known: dict[int, tuple[RecomputedRegion, int, Tensor]] = {}
+        self._rounded: dict[tuple[int, int, int], tuple[Tensor, FP8Activation]] = {}
         self._input: Tensor | None = None
         self._in_experts = False
         layers = [layer for module in modules for layer in module.modules() if isinstance(layer, DecoderLayer)]
@@ -143,20 +143,20 @@ class SavedActivations:
     # --- what can be had again ----------------------------------------------------------------------------------------
 
     def _norm(self, norm: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        (out,) = self._remembered(lambda given: (forward(given),), (x,), tuple(norm.parameters()))
+        (out,) = self._recomputable(lambda given: (forward(given),), (x,), tuple(norm.parameters()))
         return out
 
     def _expanded(self, mla: MLA, expanded: Function, q_latent: Tensor, kv_latent: Tensor, rotation: Any) -> Any:
         used = ["q_a_layernorm", "q_b_proj", "kv_a_layernorm", "kv_b_proj"]
         parameters = tuple(p for name in used if hasattr(mla, name) for p in getattr(mla, name).parameters())
-        return self._remembered(lambda q, kv: expanded(q, kv, rotation), (q_latent, kv_latent), parameters)
+        return self._recomputable(lambda q, kv: expanded(q, kv, rotation), (q_latent, kv_latent), parameters)
 
-    def _remembered(
+    def _recomputable(
         self, function: Function, inputs: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         if not torch.is_grad_enabled():
             return function(*inputs)
-        region = Region(function, tuple(one.detach().requires_grad_(one.requires_grad) for one in inputs))
+        region = RecomputedRegion(function, tuple(one.detach().requires_grad_(one.requires_grad) for one in inputs))
         outputs = _Recomputed.apply(region, len(inputs), *inputs, *parameters)
         for index, out in enumerate(outputs):
             self._known[_place(out)] = region, index, out
@@ -184,13 +184,13 @@ class SavedActivations:
 
     # --- what stands for a saved tensor -------------------------------------------------------------------------------
 
-    def _pack(self, tensor: Tensor) -> Tensor | Again | InFP8:
+    def _pack(self, tensor: Tensor) -> Tensor | RecomputedView | FP8Activation:
         if not tensor.numel() or isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
             return tensor
         known = self._known.get(_place(tensor))
         if known is not None:
             region, index, _ = known
-            return Again(region, index, tensor.dtype, (tensor.shape, tensor.stride(), tensor.storage_offset()))
+            return RecomputedView(region, index, tensor.dtype, (tensor.shape, tensor.stride(), tensor.storage_offset()))
         return self._rounded_form(tensor) if self._fp8 and self._may_round(tensor) else tensor
 
     def _may_round(self, tensor: Tensor) -> bool:
@@ -201,16 +201,16 @@ class SavedActivations:
         # Of the experts everything but weights, which are leaves or views and casts of one with a gradient of its own.
         return self._in_experts and tensor.dim() == 2 and not _is_of_leaf(tensor)
 
-    def _rounded_form(self, tensor: Tensor) -> InFP8:
+    def _rounded_form(self, tensor: Tensor) -> FP8Activation:
         """Once a tensor, though several layers may keep it."""
         part = _place(tensor), tensor.storage_offset(), tensor.numel()
         if part not in self._rounded:
-            form = InFP8(quantise(tensor.detach().flatten(0, -2)), tensor.dtype, tensor.shape)
+            form = FP8Activation(quantise(tensor.detach().flatten(0, -2)), tensor.dtype, tensor.shape)
             self._rounded[part] = tensor, form
         return self._rounded[part][1]._replace(shape=tensor.shape)
 
 
-def _unpack(kept: Tensor | Again | InFP8) -> Tensor:
+def _unpack(kept: Tensor | RecomputedView | FP8Activation) -> Tensor:
     return kept if isinstance(kept, Tensor) else kept.tensor()
 
 
@@ -219,7 +219,7 @@ def _place(tensor: Tensor) -> int:
 
 
 def _is_of_leaf(tensor: Tensor) -> bool:
-    """Whether a tensor is a parameter, or a view, a cast or a transposition of one alone."""
+    """Tell whether a tensor is a parameter, or a view, a cast or a transposition of one alone."""
     node = tensor.grad_fn
     while node is not None:
         inputs = [one for one, _ in node.next_functions if one is not None]

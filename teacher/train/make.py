@@ -1,4 +1,4 @@
-"""From `pico.yaml` to the model folder `teacher/pico`: tokenizer, corpus, training, FP8 checkpoint, card."""
+"""Make the model folder `teacher/pico` by `pico.yaml`: tokenizer, corpus, training, FP8 checkpoint, card."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from teacher.parallel.weights import save_parts
 from teacher.train.config import PretrainConfig
 from teacher.train.corpus import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, PAD, USER, build_corpus, make_tokenizer
 from teacher.train.pretrain import Pretraining
-from teacher.train.spread import SpreadPretraining, drawn_part
+from teacher.train.spread import SpreadPretraining, draw_part
 
 RECIPE = Path(__file__).with_name("pico.yaml")
 CARD = Path(__file__).with_name("card.md.jinja")
@@ -147,7 +147,7 @@ def _train_over_ranks(
     device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     joined = opened_meshes(config.layout, rank=launch.rank, init_method=launch.init_method, device=device)
     with joined as meshes:
-        part = drawn_part(materials.architecture, meshes, seed=config.seed)
+        part = draw_part(materials.architecture, meshes, seed=config.seed)
         run = SpreadPretraining(part, materials.rows, config, meshes, checkpoint_dir=checkpoint_dir)
         run.run(progress)
         if launch.rank == 0:

@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 from distill.packing import Rows
-from distill.progress import Progress
-from distill.training.loop import LOG_EVERY, LogRow, check_finite, train
+from distill.training.loop import LOG_EVERY, DeviceRun, LogRow, check_finite
 from distill.training.losses import cross_entropy, labels
-from distill.training.row_order import RowOrder
-from distill.training.update import Update
 from teacher.model.balance import update_bias
 from teacher.model.experts import ExpertsKind
 from teacher.model.transformer import DeepseekV3
@@ -26,56 +23,37 @@ from teacher.train.config import PretrainConfig
 TITLE = "pre-training the teacher"
 
 
-class Pretraining:
-    """One run in one process. `log` has a row every `log_every` steps: losses, rate, maximal expert load, speed."""
+class Pretraining(DeviceRun):
+    """A run in one process. A row of its log has losses, rate, maximal expert load and speed."""
+
+    title = TITLE
 
     def __init__(
         self, model: DeepseekV3, rows: Rows, config: PretrainConfig, *, device: torch.device, log_every: int = LOG_EVERY
     ) -> None:
-        self.model, self.config, self.device = model.to(device), config, device
+        self.model, self.config = model.to(device), config
         self.experts: ExpertsKind = "dense"
-        self.ids_RT = torch.from_numpy(rows.ids.astype("int32")).to(device)
         self.is_target_RT = torch.from_numpy(rows.is_target).to(device)
-        self.order = RowOrder(len(self.ids_RT), config.rows_per_step, seed=config.seed)
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         vectors = [p for p in model.parameters() if p.dim() < 2]
-        self.update = Update(
-            model,
-            self._losses,
-            groups=[
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            max_grad_norm=config.max_grad_norm,
-            device=device,
-        )
-        self.log_every = log_every
-        self.log: list[LogRow] = []
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        super().__init__(
+            model, rows, groups, config.lr_at, num_steps=config.num_steps, rows_per_step=config.rows_per_step,
+            seed=config.seed, max_grad_norm=config.max_grad_norm, device=device, log_every=log_every,
+        )  # fmt: skip
 
-    def run(self, progress: Progress) -> None:
-        """Raises TrainingFailure as soon as a logged loss is not finite."""
-        train(
-            self._step,
-            self._measure,
-            title=TITLE,
-            num_steps=self.config.num_steps,
-            tokens_per_step=self.config.tokens_per_step,
-            log=self.log,
-            log_every=self.log_every,
-            progress=progress,
-        )
-
-    def _step(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(main, MTP and balance loss, loads [L, E], norm of the gradients)."""
-        config, rows = self.config, self.order.rows(step).to(self.device)
-        weights = torch.tensor([config.mtp_weight_at(step), config.balance_alpha], device=self.device)
-        inputs = self.ids_RT[rows].long(), self.is_target_RT[rows], weights
-        _, parts, load_LE, norm = self.update(*inputs, lr=config.lr_at(step))
-        if speed := config.bias_speed_at(step):
+    def make_step(self, step: int) -> tuple[Tensor, ...]:
+        """(loss, main, MTP and balance loss apart, loads [L, E], norm of the gradients)."""
+        loss, parts, load_LE, norm = super().make_step(step)
+        if speed := self.config.bias_speed_at(step):
             update_bias(self.model.routers(), load_LE, speed)
-        return parts, load_LE, norm
+        return loss, parts, load_LE, norm
 
-    def _losses(self, ids_RT: Tensor, is_target_RT: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, step: int, rows: Tensor) -> tuple[Tensor, ...]:
+        weights = torch.tensor([self.config.mtp_weight_at(step), self.config.balance_alpha], device=self.device)
+        return self.ids_RT[rows].long(), self.is_target_RT[rows], weights
+
+    def losses(self, ids_RT: Tensor, is_target_RT: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             out = self.model(ids_RT, experts=self.experts)
         labels_RT = labels(ids_RT, is_target_RT)
@@ -86,8 +64,8 @@ class Pretraining:
         loss = main + weights[0] * mtp + weights[1] * out.balance_loss
         return loss, torch.stack((main, mtp, out.balance_loss)).detach(), out.load_LE
 
-    def _measure(self, step: int, outcome: tuple[Tensor, Tensor, Tensor]) -> LogRow:
-        parts, load_LE, norm = outcome
+    def measure(self, step: int, outcome: tuple[Tensor, ...]) -> LogRow:
+        _, parts, load_LE, norm = outcome
         check_losses(step, parts)
         return log_entries(self.config, step, parts, max_load(load_LE), norm)
 

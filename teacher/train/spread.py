@@ -20,17 +20,15 @@ from torch import Tensor
 from distill.errors import EnvironmentFault, RecipeError
 from distill.failpoints import failpoint
 from distill.packing import Rows
-from distill.progress import Progress
-from distill.training.loop import LOG_EVERY, LogRow, train
+from distill.training.loop import BETAS, LOG_EVERY, LogRow, TrainingRun
 from distill.training.losses import IGNORED, cross_entropy, labels
 from distill.training.row_order import RowOrder
-from distill.training.update import BETAS
 from teacher.model.balance import update_bias
 from teacher.model.config import DeepseekV3Config
-from teacher.model.initialise import drawn
+from teacher.model.initialise import draw_entry
 from teacher.model.names import empty_model
 from teacher.model.transformer import DeepseekV3
-from teacher.parallel.groups import lost_peers, summed_over
+from teacher.parallel.groups import all_reduce_sum, lost_peers
 from teacher.parallel.layout import STAGES_PER_RANK
 from teacher.parallel.meshes import Meshes
 from teacher.parallel.pipeline import Pipeline
@@ -47,26 +45,29 @@ MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPLITS_RECOMPUTED = Version("2.12")
 
 
-def drawn_part(config: DeepseekV3Config, meshes: Meshes, *, seed: int) -> DeepseekV3:
+def draw_part(config: DeepseekV3Config, meshes: Meshes, *, seed: int) -> DeepseekV3:
     """This rank's part of a fresh model, the same model whatever the layout."""
     model = own_part(empty_model(config), meshes)
     experts = meshes.layout.placement(config.n_routed_experts).of_rank(meshes.at.ep)
 
     def value(name: str, shape: tuple[int, ...]) -> Tensor:
         of_stack = experts if ".experts." in name else None
-        return drawn(name, shape, std=config.initializer_range, seed=seed, experts=of_stack)
+        return draw_entry(name, shape, std=config.initializer_range, seed=seed, experts=of_stack)
 
     fill(model, own_entries(model, meshes.layout, meshes.at.pp), value)
     return model
 
 
-class SpreadPretraining:
-    """One run on one of its ranks; all ranks make the same calls.
+class SpreadPretraining(TrainingRun[tuple[Tensor, Tensor | None, float]]):
+    """One run on one of its ranks; all ranks make the same calls. It goes on from the newest complete checkpoint.
 
-    `model` is this rank's part of it (`drawn_part`). `log` is that of
-    `Pretraining`, on every rank. With `bf16` (None: on a GPU) products are in BF16, else all is in FP32. Raises
-    EnvironmentFault for recomputation under a schedule whose backward passes torch is too old to split.
+    `model` is this rank's part of it (`draw_part`). `log` is that of `Pretraining`, on every rank. With `bf16` (None:
+    on a GPU) products are in BF16, else all is in FP32. Raises EnvironmentFault for recomputation under a schedule
+    whose backward passes torch is too old to split. `run` raises TrainingFailure as soon as a loss is not finite,
+    EnvironmentFault where a rank is lost, RecipeError where the checkpoint is of another recipe.
     """
+
+    title = TITLE
 
     def __init__(
         self,
@@ -79,8 +80,9 @@ class SpreadPretraining:
         log_every: int = LOG_EVERY,
         bf16: bool | None = None,
     ) -> None:
+        super().__init__(num_steps=config.num_steps, tokens_per_step=config.tokens_per_step, log_every=log_every)
         self.bf16 = meshes.device.type == "cuda" if bf16 is None else bf16
-        self.model, self.config, self.meshes, self.log_every = model, config, meshes, log_every
+        self.model, self.config, self.meshes = model, config, meshes
         self.ids_RT = torch.from_numpy(rows.ids.astype("int64"))
         self.labels_RT = labels(self.ids_RT, torch.from_numpy(rows.is_target))
         self.corpus = hashlib.sha256(rows.ids.tobytes() + rows.is_target.tobytes()).hexdigest()
@@ -112,31 +114,10 @@ class SpreadPretraining:
             shared=EMBEDDING if model.config.num_nextn_predict_layers else None,
         )
         self.checkpoint_dir = checkpoint_dir
-        self.log: list[LogRow] = []
         self._seen: list[Tensor] = []
         self._counts, self._mtp_weight = (1, 1), 0.0
 
-    def run(self, progress: Progress) -> None:
-        """From the newest complete checkpoint, or from the beginning, to the end.
-
-        Raises TrainingFailure as soon as a loss is not finite, EnvironmentFault where a rank is lost, RecipeError where
-        the checkpoint is of another recipe.
-        """
-        first_step = self._resume()
-        train(
-            self._step,
-            self._measure,
-            title=TITLE,
-            num_steps=self.config.num_steps,
-            tokens_per_step=self.config.tokens_per_step,
-            log=self.log,
-            log_every=self.log_every,
-            first_step=first_step,
-            progress=progress,
-            step_ended=self._step_ended,
-        )
-
-    def _step(self, step: int) -> tuple[Tensor, Tensor | None, float]:
+    def make_step(self, step: int) -> tuple[Tensor, Tensor | None, float]:
         """(main, MTP and balance loss of the whole step, this stage's load [L, E], norm of the gradients)."""
         config = self.config
         rows = self.order.rows(step)
@@ -158,7 +139,7 @@ class SpreadPretraining:
             if (statistics := block.take_statistics()) is not None:
                 loads.append(statistics[0])
                 sums[2] += statistics[1].double() * self._share
-        load_LE = summed_over(torch.cat(loads), self.meshes.replicas) if loads else None
+        load_LE = all_reduce_sum(torch.cat(loads), self.meshes.replicas) if loads else None
         norm, sums = self.optimizer.step(step=step, lr=config.lr_at(step), max_norm=config.max_grad_norm, sums=sums)
         check_losses(step, sums)  # at every step: before anything of it could be saved
         if load_LE is not None and (speed := config.bias_speed_at(step)):
@@ -174,7 +155,7 @@ class SpreadPretraining:
         self._seen.append(torch.stack((main, mtp)).detach())
         return main + self._mtp_weight * mtp
 
-    def _measure(self, step: int, outcome: tuple[Tensor, Tensor | None, float]) -> LogRow:
+    def measure(self, step: int, outcome: tuple[Tensor, Tensor | None, float]) -> LogRow:
         sums, load_LE, norm = outcome
         largest = torch.ones(1, device=self.meshes.device)
         if load_LE is not None:
@@ -191,7 +172,7 @@ class SpreadPretraining:
         biases = [router.e_score_correction_bias for block in self.pipeline.blocks for router in block.routers()]
         return {**self.optimizer.state(), **{f"bias/{names[id(bias)]}": bias for bias in biases}}
 
-    def _step_ended(self, step: int) -> None:
+    def step_ended(self, step: int) -> None:
         failpoint("step.ended", f"{step}.{self.meshes.rank}")
         done, every = step + 1, self.config.checkpoint.every
         if self.checkpoint_dir is not None and every and (done % every == 0 or done == self.config.num_steps):
@@ -208,14 +189,14 @@ class SpreadPretraining:
         keep, world = self.config.checkpoint.keep, self.meshes.world
         checkpoints.save(folder, num_steps, self._state(), record, keep=keep, world=world)
 
-    def _resume(self) -> int:
+    def resume(self) -> int:
         """Load the newest checkpoint; returns the number of steps that are done."""
         found = None if self.checkpoint_dir is None else checkpoints.newest(self.checkpoint_dir, self.meshes.world)
         if found is None:
             return 0
         self._check(found)
         checkpoints.load(found, self._state(), self.meshes.world)
-        self.optimizer.spread()
+        self.optimizer.gather_weights()
         self.log = found.record["log"]
         return int(found.record["step"])
 

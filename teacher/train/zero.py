@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from teacher.parallel.groups import all_gathered, reduce_scattered, summed_over
+from teacher.parallel.groups import all_gather, all_reduce_sum, reduce_scatter
 from teacher.parallel.meshes import Meshes
 
 EPS = 1e-8
@@ -33,7 +33,7 @@ BUCKET_BYTES = 256 << 20  # of gradients that travel together
 
 
 @dataclass
-class Part:
+class ParameterShard:
     """This replica's columns of one parameter, with their moments. Columns are cut into runs of `chunk`."""
 
     name: str
@@ -81,7 +81,7 @@ class ZeroAdamW:
         self.parts = [self._part(name, parameter, moments) for name, parameter in parameters.items()]
         self._buckets = list(_buckets(self.parts, bucket_bytes))
 
-    def _part(self, name: str, parameter: nn.Parameter, moments: torch.dtype) -> Part:
+    def _part(self, name: str, parameter: nn.Parameter, moments: torch.dtype) -> ParameterShard:
         at, layout = self.meshes.at, self.meshes.layout
         is_expert = ".experts." in name
         replica, num_replicas = (at.dp, layout.dp) if is_expert else (self.meshes.replica, layout.num_replicas)
@@ -90,9 +90,9 @@ class ZeroAdamW:
         chunk = -(-columns // num_replicas)  # torch.chunk's sizes, which are DTensor's too
         own = slice(min(replica * chunk, columns), min((replica + 1) * chunk, columns))
         zeros = [torch.zeros(rows, own.stop - own.start, dtype=moments, device=parameter.device) for _ in range(2)]
-        return Part(name, parameter, is_expert, chunk, own, *zeros)
+        return ParameterShard(name, parameter, is_expert, chunk, own, *zeros)
 
-    def _group(self, part: Part) -> dist.ProcessGroup:
+    def _group(self, part: ParameterShard) -> dist.ProcessGroup:
         return self.meshes.copies if part.is_expert else self.meshes.replicas
 
     @torch.no_grad()
@@ -102,35 +102,35 @@ class ZeroAdamW:
         `sums` [n] are added up over all ranks on the way. Returns (the norm before clipping, the sums).
         Raises EnvironmentFault where a rank is lost.
         """
-        gradients = [self._reduced(bucket) for bucket in self._buckets]
+        gradients = [self._reduce_gradients(bucket) for bucket in self._buckets]
         self._join_ends(gradients)
         squares = torch.zeros(1, dtype=torch.float64, device=self.meshes.device)
         for part, gradient in self._pairs(gradients):
             if not (part.name == self.shared and self._is_second_end):  # the same numbers as on the first one
                 squares += gradient.double().square().sum()
-        total = summed_over(torch.cat((squares, sums.double())), self.meshes.world)
+        total = all_reduce_sum(torch.cat((squares, sums.double())), self.meshes.world)
         norm = math.sqrt(float(total[0]))
         factor = min(1.0, max_norm / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_'s
         for part, gradient in self._pairs(gradients):
             self._update(part, gradient * factor, step=step, lr=lr)
         for bucket in self._buckets:
-            self._spread(bucket)
+            self._gather_weights(bucket)
         return norm, total[1:]
 
     @property
     def _is_second_end(self) -> bool:
         return self.meshes.ends is not None and self.meshes.at.pp > 0
 
-    def _pairs(self, gradients: list[list[Tensor]]) -> Iterator[tuple[Part, Tensor]]:
+    def _pairs(self, gradients: list[list[Tensor]]) -> Iterator[tuple[ParameterShard, Tensor]]:
         for bucket, of_bucket in zip(self._buckets, gradients, strict=True):
             yield from zip(bucket, of_bucket, strict=True)
 
-    def _reduced(self, bucket: list[Part]) -> list[Tensor]:
+    def _reduce_gradients(self, bucket: list[ParameterShard]) -> list[Tensor]:
         """The gradients' sums over the replicas, for this one's parts."""
         group = self._group(bucket[0])
-        own = torch.cat([self._cut(part, group.size()) for part in bucket], dim=1)
+        own = torch.cat([self._as_chunks(part, group.size()) for part in bucket], dim=1)
         if group.size() > 1:
-            own = reduce_scattered(own, group)
+            own = reduce_scatter(own, group)
         lengths = [part.num_rows * part.chunk for part in bucket]
         return [
             flat.view(part.num_rows, part.chunk)[:, : part.own.stop - part.own.start]
@@ -138,7 +138,7 @@ class ZeroAdamW:
         ]
 
     @staticmethod
-    def _cut(part: Part, num_replicas: int) -> Tensor:
+    def _as_chunks(part: ParameterShard, num_replicas: int) -> Tensor:
         """A gradient, which it drops, as [R, rows * chunk]."""
         gradient = part.parameter.grad
         part.parameter.grad = None
@@ -148,14 +148,14 @@ class ZeroAdamW:
         padded = nn.functional.pad(matrix, (0, num_replicas * part.chunk - matrix.shape[1]))
         return padded.unflatten(1, (num_replicas, part.chunk)).transpose(0, 1).flatten(1)
 
-    def _spread(self, bucket: list[Part]) -> None:
+    def _gather_weights(self, bucket: list[ParameterShard]) -> None:
         """Every replica's parts to all of them."""
         group = self._group(bucket[0])
         if group.size() == 1:
             return
         width = [part.chunk - (part.own.stop - part.own.start) for part in bucket]
         own = [nn.functional.pad(part.weight, (0, more)).flatten() for part, more in zip(bucket, width, strict=True)]
-        gathered = all_gathered(torch.cat(own), group)
+        gathered = all_gather(torch.cat(own), group)
         for part, flat in zip(bucket, gathered.split([len(one) for one in own], dim=1), strict=True):
             whole = flat.unflatten(1, (part.num_rows, part.chunk)).transpose(0, 1).flatten(1)
             matrix = part.matrix(part.parameter)
@@ -166,9 +166,9 @@ class ZeroAdamW:
             return
         for part, gradient in self._pairs(gradients):
             if part.name == self.shared:
-                gradient.copy_(summed_over(gradient.contiguous(), self.meshes.ends))
+                gradient.copy_(all_reduce_sum(gradient.contiguous(), self.meshes.ends))
 
-    def _update(self, part: Part, gradient: Tensor, *, step: int, lr: float) -> None:
+    def _update(self, part: ParameterShard, gradient: Tensor, *, step: int, lr: float) -> None:
         """AdamW (arXiv 1711.05101 alg. 2), in torch.optim.AdamW's order of operations."""
         beta1, beta2 = self.betas
         weight, exp_avg, exp_avg_sq = part.weight, part.exp_avg.float(), part.exp_avg_sq.float()
@@ -184,7 +184,7 @@ class ZeroAdamW:
     def state(self) -> dict[str, Tensor]:
         """Weights and moments as DTensors over the whole model's tensors, of the parts that are not empty.
 
-        A rank writes to them what it loads, then calls `spread`. The keys are `weight/NAME`, `exp_avg/NAME` and
+        A rank writes to them what it loads, then calls `gather_weights`. The keys are `weight/NAME`, `exp_avg/NAME` and
         `exp_avg_sq/NAME`; dense tensors are flat, [F], stacks of experts [E, F], whatever the layout.
         """
         return {
@@ -198,12 +198,12 @@ class ZeroAdamW:
             if tensor.numel()
         }
 
-    def spread(self) -> None:
+    def gather_weights(self) -> None:
         """The replicas' parts of the weights to all of them, as at the end of a step."""
         for bucket in self._buckets:
-            self._spread(bucket)
+            self._gather_weights(bucket)
 
-    def _global(self, part: Part, own: Tensor) -> DTensor:
+    def _global(self, part: ParameterShard, own: Tensor) -> DTensor:
         layout, num_columns = self.meshes.layout, part.num_columns
         if part.is_expert:
             mesh, placements = self.meshes.by_expert, (Shard(1), Shard(0))
@@ -214,10 +214,10 @@ class ZeroAdamW:
         return DTensor.from_local(own, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
-def _buckets(parts: list[Part], num_bytes: int) -> Iterator[list[Part]]:
+def _buckets(parts: list[ParameterShard], num_bytes: int) -> Iterator[list[ParameterShard]]:
     """Parts that travel together: of one group, up to a number of bytes."""
     for is_expert in (False, True):
-        bucket: list[Part] = []
+        bucket: list[ParameterShard] = []
         for part in (part for part in parts if part.is_expert == is_expert):
             if bucket and sum(one.parameter.nbytes for one in bucket) + part.parameter.nbytes > num_bytes:
                 yield bucket

@@ -21,7 +21,7 @@ from distill.problems.stream import pico_families
 from distill.progress import silent
 from students.pretrain.bases import load_bases_config, make_bases
 from students.pretrain.corpus import END_OF_TEXT, IM_END, IM_START, PAD, CorpusConfig, build_corpus, make_tokenizer
-from students.pretrain.train import BasesConfig, build_model, pretrain
+from students.pretrain.train import BasePretraining, BasesConfig, build_model
 
 VOCAB_SIZE = 512
 NUM_DOCUMENTS = 1_600  # one chunk of the corpus
@@ -161,8 +161,9 @@ def trained(
         with torch.no_grad():
             spoil(model)
     device, pad_id = torch.device("cpu"), model.config.pad_token_id
-    log = pretrain(model, rows, config.bases[name], config, pad_id=pad_id, device=device, progress=silent())
-    return model, log
+    run = BasePretraining(model, rows, config.bases[name], config, pad_id=pad_id, device=device)
+    run.run(silent())
+    return model, run.log
 
 
 @pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-llama"])

@@ -15,16 +15,16 @@ from distill.errors import EnvironmentFault
 from distill.packing import Rows
 from distill.progress import silent
 from teacher.model.config import DeepseekV3Config
-from teacher.model.initialise import drawn
+from teacher.model.initialise import draw_entry
 from teacher.model.names import empty_model
 from teacher.model.transformer import DeepseekV3
 from teacher.parallel.groups import Ranks
 from teacher.parallel.layout import Layout
-from teacher.parallel.meshes import formed
+from teacher.parallel.meshes import form_meshes
 from teacher.parallel.stage import fill
 from teacher.train.config import PretrainConfig
 from teacher.train.pretrain import Pretraining
-from teacher.train.spread import SPLITS_RECOMPUTED, SpreadPretraining, drawn_part
+from teacher.train.spread import SPLITS_RECOMPUTED, SpreadPretraining, draw_part
 
 ARCHITECTURE = {
     "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 4,
@@ -65,7 +65,9 @@ def whole_model(config: PretrainConfig) -> DeepseekV3:
     std = model.config.initializer_range
 
     def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return drawn(name, shape, std=std, seed=config.seed, experts=range(shape[0]) if ".experts." in name else None)
+        return draw_entry(
+            name, shape, std=std, seed=config.seed, experts=range(shape[0]) if ".experts." in name else None
+        )
 
     fill(model, model.state_dict(), value)
     return model
@@ -80,8 +82,8 @@ def alone(config: PretrainConfig) -> tuple[list[dict[str, float]], dict[str, tor
 
 
 def spread_run(ranks: Ranks, config: PretrainConfig, folder: Path | None = None) -> SpreadPretraining:
-    meshes = formed(config.layout, ranks)
-    part = drawn_part(architecture(config), meshes, seed=config.seed)
+    meshes = form_meshes(config.layout, ranks)
+    part = draw_part(architecture(config), meshes, seed=config.seed)
     return SpreadPretraining(part, rows(), config, meshes, checkpoint_dir=folder, log_every=1, bf16=False)
 
 

@@ -30,7 +30,7 @@ FROM_TO = [
 def loaded(ranks: Ranks, layout: dict, folder: Path) -> Trained:
     # 48 rows a step for three copies: how a run is spread and cut is not what it learns, but rows_per_step is.
     run = spread_run(ranks, config_of(layout, num_steps=STEPS, rows_per_step=24, checkpoint=EVERY), folder)
-    assert run._resume() == STEPS
+    assert run.resume() == STEPS
     return state_of(run)
 
 
@@ -72,7 +72,7 @@ def test_every_number_is_written_once(tmp_path) -> None:
 def resumed_somewhere(ranks: Ranks, changes: dict, folder: Path) -> str:
     run = spread_run(ranks, config_of({}, num_steps=STEPS, rows_per_step=24, **changes), folder)
     try:
-        return f"resumed after {run._resume()}"
+        return f"resumed after {run.resume()}"
     except (RecipeError, CheckpointError) as exc:
         return f"{type(exc).__name__}: {exc}"
 

@@ -15,7 +15,7 @@ from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
 from teacher.parallel.groups import Ranks
 from teacher.parallel.layout import Layout
-from teacher.parallel.meshes import formed
+from teacher.parallel.meshes import form_meshes
 from teacher.parallel.pipeline import Pipeline
 from teacher.parallel.stage import pipeline_blocks
 from tests.teacher.parallel.process_ranks import run_ranks
@@ -72,7 +72,7 @@ def piped(ranks: Ranks, steps: int) -> dict[str, tuple[list[float], dict[str, to
     for schedule in SCHEDULES:
         whole = model()
         layout = Layout(pp=2, schedule=schedule, microbatches=MICROBATCHES)
-        meshes = formed(layout, ranks)
+        meshes = form_meshes(layout, ranks)
         shape, balance = (2, POSITIONS), BALANCE / MICROBATCHES
         pipeline = Pipeline(whole, meshes, loss=next_token_loss, shape=shape, balance_weight=balance)
         optimizer = torch.optim.SGD(pipeline.blocks.parameters(), lr=0.3, momentum=0.9)
@@ -158,7 +158,7 @@ def test_our_dualpipev_is_torchs(num_ranks, extra) -> None:
 
 def under_autocast(ranks: Ranks) -> list[float]:
     layout = Layout(pp=2, schedule="dualpipev", microbatches=MICROBATCHES)
-    pipeline = Pipeline(model(), formed(layout, ranks), loss=next_token_loss, shape=(2, POSITIONS))
+    pipeline = Pipeline(model(), form_meshes(layout, ranks), loss=next_token_loss, shape=(2, POSITIONS))
     optimizer = torch.optim.SGD(pipeline.blocks.parameters(), lr=0.3, momentum=0.9)
     losses = []
     for step in range(3):

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from teacher.model.checkpoint import load_checkpoint, save_checkpoint
-from teacher.model.initialise import drawn
+from teacher.model.initialise import draw_entry
 from teacher.model.names import empty_model
 from teacher.model.transformer import DeepseekV3
 from teacher.parallel.groups import Ranks
 from teacher.parallel.layout import Layout
-from teacher.parallel.meshes import formed
+from teacher.parallel.meshes import form_meshes
 from teacher.parallel.stage import fill
 from teacher.parallel.weights import save_parts
-from teacher.train.spread import drawn_part
+from teacher.train.spread import draw_part
 from tests.teacher.parallel.process_ranks import run_ranks
 from tests.teacher.v3_models import tiny_config
 
@@ -32,20 +32,20 @@ CONFIG = tiny_config(num_hidden_layers=4)
 
 
 def whole_model() -> DeepseekV3:
-    """The model of which `drawn_part` gives every rank its part."""
+    """The model of which `draw_part` gives every rank its part."""
     model = empty_model(CONFIG)
 
     def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         experts = range(shape[0]) if ".experts." in name else None
-        return drawn(name, shape, std=CONFIG.initializer_range, seed=3, experts=experts)
+        return draw_entry(name, shape, std=CONFIG.initializer_range, seed=3, experts=experts)
 
     fill(model, model.state_dict(), value)
     return model
 
 
 def written(ranks: Ranks, layout: Layout, folder: Path, fp8: bool) -> int:
-    meshes = formed(layout, ranks)
-    part = drawn_part(CONFIG, meshes, seed=3)
+    meshes = form_meshes(layout, ranks)
+    part = draw_part(CONFIG, meshes, seed=3)
     save_parts(part, folder, meshes, fp8=fp8, dtype=torch.float32)
     return sum(tensor.numel() for tensor in part.state_dict().values() if not tensor.is_meta)
 
@@ -78,7 +78,7 @@ def greedy(model: DeepseekV3, ids: torch.Tensor) -> torch.Tensor:
 
 
 def served(ranks: Ranks, layout: Layout) -> torch.Tensor:
-    return greedy(drawn_part(CONFIG, formed(layout, ranks), seed=3).eval(), prompts(ranks.rank))
+    return greedy(draw_part(CONFIG, form_meshes(layout, ranks), seed=3).eval(), prompts(ranks.rank))
 
 
 def test_attention_by_rank_and_experts_over_ranks_serve_what_one_process_does(tmp_path) -> None:
