@@ -10,7 +10,7 @@ from distill.errors import PotstillError, UserInputError
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's outcome; an error stands for the `fault` that it would be raised as."""
+    """One check's outcome; `fault` is what an error would be raised as."""
 
     check: str
     state: Literal["ok", "warning", "error"]

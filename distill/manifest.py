@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -123,7 +124,7 @@ def fingerprint(stage: str, inputs: Mapping[str, str], config: Mapping[str, Any]
 
 
 class StageRun:
-    """One stage about to run: its inputs are hashed once, when it is made.
+    """One stage about to run: its inputs are hashed once, when they are first asked for.
 
     `inputs` maps a name to a file or folder, `config` is the part of the resolved recipe that the stage depends on,
     `out_dir` the folder that belongs to it.
@@ -131,13 +132,23 @@ class StageRun:
 
     def __init__(self, stage: str, inputs: Mapping[str, Path], config: Mapping[str, Any], out_dir: Path) -> None:
         self._stage = stage
+        self._inputs = dict(inputs)
         self._config = dict(config)
         self._out_dir = out_dir
-        self._hashes = {name: hash_file(path) for name, path in inputs.items()}
-        self._fingerprint = fingerprint(stage, self._hashes, config)
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        return {name: hash_file(path) for name, path in self._inputs.items()}
+
+    @property
+    def _fingerprint(self) -> str:
+        return fingerprint(self._stage, self._hashes, self._config)
 
     def current(self) -> StageManifest | None:
-        """The manifest in the folder where `run` would have nothing to do; None where it would."""
+        """The manifest in the folder where `run` would have nothing to do; None where it would.
+
+        No input is read where there is no manifest.
+        """
         done = read_manifest(self._out_dir)
         if done is None or done.fingerprint != self._fingerprint or not _outputs_present(self._out_dir, done):
             return None
@@ -148,7 +159,7 @@ class StageRun:
 
         `outputs` names the files or folders in the folder that later stages read; it is looked at after the body.
         """
-        out_dir = self._out_dir
+        out_dir, hashes, print_ = self._out_dir, self._hashes, self._fingerprint
         with environment_faults(out_dir):
             out_dir.mkdir(parents=True, exist_ok=True)
             (out_dir / MANIFEST).unlink(missing_ok=True)
@@ -158,8 +169,8 @@ class StageRun:
             failpoint("stage.ended", self._stage)
             manifest = StageManifest(
                 stage=self._stage,
-                fingerprint=self._fingerprint,
-                inputs=self._hashes,
+                fingerprint=print_,
+                inputs=hashes,
                 config=self._config,
                 outputs={name: hash_file(out_dir / name) for name in outputs},
                 versions={name: _version(name) for name in VERSIONED},
@@ -187,9 +198,9 @@ def run_stage(
 def current(stage: str, inputs: Mapping[str, Path], config: Mapping[str, Any], out_dir: Path) -> StageManifest | None:
     """The manifest in `out_dir` where `run_stage` with these arguments would have nothing to do; None where it would.
 
-    No input is read where there is no manifest.
+    An input that is not there is something to do: the stage says what is missing.
     """
-    if read_manifest(out_dir) is None or not all(path.exists() for path in inputs.values()):
+    if not all(path.exists() for path in inputs.values()):
         return None
     return StageRun(stage, inputs, config, out_dir).current()
 

@@ -1,4 +1,4 @@
-"""Which samples a run wants: their keys and the requests for them, made when they are looked at.
+"""Samples that a run wants: their keys and the requests for them, made when they are looked at.
 
 A million requests with their problems do not fit into memory, and need not: a sample is a problem's number and an
 index.

@@ -1,4 +1,4 @@
-"""Which stages a command runs, in which order, and what must hold before the first of them writes anything.
+"""Commands: the stages that each runs, in which order, and what must hold before the first of them writes anything.
 
     generate -> curate -> distill -> eval -> compare          push and push-traces stand beside it
 

@@ -60,11 +60,11 @@ def check_counts(counts: TokenCounts, max_length: int) -> list[Finding]:
 
     def finding(check: str, fault: Fault, what: str, fine: str) -> Finding:
         if not fault.count:
-            return Finding(check, "ok", fine)
+            return Finding(check, "ok", fine, DataError)
         text = f"{fault.count} of {counts.num_examples} examples {what} (first: {fault.first})"
         return Finding(check, "error", text, DataError)
 
-    present = Finding("examples", "ok", f"{counts.num_examples} examples, {counts.num_tokens} tokens")
+    present = Finding("examples", "ok", f"{counts.num_examples} examples, {counts.num_tokens} tokens", DataError)
     if not counts.num_examples:
         present = Finding("examples", "error", "no examples to train on", DataError)
     longer = f"are longer than sft.max_length={max_length}; raise it or filter them, nothing is cut"
@@ -86,6 +86,12 @@ def stop_on_error(findings: Iterable[Finding], *, base: Path, examples_path: Pat
             kind: type[UserInputError] = DataError if of_examples else CheckpointError
             where = examples_path if of_examples else base
             raise kind(finding.text, where=where, field=finding.check)
+
+
+def log_entry(finding: Finding) -> dict[str, str]:
+    """A finding as the training log keeps it, with whose fault an error would be."""
+    about = "examples" if finding.fault is DataError else "checkpoint"
+    return {"check": finding.check, "state": finding.state, "text": finding.text, "about": about}
 
 
 def _architecture(student: StudentConfig, config: PreTrainedConfig) -> Finding:

@@ -37,7 +37,7 @@ from distill.records import content_id
 from students import bases
 from students.bases import Method
 from students.checkpoints import drop_incomplete, move_into_place, newest_complete
-from students.preflight import check_counts, check_student, stop_on_error
+from students.preflight import check_counts, check_student, log_entry, stop_on_error
 from students.tokens import TokenCounts, write_tokens
 from students.trainer import CompletionTrainer, Reporter
 
@@ -308,7 +308,7 @@ def _log(
         "resumed_at_step": first or None,
         "seconds": round(seconds, 3),
         "tokens_per_s": round(num_tokens * share / max(seconds, 1e-9), 1),
-        "preflight": [asdict(finding) for finding in findings],
+        "preflight": [log_entry(finding) for finding in findings],
         "steps": steps,
     }
 

@@ -91,7 +91,7 @@ def near_duplicates(
     *,
     comparable: Callable[[Any, Any], bool] = lambda one, other: True,
 ) -> dict[Any, tuple[Any, float]]:
-    """Which of `names` go, each with the one that stays in its place and their similarity.
+    """Find those of `names` that go, each with the one that stays in its place and their similarity.
 
     `names` stand in the order of precedence: a text goes if its similarity to one that stays reaches the threshold.
     So what stays holds no such pair, and a second pass drops nothing. `texts` is asked once for the texts that share

@@ -58,7 +58,7 @@ class PackedProblems:
         return (self[index] for index in range(len(self)))
 
     def id(self, index: int) -> str:
-        """Without unpacking the problem."""
+        """The problem's id, without unpacking the problem."""
         return self._ids[index * ID_BYTES : (index + 1) * ID_BYTES].hex()
 
     def _pack(self, rows: list[list[object]]) -> None:

@@ -1,4 +1,4 @@
-"""Which part of the world a problem belongs to, decided by the problem itself.
+"""The split that a problem belongs to, decided by the problem itself.
 
 The hash is over the prompt's sorted words, so that two problems with the same numbers in another order fall on the same
 side: training and held-out problems are disjoint by construction, whatever seeds drew them.

@@ -1,4 +1,4 @@
-"""Who learns, from what base, and how."""
+"""Students: their bases, and how they are trained."""
 
 from __future__ import annotations
 

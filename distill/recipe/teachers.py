@@ -145,7 +145,7 @@ class ServedTeacher(Config):
         return body
 
     def cost(self, num_prompt_tokens: int, num_completion_tokens: int) -> float | None:
-        """In the currency of the prices; None where there is none."""
+        """The cost in the currency of the prices; None where there is none."""
         prompt, completion = self.price_per_million_prompt_tokens, self.price_per_million_completion_tokens
         if prompt is None and completion is None:
             return None

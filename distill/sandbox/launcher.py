@@ -166,7 +166,7 @@ def run(setup: dict[str, Any]) -> None:
 
 
 def read_exactly(count: int) -> bytes:
-    """From standard input, without taking a byte of what follows."""
+    """Read from standard input, without taking a byte of what follows."""
     parts = []
     while count:
         part = os.read(0, min(count, 1 << 16))

@@ -51,7 +51,7 @@ BOOTSTRAP = (
 
 
 class Unavailable(Exception):
-    """Why a level cannot be had here, in a few words."""
+    """A level that cannot be had here, and why, in a few words."""
 
 
 @dataclass(frozen=True)

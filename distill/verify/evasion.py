@@ -52,7 +52,7 @@ UNITS: dict[str, str] = {
 
 
 def evasion(question: str, reference: str, answer: str) -> str | None:
-    r"""Why `answer`, whose value is that of `reference`, is wrong nevertheless; None where it is not.
+    r"""Tell why `answer`, whose value is that of `reference`, is wrong nevertheless; None where it is not.
 
     >>> evasion("What is $1 + 2$?", "3", "1+2")
     'repeats the question'

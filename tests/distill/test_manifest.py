@@ -18,10 +18,12 @@ from typing import Any
 
 import pytest
 
+from distill import manifest as manifest_module
 from distill.errors import EnvironmentFault
 from distill.failpoints import VARIABLE
 from distill.manifest import (
     MANIFEST,
+    StageRun,
     current,
     environment_faults,
     hash_file,
@@ -94,6 +96,24 @@ def test_whatever_changed_makes_it_run_again_once(stage: Stage, change: Callable
     stage.run()
     assert stage.runs == 2
     assert (stage.out / "copy.txt").read_text() == stage.source.read_text()
+
+
+def test_a_stage_in_two_steps_reads_its_inputs_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.run()
+    stage.config["lr"] = 2e-4
+    read: list[Path] = []
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return hash_file(path)
+
+    monkeypatch.setattr(manifest_module, "hash_file", counted)
+    stage_run = StageRun("copy", {"in": stage.source}, stage.config, stage.out)
+    assert stage_run.current() is None
+    done = stage_run.run(lambda: {"bytes": 3}, ["copy.txt"])
+    assert read.count(stage.source) == 1
+    assert stage_run.current() == done
+    assert read.count(stage.source) == 1
 
 
 def test_touching_and_moving_without_change_runs_nothing(stage: Stage) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distill.errors import CheckpointError, DataError, RecipeError
 from students import bases
-from students.preflight import check_student, preflight, stop_on_error
+from students.preflight import check_student, log_entry, preflight, stop_on_error
 from tests.students.tiny_bases import make_base, make_examples, make_student
 
 CHECKS = {
@@ -39,7 +41,10 @@ def test_a_sound_student_passes_every_check(tmp_path, base, method):
     data = make_examples(tmp_path / "e.parquet", direct=method == "direct")
     findings = preflight(make_student(base), method, data)
     assert {finding.state for finding in findings} == {"ok"}
-    assert {finding.check for finding in findings} == CHECKS | {"examples", "truncation", "empty_text", "unknown_text"}
+    of_examples = {"examples", "truncation", "empty_text", "unknown_text"}
+    assert {finding.check for finding in findings} == CHECKS | of_examples
+    entries = json.loads(json.dumps([log_entry(finding) for finding in findings]))
+    assert {entry["check"] for entry in entries if entry["about"] == "examples"} == of_examples
 
 
 def test_padding_that_is_eos_is_found(base):
