@@ -61,6 +61,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk_is_exit_3_and_resumable(recipe: Path, small_disk: Path, uninterrupted: list[Trace]) -> None:
     full = potstill("generate", recipe, *MANY, "--out", small_disk)
     assert full.returncode == 3, full.stderr
@@ -73,7 +74,14 @@ def test_full_disk_is_exit_3_and_resumable(recipe: Path, small_disk: Path, unint
     assert traces(small_disk) == uninterrupted
 
 
-@pytest.mark.parametrize(("sent", "code"), [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        ("SIGKILL", -signal.SIGKILL),
+        pytest.param("SIGTERM", 75, marks=pytest.mark.slow),
+        pytest.param("SIGINT", 130, marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_generation_goes_on(
     recipe: Path, tmp_path: Path, uninterrupted: list[Trace], sent: str, code: int
 ) -> None:
