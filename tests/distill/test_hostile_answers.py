@@ -198,6 +198,7 @@ def one_in_a_hundred_hangs(count: int, trap: Trap) -> None:
     assert not any(session_of(keeper) for keeper in keepers)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_the_pool_is_unchanged_after_500_answers_of_which_five_hang(trap: Trap) -> None:
     one_in_a_hundred_hangs(500, trap)
@@ -320,6 +321,7 @@ def under_attack(strikes: int, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sum(state == "infra_error" for state, _ in results) <= 64 * strikes / 7
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_seven_failures_of_ours_are_nobodys_wrong_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     under_attack(7, tmp_path, monkeypatch)

@@ -78,7 +78,7 @@ def stamps(run_dir: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in (run_dir / "eval").rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_model_is_scored_once(student, run_dir, workers):
     recipe = recipe_of(student)
     manifest = evaluate(recipe, run_dir, Context(Path(), num_workers=workers))

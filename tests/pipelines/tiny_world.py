@@ -32,6 +32,11 @@ def potstill(*arguments: str | Path, cwd: Path = REPOSITORY, **environment: str)
     )
 
 
+def without_progress(stderr: str) -> str:
+    """Standard error but for progress, which is a line every ten seconds: a busy machine gets so far."""
+    return "".join(line for line in stderr.splitlines(keepends=True) if not line.startswith("  "))
+
+
 def make_world(folder: Path) -> Path:
     """Teacher, base, student file, prompts and a recipe that names them by absolute paths; returns the recipe."""
     write_model_folder(folder / "teacher", tiny_config(), fp8=True, std=0.1)

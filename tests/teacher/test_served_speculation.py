@@ -36,7 +36,7 @@ def teacher(folder: Path, *, speculate: bool, workers: int = 1) -> NativeBackend
     return opened
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_completions_and_identity_are_the_same(folder: Path, workers: int) -> None:
     plain, fast = teacher(folder, speculate=False), teacher(folder, speculate=True, workers=workers)
     assert fast.identity == plain.identity

@@ -9,6 +9,7 @@ from teacher.model.counts import count_parameters
 from tests.teacher.v3_models import random_model, tiny_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "grouped"])
 def test_forward_compiles_as_one_graph_and_equals_eager(kind):
     model = random_model(tiny_config(hidden_size=32, moe_intermediate_size=16)).to(torch.bfloat16)

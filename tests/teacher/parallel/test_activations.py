@@ -98,6 +98,7 @@ def test_activations_in_fp8_round_gradients_a_little(kind, recompute) -> None:
     assert rounded > 10
 
 
+@pytest.mark.slow
 @needs_split_recomputation
 def test_a_split_backward_pass_recomputes_too(tmp_path) -> None:
     """zbv asks for the gradients of inputs and of weights apart."""

@@ -21,9 +21,14 @@ STEPS, EVERY = 4, {"every": 2, "keep": 2}
 FROM_TO = [
     ({}, {"pp": 2, "microbatches": 2}),
     ({"pp": 2, "ep": 2, "microbatches": 2}, {"ep": 4}),
-    ({"ep": 4, "dp": 2}, {"pp": 2, "microbatches": 2}),
-    ({"pp": 2, "dp": 2, "microbatches": 2}, {"pp": 2, "ep": 2, "schedule": "zbv", "microbatches": 4}),
-    ({"pp": 2, "ep": 2, "schedule": "dualpipev", "microbatches": 4}, {"dp": 3}),
+    *(
+        pytest.param(before, after, marks=pytest.mark.slow)
+        for before, after in (
+            ({"ep": 4, "dp": 2}, {"pp": 2, "microbatches": 2}),
+            ({"pp": 2, "dp": 2, "microbatches": 2}, {"pp": 2, "ep": 2, "schedule": "zbv", "microbatches": 4}),
+            ({"pp": 2, "ep": 2, "schedule": "dualpipev", "microbatches": 4}, {"dp": 3}),
+        )
+    ),
 ]
 
 

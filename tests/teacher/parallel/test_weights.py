@@ -21,10 +21,11 @@ from tests.teacher.parallel.process_ranks import run_ranks
 from tests.teacher.v3_models import tiny_config
 
 LAYOUTS = [
-    Layout(ep=4),
     Layout(pp=2, ep=2),
-    Layout(pp=2, schedule="zbv"),
-    Layout(ep=2, dp=2),
+    *(
+        pytest.param(layout, marks=pytest.mark.slow)
+        for layout in (Layout(ep=4), Layout(pp=2, schedule="zbv"), Layout(ep=2, dp=2))
+    ),
 ]
 
 
