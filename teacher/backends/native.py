@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distill.errors import CheckpointError, DataError, PotstillError, UserInputError
 from distill.logprobs import TokenLogprobs
+from distill.reasoning import END_OF_THINKING, THINK_LINE
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
 from teacher.backends.fleet import Fleet
 from teacher.backends.folder import folder_identity
@@ -32,7 +33,6 @@ from teacher.serve.engine import Engine
 from teacher.serve.grouped_config import FAMILIES
 from teacher.serve.invariant_models import INVARIANT
 from teacher.serve.models import load_model, read_facts
-from teacher.serve.reasoning import END_OF_THINKING, THINK
 from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Logprobs, Sequence, ThinkingLimit
 from teacher.serve.stopping import cut
@@ -181,7 +181,7 @@ class NativeBackend:
     def _begin(self, number: int, request: TraceRequest, sampling: Sampling) -> tuple[str, Sequence[int]]:
         """What stands in front of the completion's text, and the sequence that writes the rest."""
         prompt = self._render(request.problem.prompt)
-        prefix = THINK if prompt.endswith(THINK) else ""
+        prefix = THINK_LINE if prompt.endswith(THINK_LINE) else ""
         prompt_ids = self._checked(self.encode(prompt), request)
         limit = self._thinking_limit(sampling) if prefix else None
         seed, draw = request.seed(sampling), _draw(sampling)
@@ -191,7 +191,7 @@ class NativeBackend:
         prompt_ids = list(asked.prompt_ids)
         if not prompt_ids:
             prompt = self._render(asked.request.problem.prompt)
-            written = asked.written.removeprefix(THINK) if prompt.endswith(THINK) else asked.written
+            written = asked.written.removeprefix(THINK_LINE) if prompt.endswith(THINK_LINE) else asked.written
             prompt_ids = self.encode(prompt + written)
         self._checked(prompt_ids, asked.request)
         return Sequence(number, prompt_ids, sampling.max_tokens, asked.request.seed(sampling), _draw(sampling))
