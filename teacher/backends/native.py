@@ -23,8 +23,8 @@ from distill.errors import CheckpointError, DataError, PotstillError, UserInputE
 from distill.logprobs import TokenLogprobs
 from distill.reasoning import END_OF_THINKING, THINK_LINE
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
+from distill.weights import folder_identity
 from teacher.backends.fleet import Fleet
-from teacher.backends.folder import folder_identity
 from teacher.backends.live import LiveEngine, LocalEngine, WorkerEngines
 from teacher.backends.workers import EngineSettings, generate_in_workers
 from teacher.serve.batching import LOOPED, Asked, Begun, Settings, Written

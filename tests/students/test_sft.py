@@ -175,12 +175,12 @@ def _broken(base, folder, name: str):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("no weights", "the weight file is missing"),
-        ("torn weights", "not a readable safetensors file"),
+        ("no weights", r"model\.safetensors: no such file"),
+        ("torn weights", "is truncated or not a safetensors file"),
         ("nan", r"model\.layers\.1\.mlp\.up_proj\.weight: has values that are not finite"),
         ("shape", "mismatch"),
         ("missing weight", r"model\.layers\.2\.\S+: \d+ weights missing"),
-        ("index", r"weight_map: names a shard outside its folder"),
+        ("index", r"weight_map\.model\.norm\.weight: must name a file in this folder, got '\.\./elsewhere"),
         ("config", "not a readable model config"),
     ],
 )
