@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 
 from distill.errors import CheckpointError, nearest
+from teacher.model.checkpoint import load_checkpoint
 from teacher.model.config import read_config, read_config_json
 from teacher.model.counts import count_parameters
 from teacher.serve.architecture import Architecture
 from teacher.serve.grouped_config import FAMILIES, read_grouped_config
 from teacher.serve.grouped_model import GroupedModel
-from teacher.serve.grouped_weights import num_parameters
+from teacher.serve.grouped_weights import check_grouped, num_parameters
 from teacher.serve.invariant_models import InvariantGroupedModel, InvariantLatentModel
 from teacher.serve.latent_model import LatentModel
 
@@ -56,6 +57,14 @@ def load_model(
     if _model_type(folder) == LATENT:
         return (InvariantLatentModel if batch_invariant else LatentModel).load(folder, device, with_mtp=with_mtp)
     return (InvariantGroupedModel if batch_invariant else GroupedModel).load(folder, device)
+
+
+def check_weights(folder: Path) -> None:
+    """Read every weight once and keep none. Raises CheckpointError for names, shapes and values that are wrong."""
+    if _model_type(folder) == LATENT:
+        load_checkpoint(folder)
+    else:
+        check_grouped(folder)
 
 
 def _model_type(folder: Path) -> str:

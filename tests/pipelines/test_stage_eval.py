@@ -13,7 +13,7 @@ from distill.recipe import Recipe
 from distill.records import Example, Problem
 from distill.tables import read_records, write_records
 from pipelines.stages.eval import HELD_OUT, evaluate
-from tests.eval.tiny_models import save_tiny_model
+from tests.teacher.backends.tiny_models import save_tiny_model
 from tests.teacher.v3_models import tiny_config, write_model_folder
 
 FAMILIES = {"gcd": {"min_value": 1, "max_value": 99}, "chain_sum": {"min_terms": 2, "max_terms": 3}}
@@ -97,16 +97,16 @@ def test_every_model_is_scored_once(student, run_dir, workers):
     assert stamps(run_dir) == before, "the second time nothing is done"
 
 
-def test_the_engine_scores_bases_and_students_too(student, run_dir):
+def test_transformers_scores_bases_and_students_too(student, run_dir):
     before = evaluate(recipe_of(student), run_dir, num_workers=1)
     samples = {path: path.read_bytes() for path in (run_dir / "eval").glob("*/samples.parquet")}
-    manifest = evaluate(recipe_of(student, engine="native"), run_dir, num_workers=1)
+    manifest = evaluate(recipe_of(student, engine="transformers"), run_dir, num_workers=1)
     assert manifest.counts == before.counts
     changed = {path.parent.name for path, content in samples.items() if path.read_bytes() != content}
     assert changed == {"mini-base", "mini-distilled"}, "the teacher's own backend is the engine in both"
     for name in changed:
         scored = json.loads((run_dir / "eval" / name / "manifest.json").read_text())
-        assert scored["counts"]["identity"]["backend"] == "native"
+        assert scored["counts"]["identity"]["backend"] == "transformers"
         (total, *_) = json.loads((run_dir / "eval" / name / "scores.json").read_text())
         assert (total["architecture"], total["num_parameters"]) == ("qwen2", total["num_active_parameters"])
 
