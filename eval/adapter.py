@@ -20,12 +20,12 @@ from distill.records import Completion, Sampling, TraceRequest, Verdict
 from eval.tasks.processors import problem_of
 
 
-class Graded(str):
+class GradedResponse(str):
     """A response as lm-eval passes it about, with its verdict."""
 
     verdict: Verdict
 
-    def __new__(cls, text: str, verdict: Verdict) -> Graded:
+    def __new__(cls, text: str, verdict: Verdict) -> GradedResponse:
         graded = super().__new__(cls, text)
         graded.verdict = verdict
         return graded
@@ -62,7 +62,7 @@ class PotstillLM(LM):
         graded = []
         for instance, completion, verdict in zip(requests, completions, verdicts, strict=True):
             self.samples.append(Sample(instance.task_name or "", completion, verdict))
-            graded.append(Graded(completion.text, verdict))
+            graded.append(GradedResponse(completion.text, verdict))
         return graded
 
     def _generate(self, traces: Sequence[TraceRequest], sampling: Sampling) -> list[Completion]:

@@ -1,4 +1,4 @@
-"""What the scores of a run say together: gains with paired intervals, whether larger is better, the summary file.
+"""Conclusions from all scores of a run: gains with paired intervals, whether larger is better, the summary file.
 
 Reads what the stages left in a run folder and computes; `eval.report` shows. Every difference between two models is
 paired over the questions that both answered (`eval.statistics.paired_difference`), because two intervals that overlap

@@ -59,7 +59,7 @@ def preflight(student: StudentConfig, method: Method, examples_path: Path | None
 def check_student(
     student: StudentConfig, method: Method, config: PreTrainedConfig, tokenizer: Tokenizer
 ) -> list[Finding]:
-    """What tokenizer, template and config say by themselves."""
+    """Findings about tokenizer, template and config, without examples."""
     findings = [_architecture(student, config), _tokenizer_identity(tokenizer), _padding(tokenizer)]
     findings.append(_chat_template(tokenizer))
     if findings[-1].state == "ok":
@@ -68,7 +68,7 @@ def check_student(
 
 
 def check_counts(counts: TokenCounts, max_length: int) -> list[Finding]:
-    """What the examples' tokens say."""
+    """Findings about the examples' tokens."""
 
     def finding(check: str, fault: Fault, what: str, fine: str) -> Finding:
         if not fault.count:

@@ -65,7 +65,7 @@ class Job:
         return self.out_dir.with_name(f".{self.out_dir.name}.work")
 
     def fingerprint(self) -> str:
-        """What the resulting weights depend on."""
+        """Hash of all that the resulting weights depend on."""
         student = self.student.model_dump(mode="json")
         return content_id([student, self.method, self.seed, hash_file(self.examples_path), bases.identity(self.base)])
 
@@ -262,7 +262,7 @@ def environment_faults(where: str) -> Iterator[None]:
 
 
 def _environment_fault(exc: Exception) -> str | None:
-    """What the machine lacked, if that is what a library's error says: torch and safetensors have no class for it."""
+    """Fault of the machine, if that is what a library's error says: torch and safetensors have no class for it."""
     text = str(exc)
     if isinstance(exc, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return "out of memory; lower sft.micro_batch_size, or set sft.gradient_checkpointing"

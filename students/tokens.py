@@ -31,7 +31,7 @@ SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int
 
 @dataclass
 class Fault:
-    """How many examples have a fault, and which was the first."""
+    """Number of examples that have a fault, and the first of them."""
 
     count: int = 0
     first: str = ""
@@ -43,7 +43,7 @@ class Fault:
 
 @dataclass
 class TokenCounts:
-    """What tokenising found. Tokens are counted once an example, padding excluded."""
+    """Findings of tokenising. Tokens are counted once an example, padding excluded."""
 
     num_examples: int = 0
     num_tokens: int = 0

@@ -1,1 +1,1 @@
-"""How the bundled pico bases are made: their text, their tokenizer, their pre-training."""
+"""Making of the bundled pico bases: their text, their tokenizer, their pre-training."""

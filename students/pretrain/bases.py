@@ -1,4 +1,4 @@
-"""From `pico.yaml` to the model folders under `students/pico`: one tokenizer and one corpus, four bases."""
+"""Make, by `pico.yaml`, the model folders under `students/pico`: one tokenizer and one corpus, four bases."""
 
 from __future__ import annotations
 
