@@ -50,13 +50,13 @@ class PotstillLM(LM):
         self.samples: list[Sample] = []
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        asked: Counter[str] = Counter()
+        num_seen: Counter[str] = Counter()
         traces: list[TraceRequest] = []
         for instance in requests:
             problem = problem_of(instance.doc, prompt=instance.args[0])
             # Counted by problem, not by document: a question that occurs twice gets new samples the second time.
-            traces.append(TraceRequest(problem=problem, sample_index=asked[problem.id]))
-            asked[problem.id] += 1
+            traces.append(TraceRequest(problem=problem, sample_index=num_seen[problem.id]))
+            num_seen[problem.id] += 1
         completions = self._generate(traces, _sampling(requests[0].args[1], self._seed))
         verdicts = self._verifier.verify([(c.request.problem, c.text, c.finish_reason) for c in completions])
         graded = []

@@ -96,7 +96,7 @@ def train_student(
     stop_on_error(findings, base=base, examples_path=job.examples_path)
     _require_examples(job)
     fingerprint = job.fingerprint()
-    finished = _finished(job.out_dir, fingerprint)
+    finished = _read_finished(job.out_dir, fingerprint)
     if finished is not None:
         return finished
     args = arguments(student, job.work_dir, seed)
@@ -153,7 +153,7 @@ def _require_examples(job: Job) -> None:
         raise DataError("no such file of examples", where=job.examples_path)
 
 
-def _finished(out_dir: Path, fingerprint: str) -> dict[str, Any] | None:
+def _read_finished(out_dir: Path, fingerprint: str) -> dict[str, Any] | None:
     try:
         log = json.loads((out_dir / LOG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
