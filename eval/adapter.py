@@ -20,12 +20,12 @@ from distill.records import Completion, Sampling, TraceRequest, Verdict
 from eval.tasks.processors import problem_of
 
 
-class Graded(str):
+class GradedResponse(str):
     """A response as lm-eval passes it about, with its verdict."""
 
     verdict: Verdict
 
-    def __new__(cls, text: str, verdict: Verdict) -> Graded:
+    def __new__(cls, text: str, verdict: Verdict) -> GradedResponse:
         graded = super().__new__(cls, text)
         graded.verdict = verdict
         return graded
@@ -50,19 +50,19 @@ class PotstillLM(LM):
         self.samples: list[Sample] = []
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        asked: Counter[str] = Counter()
+        num_seen: Counter[str] = Counter()
         traces: list[TraceRequest] = []
         for instance in requests:
             problem = problem_of(instance.doc, prompt=instance.args[0])
             # Counted by problem, not by document: a question that occurs twice gets new samples the second time.
-            traces.append(TraceRequest(problem=problem, sample_index=asked[problem.id]))
-            asked[problem.id] += 1
+            traces.append(TraceRequest(problem=problem, sample_index=num_seen[problem.id]))
+            num_seen[problem.id] += 1
         completions = self._generate(traces, _sampling(requests[0].args[1], self._seed))
         verdicts = self._verifier.verify([(c.request.problem, c.text, c.finish_reason) for c in completions])
         graded = []
         for instance, completion, verdict in zip(requests, completions, verdicts, strict=True):
             self.samples.append(Sample(instance.task_name or "", completion, verdict))
-            graded.append(Graded(completion.text, verdict))
+            graded.append(GradedResponse(completion.text, verdict))
         return graded
 
     def _generate(self, traces: Sequence[TraceRequest], sampling: Sampling) -> list[Completion]:

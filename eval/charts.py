@@ -56,10 +56,10 @@ def render(draw: Callable[[Any], None], size: tuple[float, float], title: str, a
         vector, pixels = io.StringIO(), io.BytesIO()
         figure.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(pixels, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    return _themed(vector.getvalue(), title, about), pixels.getvalue()
+    return _apply_theme(vector.getvalue(), title, about), pixels.getvalue()
 
 
-def _themed(svg: str, title: str, about: str) -> str:
+def _apply_theme(svg: str, title: str, about: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for colour, name in _VARIABLES.items():
@@ -102,7 +102,7 @@ def accuracy_by_parameters(comparison: Comparison) -> Callable[[Any], None]:
                 verticalalignment="top",
             )
         axes.set_xscale("log")
-        axes.set_xticks(_spaced(sorted(sizes)))
+        axes.set_xticks(_labelled_sizes(sorted(sizes)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
         axes.margins(x=0.12)
@@ -226,7 +226,7 @@ def short_count(value: float) -> str:
     return f"{value:g}"
 
 
-def _spaced(sizes: Sequence[int]) -> list[int]:
+def _labelled_sizes(sizes: Sequence[int]) -> list[int]:
     """Ticks that do not run into each other on a log axis: at least 15% apart."""
     ticks: list[int] = []
     for size in sizes:

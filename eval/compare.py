@@ -1,4 +1,4 @@
-"""What the scores of a run say together: gains with paired intervals, whether larger is better, the summary file.
+"""Conclusions from all scores of a run: gains with paired intervals, whether larger is better, the summary file.
 
 Reads what the stages left in a run folder and computes; `eval.report` shows. Every difference between two models is
 paired over the questions that both answered (`eval.statistics.paired_difference`), because two intervals that overlap
@@ -256,7 +256,7 @@ def _read_funnel(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"not a list of filters with counts ({exc!r})", where=path) from exc
 
 
-def suspects_shown(audit: AuditSummary) -> list[SuspectedReference]:
+def report_suspects(audit: AuditSummary) -> list[SuspectedReference]:
     return sorted(audit.suspected_references, key=lambda one: not one.relabelled)[:MAX_SUSPECTS]
 
 
@@ -264,7 +264,7 @@ def _audit_summary(audit: AuditSummary) -> dict[str, Any]:
     """The audit with as many suspected references as the page shows, and the number of all."""
     return {
         **audit.model_dump(mode="json"),
-        "suspected_references": [one.model_dump(mode="json") for one in suspects_shown(audit)],
+        "suspected_references": [one.model_dump(mode="json") for one in report_suspects(audit)],
         "num_suspected_references": len(audit.suspected_references),
         "num_relabelled_references": len(audit.relabelled),
         "num_relabelled_samples": audit.num_relabelled_samples,

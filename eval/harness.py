@@ -11,8 +11,8 @@ import io
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,8 @@ def _run_task(
         from eval.adapter import PotstillLM
 
         tasks = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata).load([config])
+        for task in tasks["tasks"].values():
+            task.build_all_requests = _without_bar(task.build_all_requests)
         lm = PotstillLM(model, verifier, seed=seed, progress=progress, title=f"{subject.name} {config['task']}")
         results = evaluate(lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=False)
     return lm.samples, results["results"][config["task"]]
@@ -165,18 +167,24 @@ def _run_task(
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Keep lm-eval's own bar and its remarks about defaults off the terminal: stages report through `Progress`."""
-    import lm_eval.api.task as task_module
-
-    logger, bar = logging.getLogger("lm_eval"), task_module.tqdm
+    """Keep lm-eval's remarks about defaults off the terminal."""
+    logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    task_module.tqdm = lambda items, **_: items
     try:
         yield
     finally:
-        task_module.tqdm = bar
         logger.setLevel(level)
+
+
+def _without_bar(build_requests: Callable[..., None]) -> Callable[..., None]:
+    """Keep the bar that lm-eval draws while it builds its requests off the terminal: it takes no option for that."""
+
+    def build(**arguments: Any) -> None:
+        with redirect_stderr(io.StringIO()):
+            build_requests(**arguments)
+
+    return build
 
 
 def _agree(card: ScoreCard, results: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from distill.manifest import write_atomically
 from distill.records import Record
 from distill.verify.audit import AuditSummary
 from eval.charts import accuracy_by_family, accuracy_by_parameters, filter_funnel, render, short_count
-from eval.compare import METRIC, Comparison, Model, summary, suspects_shown
+from eval.compare import METRIC, Comparison, Model, report_suspects, summary
 from eval.tasks.processors import NO_VERDICT
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
@@ -141,21 +141,25 @@ def side_by_side(comparison: Comparison) -> list[dict[str, Any]]:
         return []
     shared = [problem for problem in first[0] if all(problem in of for of in first)]
 
-    def telling(problem: str) -> tuple[bool, int, str]:
+    def rank(problem: str) -> tuple[bool, int, str]:
         right = [of[problem]["verdict"] == "correct" for of in first]
         mixed = abs(2 * sum(right) - len(right))  # 0: half of the models are right
         return (not right[0], mixed, problem)
 
     chosen: dict[str, str] = {}
-    for problem in sorted(shared, key=telling):
+    for problem in sorted(shared, key=rank):
         chosen.setdefault(first[0][problem]["family"], problem)
-    best = sorted(chosen.values(), key=telling)[:MAX_TRACES]
+    best = sorted(chosen.values(), key=rank)[:MAX_TRACES]
     return [_trace(problem, models, first) for problem in best]
 
 
 def _trace(problem: str, models: Sequence[Model], first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     columns = [
-        {"name": model.student if model.role != "teacher" else model.name, "role": model.role, **_shown(of[problem])}
+        {
+            "name": model.student if model.role != "teacher" else model.name,
+            "role": model.role,
+            **_answer_cells(of[problem]),
+        }
         for model, of in zip(models, first, strict=True)
     ]
     row = first[0][problem]
@@ -167,7 +171,7 @@ def _trace(problem: str, models: Sequence[Model], first: Sequence[Mapping[str, A
     }
 
 
-def _shown(row: Mapping[str, Any]) -> dict[str, str]:
+def _answer_cells(row: Mapping[str, Any]) -> dict[str, str]:
     text = visible(row["text"])
     if len(text) > MAX_TRACE_CHARACTERS:
         text = (
@@ -194,13 +198,13 @@ def _funnel_step(step: Mapping[str, Any], num_traces: int) -> dict[str, Any]:
 def _audit(audit: AuditSummary) -> dict[str, Any]:
     """The second grader's counts and what it says, texts made harmless to show."""
 
-    def shown(record: Record) -> dict[str, Any]:
+    def printable(record: Record) -> dict[str, Any]:
         return {name: visible(value) if isinstance(value, str) else value for name, value in record}
 
     return {
         **audit.model_dump(),
-        "examples": [shown(one) for one in audit.examples],
-        "suspects": [shown(one) for one in suspects_shown(audit)],
+        "examples": [printable(one) for one in audit.examples],
+        "suspects": [printable(one) for one in report_suspects(audit)],
         "num_suspects": len(audit.suspected_references),
         "num_relabelled": len(audit.relabelled),
         "num_relabelled_samples": audit.num_relabelled_samples,

@@ -1,4 +1,4 @@
-"""What a score is worth: means over questions, errors clustered by question, paired differences, cons@k.
+"""Statistics of scores: means over questions, errors clustered by question, paired differences, cons@k.
 
 A question is the unit that was drawn at random; samples of one question are repeats of the same draw. So the mean of
 each question's samples is one observation, and the standard error is that of a mean over questions ("Adding Error Bars
@@ -43,7 +43,7 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """The interval leaves zero out."""
         return not self.ci95[0] <= 0 <= self.ci95[1]
 
 

@@ -48,11 +48,9 @@ def check_weights(recipe: Recipe, stages: Collection[str], *, known: Collection[
     if {"distill", "eval"} & set(stages):
         new = [folder for folder in _local_bases(recipe) if _is_new(folder, known)]
         for folder in new:
-            from eval.transformers_model import open_transformers_model
-            from students.bases import check_folder
+            from teacher.backends import check_student
 
-            check_folder(folder)
-            open_transformers_model(folder, batch_size=1).close()
+            check_student(folder)
         if new and "distill" in stages:
             _preflight(recipe)
 

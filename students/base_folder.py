@@ -1,4 +1,4 @@
-"""Where a student's base lies: a folder here, one of those bundled with these packages, or a repository of the Hub.
+"""The place of a student's base: a folder here, one of those bundled with these packages, or a repository of the Hub.
 
 Apart from `students.bases` so that looking a folder up costs no import of torch.
 """

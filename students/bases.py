@@ -6,43 +6,32 @@ transformers itself fills missing weights with random numbers, follows an index 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from distill.errors import CheckpointError, RecipeError
 from distill.recipe import StudentConfig
+from distill.weights import stored_tensors, template_hash, weights_hash
 from students.base_folder import locate, resolve_base
 
 __all__ = ["Method", "check_folder", "locate", "open_config", "open_model", "open_tokenizer", "resolve_base"]
 
 Method = Literal["distilled", "direct"]
 
-INDEX = "model.safetensors.index.json"
 # Tokens that published bases reserve for padding, for a tokenizer that names none (Llama 3).
 RESERVED_PADS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>", "<pad>")
 
 
-def check_folder(folder: Path) -> list[Path]:
-    """The folder's safetensors files, each readable, each inside the folder. Raises CheckpointError."""
+def check_folder(folder: Path) -> None:
+    """Raise CheckpointError unless config.json is there and every weight file is whole and inside the folder."""
     if not (folder / "config.json").is_file():
         raise CheckpointError("config.json is missing", where=folder)
-    index = folder / INDEX
-    shards = [folder / name for name in _shard_names(index)] if index.is_file() else [folder / "model.safetensors"]
-    for shard in shards:
-        if not shard.is_file():
-            raise CheckpointError("the weight file is missing", where=shard)
-        try:
-            with safe_open(shard, framework="pt") as file:
-                file.keys()
-        except (SafetensorError, OSError) as exc:
-            raise CheckpointError(f"not a readable safetensors file ({exc})", where=shard) from exc
-    return shards
+    stored_tensors(folder)
 
 
 def open_config(folder: Path) -> PreTrainedConfig:
@@ -114,23 +103,8 @@ def adapt_config(config: PreTrainedConfig, student: StudentConfig, tokenizer: To
 
 
 def identity(folder: Path) -> dict[str, Any]:
-    """What tells one base from another cheaply: small files by content, weight files by size and time."""
-    small = {path.name: path.read_bytes().hex() for path in sorted(folder.glob("*config*.json"))}
-    weights = {
-        path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))
-    }
-    return {"small": small, "weights": weights}
-
-
-def _shard_names(index: Path) -> list[str]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as exc:
-        raise CheckpointError(f"not a readable shard index ({exc})", where=index) from exc
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise CheckpointError(f"names a shard outside its folder: {name!r}", where=index, field="weight_map")
-    return names
+    """Hashes of what tells one base from another: weights with their configs, tokenizer with its template."""
+    return {"weights": weights_hash(folder), "template": template_hash(folder)}
 
 
 def _template(student: StudentConfig, method: Method, own: str | None) -> str | None:

@@ -19,14 +19,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from distill.errors import CheckpointError, DataError, UserInputError
 from distill.findings import Finding
 from distill.progress import silent
+from distill.reasoning import THINK_LINE
 from distill.recipe import StudentConfig
 from students import bases
 from students.bases import Method
-from students.tokens import THINK, Fault, TokenCounts, render, render_prompt, write_tokens
+from students.tokens import Fault, TokenCounts, render, render_prompt, write_tokens
 
 PROBE_TEXT = "What is 12 * 34?\n 7 mod 3 = 1\n\nBase-16: ff, x^2 + 5 = 41 \\boxed{6}"
 PROBE_QUESTION = "What is 2 + 3?"
-PROBE = {"distilled": f"{THINK}2 + 3 = 5\n</think>\n\n\\boxed{{5}}", "direct": "\\boxed{5}"}
+PROBE = {"distilled": f"{THINK_LINE}2 + 3 = 5\n</think>\n\n\\boxed{{5}}", "direct": "\\boxed{5}"}
 
 
 def preflight(student: StudentConfig, method: Method, examples_path: Path | None = None) -> list[Finding]:
@@ -47,7 +48,7 @@ def preflight(student: StudentConfig, method: Method, examples_path: Path | None
 def check_student(
     student: StudentConfig, method: Method, config: PreTrainedConfig, tokenizer: Tokenizer
 ) -> list[Finding]:
-    """What tokenizer, template and config say by themselves."""
+    """Findings about tokenizer, template and config, without examples."""
     findings = [_architecture(student, config), _tokenizer_identity(tokenizer), _padding(tokenizer)]
     findings.append(_chat_template(tokenizer))
     if findings[-1].state == "ok":
@@ -56,7 +57,7 @@ def check_student(
 
 
 def check_counts(counts: TokenCounts, max_length: int) -> list[Finding]:
-    """What the examples' tokens say."""
+    """Findings about the examples' tokens."""
 
     def finding(check: str, fault: Fault, what: str, fine: str) -> Finding:
         if not fault.count:
@@ -135,7 +136,7 @@ def _chat_template(tokenizer: Tokenizer) -> Finding:
 
 
 def _think_prefill(tokenizer: Tokenizer, method: Method) -> Finding:
-    prefilled = render_prompt(tokenizer, PROBE_QUESTION).endswith(THINK)
+    prefilled = render_prompt(tokenizer, PROBE_QUESTION).endswith(THINK_LINE)
     if method == "distilled" and not prefilled:
         text = "the generation prompt does not open <think>: the student would answer without reasoning"
         return Finding("think_prefill", "error", text)

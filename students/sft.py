@@ -66,7 +66,7 @@ class TrainingRun:
         return self.out_dir.with_name(f".{self.out_dir.name}.work")
 
     def fingerprint(self) -> str:
-        """What the resulting weights depend on."""
+        """Hash of all that the resulting weights depend on."""
         student = self.student.model_dump(mode="json")
         return content_id([student, self.method, self.seed, hash_file(self.examples_path), bases.identity(self.base)])
 
@@ -97,7 +97,7 @@ def train_student(
     stop_on_error(findings, base=base, examples_path=job.examples_path)
     _require_examples(job)
     fingerprint = job.fingerprint()
-    finished = _finished(job.out_dir, fingerprint)
+    finished = _read_finished(job.out_dir, fingerprint)
     if finished is not None:
         return finished
     args = arguments(student, job.work_dir, seed)
@@ -154,7 +154,7 @@ def _require_examples(job: TrainingRun) -> None:
         raise DataError("no such file of examples", where=job.examples_path)
 
 
-def _finished(out_dir: Path, fingerprint: str) -> dict[str, Any] | None:
+def _read_finished(out_dir: Path, fingerprint: str) -> dict[str, Any] | None:
     try:
         log = json.loads((out_dir / LOG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -265,7 +265,7 @@ def environment_faults(where: str) -> Iterator[None]:
 
 
 def _environment_fault(exc: Exception) -> str | None:
-    """What the machine lacked, if that is what a library's error says: torch and safetensors have no class for it."""
+    """Fault of the machine, if that is what a library's error says: torch and safetensors have no class for it."""
     text = str(exc)
     if isinstance(exc, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return "out of memory; lower sft.micro_batch_size, or set sft.gradient_checkpointing"

@@ -21,17 +21,17 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from distill.errors import CheckpointError, DataError
 from distill.progress import Progress
+from distill.reasoning import THINK_LINE
 from distill.records import Example
 
 IGNORED = -100
-THINK = "<think>\n"
 CHUNK = 1024
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "length": pa.int32()})
 
 
 @dataclass
 class Fault:
-    """How many examples have a fault, and which was the first."""
+    """Number of examples that have a fault, and the first of them."""
 
     count: int = 0
     first: str = ""
@@ -43,7 +43,7 @@ class Fault:
 
 @dataclass
 class TokenCounts:
-    """What tokenising found. Tokens are counted once an example, padding excluded."""
+    """Findings of tokenising. Tokens are counted once an example, padding excluded."""
 
     num_examples: int = 0
     num_tokens: int = 0
@@ -95,7 +95,7 @@ def render(tokenizer: Tokenizer, question: str, completion: str) -> tuple[str, s
         raise CheckpointError(
             f"the training text does not begin with the inference prompt {prompt[-40:]!r}", where="chat template"
         )
-    answer = completion.removeprefix(THINK) if prompt.endswith(THINK) else completion
+    answer = completion.removeprefix(THINK_LINE) if prompt.endswith(THINK_LINE) else completion
     rest = whole[len(prompt) :]
     if not rest.startswith(answer):
         raise CheckpointError(f"rewrites the completion: {answer[:40]!r} became {rest[:40]!r}", where="chat template")

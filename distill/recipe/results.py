@@ -19,7 +19,7 @@ class EvalConfig(Config):
     sampling: Sampling = Sampling()
     batch_size: int = Field(128, ge=1)
     engine: Literal["transformers", "native"] = Field(
-        "transformers", description="who writes the answers of bases and students; the samples differ, not the odds"
+        "native", description="who writes the answers of bases and students; the samples differ, not the odds"
     )
     limit: int | None = Field(None, ge=1, description="questions a suite")
     roles: tuple[Literal["teacher", "base", "direct", "distilled"], ...] = ("teacher", "base", "direct", "distilled")

@@ -1,4 +1,4 @@
-"""What the task files call: questions as lm-eval documents, and the verdicts of a document's samples as metrics.
+"""Functions of the task files: questions as lm-eval documents, and the verdicts of a document's samples as metrics.
 
 A response that went through `eval.adapter.PotstillLM` carries its verdict already (graded in bulk by `distill.verify`).
 One that lm-eval's own models wrote (`lm_eval --model vllm --include_path eval/tasks`) is a plain string, and is graded

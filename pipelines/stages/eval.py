@@ -69,8 +69,8 @@ class ScoringJob:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the scores besides the files; how fast they are made is left out."""
-        engine = {"engine": self.engine} if isinstance(self.model, Path) and self.engine != "transformers" else {}
+        """What decides the scores besides the files; how fast they are made is left out."""
+        engine = {"engine": self.engine} if isinstance(self.model, Path) else {}
         return engine | {
             "name": self.name,
             "role": self.role,
@@ -159,25 +159,16 @@ def score(job: ScoringJob, progress: Progress) -> None:
 
 
 def _open(job: ScoringJob) -> tuple[Teacher, Subject]:
+    from teacher.backends import open_student, open_teacher
     from teacher.serve.models import read_facts
 
-    if isinstance(job.model, Path) and job.engine == "native":
-        from teacher.backends.native import open_native
-
-        facts = read_facts(job.model)
-        student = open_native(job.model, batch_size=job.batch_size)
-        return student, Subject(job.name, job.role, facts.model_type, facts.num_parameters, facts.num_active)
     if isinstance(job.model, Path):
-        from eval.transformers_model import open_transformers_model
-
-        peer = open_transformers_model(job.model, batch_size=job.batch_size)
-        return peer, Subject(job.name, job.role, peer.architecture, peer.num_parameters, peer.num_parameters)
-    from teacher.backends import open_teacher
-
-    model = open_teacher(job.model, base_dir=job.base_dir, log_dir=job.out_dir)
-    if isinstance(job.model, ServedTeacher):
+        model = open_student(job.model, engine=job.engine, batch_size=job.batch_size)
+    else:
+        model = open_teacher(job.model, base_dir=job.base_dir, log_dir=job.out_dir)
+    if job.weights is None:
         return model, Subject(job.name, job.role, "served", 0, 0)  # an endpoint does not say how large its model is
-    facts = read_facts(job.base_dir / job.model.model)
+    facts = read_facts(job.weights)
     return model, Subject(job.name, job.role, facts.model_type, facts.num_parameters, facts.num_active)
 
 

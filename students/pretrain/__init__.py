@@ -1,1 +1,1 @@
-"""The making of the bundled pico bases: their text, their tokenizer, their pre-training."""
+"""Making of the bundled pico bases: their text, their tokenizer, their pre-training."""

@@ -18,7 +18,7 @@ from distill.records import ScoreCard
 
 @dataclass(frozen=True)
 class Lineage:
-    """What a student was made of. Hashes are SHA-256 of files and folders, as the stages' manifests have them."""
+    """Sources of a student. Hashes are SHA-256 of files and folders, as the stages' manifests have them."""
 
     recipe: str
     teacher: str

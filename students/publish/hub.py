@@ -1,4 +1,4 @@
-"""What of a checkpoint folder goes to the Hub, and under which name; `distill.publish.hub` sends it."""
+"""Files of a checkpoint folder that go to the Hub, and the name they go under; `distill.publish.hub` sends it."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill.recipe import NativeTeacher, RayTeacher, TeacherConfig, VllmTeacher
 
@@ -45,3 +45,24 @@ def open_teacher(
     from teacher.backends.openai import OpenAICompatibleTeacher
 
     return OpenAICompatibleTeacher(config)
+
+
+def open_student(folder: Path, *, engine: Literal["native", "transformers"], batch_size: int) -> Teacher:
+    """A student's or base's folder, opened to be scored. Raises CheckpointError (one line) for anything wrong in it."""
+    if engine == "native":
+        from teacher.backends.native import open_native
+
+        return open_native(folder, batch_size=batch_size, as_student=True)
+    from teacher.backends.transformers import open_transformers
+
+    return open_transformers(folder, batch_size=batch_size)
+
+
+def check_student(folder: Path) -> None:
+    """Raise CheckpointError for what opening the folder would find wrong, without making the model."""
+    from teacher.backends.tokenizer import end_tokens, load_tokenizer
+    from teacher.serve.models import check_weights, read_facts
+
+    facts = read_facts(folder)
+    end_tokens(folder, load_tokenizer(folder, facts, of_base=True), facts)
+    check_weights(folder)

@@ -1,4 +1,4 @@
-"""A checkpoint folder as a backend sees it: what identifies it, and a copy that the backend's kernels can read.
+"""A checkpoint folder that a backend's kernels can read: a copy, where they cannot read the folder itself.
 
 Copies are made once a content: they lie in the cache folder (`$POTSTILL_CACHE`, else `~/.cache/potstill`) under the
 hash of what they were made from.
@@ -12,28 +12,11 @@ from pathlib import Path
 from distill.errors import CheckpointError
 from distill.hash_cache import cache_folder
 from distill.manifest import environment_faults, hash_file, sync_folder
-from distill.records import TeacherIdentity, content_id
+from distill.records import content_id
 from teacher.model.config import read_config_json
-from teacher.model.shards import weight_files
 
-_CONFIG_FILES = ("config.json", "generation_config.json")  # the latter says where an answer ends
-_TEMPLATE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 # What MLA's kernel in vLLM's CPU build takes.
 CPU_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
-
-
-def folder_identity(folder: Path, *, backend: str, backend_version: str) -> TeacherIdentity:
-    """Hashes of weights (with config.json and end tokens) and of template with tokenizer. Reads every byte."""
-    settings = [path for name in _CONFIG_FILES if (path := folder / name).exists()]
-    weights = [*settings, *weight_files(folder)]
-    template = [path for name in _TEMPLATE_FILES if (path := folder / name).exists()]
-    return TeacherIdentity(
-        name=folder.resolve().name,
-        weights=content_id([[path.name, hash_file(path)] for path in weights]),
-        template=content_id([[path.name, hash_file(path)] for path in template]),
-        backend=backend,
-        backend_version=backend_version,
-    )
 
 
 def check_cpu_sizes(folder: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
@@ -17,22 +16,22 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from distill.errors import CheckpointError, DataError, PotstillError, UserInputError
 from distill.logprobs import TokenLogprobs
+from distill.reasoning import END_OF_THINKING, THINK_LINE
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
+from distill.weights import folder_identity
 from teacher.backends.fleet import Fleet
-from teacher.backends.folder import folder_identity
 from teacher.backends.live import LiveEngine, LocalEngine, WorkerEngines
+from teacher.backends.tokenizer import encode_prompt, end_tokens, load_tokenizer, render
 from teacher.backends.workers import EngineSettings, generate_in_workers
 from teacher.serve.batching import LOOPED, Asked, Begun, Settings, Written
 from teacher.serve.detokenizer import decode_by
 from teacher.serve.engine import Engine
-from teacher.serve.grouped_config import FAMILIES
 from teacher.serve.invariant_models import INVARIANT
 from teacher.serve.models import load_model, read_facts
-from teacher.serve.reasoning import END_OF_THINKING, THINK
 from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Logprobs, Sequence, ThinkingLimit
 from teacher.serve.stopping import cut
@@ -52,27 +51,22 @@ def open_native(
     batch_size: int,
     speculate: bool = False,
     batch_invariant: bool = False,
+    as_student: bool = False,
     over_ranks: Callable[[EngineSettings], Fleet] | None = None,
 ) -> NativeBackend:
     """Load a checkpoint folder, of the teacher's architecture or of a student's (`teacher.serve.models`).
 
-    `over_ranks` opens the engine elsewhere than here. Raises what that raises, CheckpointError for anything wrong with
-    weights, config or tokenizer, and with `speculate` for a model that has no MTP layer; UserInputError for
-    `batch_invariant` on a GPU.
+    `as_student`: it is there to be scored, bases included. It needs no chat template, and a prompt that fills its
+    positions is an answer that ended by length, no fault. `over_ranks` opens the engine elsewhere than here. Raises
+    what that raises, CheckpointError for anything wrong with weights, config or tokenizer, and with `speculate` for a
+    model that has no MTP layer; UserInputError for `batch_invariant` on a GPU.
     """
     facts = read_facts(folder)
     if speculate and not facts.has_mtp:
         message = "speculation drafts with an MTP layer, and the model has none"
         raise CheckpointError(message, where=folder / "config.json", field="num_nextn_predict_layers")
-    tokenizer = _load_tokenizer(folder)
-    if len(tokenizer) > facts.vocab_size:
-        message = f"has {len(tokenizer)} tokens, more than config.json's vocab_size {facts.vocab_size}"
-        raise CheckpointError(message, where=folder / "tokenizer.json")
-    eos_token_ids = _eos_token_ids(folder) or facts.eos_token_ids
-    if facts.model_type in FAMILIES:
-        eos_token_ids = tuple({*eos_token_ids, *_turn_end(tokenizer)})
-    if not eos_token_ids:
-        raise CheckpointError("required, but not given", where=folder / "config.json", field="eos_token_id")
+    tokenizer = load_tokenizer(folder, facts, of_base=as_student)
+    eos_token_ids = end_tokens(folder, tokenizer, facts)
     if over_ranks is not None:
         spelled = tokenizer.backend_tokenizer.to_str()
         fleet = over_ranks(EngineSettings(folder, batch_size, frozenset(eos_token_ids), tokenizer=spelled))
@@ -83,14 +77,21 @@ def open_native(
     model = load_model(folder, device, with_mtp=speculate, batch_invariant=batch_invariant)
     limits = {"batch_size": batch_size, "eos_token_ids": eos_token_ids}
     engine = Engine(model, **limits, speculate=speculate, decode=decode)
-    return NativeBackend(folder, tokenizer, engine, max_workers=torch.get_num_threads() if small else 1)
+    max_workers = torch.get_num_threads() if small else 1
+    return NativeBackend(folder, tokenizer, engine, max_workers=max_workers, as_student=as_student)
 
 
 class NativeBackend:
     """A `Teacher` over one engine."""
 
     def __init__(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, engine: Engine | Fleet, *, max_workers: int = 1
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        engine: Engine | Fleet,
+        *,
+        max_workers: int = 1,
+        as_student: bool = False,
     ) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
@@ -98,6 +99,7 @@ class NativeBackend:
         # What outlives the engine: a part of the identity, and how the last texts end.
         self._precision, self._eos_token_ids = engine.precision, engine.eos_token_ids
         self.max_workers = max_workers
+        self._as_student = as_student
         self._alive: LiveEngine | None = engine if isinstance(engine, Fleet) else None
         self._numbers = itertools.count()
 
@@ -111,8 +113,13 @@ class NativeBackend:
         prefixes: dict[int, str] = {}
         sequences = []
         for number, request in enumerate(requests):
-            prefixes[number], sequence = self._begin(number, request, sampling)
-            sequences.append(sequence)
+            prefix, prompt_ids = self._prompt(request)
+            if self._as_student and len(prompt_ids) >= self.engine.max_positions:
+                counts = {"num_prompt_tokens": len(prompt_ids), "num_tokens": 0}
+                yield Completion(request=request, text=prefix, finish_reason="length", **counts)
+                continue
+            prefixes[number] = prefix
+            sequences.append(self._begin(number, request, sampling, prefix, prompt_ids))
         # Whoever abandons this iterator abandons the engine's, which Python 3.12 would not close.
         with contextlib.closing(self._finished(sequences)) as finished:
             for done in finished:
@@ -139,7 +146,8 @@ class NativeBackend:
         if asked.goes_on:
             prefix, sequence = "", self._go_on(number, asked, sampling)
         else:
-            prefix, sequence = self._begin(number, request, sampling)
+            prefix, prompt_ids = self._prompt(request)
+            sequence = self._begin(number, request, sampling, prefix, prompt_ids)
         self._apply(asked.settings, sequence)
         sequence.streamed = grow is not None
 
@@ -178,20 +186,25 @@ class NativeBackend:
             self._alive = WorkerEngines.started(settings, num_workers=self.max_workers)
         return self._alive
 
-    def _begin(self, number: int, request: TraceRequest, sampling: Sampling) -> tuple[str, Sequence[int]]:
-        """What stands in front of the completion's text, and the sequence that writes the rest."""
-        prompt = self._render(request.problem.prompt)
-        prefix = THINK if prompt.endswith(THINK) else ""
-        prompt_ids = self._checked(self.encode(prompt), request)
+    def _prompt(self, request: TraceRequest) -> tuple[str, list[int]]:
+        """Opening of the answer that the prompt has already written, and the prompt's tokens."""
+        prompt = render(self.tokenizer, request.problem.prompt)
+        return THINK_LINE if prompt.endswith(THINK_LINE) else "", encode_prompt(self.tokenizer, prompt)
+
+    def _begin(
+        self, number: int, request: TraceRequest, sampling: Sampling, prefix: str, prompt_ids: list[int]
+    ) -> Sequence[int]:
+        """The sequence that writes what follows `prefix`."""
+        self._checked(prompt_ids, request)
         limit = self._thinking_limit(sampling) if prefix else None
         seed, draw = request.seed(sampling), _draw(sampling)
-        return prefix, Sequence(number, prompt_ids, sampling.max_tokens, seed, draw, thinking=limit)
+        return Sequence(number, prompt_ids, sampling.max_tokens, seed, draw, thinking=limit)
 
     def _go_on(self, number: int, asked: Asked, sampling: Sampling) -> Sequence[int]:
         prompt_ids = list(asked.prompt_ids)
         if not prompt_ids:
-            prompt = self._render(asked.request.problem.prompt)
-            written = asked.written.removeprefix(THINK) if prompt.endswith(THINK) else asked.written
+            prompt = render(self.tokenizer, asked.request.problem.prompt)
+            written = asked.written.removeprefix(THINK_LINE) if prompt.endswith(THINK_LINE) else asked.written
             prompt_ids = self.encode(prompt + written)
         self._checked(prompt_ids, asked.request)
         return Sequence(number, prompt_ids, sampling.max_tokens, asked.request.seed(sampling), _draw(sampling))
@@ -261,10 +274,6 @@ class NativeBackend:
             self._alive.close()
         del self.engine
 
-    def _render(self, question: str) -> str:
-        message = [{"role": "user", "content": question}]
-        return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-
 
 def _draw(sampling: Sampling) -> Draw:
     return Draw(sampling.temperature, sampling.top_p, sampling.top_logprobs)
@@ -273,43 +282,3 @@ def _draw(sampling: Sampling) -> Draw:
 def _logprobs(sequence: Sequence[int]) -> str:
     sampled = [(token, own) for token, (own, _) in zip(sequence.generated_ids, sequence.logprobs, strict=True)]
     return TokenLogprobs("id", sampled, [top for _, top in sequence.logprobs]).packed()
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise CheckpointError("no such file", where=path)
-    try:
-        # AutoTokenizer would put the pre-tokenizer of a family in the place of the file's own.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as exc:
-        raise CheckpointError(f"is not a usable tokenizer: {exc}", where=path) from exc
-    if not tokenizer.chat_template:
-        raise CheckpointError("no chat template", where=folder / "chat_template.jinja")
-    return tokenizer
-
-
-def _eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json; empty where there is none."""
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return ()
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (UnicodeDecodeError, ValueError, AttributeError) as exc:
-        raise CheckpointError(f"is not a JSON object: {exc}", where=path) from exc
-    tokens = value if isinstance(value, list) else [value]
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens if token is not None):
-        raise CheckpointError(f"must be token ids, got {value!r}", where=path, field="eos_token_id")
-    return tuple(token for token in tokens if token is not None)
-
-
-def _turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokenizer's end token, and the one that closes a turn in the chat template: bases name only the former
-    (Qwen2.5's is `<|endoftext|>`, while its template ends turns with `<|im_end|>`)."""
-    marker = "potstill"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)[2]
-    closing = tokenizer.encode(after, add_special_tokens=False)[:1]
-    ends = {token for token in closing if token in tokenizer.added_tokens_decoder}
-    return ends if tokenizer.eos_token_id is None else ends | {tokenizer.eos_token_id}

@@ -23,7 +23,8 @@ from distill.errors import CheckpointError, EnvironmentFault
 from distill.progress import Progress
 from distill.recipe import OpenAITeacher, ServedTeacher, VllmTeacher
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest, content_id
-from teacher.backends.folder import check_cpu_sizes, folder_identity, readable_on_cpu
+from distill.weights import folder_identity
+from teacher.backends.folder import check_cpu_sizes, readable_on_cpu
 from teacher.backends.openai import OpenAICompatibleTeacher
 from teacher.backends.vllm_launch import (
     KEY_VARIABLE,

@@ -25,10 +25,10 @@ from pathlib import Path
 from packaging.version import Version
 
 from distill.errors import EnvironmentFault, RecipeError, nearest
+from distill.hash_cache import cache_folder
 from distill.manifest import write_atomically
 from distill.recipe import FlagValue, VllmServing, VllmTeacher
 from distill.records import content_id
-from teacher.backends.folder import cache_folder
 
 VERSION_FLOOR = "0.22.0"
 KEY_VARIABLE = "VLLM_API_KEY"

@@ -1,70 +1,37 @@
-"""The files that hold a checkpoint's weights, checked before a single weight is used.
-
-safetensors' own loader accepts duplicate names, and loaders that follow an index file accept paths that lead out of the
-folder. Here every header is read and judged first: names, types, shapes, and that the bytes are there.
-"""
+"""Tensors of a checkpoint folder, once `distill.weights` has judged its files by their headers."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from distill import weights
 from distill.errors import CheckpointError
+from distill.weights import INDEX, SINGLE, StoredTensor, weight_files
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
-_MAX_HEADER_BYTES = 100_000_000
+__all__ = ["INDEX", "SINGLE", "StoredTensor", "read_tensors", "stored_tensors", "weight_files"]
 
-
-class StoredTensor(NamedTuple):
-    """One tensor as a shard's header describes it; `dtype` is safetensors' name for it."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * _BYTES[self.dtype]
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights. Raises CheckpointError for a missing shard or an index leaving the folder."""
-    return sorted({folder / name for name in _index(folder).values()}) if _has_index(folder) else [_single(folder)]
+_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3")
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder, from the headers alone.
+    """Every tensor of the folder, read from the headers alone.
 
-    Raises CheckpointError for a missing or truncated shard, a name that occurs twice, an index that disagrees with its
-    shards or points outside the folder, and for types that no V3 checkpoint has.
+    Raises CheckpointError as `distill.weights.stored_tensors` does, and for types that are not computed with here.
     """
-    found: dict[str, StoredTensor] = {}
-    for path in weight_files(folder):
-        for name, stored in _header(path):
-            if name in found:
-                raise CheckpointError(f"occurs twice, also in {found[name].file.name}", where=path, field=name)
-            found[name] = stored
-    if _has_index(folder):
-        index = _index(folder)
-        for name, file in index.items():
-            if name not in found or found[name].file.name != file:
-                raise CheckpointError(f"is not in {file}", where=folder / INDEX, field=f"weight_map.{name}")
-        for name, stored in found.items():
-            if name not in index:
-                raise CheckpointError(f"is not in {INDEX}", where=stored.file, field=name)
-    return found
+    stored = weights.stored_tensors(folder)
+    for name, tensor in stored.items():
+        if tensor.dtype not in _DTYPES:
+            message = f"has type {tensor.dtype}; allowed: {', '.join(_DTYPES)}"
+            raise CheckpointError(message, where=tensor.file, field=name)
+    return stored
 
 
 def read_tensors(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors themselves, file by file."""
+    """Values of the tensors, file by file."""
     by_file: dict[Path, list[str]] = {}
     for name, tensor in stored.items():
         by_file.setdefault(tensor.file, []).append(name)
@@ -75,79 +42,3 @@ def read_tensors(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]
                     yield name, file.get_tensor(name)
         except SafetensorError as exc:
             raise CheckpointError(f"cannot be read: {exc}", where=path) from exc
-
-
-def _has_index(folder: Path) -> bool:
-    return (folder / INDEX).exists()
-
-
-def _single(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise CheckpointError("no such folder", where=folder)
-    path = folder / SINGLE
-    if not path.exists():
-        raise CheckpointError(f"no such file, and no {INDEX} either", where=path)
-    return path
-
-
-def _index(folder: Path) -> dict[str, str]:
-    path = folder / INDEX
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
-    except (OSError, UnicodeDecodeError, ValueError) as exc:
-        raise CheckpointError(f"is not a readable index: {exc}", where=path) from exc
-    weight_map = tree.get("weight_map") if isinstance(tree, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError("must be an object of tensor names and files", where=path, field="weight_map")
-    for name, file in weight_map.items():
-        field = f"weight_map.{name}"
-        if not isinstance(file, str) or not file or file != Path(file).name or file in (".", ".."):
-            raise CheckpointError(f"must name a file in this folder, got {file!r}", where=path, field=field)
-        if "\\" in file or "\0" in file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"must be a .safetensors file, got {file!r}", where=path, field=field)
-        if not (folder / file).exists():
-            raise CheckpointError(f"no such file; {INDEX} names it for {name}", where=folder / file)
-    return weight_map
-
-
-def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError("is truncated or not a safetensors file", where=path)
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
-        except ValueError as exc:
-            raise CheckpointError(f"has a damaged header: {exc}", where=path) from exc
-    if not isinstance(header, dict):
-        raise CheckpointError("has a damaged header: not an object", where=path)
-    for name, entry in header.items():
-        if name != "__metadata__":
-            yield name, _checked(path, name, entry, size - 8 - length)
-
-
-def _checked(path: Path, name: str, entry: Any, num_data_bytes: int) -> StoredTensor:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        num_bytes = prod(shape) * _BYTES.get(dtype, 0)
-        in_order = 0 <= begin <= end
-    except (TypeError, KeyError, ValueError) as exc:
-        raise CheckpointError("has a damaged entry in the header", where=path, field=name) from exc
-    if dtype not in _BYTES:
-        raise CheckpointError(f"has type {dtype}; allowed: {', '.join(_BYTES)}", where=path, field=name)
-    if not in_order or end - begin != num_bytes:
-        raise CheckpointError(f"has {end - begin} bytes for {dtype} {list(shape)}", where=path, field=name)
-    if end > num_data_bytes:
-        missing = end - num_data_bytes
-        raise CheckpointError(f"is truncated: {missing} bytes are missing at the end", where=path, field=name)
-    return StoredTensor(path, dtype, shape)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} occurs twice")
-    return result

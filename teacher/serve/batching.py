@@ -20,8 +20,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from distill.errors import EnvironmentFault, PotstillError, UserInputError
 from distill.protocols import Teacher
+from distill.reasoning import THINK_LINE
 from distill.records import Completion, Sampling, TraceRequest
-from teacher.serve.reasoning import THINK
 from teacher.serve.sequence import Logprobs
 from teacher.serve.stopping import RepetitionLimit, cut
 
@@ -316,7 +316,7 @@ class Batcher:
 
 def _cut(completion: Completion, stop: tuple[str, ...]) -> Written:
     """As an engine that had watched for the stop strings would have left it; what is behind them was paid for."""
-    opening = THINK if completion.text.startswith(THINK) else ""
+    opening = THINK_LINE if completion.text.startswith(THINK_LINE) else ""
     text, found = cut(completion.text.removeprefix(opening), stop)
     if found is None:
         return Written(completion)

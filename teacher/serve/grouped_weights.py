@@ -65,9 +65,8 @@ def load_gqa(folder: Path, device: torch.device, dtype: torch.dtype) -> GqaWeigh
     """Raises CheckpointError for anything that is missing, unknown, duplicate, of a wrong shape, truncated, outside the
     folder, or not finite."""
     config = read_gqa_config(folder)
-    stored = {name: tensor for name, tensor in stored_tensors(folder).items() if not _is_ignored(config, name)}
     places = _places(config)
-    _check_names(folder, stored, places)
+    stored = _judged(folder, config, places)
     rows: dict[str, int] = {}
     for place in places.values():
         rows[place.entry] = max(rows.get(place.entry, 0), place.first_row + place.shape[0])
@@ -80,6 +79,14 @@ def load_gqa(folder: Path, device: torch.device, dtype: torch.dtype) -> GqaWeigh
         place = places[name]
         state[place.entry][place.first_row : place.first_row + place.shape[0]].copy_(tensor)
     return _assembled(config, state)
+
+
+def check_gqa(folder: Path) -> None:
+    """Read every weight and keep none. Raises CheckpointError as `load_gqa` does."""
+    config = read_gqa_config(folder)
+    stored = _judged(folder, config, _places(config))
+    for name, tensor in read_tensors(stored):
+        check_finite(stored, name, tensor)
 
 
 def num_parameters(config: GqaConfig) -> int:
@@ -119,6 +126,13 @@ def _places(config: GqaConfig) -> dict[str, _Place]:
             put("self_attn.q_norm", "q_norm", 0, config.head_dim)
             put("self_attn.k_norm", "k_norm", 0, config.head_dim)
     return places
+
+
+def _judged(folder: Path, config: GqaConfig, places: dict[str, _Place]) -> dict[str, StoredTensor]:
+    """The folder's tensors that are read, with the names and shapes that they must have."""
+    stored = {name: tensor for name, tensor in stored_tensors(folder).items() if not _is_ignored(config, name)}
+    _check_names(folder, stored, places)
+    return stored
 
 
 def _is_ignored(config: GqaConfig, name: str) -> bool:

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
+from distill.reasoning import END_OF_THINKING
 from distill.records import Problem, Sampling, TraceRequest, content_id
 from teacher.serve.batching import Asked, Settings
-from teacher.serve.reasoning import END_OF_THINKING
 from teacher.serve.stopping import RepetitionLimit
 
 MAX_LOGPROBS = 20

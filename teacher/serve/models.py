@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from distill.errors import CheckpointError, nearest
+from teacher.model.checkpoint import load_checkpoint
 from teacher.model.config import read_config, read_config_json
 from teacher.model.counts import count_parameters
 from teacher.serve.architecture import Architecture
@@ -56,6 +57,14 @@ def load_model(
     if _model_type(folder) == LATENT:
         return (InvariantLatentModel if batch_invariant else LatentModel).load(folder, device, with_mtp=with_mtp)
     return (InvariantGqaModel if batch_invariant else GqaModel).load(folder, device)
+
+
+def check_weights(folder: Path) -> None:
+    """Read every weight once and keep none. Raises CheckpointError for names, shapes and values that are wrong."""
+    if _model_type(folder) == LATENT:
+        load_checkpoint(folder)
+    else:
+        check_gqa(folder)
 
 
 def _model_type(folder: Path) -> str:

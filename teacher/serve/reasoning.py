@@ -6,17 +6,15 @@ before `</think>` is reasoning to its end.
 
 from __future__ import annotations
 
+from distill.reasoning import END_OF_THINKING, THINK_LINE
 from teacher.serve.stopping import StopStrings
-
-THINK = "<think>\n"  # as chat templates open it
-END_OF_THINKING = "</think>"
 
 
 class Reasoning:
     """Splits a text that comes in pieces. `has_ended`: it goes on behind `</think>`, so all of it is answer."""
 
     def __init__(self, *, has_ended: bool = False) -> None:
-        self._opening = "" if has_ended else THINK  # what may still stand in front
+        self._opening = "" if has_ended else THINK_LINE  # what may still stand in front
         self._seen = ""
         self._end = None if has_ended else StopStrings([END_OF_THINKING])
 
@@ -24,9 +22,9 @@ class Reasoning:
         """Of the reasoning and of the answer what is certain now and was not before."""
         if self._opening:
             self._seen += piece
-            if len(self._seen) < len(THINK) and THINK.startswith(self._seen):
+            if len(self._seen) < len(THINK_LINE) and THINK_LINE.startswith(self._seen):
                 return "", ""
-            piece, self._seen, self._opening = self._seen.removeprefix(THINK), "", ""
+            piece, self._seen, self._opening = self._seen.removeprefix(THINK_LINE), "", ""
         if self._end is None:
             return "", piece
         thought, answer = self._end.feed(piece), self._end.behind
@@ -44,5 +42,5 @@ def split(text: str, *, has_ended: bool = False) -> tuple[str, str | None]:
     """Reasoning and answer of a whole text; None where it ended before `</think>`."""
     if has_ended:
         return "", text
-    thought, tag, answer = text.removeprefix(THINK).partition(END_OF_THINKING)
+    thought, tag, answer = text.removeprefix(THINK_LINE).partition(END_OF_THINKING)
     return thought, answer if tag else None

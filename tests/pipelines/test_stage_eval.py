@@ -14,7 +14,7 @@ from distill.records import Example, Problem
 from distill.tables import read_records, write_records
 from pipelines.context import Context
 from pipelines.stages.eval import HELD_OUT, evaluate
-from tests.eval.tiny_models import save_tiny_model
+from tests.teacher.backends.tiny_models import save_tiny_model
 from tests.teacher.v3_models import tiny_config, write_model_folder
 
 ALONE = Context(Path(), num_workers=1)
@@ -99,16 +99,16 @@ def test_every_model_is_scored_once(student, run_dir, workers):
     assert stamps(run_dir) == before, "the second time nothing is done"
 
 
-def test_the_engine_scores_bases_and_students_too(student, run_dir):
+def test_transformers_scores_bases_and_students_too(student, run_dir):
     before = evaluate(recipe_of(student), run_dir, ALONE)
     samples = {path: path.read_bytes() for path in (run_dir / "eval").glob("*/samples.parquet")}
-    manifest = evaluate(recipe_of(student, engine="native"), run_dir, ALONE)
+    manifest = evaluate(recipe_of(student, engine="transformers"), run_dir, ALONE)
     assert manifest.counts == before.counts
     changed = {path.parent.name for path, content in samples.items() if path.read_bytes() != content}
     assert changed == {"mini-base", "mini-distilled"}, "the teacher's own backend is the engine in both"
     for name in changed:
         scored = json.loads((run_dir / "eval" / name / "manifest.json").read_text())
-        assert scored["counts"]["identity"]["backend"] == "native"
+        assert scored["counts"]["identity"]["backend"] == "transformers"
         (total, *_) = json.loads((run_dir / "eval" / name / "scores.json").read_text())
         assert (total["architecture"], total["num_parameters"]) == ("qwen2", total["num_active_parameters"])
 

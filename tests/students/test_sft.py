@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -175,12 +176,12 @@ def _broken(base, folder, name: str):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("no weights", "the weight file is missing"),
-        ("torn weights", "not a readable safetensors file"),
+        ("no weights", r"model\.safetensors: no such file"),
+        ("torn weights", "is truncated or not a safetensors file"),
         ("nan", r"model\.layers\.1\.mlp\.up_proj\.weight: has values that are not finite"),
         ("shape", "mismatch"),
         ("missing weight", r"model\.layers\.2\.\S+: \d+ weights missing"),
-        ("index", r"weight_map: names a shard outside its folder"),
+        ("index", r"weight_map\.model\.norm\.weight: must name a file in this folder, got '\.\./elsewhere"),
         ("config", "not a readable model config"),
     ],
 )
@@ -191,6 +192,15 @@ def test_a_broken_base_is_one_line(tmp_path, base, examples, fault, message):
     assert "broken" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_is_known_by_its_content_alone(base, tmp_path):
+    copy = shutil.copytree(base, tmp_path / "copy")
+    for path in copy.iterdir():
+        os.utime(path, (1, 1))
+    assert bases.identity(copy) == bases.identity(base)
+    (copy / "tokenizer.json").write_bytes((copy / "tokenizer.json").read_bytes() + b" ")
+    assert bases.identity(copy) != bases.identity(base)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, base, examples):

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import uvicorn
 
+from distill.reasoning import END_OF_THINKING, THINK_LINE
 from distill.records import Sampling
 from teacher.backends.native import NativeBackend
 from teacher.serve.guard import GuardedProtocol
 from teacher.serve.http import build_app
-from teacher.serve.reasoning import END_OF_THINKING, THINK, split
+from teacher.serve.reasoning import split
 from teacher.serve.stopping import RepetitionLimit
 from tests.teacher.test_http_server import SpellingTeacher
 from tests.teacher.test_native_backend import open_it
@@ -141,20 +142,20 @@ def test_streams_say_what_whole_answers_say(folder: Path, workers: int) -> None:
 def test_a_stop_string_ends_the_work_and_the_bill(client: openai.OpenAI, native: NativeBackend) -> None:
     whole = chat(client, **ENDLESS)
     text = whole.choices[0].message.content
-    written = text.removeprefix(THINK)
+    written = text.removeprefix(THINK_LINE)
     stop = written[9:12]  # three tokens of this tokenizer, which has one a character
     place = written.index(stop)
     before = computed(native)
     stopped = chat(client, **ENDLESS, stop=[stop, "never said"])
-    assert stopped.choices[0].message.content == THINK + written[:place]
+    assert stopped.choices[0].message.content == THINK_LINE + written[:place]
     assert (stopped.choices[0].finish_reason, stopped.choices[0].stop_reason) == ("stop", stop)
     assert stopped.usage.completion_tokens == place + 3 < whole.usage.completion_tokens
     # The prompt's last token is computed again, and each written token but the last.
     assert computed(native) - before <= place + 3 + whole.usage.prompt_tokens
     sent = "".join(chunk.choices[0].delta.content or "" for chunk in chat(client, **ENDLESS, stop=stop, stream=True))
-    assert sent == THINK + written[:place]
+    assert sent == THINK_LINE + written[:place]
     text_stop = client.completions.create(model="tiny", prompt="1 + 1?", temperature=1, stop=stop, **ENDLESS)
-    assert text_stop.choices[0].text == THINK + written[:place]
+    assert text_stop.choices[0].text == THINK_LINE + written[:place]
 
 
 def test_loops_end_where_they_are_seen(folder: Path) -> None:
@@ -181,8 +182,8 @@ def test_top_k_min_p_and_bias_decide_what_is_drawn(client: openai.OpenAI) -> Non
     assert chat(client, temperature=5.0, top_k=-1).choices[0].message.content != greedy
     banned = {str(token): -100 for token in range(101) if token != 30}
     only = client.completions.create(model="tiny", prompt="1?", max_tokens=4, temperature=1, logit_bias=banned)
-    (letter,) = set(only.choices[0].text.removeprefix(THINK))
-    assert len(only.choices[0].text) == len(THINK) + 4
+    (letter,) = set(only.choices[0].text.removeprefix(THINK_LINE))
+    assert len(only.choices[0].text) == len(THINK_LINE) + 4
     assert letter == chr(30 - 5 + 32)
 
 
@@ -224,7 +225,7 @@ def test_a_teacher_without_an_engine_of_ours_refuses_what_it_cannot_do(fields: d
             chat(client, **fields)
         assert refused.value.param == param
         cut = chat(client, stop=["1 +"])
-    assert (cut.choices[0].message.content, cut.choices[0].finish_reason) == (THINK, "stop")
+    assert (cut.choices[0].message.content, cut.choices[0].finish_reason) == (THINK_LINE, "stop")
 
 
 def test_reasoning_is_told_apart_when_asked_for(client: openai.OpenAI, native: NativeBackend) -> None:

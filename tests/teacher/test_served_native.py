@@ -13,9 +13,10 @@ import pytest
 import uvicorn
 
 from distill.logprobs import TokenLogprobs
+from distill.reasoning import THINK_LINE
 from distill.recipe import OpenAITeacher
 from distill.records import Completion, Problem, Sampling, TraceRequest
-from teacher.backends.native import FORCED_END, THINK
+from teacher.backends.native import FORCED_END
 from teacher.backends.openai import OpenAICompatibleTeacher
 from teacher.serve.http import build_app
 from tests.teacher.test_native_backend import open_it
@@ -103,7 +104,7 @@ def test_every_way_of_budget_forcing_says_what_the_engine_says(
     num_forced = 0
     for problem, completion in wanted.items():
         thought, forced, _ = completion.text.partition(FORCED_END)
-        num_forced += len(thought) == len(THINK) + BUDGET and bool(forced)
+        num_forced += len(thought) == len(THINK_LINE) + BUDGET and bool(forced)
         # Who forces by `chat` cannot count what it forces beforehand: so many tokens may follow beyond the limit.
         beyond = found[problem].num_tokens - completion.num_tokens
         assert found[problem].text[: len(completion.text)] == completion.text
@@ -123,7 +124,7 @@ def test_offsets_say_where_in_the_text_each_token_stands(folder: Path, url: str,
     """The text of an answer to a question begins with what the prompt opened, which none of the tokens wrote."""
     spell = open_it(folder).spell
     ids = open_it(folder).encode("<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n<think>\n")
-    for prompt, opening in ("1?", THINK), (ids, ""):
+    for prompt, opening in ("1?", THINK_LINE), (ids, ""):
         body = {"model": "tiny", "prompt": prompt, "logprobs": 1, "max_tokens": 30, "return_token_ids": True, **names}
         choice = httpx.post(f"{url}/completions", json=body).json()["choices"][0]
         text, offsets = choice["text"], choice["logprobs"]["text_offset"]

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from distill.reasoning import END_OF_THINKING, THINK_LINE
 from teacher.serve import sequence
 from teacher.serve.detokenizer import Detokenizer, decode_by
 from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.loop import EngineLoop
-from teacher.serve.reasoning import END_OF_THINKING, THINK, Reasoning, split
+from teacher.serve.reasoning import Reasoning, split
 from teacher.serve.sampler import Draw
 from teacher.serve.stopping import Repetition, RepetitionLimit, StopStrings, cut
 from tests.repository import REPOSITORY
@@ -127,7 +128,7 @@ def test_a_loop_is_seen_with_the_token_that_makes_it_one(tokens: list[int], limi
         assert watch.push(token) == naive_loop(tokens[:count], limit)
 
 
-@given(st.sampled_from(["", THINK, "<think>", "<thin"]), TEXTS, st.sampled_from(["", END_OF_THINKING]), TEXTS)
+@given(st.sampled_from(["", THINK_LINE, "<think>", "<thin"]), TEXTS, st.sampled_from(["", END_OF_THINKING]), TEXTS)
 def test_reasoning_and_answer_come_in_pieces_as_they_are_split_whole(
     opening: str, thought: str, tag: str, answer: str
 ) -> None:
@@ -138,7 +139,7 @@ def test_reasoning_and_answer_come_in_pieces_as_they_are_split_whole(
         reasoning, content = reasoning + new[0], content + new[1]
     reasoning += parts.rest()[0]
     assert (reasoning, content) == (split(text)[0], split(text)[1] or "")
-    assert text.removeprefix(THINK) == reasoning + tag + content
+    assert text.removeprefix(THINK_LINE) == reasoning + tag + content
 
 
 @pytest.mark.parametrize("run_ahead", [False, True])

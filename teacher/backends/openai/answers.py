@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distill.logprobs import IMPOSSIBLE, Scored, TokenLogprobs
+from distill.reasoning import END_OF_THINKING, THINK
 from distill.records import FinishReason
 
-THINK, END_OF_THINKING = "<think>", "</think>"
 # How vLLM writes a token where it is asked for ids (`return_tokens_as_token_ids`).
 ID_PREFIX = "token_id:"
 # Errors inside a stream come after status 200: vLLM gives the status as `code`, OpenAI and others a type alone.

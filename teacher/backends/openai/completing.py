@@ -21,9 +21,10 @@ from typing import Any
 
 from distill.errors import RecipeError
 from distill.logprobs import TokenLogprobs
+from distill.reasoning import END_OF_THINKING, THINK
 from distill.recipe import OpenAITeacher
 from distill.records import Completion, Sampling, TraceRequest, content_id
-from teacher.backends.openai.answers import END_OF_THINKING, THINK, Answer, whole_text
+from teacher.backends.openai.answers import Answer, whole_text
 from teacher.backends.openai.client import Client, Refused
 
 # What stands between thinking and answer in R1's format.

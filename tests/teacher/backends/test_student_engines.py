@@ -1,18 +1,19 @@
+"""Students' folders opened to be scored, on both engines: the project's own and transformers' `generate`."""
+
 from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 
 from distill.errors import CheckpointError
 from distill.protocols import Teacher
 from distill.records import Problem, Sampling, TraceRequest
-from eval.decoding import Noise, sample_tokens
-from eval.transformers_model import open_transformers_model
+from teacher.backends import check_student, open_student
+
+ENGINES = pytest.mark.parametrize("engine", ["native", "transformers"])
 
 
 def request_of(text: str, sample: int = 0) -> TraceRequest:
@@ -26,13 +27,14 @@ def texts(model, requests, sampling) -> dict[tuple[str, int], str]:
 PROMPTS = ["1 + 1 = ?", "What is the greatest common divisor of 12 and 18?", "x", "Sort 3 1 2 in ascending order."]
 
 
+@ENGINES
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
-def test_greedy_equals_transformers_generate(make_checkpoint, architecture):
-    """Our loop, left-padded and compacted, against the library's own, one prompt at a time."""
+def test_greedy_equals_transformers_generate(make_checkpoint, architecture, engine):
+    """Both engines, several prompts at once, against the library's own `generate`, one prompt at a time."""
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     folder = make_checkpoint(architecture)
-    model = open_transformers_model(folder, batch_size=3)
+    model = open_student(folder, engine=engine, batch_size=3)
     assert isinstance(model, Teacher)
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
     sampling = Sampling(temperature=0, top_p=1, max_tokens=200)
@@ -49,67 +51,72 @@ def test_greedy_equals_transformers_generate(make_checkpoint, architecture):
         assert (got.num_tokens, got.num_prompt_tokens) == (len(out), ids["input_ids"].shape[1])
 
 
-def test_a_sample_does_not_depend_on_its_batch(qwen_dir):
+def sampled(folder, engine, batch_size, requests, seed=5) -> dict[tuple[str, int], str]:
+    sampling = Sampling(temperature=0.8, top_p=0.9, max_tokens=150, seed=seed)
+    return texts(open_student(folder, engine=engine, batch_size=batch_size), requests, sampling)
+
+
+@ENGINES
+def test_samples_follow_from_requests_and_seed(qwen_dir, engine):
     requests = [request_of(prompt, sample) for prompt in PROMPTS for sample in range(4)]
-    sampling = Sampling(temperature=0.8, top_p=0.9, max_tokens=150, seed=5)
-    together = texts(open_transformers_model(qwen_dir, batch_size=16), requests, sampling)
-    apart = texts(open_transformers_model(qwen_dir, batch_size=1), requests[::-1], sampling)
+    first = sampled(qwen_dir, engine, 16, requests)
+    assert sampled(qwen_dir, engine, 16, requests) == first
+    assert len(set(first.values())) == len(requests), "samples of one question must be distinct"
+    other = sampled(qwen_dir, engine, 16, requests, seed=6)
+    assert all(other[key] != first[key] for key in first)
+
+
+def test_a_sample_of_the_engine_does_not_depend_on_its_batch(qwen_dir):
+    requests = [request_of(prompt, sample) for prompt in PROMPTS for sample in range(4)]
+    together = sampled(qwen_dir, "native", 16, requests)
+    apart = sampled(qwen_dir, "native", 1, requests[::-1])
     assert together == apart
-    assert len(set(together.values())) == len(requests), "samples of one question must be distinct"
-    other = texts(open_transformers_model(qwen_dir, batch_size=16), requests, sampling.model_copy(update={"seed": 6}))
-    assert all(other[key] != together[key] for key in together)
 
 
-def test_the_prefilled_think_tag_is_put_back(make_checkpoint):
-    model = open_transformers_model(make_checkpoint(template="thinking"), batch_size=2)
+def test_transformers_leaves_the_callers_noise_and_the_folders_settings_alone(make_checkpoint):
+    """A generation_config.json with a top-k of one would make every sample the greedy one."""
+    folder = make_checkpoint()
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "do_sample": True, "top_k": 1}))
+    state = torch.random.get_rng_state()
+    done = sampled(folder, "transformers", 4, [request_of("1 + 1 = ?", sample) for sample in range(4)])
+    assert len(set(done.values())) == 4
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_one_folder_has_one_identity_but_for_the_engine(qwen_dir):
+    native, peer = (open_student(qwen_dir, engine=name, batch_size=1).identity for name in ("native", "transformers"))
+    assert (native.name, native.weights, native.template) == (peer.name, peer.weights, peer.template)
+    assert (native.backend, peer.backend) == ("native", "transformers")
+
+
+@ENGINES
+def test_the_prefilled_think_tag_is_put_back(make_checkpoint, engine):
+    model = open_student(make_checkpoint(template="thinking"), engine=engine, batch_size=2)
     (done,) = model.generate([request_of("1+1")], Sampling(max_tokens=5))
     assert done.text.startswith("<think>\n")
-    plain = open_transformers_model(make_checkpoint(), batch_size=2)
+    plain = open_student(make_checkpoint(), engine=engine, batch_size=2)
     (done,) = plain.generate([request_of("1+1")], Sampling(max_tokens=5))
     assert not done.text.startswith("<think>")
 
 
-def test_context_is_a_limit_of_its_own(make_checkpoint):
-    model = open_transformers_model(make_checkpoint(context=64), batch_size=4)
-    done = {c.request.problem.prompt: c for c in model.generate([request_of("x" * 100), request_of("1")], Sampling())}
+@ENGINES
+def test_a_base_without_a_chat_template_is_asked_the_question_alone(make_checkpoint, engine):
+    model = open_student(make_checkpoint(template=None), engine=engine, batch_size=2)
+    (done,) = model.generate([request_of("1 + 1")], Sampling(max_tokens=5))
+    assert done.num_prompt_tokens == len("1 + 1\n")
+
+
+@ENGINES
+def test_context_is_a_limit_of_its_own(make_checkpoint, engine):
+    model = open_student(make_checkpoint(context=64), engine=engine, batch_size=4)
+    prompts = ["x" * 100, "1", "1" * 25]
+    done = {c.request.problem.prompt: c for c in model.generate([request_of(p) for p in prompts], Sampling())}
     assert done["x" * 100].finish_reason == "length"
     assert done["x" * 100].num_tokens == 0
-    assert done["1"].num_prompt_tokens + done["1"].num_tokens <= 64
-
-
-def test_sampling_matches_the_nucleus():
-    """Frequencies against the truncated, renormalised distribution; tokens outside the nucleus never appear."""
-    logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0])
-    temperature, top_p, draws = 0.7, 0.9, 40_000
-    probs = torch.softmax(logits / temperature, 0).double().numpy()
-    order = np.argsort(-probs)
-    kept = order[: int(np.searchsorted(np.cumsum(probs[order]), top_p)) + 1]
-    expected = np.zeros(5)
-    expected[kept] = probs[kept] / probs[kept].sum()
-    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    drawn = Counter(sample_tokens(logits.expand(draws, 5), uniform, temperature, top_p).tolist())
-    observed = np.array([drawn[token] / draws for token in range(5)])
-    assert set(drawn) == set(kept.tolist())
-    assert np.abs(observed - expected).max() < 4 * np.sqrt(0.25 / draws)  # four standard errors at the widest
-
-
-@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2**-53])
-def test_the_ends_of_the_unit_interval_stay_in_the_nucleus(uniform):
-    logits = torch.tensor([[0.0, 5.0, float("-inf"), 4.0]])
-    for top_p in (0.5, 0.99, 1.0):
-        token = sample_tokens(logits, torch.tensor([uniform], dtype=torch.float64), 1.0, top_p).item()
-        assert token in ({1} if top_p == 0.5 else {0, 1, 3} if top_p == 1.0 else {1, 3})
-
-
-def test_noise_streams_survive_compaction():
-    whole = Noise([7, 8, 9])
-    expected = np.stack([whole.next().numpy() for _ in range(300)])
-    cut = Noise([7, 8, 9])
-    head = np.stack([cut.next().numpy() for _ in range(100)])
-    cut.keep([2])
-    tail = np.stack([cut.next().numpy() for _ in range(200)])
-    assert np.array_equal(head, expected[:100])
-    assert np.array_equal(tail[:, 0], expected[100:, 2])
+    unread = engine == "native"  # its last token is written, but needs no place in the context
+    for prompt in prompts[1:]:
+        assert done[prompt].num_prompt_tokens + done[prompt].num_tokens <= 64 + unread
 
 
 @pytest.fixture
@@ -146,7 +153,7 @@ DAMAGES = {
     "unknown architecture": (set_model_type, "did you mean 'qwen"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
     "torn weights": (lambda d: (d / "model.safetensors").write_bytes(b"\x10" * 40), "broken"),
-    "index outside": (damage_index, "outside the folder"),
+    "index outside": (damage_index, "must name a file in this folder"),
     "missing weight": (lambda d: edit_weights(d, lambda w: w.pop(NORM)), NORM),
     "wrong shape": (lambda d: edit_weights(d, lambda w: w.update({NORM: torch.ones(31)})), NORM),
     "NaN": (lambda d: edit_weights(d, lambda w: w[NORM].fill_(float("nan"))), NORM),
@@ -158,19 +165,23 @@ DAMAGES = {
 def test_a_broken_folder_is_one_line(broken, name):
     damage, words = DAMAGES[name]
     damage(broken)
-    with pytest.raises(CheckpointError) as caught:
-        open_transformers_model(broken, batch_size=1)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert caught.value.exit_code == 2
+    opened = [lambda e=engine: open_student(broken, engine=e, batch_size=1) for engine in ("native", "transformers")]
+    for reader in (*opened, lambda: check_student(broken)):
+        with pytest.raises(CheckpointError) as caught:
+            reader()
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert caught.value.exit_code == 2
 
 
-def test_a_missing_folder_is_one_line(tmp_path):
-    with pytest.raises(CheckpointError, match="no such model folder"):
-        open_transformers_model(tmp_path / "nowhere", batch_size=1)
+@ENGINES
+def test_a_missing_folder_is_one_line(tmp_path, engine):
+    with pytest.raises(CheckpointError, match=r"nowhere/config\.json: no such file"):
+        open_student(tmp_path / "nowhere", engine=engine, batch_size=1)
 
 
-def test_the_token_that_closes_a_turn_ends_an_answer(qwen_dir, tmp_path):
+@ENGINES
+def test_the_token_that_closes_a_turn_ends_an_answer(qwen_dir, tmp_path, engine):
     """A base whose EOS is another token than its template's end of turn, as Qwen2.5's is."""
     folder = shutil.copytree(qwen_dir, tmp_path / "base")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
@@ -179,17 +190,19 @@ def test_the_token_that_closes_a_turn_ends_an_answer(qwen_dir, tmp_path):
         (folder / name).write_text(json.dumps(settings))
     sampling = Sampling(temperature=1.0, top_p=1, max_tokens=300)
     requests = [request_of(prompt) for prompt in PROMPTS]
-    done = list(open_transformers_model(folder, batch_size=4).generate(requests, sampling))
+    done = list(open_student(folder, engine=engine, batch_size=4).generate(requests, sampling))
     assert any(c.finish_reason == "stop" for c in done)
     assert not any("<|im_end|>" in c.text for c in done)
 
 
-def test_text_is_split_as_tokenizer_json_says(qwen_dir):
+@ENGINES
+def test_text_is_split_as_tokenizer_json_says(qwen_dir, engine):
     """The character tokenizer beside a `qwen2` config stays one; AutoTokenizer would give it Qwen's pre-tokenizer."""
     from tokenizers import Tokenizer
 
     text = "12 + 3\n= ?"
-    (done,) = open_transformers_model(qwen_dir, batch_size=1).generate([request_of(text)], Sampling(max_tokens=1))
+    model = open_student(qwen_dir, engine=engine, batch_size=1)
+    (done,) = model.generate([request_of(text)], Sampling(max_tokens=1))
     rendered = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
     plain = Tokenizer.from_file(str(qwen_dir / "tokenizer.json")).encode(rendered, add_special_tokens=False)
     assert done.num_prompt_tokens == len(plain.ids)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.eval.tiny_models import save_tiny_model
+from tests.teacher.backends.tiny_models import save_tiny_model
 
 
 @pytest.fixture(scope="session")
