@@ -24,8 +24,8 @@ from distill.logprobs import TokenLogprobs
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
 from teacher.backends.fleet import Fleet
 from teacher.backends.folder import folder_identity
-from teacher.backends.live import LiveEngine, LocalEngine, WorkerEngines
-from teacher.backends.workers import EngineSettings, generate_in_workers
+from teacher.backends.live import LiveEngine, LocalEngine, WorkerEngines, generate_in_workers
+from teacher.backends.workers import EngineSettings
 from teacher.serve.batching import LOOPED, Asked, Begun, Settings, Written
 from teacher.serve.detokenizer import decode_by
 from teacher.serve.engine import Engine
@@ -152,7 +152,7 @@ class NativeBackend:
                 settle(Written(completion, outcome.prompt_ids, outcome.generated_ids, prefix, stop_reason, *drafts))
 
         self._live.submit(sequence, done, grow)
-        return Begun(lambda: self._live.withdraw(number), sequence.prompt_ids, prefix)
+        return Begun(lambda: self._live.cancel(number), sequence.prompt_ids, prefix)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
