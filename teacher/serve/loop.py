@@ -30,7 +30,7 @@ class TokenDelta(NamedTuple, Generic[Key]):
     logprobs: list[Logprobs]
 
 
-Job: TypeAlias = list[Sequence[Key]] | Cancelled[Key]
+EngineJob: TypeAlias = list[Sequence[Key]] | Cancelled[Key]
 
 
 class EngineLoop(Generic[Key]):
@@ -44,7 +44,7 @@ class EngineLoop(Generic[Key]):
     def __init__(
         self,
         engine: Engine,
-        jobs: queue.SimpleQueue[Job[Key] | None],
+        jobs: queue.SimpleQueue[EngineJob[Key] | None],
         on_done: Callable[[Sequence[Key]], object],
         on_deltas: Callable[[list[TokenDelta[Key]]], object] = lambda _: None,
         lockstep: Lockstep | None = None,
@@ -64,7 +64,7 @@ class EngineLoop(Generic[Key]):
                 self._on_done(sequence)
 
     def _first(self) -> list[Sequence[Key]] | None:
-        """What the next run begins with, once there is work, here or on another rank; None at the end."""
+        """Take what the next run begins with, once there is work, here or on another rank; None at the end."""
         first: list[Sequence[Key]] = []
         if self._lockstep is None:
             if not self._closing:
@@ -99,7 +99,7 @@ class EngineLoop(Generic[Key]):
         if news:
             self._on_deltas(news)
 
-    def _take(self, job: Job[Key] | None, joining: list[Sequence[Key]]) -> None:
+    def _take(self, job: EngineJob[Key] | None, joining: list[Sequence[Key]]) -> None:
         if job is None:
             self._closing = True
         elif isinstance(job, Cancelled):

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import uvicorn
-from test_http_server import SpellingTeacher
 from test_native_backend import open_it
 from v3_models import tiny_config, write_model_folder
 
@@ -184,47 +183,6 @@ def test_top_k_min_p_and_bias_decide_what_is_drawn(client: openai.OpenAI) -> Non
     (letter,) = set(only.choices[0].text.removeprefix(THINK))
     assert len(only.choices[0].text) == len(THINK) + 4
     assert letter == chr(30 - 5 + 32)
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"top_k": -2}, "top_k"),
-        ({"min_p": 1.5}, "min_p"),
-        ({"logit_bias": {"3": 101}}, "logit_bias.3"),
-        ({"logit_bias": {"x": 1}}, "logit_bias.x.[key]"),
-        ({"logit_bias": {"1000": 1}}, "logit_bias"),
-        ({"logit_bias": {str(token): 0 for token in range(2_000)}}, "logit_bias"),
-        ({"repetition_detection": {"max_pattern_size": 4}}, "repetition_detection"),
-        ({"stop": ["x"] * 17}, "stop"),
-        ({"max_completion_tokens": 0}, "max_completion_tokens"),
-    ],
-)
-def test_bad_settings_are_refused_at_once(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
-    begun = time.monotonic()
-    with pytest.raises(openai.BadRequestError) as refused:
-        chat(client, **fields)
-    assert refused.value.type == "invalid_request_error"
-    assert str(refused.value.param).startswith(param)
-    assert time.monotonic() - begun < 1, "0.1 s on a machine that does nothing else"
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"top_k": 3}, "top_k"),
-        ({"min_p": 0.1}, "min_p"),
-        ({"logit_bias": {"3": 1}}, "logit_bias"),
-        ({"repetition_detection": {"max_pattern_size": 4, "min_count": 2}}, "repetition_detection"),
-    ],
-)
-def test_a_teacher_without_an_engine_of_ours_refuses_what_it_cannot_do(fields: dict[str, Any], param: str) -> None:
-    with asking(SpellingTeacher()) as client:
-        with pytest.raises(openai.BadRequestError) as refused:
-            chat(client, **fields)
-        assert refused.value.param == param
-        cut = chat(client, stop=["1 +"])
-    assert (cut.choices[0].message.content, cut.choices[0].finish_reason) == (THINK, "stop")
 
 
 def test_reasoning_is_told_apart_when_asked_for(client: openai.OpenAI, native: NativeBackend) -> None:
