@@ -34,7 +34,7 @@ from distill.recipe import SERVER_KEY_ENV, NativeTeacher
 from distill.records import content_id
 from teacher.backends.live import POLL_S, Worker, WorkerEngines
 from teacher.backends.nodes import Link, Node, Relay, gathered, join
-from teacher.backends.ranks import Place, check_devices
+from teacher.backends.ranks import RankPlace, check_devices
 from teacher.backends.workers import EngineSettings, WorkerProcess
 from teacher.model.block_checkpoint import read_fp8_config
 from teacher.model.shards import weight_files
@@ -112,7 +112,7 @@ def open_fleet(settings: EngineSettings, config: NativeTeacher, *, progress: Pro
         with contextlib.ExitStack() as stack:
             meet, links = _met(settings.folder, config, stack)
             rebalance = None if config.rebalance is None else config.rebalance.model_dump()
-            place = Place(0, config.num_ranks, per_node, meet, config.in_halves, config.num_redundant, rebalance)
+            place = RankPlace(0, config.num_ranks, per_node, meet, config.in_halves, config.num_redundant, rebalance)
             settings = replace(settings, place=place)
             nodes = []
             for number, link in sorted(links.items()):
@@ -148,7 +148,7 @@ def serve_node(config: NativeTeacher, number: int, *, base_dir: Path, announce: 
 
 
 def _met(folder: Path, config: NativeTeacher, stack: contextlib.ExitStack) -> tuple[str, dict[int, Link]]:
-    """`Place.meet`, and the other nodes' connections, once all are there."""
+    """`RankPlace.meet`, and the other nodes' connections, once all are there."""
     if config.num_nodes == 1:
         return str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "store"), {}
     assert config.head_address is not None

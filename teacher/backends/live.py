@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from distill.errors import DataError, EnvironmentFault, PotstillError
 from teacher.backends.workers import END_LINE, EngineSettings, WorkerProcess, begin_line, cancel_line, take_generated
 from teacher.serve.engine import Engine
-from teacher.serve.loop import Cancelled, EngineLoop, Job
+from teacher.serve.loop import Cancelled, EngineJob, EngineLoop
 from teacher.serve.sequence import Logprobs, Sequence
 
 OnDone = Callable[[Sequence[int] | PotstillError], None]
@@ -36,7 +36,7 @@ class LiveEngine(Protocol):
 
     @property
     def fault(self) -> PotstillError | None:
-        """Why it takes no more sequences, or should be given none: those under way may end yet."""
+        """The reason why it takes no more sequences, or should be given none: those under way may end yet."""
         ...
 
     def submit(self, sequence: Sequence[int], on_done: OnDone, on_tokens: OnTokens | None = None) -> None:
@@ -53,7 +53,7 @@ class LiveEngine(Protocol):
         ...
 
 
-class _Unfinished:
+class _InFlight:
     """Sequences under way, each with its callbacks; settled once, whoever comes first."""
 
     def __init__(self) -> None:
@@ -105,24 +105,24 @@ class _Unfinished:
 
 class LocalEngine:
     def __init__(self, engine: Engine) -> None:
-        self._unfinished = _Unfinished()
-        self._jobs: queue.SimpleQueue[Job[int] | None] = queue.SimpleQueue()
+        self._in_flight = _InFlight()
+        self._jobs: queue.SimpleQueue[EngineJob[int] | None] = queue.SimpleQueue()
         self._loop = EngineLoop(
-            engine, self._jobs, lambda done: self._unfinished.finish(done.key), self._unfinished.stream
+            engine, self._jobs, lambda done: self._in_flight.finish(done.key), self._in_flight.stream
         )
         self._thread = threading.Thread(target=self._run, name="potstill-engine", daemon=True)
         self._thread.start()
 
     @property
     def fault(self) -> PotstillError | None:
-        return self._unfinished.fault
+        return self._in_flight.fault
 
     def submit(self, sequence: Sequence[int], on_done: OnDone, on_tokens: OnTokens | None = None) -> None:
-        if self._unfinished.begin(sequence, on_done, on_tokens):
+        if self._in_flight.begin(sequence, on_done, on_tokens):
             self._jobs.put([sequence])
 
     def cancel(self, key: int) -> None:
-        if self._unfinished.cancel(key):
+        if self._in_flight.cancel(key):
             self._jobs.put(Cancelled(key))
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class LocalEngine:
             self._loop.run()
         except Exception as exc:  # noqa: BLE001 - whoever waits for a sequence must hear of it
             fault = EnvironmentFault(f"{ENDED}: {type(exc).__name__}: {exc}")
-        self._unfinished.fail(fault)
+        self._in_flight.fail(fault)
 
 
 class Worker(Protocol):
@@ -155,7 +155,7 @@ class WorkerEngines:
 
     def __init__(self, crew: Many[Worker], stack: contextlib.ExitStack) -> None:
         self._crew, self._stack = crew, stack
-        self._unfinished = [_Unfinished() for _ in crew]
+        self._in_flight = [_InFlight() for _ in crew]
         self._lock = threading.Lock()
         self._fault: PotstillError | None = None
         self._threads = [threading.Thread(target=self._read, args=(n,), daemon=True) for n in range(len(crew))]
@@ -174,8 +174,8 @@ class WorkerEngines:
 
     def submit(self, sequence: Sequence[int], on_done: OnDone, on_tokens: OnTokens | None = None) -> None:
         with self._lock:
-            number = min(range(len(self._crew)), key=lambda n: len(self._unfinished[n]))
-            if self._unfinished[number].begin(sequence, on_done, on_tokens):
+            number = min(range(len(self._crew)), key=lambda n: len(self._in_flight[n]))
+            if self._in_flight[number].begin(sequence, on_done, on_tokens):
                 self._crew[number].write(begin_line([sequence]))
 
     def cancel(self, key: int) -> None:
@@ -213,16 +213,16 @@ class WorkerEngines:
 
     def _hand_out(self, sequences: Many[Sequence[int]], settles: Callable[[Sequence[int]], OnDone]) -> None:
         with self._lock:
-            for number, (worker, unfinished) in enumerate(zip(self._crew, self._unfinished, strict=True)):
+            for number, (worker, in_flight) in enumerate(zip(self._crew, self._in_flight, strict=True)):
                 share = sequences[number :: len(self._crew)]
-                if begun := [sequence for sequence in share if unfinished.begin(sequence, settles(sequence))]:
+                if begun := [sequence for sequence in share if in_flight.begin(sequence, settles(sequence))]:
                     worker.write(begin_line(begun))
 
     def _cancel(self, keys: Iterable[int]) -> None:
         keys = list(keys)
         with self._lock:
-            for worker, unfinished in zip(self._crew, self._unfinished, strict=True):
-                if cancelled := [key for key in keys if unfinished.cancel(key)]:
+            for worker, in_flight in zip(self._crew, self._in_flight, strict=True):
+                if cancelled := [key for key in keys if in_flight.cancel(key)]:
                     worker.write(cancel_line(cancelled))
 
     def close(self) -> None:
@@ -243,29 +243,29 @@ class WorkerEngines:
         self._stack.close()
 
     def _read(self, number: int) -> None:
-        worker, unfinished = self._crew[number], self._unfinished[number]
+        worker, in_flight = self._crew[number], self._in_flight[number]
         for line in worker.lines():
             news = json.loads(line)
             if isinstance(news, dict):
                 self._tell(number, news)
             else:
                 key, *generated = news
-                unfinished.finish(key, partial(take_generated, generated=generated))
+                in_flight.finish(key, partial(take_generated, generated=generated))
         try:
             worker.check()
         except PotstillError as exc:
             self._lose(exc)
         else:
-            unfinished.fail(EnvironmentFault(ENDED))
+            in_flight.fail(EnvironmentFault(ENDED))
 
     def _tell(self, number: int, news: dict[str, Any]) -> None:
-        self._unfinished[number].stream(news["deltas"])
+        self._in_flight[number].stream(news["deltas"])
 
     def _lose(self, fault: PotstillError) -> None:
         """A worker ended that should not have: so do all."""
         self._fault = self._fault or fault
-        for unfinished in self._unfinished:
-            unfinished.fail(fault)
+        for in_flight in self._in_flight:
+            in_flight.fail(fault)
         for worker in self._crew:
             worker.kill()
 

@@ -54,12 +54,12 @@ class Link:
                     of_it.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def wait_at_most(self, seconds: int) -> None:
-        """For what is received from now on; 0: as long as it takes."""
+        """Limit the wait for whatever is received from now on; 0: as long as it takes."""
         with self._socket() as of_it:
             of_it.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, 0))
 
     def send(self, message: Any) -> None:
-        """What cannot be sent any more is dropped: `receive` says that the other side is gone."""
+        """Send, or drop what cannot be sent any more: `receive` says that the other side is gone."""
         with self._lock, contextlib.suppress(OSError):
             self._connection.send_bytes(json.dumps(message).encode())
 
@@ -70,7 +70,7 @@ class Link:
             raise EOFError from exc
 
     def close(self) -> None:
-        """For both sides, and whoever is receiving now."""
+        """End the connection for both sides, and for whoever is receiving now."""
         with contextlib.suppress(OSError), self._socket() as of_it:
             of_it.shutdown(socket.SHUT_RDWR)
 

@@ -29,7 +29,7 @@ from teacher.serve.sequence import Sequence, ThinkingLimit
 from teacher.serve.stopping import RepetitionLimit
 
 if TYPE_CHECKING:
-    from teacher.backends.ranks import Place
+    from teacher.backends.ranks import RankPlace
     from teacher.parallel.rebalance import Report
     from teacher.serve.detokenizer import Decode
     from teacher.serve.engine import Engine, Lockstep
@@ -49,7 +49,7 @@ class EngineSettings:
     speculate: bool = False
     batch_invariant: bool = False
     tokenizer: str | None = None
-    place: Place | None = None
+    place: RankPlace | None = None
 
     def packed(self) -> dict[str, Any]:
         return asdict(self) | {"folder": str(self.folder.resolve()), "eos_token_ids": sorted(self.eos_token_ids)}
@@ -191,11 +191,11 @@ def _opened_engine(
         return
     import torch
 
-    from teacher.backends.ranks import Place, engine_of_rank
+    from teacher.backends.ranks import RankPlace, engine_of_rank
 
     torch.set_num_threads(1)
     limits = {"batch_size": settings["batch_size"], "eos_token_ids": settings["eos_token_ids"]}
-    place, folder = Place(**settings["place"]), Path(settings["folder"])
+    place, folder = RankPlace(**settings["place"]), Path(settings["folder"])
 
     def on_report(report: Report) -> None:
         tell({"rebalanced": report._asdict()})
@@ -214,9 +214,9 @@ def _write(done: Sequence[int], output: IO[str]) -> None:
 def _work(lines: IO[str], output: IO[str]) -> None:
     """Run the engine that the first line sets for as long as the others, as `WorkerProcess.write` sends them, come."""
     settings = json.loads(lines.readline())
-    from teacher.serve.loop import Cancelled, EngineLoop, Job, TokenDelta
+    from teacher.serve.loop import Cancelled, EngineJob, EngineLoop, TokenDelta
 
-    jobs: queue.SimpleQueue[Job[int] | None] = queue.SimpleQueue()
+    jobs: queue.SimpleQueue[EngineJob[int] | None] = queue.SimpleQueue()
 
     def read() -> None:
         for line in lines:
