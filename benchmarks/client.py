@@ -295,14 +295,14 @@ def generation(num_samples: int) -> dict[str, Any] | None:
 
 def directly(backend: NativeBackend, requests: list[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
     """The same engines as the server's, given everything at once."""
-    from teacher.serve.batching import Asked, Written
+    from teacher.live import GeneratedSample, GenerationRequest
 
-    finished: queue.SimpleQueue[Written | PotstillError] = queue.SimpleQueue()
+    finished: queue.SimpleQueue[GeneratedSample | PotstillError] = queue.SimpleQueue()
     for request in requests:
-        backend.submit(Asked(request), sampling, finished.put)
+        backend.submit(GenerationRequest(request), sampling, finished.put)
     for _ in requests:
         outcome = finished.get()
-        assert isinstance(outcome, Written), outcome
+        assert isinstance(outcome, GeneratedSample), outcome
         yield outcome.completion
 
 

@@ -27,7 +27,8 @@ from distill.cores import num_cores
 from distill.problems import load_problems
 from distill.recipe import ReasoningGymSource
 from distill.records import Problem
-from teacher.backends.workers import EngineSettings, generate_in_workers
+from teacher.backends.live import generate_in_workers
+from teacher.backends.workers import EngineSettings
 from teacher.model.checkpoint import load_checkpoint, save_checkpoint
 from teacher.model.config import DeepseekV3Config, YarnScaling
 from teacher.model.counts import count_parameters

@@ -19,7 +19,7 @@ import queue
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from pathlib import Path
@@ -27,24 +27,22 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distill.errors import EnvironmentFault, PotstillError, RecipeError
+from distill.errors import EnvironmentFault, PotstillError, RecipeError, UserInputError
 from distill.manifest import hash_file
 from distill.progress import Progress, Task, silent
 from distill.recipe import SERVER_KEY_ENV, NativeTeacher
 from distill.records import content_id
-from teacher.backends.live import Worker, WorkerEngines
+from teacher.backends.live import POLL_S, Worker, WorkerEngines
 from teacher.backends.nodes import Link, Node, Relay, gathered, join
-from teacher.backends.ranks import Place, check_devices
-from teacher.backends.workers import EngineSettings, LiveWorker
+from teacher.backends.ranks import RankPlace, check_devices
+from teacher.backends.workers import EngineSettings, WorkerProcess
 from teacher.model.block_checkpoint import read_fp8_config
 from teacher.model.shards import weight_files
 from teacher.parallel.groups import LOST_PEERS
 from teacher.serve.models import LATENT, read_facts
-from teacher.serve.sequence import Sequence
 
 # How long a rank that lost its peers waits for the one that was lost to be known.
 CAUSE_S = 5.0
-POLL_S = 0.5
 
 
 class Fleet(WorkerEngines):
@@ -83,35 +81,6 @@ class Fleet(WorkerEngines):
         self.max_positions = min(fact["max_positions"] for fact in facts)  # a cache may have found less room
         self.precision = facts[0]["precision"]
 
-    def run(self, sequences: Iterable[Sequence[int]]) -> Generator[Sequence[int], None, None]:
-        """Yield each sequence once it is finished, with its `fault` where it has one, as `Engine.run`.
-
-        Raises what ends the fleet, Preempted where a node was told to stop. Whoever abandons the run abandons its
-        sequences.
-        """
-        outcomes: queue.SimpleQueue[tuple[Sequence[int], PotstillError | None]] = queue.SimpleQueue()
-
-        def done(sequence: Sequence[int]) -> Callable[[Sequence[int] | PotstillError], None]:
-            return lambda outcome: outcomes.put((sequence, outcome if isinstance(outcome, PotstillError) else None))
-
-        left = {}
-        for sequence in sequences:
-            left[sequence.key] = sequence
-            self.submit(sequence, done(sequence))
-        try:
-            while left:
-                if self.fault is not None:
-                    raise self.fault
-                with contextlib.suppress(queue.Empty):
-                    sequence, problem = outcomes.get(timeout=POLL_S)
-                    del left[sequence.key]
-                    if problem is not None and sequence.fault is None:
-                        raise problem
-                    yield sequence
-        finally:
-            for key in left:
-                self.withdraw(key)
-
     def _tell(self, number: int, news: dict[str, Any]) -> None:
         if "ready" in news:
             self._ready.put(news["ready"])
@@ -143,7 +112,7 @@ def open_fleet(settings: EngineSettings, config: NativeTeacher, *, progress: Pro
         with contextlib.ExitStack() as stack:
             meet, links = _met(settings.folder, config, stack)
             rebalance = None if config.rebalance is None else config.rebalance.model_dump()
-            place = Place(0, config.num_ranks, per_node, meet, config.in_halves, config.num_redundant, rebalance)
+            place = RankPlace(0, config.num_ranks, per_node, meet, config.in_halves, config.num_redundant, rebalance)
             settings = replace(settings, place=place)
             nodes = []
             for number, link in sorted(links.items()):
@@ -179,7 +148,7 @@ def serve_node(config: NativeTeacher, number: int, *, base_dir: Path, announce: 
 
 
 def _met(folder: Path, config: NativeTeacher, stack: contextlib.ExitStack) -> tuple[str, dict[int, Link]]:
-    """`Place.meet`, and the other nodes' connections, once all are there."""
+    """`RankPlace.meet`, and the other nodes' connections, once all are there."""
     if config.num_nodes == 1:
         return str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "store"), {}
     assert config.head_address is not None
@@ -197,10 +166,12 @@ def _ranks_of(node: int, per_node: int) -> range:
     return range(node * per_node, (node + 1) * per_node)
 
 
-def _started(settings: dict[str, Any], ranks: range, stack: contextlib.ExitStack) -> dict[int, LiveWorker]:
+def _started(settings: dict[str, Any], ranks: range, stack: contextlib.ExitStack) -> dict[int, WorkerProcess]:
     place = settings["place"]
     return {
-        rank: stack.enter_context(LiveWorker(json.dumps(settings | {"place": place | {"rank": rank}})))
+        rank: stack.enter_context(
+            WorkerProcess(json.dumps(settings | {"place": place | {"rank": rank}}), UserInputError)
+        )
         for rank in ranks
     }
 

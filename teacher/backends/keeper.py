@@ -62,7 +62,7 @@ def _become(command: list[str], libc: ctypes.CDLL, keeper: int) -> None:
 
 
 def _pipe_ended() -> bool:
-    """Whether the owner has closed its end; waits for `POLL_S`. Nothing is ever written into the pipe."""
+    """True once the owner has closed its end; waits for `POLL_S`. Nothing is ever written into the pipe."""
     readable, _, _ = select.select([0], [], [], POLL_S)
     return bool(readable) and os.read(0, 1) == b""
 

@@ -24,16 +24,24 @@ from distill.reasoning import END_OF_THINKING, THINK_LINE
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
 from distill.weights import folder_identity
 from teacher.backends.fleet import Fleet
-from teacher.backends.live import LiveEngine, LocalEngine, WorkerEngines
+from teacher.backends.live import LiveEngine, LocalEngine, WorkerEngines, generate_in_workers
 from teacher.backends.tokenizer import encode_prompt, end_tokens, load_tokenizer, render
-from teacher.backends.workers import EngineSettings, generate_in_workers
-from teacher.serve.batching import LOOPED, Asked, Begun, Settings, Written
+from teacher.backends.workers import EngineSettings
+from teacher.live import (
+    REPETITION,
+    GeneratedSample,
+    GenerationRequest,
+    OnDone,
+    OnTokens,
+    RequestOptions,
+    StreamHandle,
+)
 from teacher.serve.detokenizer import decode_by
 from teacher.serve.engine import Engine
 from teacher.serve.invariant_models import INVARIANT
 from teacher.serve.models import load_model, read_facts
 from teacher.serve.sampler import Draw
-from teacher.serve.sequence import Logprobs, Sequence, ThinkingLimit
+from teacher.serve.sequence import Sequence, ThinkingLimit
 from teacher.serve.stopping import cut
 
 # What stands between thinking and answer in R1's format; written in the model's place when its budget is used up.
@@ -130,37 +138,34 @@ class NativeBackend:
                 yield completion
 
     def submit(
-        self,
-        asked: Asked,
-        sampling: Sampling,
-        settle: Callable[[Written | PotstillError], None],
-        grow: Callable[[list[int], list[Logprobs]], None] | None = None,
-    ) -> Begun:
-        """Begin one sample; it joins the batch that is running. `settle` is called once, from another thread, and
-        before it `grow` with the tokens of each step.
+        self, request: GenerationRequest, sampling: Sampling, on_done: OnDone, on_tokens: OnTokens | None = None
+    ) -> StreamHandle:
+        """Begin one sample; it joins the batch that is running. `on_done` is called once, from another thread, and
+        before it `on_tokens` with the tokens of each step.
 
         Raises DataError for a prompt too long, or with tokens that the model does not have, UserInputError for a bias
         of such tokens.
         """
-        request, number = asked.request, next(self._numbers)
-        if asked.goes_on:
-            prefix, sequence = "", self._go_on(number, asked, sampling)
+        number = next(self._numbers)
+        if request.is_continuation:
+            prefix, sequence = "", self._continuation(number, request, sampling)
         else:
-            prefix, prompt_ids = self._prompt(request)
-            sequence = self._begin(number, request, sampling, prefix, prompt_ids)
-        self._apply(asked.settings, sequence)
-        sequence.streamed = grow is not None
+            prefix, prompt_ids = self._prompt(request.request)
+            sequence = self._begin(number, request.request, sampling, prefix, prompt_ids)
+        self._apply(request.options, sequence)
+        sequence.streamed = on_tokens is not None
 
-        def done(outcome: Sequence[int] | PotstillError) -> None:
+        def finished(outcome: Sequence[int] | PotstillError) -> None:
             if isinstance(outcome, PotstillError):
-                settle(outcome)
-            else:
-                completion, stop_reason = self._completion(request, prefix, outcome)
-                drafts = outcome.num_drafts, outcome.num_accepted
-                settle(Written(completion, outcome.prompt_ids, outcome.generated_ids, prefix, stop_reason, *drafts))
+                on_done(outcome)
+                return
+            completion, stop_reason = self._completion(request.request, prefix, outcome)
+            tokens = outcome.prompt_ids, outcome.generated_ids
+            drafts = outcome.num_drafts, outcome.num_accepted
+            on_done(GeneratedSample(completion, *tokens, prefix, stop_reason, *drafts))
 
-        self._live.submit(sequence, done, grow)
-        return Begun(lambda: self._live.withdraw(number), sequence.prompt_ids, prefix)
+        self._live.submit(sequence, finished, on_tokens)
+        return StreamHandle(lambda: self._live.cancel(number), sequence.prompt_ids, prefix)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -170,7 +175,7 @@ class NativeBackend:
 
     @property
     def fault(self) -> PotstillError | None:
-        """Why it should be given no more."""
+        """The reason why it should be given no more."""
         return None if self._alive is None else self._alive.fault
 
     def gauges(self) -> dict[str, float]:
@@ -200,14 +205,15 @@ class NativeBackend:
         seed, draw = request.seed(sampling), _draw(sampling)
         return Sequence(number, prompt_ids, sampling.max_tokens, seed, draw, thinking=limit)
 
-    def _go_on(self, number: int, asked: Asked, sampling: Sampling) -> Sequence[int]:
-        prompt_ids = list(asked.prompt_ids)
+    def _continuation(self, number: int, wanted: GenerationRequest, sampling: Sampling) -> Sequence[int]:
+        request, prompt_ids = wanted.request, list(wanted.prompt_ids)
         if not prompt_ids:
-            prompt = render(self.tokenizer, asked.request.problem.prompt)
-            written = asked.written.removeprefix(THINK_LINE) if prompt.endswith(THINK_LINE) else asked.written
+            prompt, written = render(self.tokenizer, request.problem.prompt), wanted.partial_answer
+            if prompt.endswith(THINK_LINE):
+                written = written.removeprefix(THINK_LINE)
             prompt_ids = self.encode(prompt + written)
-        self._checked(prompt_ids, asked.request)
-        return Sequence(number, prompt_ids, sampling.max_tokens, asked.request.seed(sampling), _draw(sampling))
+        self._checked(prompt_ids, request)
+        return Sequence(number, prompt_ids, sampling.max_tokens, request.seed(sampling), _draw(sampling))
 
     def _checked(self, prompt_ids: list[int], request: TraceRequest) -> list[int]:
         where, field = request.problem.source, f"prompt {request.problem.prompt[:40]!r}"
@@ -219,17 +225,17 @@ class NativeBackend:
             raise DataError(message, where=where, field=field)
         return prompt_ids
 
-    def _apply(self, settings: Settings, sequence: Sequence[int]) -> None:
-        """What HTTP can say beyond a Sampling."""
-        if unknown := [token for token, _ in settings.logit_bias if token >= len(self.tokenizer)]:
+    def _apply(self, options: RequestOptions, sequence: Sequence[int]) -> None:
+        """Apply what HTTP can say beyond a Sampling."""
+        if unknown := [token for token, _ in options.logit_bias if token >= len(self.tokenizer)]:
             message = f"there is no token {unknown[0]}; the model has {len(self.tokenizer)} tokens"
             raise UserInputError(message, field="logit_bias")
-        drawn = {"top_k": settings.top_k, "min_p": settings.min_p, "logit_bias": settings.logit_bias}
-        sequence.draw = replace(sequence.draw, **drawn)
-        sequence.stops, sequence.repetition = settings.stop, settings.repetition_detection
+        draw = {"top_k": options.top_k, "min_p": options.min_p, "logit_bias": options.logit_bias}
+        sequence.draw = replace(sequence.draw, **draw)
+        sequence.stops, sequence.repetition = options.stop, options.repetition_detection
 
     def _completion(self, request: TraceRequest, prefix: str, done: Sequence[int]) -> tuple[Completion, str | None]:
-        """With what ended it, if that is neither its end token nor its length.
+        """Make the completion, and say what ended it, if that is neither its end token nor its length.
 
         A loop is no finished answer: its reason is "length", like that of any text that was not brought to its end.
         """
@@ -244,7 +250,7 @@ class NativeBackend:
             num_tokens=len(done.generated_ids),
             logprobs=_logprobs(done) if done.logprobs else None,
         )
-        return completion, LOOPED if done.finish_reason == "repetition" else stopped
+        return completion, REPETITION if done.finish_reason == "repetition" else stopped
 
     def _thinking_limit(self, sampling: Sampling) -> ThinkingLimit | None:
         if sampling.max_thinking_tokens is None:

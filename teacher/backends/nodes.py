@@ -6,7 +6,7 @@ the ranks' own traffic is not: nodes belong on a network of their own. Messages 
 
     node to head    {"node": 1, "model": ..., ...}     what it is, which must agree with the head
     head to node    {"settings": ...}                  its engines', or {"refused": why}
-    both ways       [rank, line]                       of or to that rank's worker (`LiveWorker`)
+    both ways       [rank, line]                       of or to that rank's worker (`WorkerProcess`)
     node to head    [rank, null]                       it has ended in order
                     {"fault": why}                     a rank of it has not
                     {"leaving": why}                   it was told to stop, and waits for the end
@@ -28,7 +28,7 @@ from typing import Any
 
 from distill.errors import EnvironmentFault, PotstillError, Preempted, UserInputError
 from distill.recipe import SERVER_KEY_ENV
-from teacher.backends.workers import LiveWorker
+from teacher.backends.workers import WorkerProcess
 
 # Until all nodes are there: a scheduler may start them minutes apart.
 GATHER_S = 1800.0
@@ -54,12 +54,12 @@ class Link:
                     of_it.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def wait_at_most(self, seconds: int) -> None:
-        """For what is received from now on; 0: as long as it takes."""
+        """Limit the wait for whatever is received from now on; 0: as long as it takes."""
         with self._socket() as of_it:
             of_it.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, 0))
 
     def send(self, message: Any) -> None:
-        """What cannot be sent any more is dropped: `receive` says that the other side is gone."""
+        """Send, or drop what cannot be sent any more: `receive` says that the other side is gone."""
         with self._lock, contextlib.suppress(OSError):
             self._connection.send_bytes(json.dumps(message).encode())
 
@@ -70,7 +70,7 @@ class Link:
             raise EOFError from exc
 
     def close(self) -> None:
-        """For both sides, and whoever is receiving now."""
+        """End the connection for both sides, and for whoever is receiving now."""
         with contextlib.suppress(OSError), self._socket() as of_it:
             of_it.shutdown(socket.SHUT_RDWR)
 
@@ -215,7 +215,7 @@ def join(address: str, port: int, hello: dict[str, Any], key: bytes) -> tuple[Li
 class Relay:
     """This node's workers, by rank, for the first node; they end with it."""
 
-    def __init__(self, link: Link, workers: dict[int, LiveWorker]) -> None:
+    def __init__(self, link: Link, workers: dict[int, WorkerProcess]) -> None:
         self._link = link
         self._workers = workers
         self._working = set(workers)

@@ -28,7 +28,7 @@ _SIOCGIFADDR = 0x8915  # netdevice(7)
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """A rank among the others, and where they meet: a file of the node that they share, or `host:port` of a store."""
 
     rank: int
@@ -49,7 +49,7 @@ def check_devices(ranks_per_node: int) -> None:
 @contextmanager
 def engine_of_rank(
     folder: Path,
-    place: Place,
+    place: RankPlace,
     *,
     batch_size: int,
     eos_token_ids: Iterable[int],

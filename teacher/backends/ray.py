@@ -65,7 +65,7 @@ class RayBackend:
 
     @cached_property
     def identity(self) -> TeacherIdentity:
-        """Of our own servers as the vLLM backend's; a pool's is what its first endpoint says."""
+        """The vLLM backend's where the servers are ours; a pool's is what its first endpoint says."""
         if self._given_identity is not None:
             return self._given_identity
         return _pool_member(self.config, self.config.base_urls[0], self._key).identity
@@ -74,7 +74,7 @@ class RayBackend:
         """Yield completions as they finish anywhere. Raises EnvironmentFault where no replica is left."""
         if requests:
             self._join()
-            yield from _Job(self._slots, requests, sampling, self.config).run()
+            yield from _GenerateCall(self._slots, requests, sampling, self.config).run()
 
     def close(self) -> None:
         """End the replicas and their servers; the cluster too if it was started here."""
@@ -120,7 +120,7 @@ class Secret:
 
 
 class Replica:
-    """What runs inside the actor: a teacher of its own. Faults come back as values, without their tracebacks."""
+    """The inside of an actor: a teacher of its own. Faults come back as values, without their tracebacks."""
 
     def __init__(self, config: RayTeacher, base_url: str | None, log_dir: str) -> None:
         self._config = config
@@ -238,7 +238,7 @@ class _Stream:
     generator: Any = field(repr=False)
 
 
-class _Job:
+class _GenerateCall:
     """One call of `generate`."""
 
     def __init__(

@@ -53,7 +53,7 @@ def open_vllm(
 
 
 def check_vllm(config: VllmTeacher, *, base_dir: Path) -> str:
-    """What the backend would serve, in a line; nothing is asked of the Hub. Raises as `open_vllm` does."""
+    """Say what the backend would serve, in a line; nothing is asked of the Hub. Raises as `open_vllm` does."""
     version = installed_version()
     folder = base_dir / config.model
     if folder.is_dir() or not is_repository(config.model, base_dir):
@@ -89,7 +89,7 @@ class VllmBackend:
 
     @property
     def url(self) -> str:
-        """Where the server is, without `/v1`; it is started if it has not been. Its key is `key`."""
+        """The server's address, without `/v1`; it is started if it has not been. Its key is `key`."""
         return self._running().url
 
     @property
@@ -173,7 +173,7 @@ def make_server(
 
 
 def client_settings(config: ServedTeacher, base_url: str, model: str) -> OpenAITeacher:
-    """How the endpoint at `base_url` is asked, from what the recipe says of asking."""
+    """Settings for asking the endpoint at `base_url`, from what the recipe says of asking."""
     shared = {name: getattr(config, name) for name in ServedTeacher.model_fields}
     return OpenAITeacher.model_validate(shared | {"base_url": base_url, "model": model})
 
@@ -199,7 +199,7 @@ def vllm_identity(config: VllmTeacher, version: str) -> TeacherIdentity:
 
 
 def is_repository(model: str, base_dir: Path) -> bool:
-    """Whether `model` is owner/name on the Hub, and not a folder that is missing (its parent is here)."""
+    """True where `model` is owner/name on the Hub, and not a folder that is missing (its parent is here)."""
     owner, _, name = model.partition("/")
     return bool(name) and "/" not in name and owner not in ("", ".", "..", "~") and not (base_dir / owner).is_dir()
 

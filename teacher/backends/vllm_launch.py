@@ -1,4 +1,4 @@
-"""How `vllm serve` is called: arguments and environment of every node, checked against the vLLM that is installed.
+"""The call of `vllm serve`: arguments and environment of every node, checked against the vLLM that is installed.
 
 The recipe's flags go through as they are; what decides who may ask the server is added here: it binds to loopback
 unless told otherwise, answers its allow-list of routes alone, sends no usage statistics, and takes its key from the
@@ -139,7 +139,7 @@ def rendered(flags: Mapping[str, FlagValue]) -> list[str]:
 
 
 def startup_timeout_s(config: VllmServing, model: str) -> float:
-    """How long a server may take to come up: the recipe's word, else by the size of the weights.
+    """The time that a server may take to come up: the recipe's word, else by the size of the weights.
 
     Weights that are not on this machine are downloaded first.
     """

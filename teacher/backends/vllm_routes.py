@@ -1,4 +1,4 @@
-"""What a vLLM server of ours answers: generation, tokens, its model list, version and health. Everything else is 404.
+"""The routes of a vLLM server of ours: generation, tokens, its model list, version and health. Everything else is 404.
 
 vLLM's key covers `/v1` alone, while its other routes tell of the machine, scale the engine or run other APIs. This is
 given to `vllm serve --middleware` and lies around all of them. /tokenize, which budget forcing asks, takes the key.

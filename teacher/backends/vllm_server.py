@@ -8,16 +8,16 @@ which. Its output goes to a log file. A server that no longer answers counts as 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
-
-import httpx
 
 from distill.errors import EnvironmentFault
 from distill.progress import Progress, silent
@@ -71,7 +71,7 @@ class Server:
 
     @property
     def started(self) -> bool:
-        """Whether it has ever been up."""
+        """True once it has been started."""
         return self._keeper is not None
 
     def start(self, *, wait: bool = True) -> None:
@@ -128,12 +128,12 @@ class Server:
     def _wait_until_healthy(self) -> None:
         started = shown = time.monotonic()
         limit = self._startup_timeout_s
-        with self._progress.task(f"start {self.name}", total=limit, unit="s") as task, _client() as client:
+        with self._progress.task(f"start {self.name}", total=limit, unit="s") as task:
             while (now := time.monotonic()) - started < limit:
                 if not self.alive:
                     message = f"{self.name} ended with {self._status()} while it started{self._last_words()}"
                     raise EnvironmentFault(message, where=self.log)
-                if _healthy(client, self.url):
+                if _is_healthy(self.url):
                     return
                 task.advance(now - shown)
                 shown = now
@@ -144,21 +144,20 @@ class Server:
     def _watch(self, keeper: subprocess.Popen[bytes], stopped: threading.Event) -> None:
         """Ends a server that lives but does not answer: the connections to it break, and it is started again."""
         heard = time.monotonic()
-        with _client() as client:
-            while not stopped.wait(WATCH_EVERY_S) and keeper.poll() is None:
-                if _healthy(client, self.url):
-                    heard = time.monotonic()
-                elif time.monotonic() - heard > MAX_SILENCE_S:
-                    self._silent = True
-                    keeper.terminate()
-                    return
+        while not stopped.wait(WATCH_EVERY_S) and keeper.poll() is None:
+            if _is_healthy(self.url):
+                heard = time.monotonic()
+            elif time.monotonic() - heard > MAX_SILENCE_S:
+                self._silent = True
+                keeper.terminate()
+                return
 
     def _status(self) -> str:
         status = self._keeper.poll() if self._keeper is not None else None
         return "no status" if status is None else f"status {status}"
 
     def _last_words(self) -> str:
-        """What the log says of the failure, in one line: the last line that names an error, else the last one."""
+        """The failure in the words of the log, in one line: the last line that names an error, else the last one."""
         if self.log is None or not self.log.exists():
             return ""
         with self.log.open("rb") as file:
@@ -171,13 +170,13 @@ class Server:
         return f": {said[:300]}" if said else ""
 
 
-def _client() -> httpx.Client:
-    # The server is on this machine: a proxy of the environment has nothing to do with it.
-    return httpx.Client(timeout=WATCH_TIMEOUT_S, trust_env=False)
+# The server is on this machine: a proxy of the environment has nothing to do with it.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def _healthy(client: httpx.Client, url: str) -> bool:
+def _is_healthy(url: str) -> bool:
     try:
-        return client.get(f"{url}/health").status_code == 200
-    except httpx.HTTPError:
+        with _OPENER.open(f"{url}/health", timeout=WATCH_TIMEOUT_S) as response:
+            return bool(response.status == 200)
+    except (OSError, http.client.HTTPException):
         return False

@@ -2,9 +2,9 @@
 
 A decode step of a small model is hundreds of products of a few microseconds; threads inside one spend their time
 waiting for each other (and come to a standstill where cores are shared), while processes do not meet at all. A worker
-is this module run as a program: it reads one job from its standard input and writes each finished sequence as a line;
-`live`, it reads sequences line by line for as long as they come. It ends by itself when its reader is gone. A live one
-may also be a rank that shares a model's experts with others (`teacher.backends.ranks`).
+is this module run as a program: it reads sequences from its standard input, line by line for as long as they come, and
+writes each finished one as a line. It ends by itself when its reader is gone. It may also be a rank that shares a
+model's experts with others (`teacher.backends.ranks`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from teacher.serve.sequence import Sequence, ThinkingLimit
 from teacher.serve.stopping import RepetitionLimit
 
 if TYPE_CHECKING:
-    from teacher.backends.ranks import Place
+    from teacher.backends.ranks import RankPlace
     from teacher.parallel.rebalance import Report
     from teacher.serve.detokenizer import Decode
     from teacher.serve.engine import Engine, Lockstep
@@ -49,81 +49,30 @@ class EngineSettings:
     speculate: bool = False
     batch_invariant: bool = False
     tokenizer: str | None = None
-    place: Place | None = None
+    place: RankPlace | None = None
 
     def packed(self) -> dict[str, Any]:
         return asdict(self) | {"folder": str(self.folder.resolve()), "eos_token_ids": sorted(self.eos_token_ids)}
 
 
-def generate_in_workers(
-    engine: EngineSettings, sequences: list[Sequence[int]], *, num_workers: int
-) -> Generator[Sequence[int], None, None]:
-    """Yield the sequences, finished, in the order in which that happens. Raises EnvironmentFault if a worker dies.
+class WorkerProcess:
+    """A process with an engine of its own. It takes sequences as they are sent and hands each back once it is finished.
 
-    Abandoning the iterator ends the workers.
+    `model_fault` is the kind of fault that a model which the worker cannot read is: EnvironmentFault where this process
+    has read it before, so that the files must have changed since.
     """
-    by_key = {sequence.key: sequence for sequence in sequences}
-    settings = engine.packed()
-    lines: queue.SimpleQueue[tuple[_Worker, str | None]] = queue.SimpleQueue()
-    with contextlib.ExitStack() as stack:
-        for number in range(num_workers):
-            share = [packed(sequence) for sequence in sequences[number::num_workers]]
-            stack.enter_context(_Worker(json.dumps(settings | {"sequences": share}), lines))
-        running = num_workers
-        while running:
-            worker, line = lines.get()
-            if line is None:
-                worker.check()
-                running -= 1
-                continue
-            key, *generated = json.loads(line)
-            sequence = by_key.pop(key)
-            take_generated(sequence, generated)
-            yield sequence
-    if by_key:
-        raise EnvironmentFault(f"{len(by_key)} sequences did not come back", where="generation worker")
 
-
-class _Worker:
-    """A running worker; its lines go to `lines`, followed by None."""
-
-    def __init__(self, job: str, lines: queue.SimpleQueue[tuple[_Worker, str | None]]) -> None:
-        self._job = job
-        self._lines = lines
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
-
-    def __enter__(self) -> _Worker:
-        self._process = _started(self._stderr)
-        threading.Thread(target=self._pump, args=(self._process.stdin, self._process.stdout), daemon=True).start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._stderr.close()
-
-    def check(self) -> None:
-        """Raise EnvironmentFault unless the worker ended well."""
-        _check(self._process, self._stderr)
-
-    def _pump(self, stdin: IO[str], stdout: IO[str]) -> None:
-        with contextlib.suppress(OSError):  # a worker that dies early closes its end: check() says so
-            stdin.write(self._job)
-            stdin.close()
-        for line in stdout:
-            self._lines.put((self, line))
-        self._lines.put((self, None))
-
-
-class LiveWorker:
-    """A worker that stays: it takes sequences as they are sent and hands each back as soon as it is finished."""
-
-    def __init__(self, settings: str) -> None:
+    def __init__(self, settings: str, model_fault: type[PotstillError] = EnvironmentFault) -> None:
         self._settings = settings
+        self._model_fault = model_fault
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
 
-    def __enter__(self) -> LiveWorker:
-        self._process = _started(self._stderr, "live")
+    def __enter__(self) -> WorkerProcess:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-m", "teacher.backends.workers"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
+        # A session of its own: a Ctrl-C at the terminal is for this process, which then lets its workers finish.
+        self._process = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
         self.write(self._settings)
         return self
 
@@ -133,43 +82,45 @@ class LiveWorker:
         self._stderr.close()
 
     def write(self, line: str) -> None:
-        """A sequence, `packed`, or `[key]` of one that is withdrawn; `[]`: it finishes what it has, and ends."""
+        """Send a line of `begin_line`, `cancel_line` or `END_LINE`."""
         with contextlib.suppress(OSError):  # it has died: `lines` ends, and `check` says so
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
 
     def lines(self) -> Iterator[str]:
-        """Until the worker ends: of every finished sequence its key and what `take_generated` takes, as a list; after a
-        step, what streamed sequences have written in it, as `{"grown": [[key, token_ids, logprobs], ...]}`; of a rank
-        first `{"ready": ...}`, with its engine's `max_positions` and `precision`, and `{"rebalanced": ...}`, a
+        """Read until the worker ends: of every finished sequence its key and what `take_generated` takes, as a list;
+        after a step, what streamed sequences have written in it, as `{"deltas": [[key, token_ids, logprobs], ...]}`; of
+        a rank first `{"ready": ...}`, with its engine's `max_positions` and `precision`, and `{"rebalanced": ...}`, a
         `teacher.parallel.rebalance.Report`, of the first rank when experts have moved."""
         return iter(self._process.stdout)
 
     def check(self) -> None:
-        """Raise EnvironmentFault unless the worker ended well, UserInputError where it says that of its model."""
-        _check(self._process, self._stderr, UserInputError)
+        """Raise EnvironmentFault unless the worker ended well, `model_fault` where it says that of its model."""
+        if status := self._process.wait():
+            self._stderr.seek(0)
+            last = self._stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
+            if status == UserInputError.exit_code and last:
+                raise self._model_fault(last, where="generation worker")
+            why = last[-300:] if last and status != -signal.SIGKILL else "killed; is there enough memory?"
+            message = f"ended with status {status}: {why}"
+            raise EnvironmentFault(message, where="generation worker")
 
     def kill(self) -> None:
         self._process.kill()
 
 
-def _started(stderr: IO[bytes], *arguments: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "teacher.backends.workers", *arguments]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr}
-    # A session of its own: a Ctrl-C at the terminal is for this process, which then lets its workers finish.
-    return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
+# A worker finishes what it has, and ends.
+END_LINE = "[]"
 
 
-def _check(process: subprocess.Popen[str], stderr: IO[bytes], of_model: type[PotstillError] = EnvironmentFault) -> None:
-    if status := process.wait():
-        stderr.seek(0)
-        last = stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
-        if status == UserInputError.exit_code and last:
-            raise of_model(last, where="generation worker")
-        why = last[-300:] if last and status != -signal.SIGKILL else "killed; is there enough memory?"
-        message = f"ended with status {status}: {why}"
-        raise EnvironmentFault(message, where="generation worker")
+def begin_line(sequences: Iterable[Sequence[int]]) -> str:
+    """Sequences to begin. They join the engine together: a batch does not depend on when each was read."""
+    return json.dumps({"begin": [packed(sequence) for sequence in sequences]})
+
+
+def cancel_line(keys: Iterable[int]) -> str:
+    """Sequences that nobody wants any more."""
+    return json.dumps({"cancel": list(keys)})
 
 
 def take_generated(sequence: Sequence[int], generated: list[Any]) -> None:
@@ -179,7 +130,7 @@ def take_generated(sequence: Sequence[int], generated: list[Any]) -> None:
 
 
 def packed(sequence: Sequence[int]) -> list[Any]:
-    """What the caller has set of it; `_unpacked` makes it again."""
+    """Pack what the caller has set of it; `_unpacked` makes it again."""
     limit, repetition = sequence.thinking, sequence.repetition
     settings = {
         "max_tokens": sequence.max_tokens,
@@ -232,7 +183,7 @@ def _decode(settings: dict[str, Any]) -> Decode | None:
 
 
 @contextlib.contextmanager
-def _live_engine(
+def _opened_engine(
     settings: dict[str, Any], tell: Callable[[dict[str, Any]], object]
 ) -> Iterator[tuple[Engine, Lockstep | None]]:
     if settings["place"] is None:
@@ -240,11 +191,11 @@ def _live_engine(
         return
     import torch
 
-    from teacher.backends.ranks import Place, engine_of_rank
+    from teacher.backends.ranks import RankPlace, engine_of_rank
 
     torch.set_num_threads(1)
     limits = {"batch_size": settings["batch_size"], "eos_token_ids": settings["eos_token_ids"]}
-    place, folder = Place(**settings["place"]), Path(settings["folder"])
+    place, folder = RankPlace(**settings["place"]), Path(settings["folder"])
 
     def on_report(report: Report) -> None:
         tell({"rebalanced": report._asdict()})
@@ -260,40 +211,39 @@ def _write(done: Sequence[int], output: IO[str]) -> None:
     output.flush()
 
 
-def _work(job: dict[str, Any], output: IO[str]) -> None:
-    engine = _engine(job)
-    for done in engine.run([_unpacked(row) for row in job["sequences"]]):
-        _write(done, output)
-
-
-def _work_live(lines: IO[str], output: IO[str]) -> None:
-    """The first line holds the settings, the others are as `LiveWorker.write` says."""
+def _work(lines: IO[str], output: IO[str]) -> None:
+    """Run the engine that the first line sets for as long as the others, as `WorkerProcess.write` sends them, come."""
     settings = json.loads(lines.readline())
-    from teacher.serve.loop import EngineLoop, Grown, Withdrawn
+    from teacher.serve.loop import Cancelled, EngineJob, EngineLoop, TokenDelta
 
-    jobs: queue.SimpleQueue[Sequence[int] | Withdrawn[int] | None] = queue.SimpleQueue()
+    jobs: queue.SimpleQueue[EngineJob[int] | None] = queue.SimpleQueue()
 
     def read() -> None:
         for line in lines:
-            if not (row := json.loads(line)):
-                jobs.put(None)
-                return
-            jobs.put(Withdrawn(row[0]) if len(row) == 1 else _unpacked(row))
+            match json.loads(line):
+                case {"begin": rows}:
+                    jobs.put([_unpacked(row) for row in rows])
+                case {"cancel": keys}:
+                    for key in keys:
+                        jobs.put(Cancelled(key))
+                case _:
+                    jobs.put(None)
+                    return
         os._exit(1)  # who would read the answers is gone
 
     threading.Thread(target=read, daemon=True).start()
 
-    def tell(news: dict[str, Any]) -> None:
+    def send(news: dict[str, Any]) -> None:
         output.write(json.dumps(news) + "\n")
         output.flush()
 
-    def grew(news: list[Grown[int]]) -> None:
-        tell({"grown": news})
+    def on_deltas(deltas: list[TokenDelta[int]]) -> None:
+        send({"deltas": deltas})
 
-    with _live_engine(settings, tell) as (engine, lockstep):
+    with _opened_engine(settings, send) as (engine, lockstep):
         if lockstep is not None:
-            tell({"ready": {"max_positions": engine.max_positions, "precision": engine.precision}})
-        EngineLoop(engine, jobs, lambda done: _write(done, output), grew, lockstep).run()
+            send({"ready": {"max_positions": engine.max_positions, "precision": engine.precision}})
+        EngineLoop(engine, jobs, lambda done: _write(done, output), on_deltas, lockstep).run()
 
 
 def _answers() -> IO[str]:
@@ -307,10 +257,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent does with it
     output = _answers()
     try:
-        if sys.argv[1:] == ["live"]:
-            _work_live(sys.stdin, output)
-        else:
-            _work(json.load(sys.stdin), output)
+        _work(sys.stdin, output)
     except PotstillError as exc:
         sys.stderr.write(f"{exc}\n")
         sys.exit(exc.exit_code)

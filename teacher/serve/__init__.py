@@ -6,5 +6,5 @@ model, `latent_model` the teacher's; its `operations` are the seam to a device (
 its `weights` the checkpoint's laid out for inference. `sampler` draws tokens, each sequence's by settings of its own,
 and `speculation` drafts them ahead with the MTP layer.
 `loop` feeds an engine while it runs. `http` speaks OpenAI's protocol, with `messages` for its bodies, `forms` for its
-answers, `guard` before it, `metrics` beside it, and `batching` between it and a teacher.
+answers, `guard` before it, `metrics` beside it, and `teacher.http.feed` between it and a teacher.
 """

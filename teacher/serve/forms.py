@@ -1,4 +1,4 @@
-"""How an answer is written down: whole or in pieces, as a chat message or as text, with logprobs and token ids.
+"""The shapes of an answer: whole or in pieces, as a chat message or as text, with logprobs and token ids.
 
 The shapes are OpenAI's, the token ids vLLM's (`return_token_ids`). Where `return_tokens_as_token_ids` is asked for, a
 token is called `token_id:17` instead of by its text, which may stand for several. Reasoning that is told apart from
@@ -13,9 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
-from distill.errors import UserInputError
 from distill.logprobs import Scored, TokenLogprobs
-from teacher.serve.batching import Written
+from teacher.live import GeneratedSample
 from teacher.serve.detokenizer import UNSPELLABLE
 from teacher.serve.messages import ChatRequest, CompletionRequest, Request
 from teacher.serve.reasoning import Reasoning
@@ -23,13 +22,13 @@ from teacher.serve.sequence import Logprobs
 
 Spell = Callable[..., str]
 # What becomes of the reasoning in a chat message: a part of its content, a field of its own, or nothing.
-Placing = Literal["content", "apart", "out"]
+ReasoningPlace = Literal["content", "apart", "out"]
 RequestType = TypeVar("RequestType", bound=Request)
 MAX_CHARACTER_BYTES = 4  # UTF-8
 
 
 class Form(ABC, Generic[RequestType]):
-    """The two endpoints differ in the shape of a choice. `spell` says the text of tokens, where the teacher can.
+    """The two endpoints differ in the shape of a choice. `spell` says the text of tokens.
 
     Where text is in two parts, they are reasoning and answer; the first is empty where they are not told apart.
     """
@@ -38,39 +37,28 @@ class Form(ABC, Generic[RequestType]):
     whole_object: str
     chunk_object: str
 
-    def __init__(self, request: RequestType, spell: Spell | None) -> None:
+    def __init__(self, request: RequestType, spell: Spell) -> None:
         self.request = request
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self._spell = spell
+        self.spell = spell
 
     def head(self, *, chunk: bool) -> dict[str, Any]:
         kind = self.chunk_object if chunk else self.whole_object
         return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
 
-    def whole(self, answers: Sequence[Written]) -> dict[str, Any]:
-        choices = [self._whole_choice(index, self.checked(answer)) for index, answer in enumerate(answers)]
+    def whole(self, answers: Sequence[GeneratedSample]) -> dict[str, Any]:
+        choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
         return {**self.head(chunk=False), "choices": choices, "usage": usage(answers, n=self.request.n)}
 
-    def checked(self, answer: Written) -> Written:
-        """The answer, if it has the logprobs that were asked for."""
-        if self.request.num_logprobs() is not None and answer.completion.logprobs is None:
-            raise UserInputError("this teacher keeps none", field="logprobs")
-        return answer
-
-    def kept(self, answer: Written) -> TokenLogprobs | None:
+    def kept(self, answer: GeneratedSample) -> TokenLogprobs | None:
         """Its logprobs, where they were asked for."""
         packed = answer.completion.logprobs
-        wanted = packed is not None and self.request.num_logprobs() is not None
-        return TokenLogprobs.unpacked(packed) if wanted and packed is not None else None
+        return None if packed is None or self.request.num_logprobs() is None else TokenLogprobs.unpacked(packed)
 
     def offsets(self, start: int) -> Offsets:
-        """Of tokens whose text begins at `start`."""
-        return Offsets(start, self._named, self._spell)
-
-    def spell(self, *token_ids: int) -> str:
-        assert self._spell is not None
-        return self._spell(*token_ids)
+        """The offsets of tokens whose text begins at `start`."""
+        return Offsets(start, self.spell)
 
     def ids(self, prompt_ids: Sequence[int] | None, token_ids: Sequence[int]) -> dict[str, Any]:
         if not self.request.return_token_ids:
@@ -78,7 +66,7 @@ class Form(ABC, Generic[RequestType]):
         prompt = {} if prompt_ids is None else {"prompt_token_ids": list(prompt_ids)}
         return {**prompt, "token_ids": list(token_ids)}
 
-    def _whole_choice(self, index: int, answer: Written) -> dict[str, Any]:
+    def _whole_choice(self, index: int, answer: GeneratedSample) -> dict[str, Any]:
         kept, splitter = self.kept(answer), self.splitter()
         logprobs = None if kept is None else self.logprobs(kept, self.offsets(len(answer.opening)))
         reasoning, text = (a + b for a, b in zip(splitter.feed(answer.completion.text), splitter.rest(), strict=True))
@@ -91,17 +79,14 @@ class Form(ABC, Generic[RequestType]):
         }
 
     def _named(self, token: int | str) -> str:
-        if isinstance(token, str):
-            return token
-        if self._spell is None or self.request.return_tokens_as_token_ids:
-            return f"token_id:{token}"
-        return self._spell(token)
+        assert isinstance(token, int)  # a `LiveTeacher` knows its tokens
+        return f"token_id:{token}" if self.request.return_tokens_as_token_ids else self.spell(token)
 
     def _top(self, pairs: list[Scored]) -> list[Scored]:
         return pairs[: self.request.num_logprobs() or 0]
 
     def splitter(self) -> Reasoning:
-        """What tells reasoning and answer apart, for one choice."""
+        """The splitter of reasoning and answer for one choice."""
         return Reasoning(has_ended=True)
 
     @abstractmethod
@@ -121,27 +106,23 @@ class Form(ABC, Generic[RequestType]):
         ids: dict[str, Any],
         *,
         first: bool,
-        answer: Written | None,
+        answer: GeneratedSample | None,
     ) -> list[dict[str, Any]]:
         """The entries of `choices` that a stream sends for a piece, one chunk each; `answer`: it is the last."""
 
 
 class Offsets:
-    """Where in its text each token begins, token by token; one that goes on with another's character begins where that
-    does."""
+    """The place in its text where each token begins, token by token; one that goes on with another's character begins
+    where that does."""
 
-    def __init__(self, start: int, named: Callable[[int | str], str], spell: Spell | None) -> None:
+    def __init__(self, start: int, spell: Spell) -> None:
         self._start = start
-        self._named = named
         self._spell = spell
         self._pending: list[int] = []  # tokens whose last bytes are no character yet
         self._whole = 0  # how much of their text is
 
     def next(self, token: int | str) -> int:
-        if isinstance(token, str) or self._spell is None:
-            offset = self._start
-            self._start += len(self._named(token))
-            return offset
+        assert isinstance(token, int)
         if self._pending and not self._spell(token).startswith(UNSPELLABLE):  # then it ends none of them
             self._settle(self._spell(*self._pending))
         offset = self._start + self._whole
@@ -180,7 +161,7 @@ class TextForm(Form[CompletionRequest]):
         ids: dict[str, Any],
         *,
         first: bool,
-        answer: Written | None,
+        answer: GeneratedSample | None,
     ) -> list[dict[str, Any]]:
         if not (parts[1] or logprobs or ids or answer):
             return []
@@ -190,10 +171,10 @@ class TextForm(Form[CompletionRequest]):
 class ChatForm(Form[ChatRequest]):
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, request: ChatRequest, spell: Spell | None, *, reasoning: Placing = "content") -> None:
+    def __init__(self, request: ChatRequest, spell: Spell, *, reasoning: ReasoningPlace = "content") -> None:
         """`reasoning` is its place where the request does not say."""
         super().__init__(request, spell)
-        said: dict[bool | None, Placing] = {None: reasoning, True: "apart", False: "out"}
+        said: dict[bool | None, ReasoningPlace] = {None: reasoning, True: "apart", False: "out"}
         self._placing = said[request.include_reasoning]
 
     def splitter(self) -> Reasoning:
@@ -213,7 +194,7 @@ class ChatForm(Form[ChatRequest]):
         return {"token": name, "logprob": pair[1], "bytes": None if UNSPELLABLE in name else list(name.encode())}
 
     def content(self, reasoning: str, text: str) -> dict[str, Any]:
-        """Where the text ended within the reasoning, there is no answer: null, as with vLLM."""
+        """A text that ended within the reasoning has no answer: null, as with vLLM."""
         message: dict[str, Any] = {"role": "assistant"}
         if self._placing == "apart":
             message["reasoning_content"] = reasoning or None
@@ -227,7 +208,7 @@ class ChatForm(Form[ChatRequest]):
         ids: dict[str, Any],
         *,
         first: bool,
-        answer: Written | None,
+        answer: GeneratedSample | None,
     ) -> list[dict[str, Any]]:
         reasoning, text = parts
         delta: dict[str, Any] = {"role": "assistant"} if first else {}
@@ -243,8 +224,8 @@ class ChatForm(Form[ChatRequest]):
         return entries
 
 
-def _end(answer: Written | None) -> dict[str, Any]:
-    """Why a choice ends; a piece that is not the last does not say."""
+def _end(answer: GeneratedSample | None) -> dict[str, Any]:
+    """The reason why a choice ends; a piece that is not the last does not say."""
     if answer is None:
         return {"finish_reason": None}
     return {"finish_reason": answer.completion.finish_reason, "stop_reason": answer.stop_reason}
@@ -259,7 +240,7 @@ def scored(token_ids: Sequence[int], logprobs: Sequence[Logprobs]) -> TokenLogpr
     return TokenLogprobs.unpacked(TokenLogprobs("id", sampled, top).packed())
 
 
-def usage(answers: Sequence[Written], *, n: int) -> dict[str, int]:
+def usage(answers: Sequence[GeneratedSample], *, n: int) -> dict[str, int]:
     """Token counts; the prompt of `n` samples counts once."""
     prompt = sum(answer.completion.num_prompt_tokens for answer in answers[::n])
     written = sum(answer.completion.num_tokens for answer in answers)

@@ -1,8 +1,8 @@
-"""What stands between the network and the routes: the key, and limits on how slowly and how much a client may send.
+"""Guards between the network and the routes: the key, and limits on how slowly and how much a client may send.
 
-`Keyed` is ASGI middleware. `GuardedProtocol` is uvicorn's own HTTP protocol with a limit on the time and the size of a
-request's head, which uvicorn does not have: sockets that open and send nothing, or a byte now and then (slow loris),
-would stay for ever. The time of a body is the routes' to limit (`teacher.serve.http`).
+`KeyMiddleware` is ASGI middleware. `GuardedProtocol` is uvicorn's own HTTP protocol with a limit on the time and the
+size of a request's head, which uvicorn does not have: sockets that open and send nothing, or a byte now and then (slow
+loris), would stay for ever. The time of a body is the routes' to limit (`teacher.serve.http`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEAD_S = 10.0
 MAX_HEAD_BYTES = 64 * 2**10
 
 
-class Keyed:
+class KeyMiddleware:
     """Asks for `Authorization: Bearer KEY` on every route but `/health`."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:

@@ -1,13 +1,12 @@
-"""An OpenAI-compatible HTTP server over any Teacher.
+"""An OpenAI-compatible HTTP server over a `LiveTeacher`, which the native one is.
 
     GET  /health   /version   /v1/models   /metrics
     POST /v1/completions   /v1/chat/completions      (streaming and not)
-    POST /tokenize                                   (a LiveTeacher's)
+    POST /tokenize
 
-A `LiveTeacher`, which the native one is, streams each token when it is there (`teacher.serve.stream`), goes on from a
-beginning and knows its tokens. Any other yields whole completions, and a stream carries each sample in one piece. While
-nothing comes there is a comment now and then, so that whoever waits can tell a long answer from a dead server. The text
-keeps the opening `<think>` that the chat template wrote, unless reasoning is told apart. Errors have OpenAI's shape.
+A stream carries each token when it is there (`teacher.serve.stream`). While nothing comes there is a comment now and
+then, so that whoever waits can tell a long answer from a dead server. The text keeps the opening `<think>` that the
+chat template wrote, unless reasoning is told apart. Errors have OpenAI's shape.
 With a key, every route but `/health` asks for it (`teacher.serve.guard`).
 """
 
@@ -34,15 +33,15 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from distill.errors import PotstillError, Preempted, UserInputError
-from distill.protocols import Teacher
+from distill.errors import PotstillError, Preempted
 from distill.records import Sampling
-from teacher.serve.batching import Batcher, Live, LiveTeacher, Sample, Written
-from teacher.serve.forms import ChatForm, Form, Placing, Spell, TextForm, error_body
-from teacher.serve.guard import GuardedProtocol, Keyed
+from teacher.http.feed import SampleFeed, SampleFuture
+from teacher.live import GeneratedSample, LiveTeacher
+from teacher.serve.forms import ChatForm, Form, ReasoningPlace, TextForm, error_body
+from teacher.serve.guard import GuardedProtocol, KeyMiddleware
 from teacher.serve.messages import ChatRequest, CompletionRequest, Request, TokenizeRequest
 from teacher.serve.metrics import Metrics
-from teacher.serve.refusal import Refused
+from teacher.serve.refusal import APIError
 from teacher.serve.stopping import RepetitionLimit
 from teacher.serve.stream import Stream, Wake, cancel, left
 
@@ -56,18 +55,18 @@ GONE = 499
 Body = TypeVar("Body", bound=BaseModel)
 
 
-class Server:
-    """The routes' state: the batcher, the model's name and the defaults for what a request leaves out."""
+class Routes:
+    """The routes and their state: the feed, the model's name and the defaults for what a request leaves out."""
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: LiveTeacher,
         *,
         model: str,
         sampling: Sampling,
         max_batch: int,
         max_waiting: int,
-        reasoning: Placing,
+        reasoning: ReasoningPlace,
         repetition: RepetitionLimit | None,
     ) -> None:
         self.model = model
@@ -75,18 +74,14 @@ class Server:
         self.reasoning = reasoning
         self.repetition = repetition
         self.most_samples = max_waiting + max_batch
-        self.batcher: Batcher | Live
-        self.live = teacher if isinstance(teacher, LiveTeacher) else None
-        if self.live is not None:
-            self.batcher = Live(teacher, max_unfinished=self.most_samples)
-        else:
-            self.batcher = Batcher(teacher, max_batch=max_batch, max_waiting=max_waiting)
-        self.metrics = Metrics(self.batcher.num_waiting, dict if self.live is None else self.live.gauges)
+        self.teacher = teacher
+        self.feed = SampleFeed(teacher, max_unfinished=self.most_samples)
+        self.metrics = Metrics(self.feed.num_unfinished, teacher.gauges)
         self.started = int(time.time())
         self._indices = itertools.count()
 
     async def health(self, _: HTTPRequest) -> Response:
-        return Response(status_code=200 if self.batcher.fault is None else 503)
+        return Response(status_code=200 if self.feed.fault is None else 503)
 
     async def version(self, _: HTTPRequest) -> Response:
         return JSONResponse({"version": importlib.metadata.version("potstill")})
@@ -100,44 +95,36 @@ class Server:
 
     async def completions(self, http: HTTPRequest) -> Response:
         request = await self._read(http, CompletionRequest)
-        return await self._answer(http, request, TextForm(request, self._spell))
+        return await self._answer(http, request, TextForm(request, self.teacher.spell))
 
     async def chat_completions(self, http: HTTPRequest) -> Response:
         request = await self._read(http, ChatRequest)
-        return await self._answer(http, request, ChatForm(request, self._spell, reasoning=self.reasoning))
+        return await self._answer(http, request, ChatForm(request, self.teacher.spell, reasoning=self.reasoning))
 
     async def tokenize(self, http: HTTPRequest) -> Response:
         request = await self._read(http, TokenizeRequest)
-        if self.live is None:
-            raise Refused(404, "this teacher does not tell its tokens")
-        tokens = self.live.encode(request.prompt)
+        tokens = self.teacher.encode(request.prompt)
         return JSONResponse({"count": len(tokens), "tokens": tokens})
-
-    @property
-    def _spell(self) -> Spell | None:
-        return None if self.live is None else self.live.spell
 
     async def _read(self, http: HTTPRequest, form: type[Body]) -> Body:
         body = await _body(http)
         try:
             request = form.model_validate(json.loads(body, parse_constant=_no_number))
         except RecursionError as exc:
-            raise Refused(400, "the body is nested too deeply") from exc
+            raise APIError(400, "the body is nested too deeply") from exc
         except (ValueError, UnicodeDecodeError) as exc:
             if not isinstance(exc, ValidationError):
-                raise Refused(400, f"the body is not JSON: {exc}") from exc
+                raise APIError(400, f"the body is not JSON: {exc}") from exc
             fault = exc.errors(include_url=False, include_input=False)[0]
             param = ".".join(str(part) for part in fault["loc"]) or None
-            raise Refused(400, f"{param}: {fault['msg']}" if param else fault["msg"], param=param) from exc
+            raise APIError(400, f"{param}: {fault['msg']}" if param else fault["msg"], param=param) from exc
         model: str = request.model  # type: ignore[attr-defined]  # every form has it
         if model != self.model:
             message = f"model: {model!r} is not served, {self.model!r} is"
-            raise Refused(404, message, param="model", code="model_not_found")
+            raise APIError(404, message, param="model", code="model_not_found")
         return request
 
     async def _answer(self, http: HTTPRequest, request: Request, form: Form[Any]) -> Response:
-        if request.return_token_ids and self.live is None:
-            raise Refused(400, "return_token_ids: this teacher does not tell its tokens", param="return_token_ids")
         if request.stream:
             wake = Wake()
             return Stream(form, self._submit(request, wake), wake, self._count)
@@ -148,7 +135,7 @@ class Server:
             done = await asyncio.gather(*futures)
             whole = form.whole(done)
         except PotstillError as exc:
-            raise Refused.because_of(exc) from exc
+            raise APIError.because_of(exc) from exc
         except asyncio.CancelledError:
             if gone.done():
                 return Response(status_code=GONE)
@@ -159,24 +146,22 @@ class Server:
         self._count(done)
         return JSONResponse(whole)
 
-    def _submit(self, request: Request, wake: Wake | None = None) -> list[Sample]:
+    def _submit(self, request: Request, wake: Wake | None = None) -> list[SampleFuture]:
         if (num_samples := request.num_samples()) > self.most_samples:
-            raise Refused(400, f"n: {num_samples} samples are more than the {self.most_samples} that fit", param="n")
-        settings = request.settings(self.repetition)
-        wanted = request.asked(0, settings)
+            raise APIError(400, f"n: {num_samples} samples are more than the {self.most_samples} that fit", param="n")
+        options = request.options(self.repetition)
+        wanted = request.generation_requests(0, options)
         if request.seed is None:
             first = next(self._indices)
             for _ in wanted[1:]:
                 next(self._indices)
-            wanted = request.asked(first, settings)
+            wanted = request.generation_requests(first, options)
         try:
-            return self.batcher.submit(wanted, request.sampling(self.sampling), wake)
+            return self.feed.submit(wanted, request.sampling(self.sampling), wake)
         except queue.Full as exc:
-            raise Refused(429, "too many requests are waiting; try again later") from exc
-        except UserInputError as exc:
-            raise Refused.because_of(exc) from exc
+            raise APIError(429, "too many requests are waiting; try again later") from exc
 
-    def _count(self, answers: Sequence[Written]) -> None:
+    def _count(self, answers: Sequence[GeneratedSample]) -> None:
         completions = [answer.completion for answer in answers]
         self.metrics.count_tokens(
             prompt=sum(completion.num_prompt_tokens for completion in completions),
@@ -188,18 +173,18 @@ class Server:
 
 async def _body(http: HTTPRequest) -> bytes:
     if int(http.headers.get("content-length", "0")) > MAX_BODY_BYTES:
-        raise Refused(413, f"the body is over {MAX_BODY_BYTES} bytes")
+        raise APIError(413, f"the body is over {MAX_BODY_BYTES} bytes")
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_S):
             async for piece in http.stream():
                 body += piece
                 if len(body) > MAX_BODY_BYTES:
-                    raise Refused(413, f"the body is over {MAX_BODY_BYTES} bytes")
+                    raise APIError(413, f"the body is over {MAX_BODY_BYTES} bytes")
     except ClientDisconnect as exc:
-        raise Refused(GONE, "the client has left") from exc
+        raise APIError(GONE, "the client has left") from exc
     except TimeoutError as exc:
-        raise Refused(408, f"the body took over {BODY_S:g} s") from exc
+        raise APIError(408, f"the body took over {BODY_S:g} s") from exc
     return bytes(body)
 
 
@@ -209,24 +194,24 @@ def _no_number(name: str) -> NoReturn:
 
 
 def build_app(
-    teacher: Teacher,
+    teacher: LiveTeacher,
     *,
     model: str,
     sampling: Sampling,
     max_batch: int = 64,
     max_waiting: int = 4096,
     api_key: str = "",
-    reasoning: Placing = "content",
+    reasoning: ReasoningPlace = "content",
     repetition: RepetitionLimit | None = None,
 ) -> Starlette:
     """The ASGI application; it owns `teacher` and closes it when it ends.
 
     `model` is the name that requests must give, `sampling` what they get where they say nothing, `max_batch` how many
-    samples are generated together, `max_waiting` how many may wait before more are refused with 429. With `api_key`
-    every route but `/health` asks for it. `reasoning` is its place in a chat message and `repetition` what ends a text
-    that loops, where a request does not say; the latter needs a `LiveTeacher`.
+    samples the teacher generates together, `max_waiting` how many more may wait before others are refused with 429.
+    With `api_key` every route but `/health` asks for it. `reasoning` is its place in a chat message and `repetition`
+    what ends a text that loops, where a request does not say.
     """
-    server = Server(
+    routes = Routes(
         teacher,
         model=model,
         sampling=sampling,
@@ -241,10 +226,10 @@ def build_app(
         try:
             yield
         finally:
-            await asyncio.to_thread(server.batcher.close)
+            await asyncio.to_thread(routes.feed.close)
 
     async def refused(_: HTTPRequest, exc: Exception) -> Response:
-        assert isinstance(exc, Refused)
+        assert isinstance(exc, APIError)
         return exc.response
 
     async def not_found(_: HTTPRequest, exc: Exception) -> Response:
@@ -254,26 +239,26 @@ def build_app(
     async def failed(_: HTTPRequest, exc: Exception) -> Response:
         return JSONResponse(error_body(f"{type(exc).__name__} in the server", kind="server_error"), 500)
 
-    routes = [
-        Route("/health", server.health),
-        Route("/version", server.version),
-        Route("/metrics", server.metrics_text),
-        Route("/v1/models", server.models),
-        Route("/tokenize", server.tokenize, methods=["POST"]),
-        Route("/v1/completions", server.completions, methods=["POST"]),
-        Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
+    table = [
+        Route("/health", routes.health),
+        Route("/version", routes.version),
+        Route("/metrics", routes.metrics_text),
+        Route("/v1/models", routes.models),
+        Route("/tokenize", routes.tokenize, methods=["POST"]),
+        Route("/v1/completions", routes.completions, methods=["POST"]),
+        Route("/v1/chat/completions", routes.chat_completions, methods=["POST"]),
     ]
-    known = frozenset(route.path for route in routes)
-    middleware = [Middleware(server.metrics.middleware, known)]  # the outermost: it counts what is refused
+    known = frozenset(route.path for route in table)
+    middleware = [Middleware(routes.metrics.middleware, known)]  # the outermost: it counts what is refused
     if api_key:
-        middleware.append(Middleware(Keyed, api_key))
+        middleware.append(Middleware(KeyMiddleware, api_key))
     app = Starlette(
-        routes=routes,
+        routes=table,
         middleware=middleware,
-        exception_handlers={Refused: refused, HTTPException: not_found, Exception: failed},
+        exception_handlers={APIError: refused, HTTPException: not_found, Exception: failed},
         lifespan=lifespan,
     )
-    app.state.batcher, app.state.metrics = server.batcher, server.metrics
+    app.state.feed, app.state.metrics = routes.feed, routes.metrics
     return app
 
 
@@ -297,7 +282,7 @@ def serve(app: Starlette, listener: socket.socket, *, ready: Callable[[], object
             ready()
 
         async def on_tick(self, counter: int) -> bool:
-            self.fault = app.state.batcher.fault
+            self.fault = app.state.feed.fault
             return await super().on_tick(counter) or self.fault is not None
 
     server = Ready(

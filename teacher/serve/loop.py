@@ -6,7 +6,7 @@ import queue
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, NamedTuple
+from typing import Generic, NamedTuple, TypeAlias
 
 from teacher.serve.engine import Engine, Lockstep
 from teacher.serve.sequence import Key, Logprobs, Sequence
@@ -16,39 +16,43 @@ IDLE_S = 0.01
 
 
 @dataclass(frozen=True)
-class Withdrawn(Generic[Key]):
-    """The sequence with this key is no longer wanted."""
+class Cancelled(Generic[Key]):
+    """Nobody wants the sequence with this key any more."""
 
     key: Key
 
 
-class Grown(NamedTuple, Generic[Key]):
-    """What a streamed sequence has written since it was last told of; its end is told by `done` alone."""
+class TokenDelta(NamedTuple, Generic[Key]):
+    """The tokens of a streamed sequence since those that were told last; its end is told by `on_done` alone."""
 
     key: Key
     token_ids: list[int]
     logprobs: list[Logprobs]
 
 
-class EngineLoop(Generic[Key]):
-    """Takes jobs from a queue until None comes, calls `done` with every finished sequence, in the caller's thread.
+EngineJob: TypeAlias = list[Sequence[Key]] | Cancelled[Key]
 
-    `grew` hears after a step of all streamed sequences that have grown in it and go on. With `lockstep`, which is the
+
+class EngineLoop(Generic[Key]):
+    """Takes jobs from a queue until None comes, calls `on_done` with every finished sequence, in the caller's thread.
+
+    Sequences that come in one job are begun together. `on_deltas` hears after a step of all streamed sequences that
+    have grown in it and go on. With `lockstep`, which is the
     engine's, runs begin and end on all ranks together, and None must come to all of them.
     """
 
     def __init__(
         self,
         engine: Engine,
-        jobs: queue.SimpleQueue[Sequence[Key] | Withdrawn[Key] | None],
-        done: Callable[[Sequence[Key]], object],
-        grew: Callable[[list[Grown[Key]]], object] = lambda _: None,
+        jobs: queue.SimpleQueue[EngineJob[Key] | None],
+        on_done: Callable[[Sequence[Key]], object],
+        on_deltas: Callable[[list[TokenDelta[Key]]], object] = lambda _: None,
         lockstep: Lockstep | None = None,
     ) -> None:
         self._engine = engine
         self._jobs = jobs
-        self._done = done
-        self._grew = grew
+        self._on_done = on_done
+        self._on_deltas = on_deltas
         self._lockstep = lockstep
         self._streamed: dict[Key, tuple[Sequence[Key], int]] = {}  # how many of its tokens have been told
         self._closing = False
@@ -57,10 +61,10 @@ class EngineLoop(Generic[Key]):
         while (first := self._first()) is not None:
             for sequence in self._engine.run(first, more=self._joining):
                 self._streamed.pop(sequence.key, None)
-                self._done(sequence)
+                self._on_done(sequence)
 
     def _first(self) -> list[Sequence[Key]] | None:
-        """What the next run begins with, once there is work, here or on another rank; None at the end."""
+        """Take what the next run begins with, once there is work, here or on another rank; None at the end."""
         first: list[Sequence[Key]] = []
         if self._lockstep is None:
             if not self._closing:
@@ -90,19 +94,18 @@ class EngineLoop(Generic[Key]):
         news = []
         for key, (sequence, num_told) in self._streamed.items():
             if (length := sequence.num_written) > num_told:
-                news.append(Grown(key, sequence.generated_ids[num_told:length], sequence.logprobs[num_told:]))
+                news.append(TokenDelta(key, sequence.generated_ids[num_told:length], sequence.logprobs[num_told:]))
                 self._streamed[key] = sequence, length
         if news:
-            self._grew(news)
+            self._on_deltas(news)
 
-    def _take(self, job: Sequence[Key] | Withdrawn[Key] | None, joining: list[Sequence[Key]]) -> None:
+    def _take(self, job: EngineJob[Key] | None, joining: list[Sequence[Key]]) -> None:
         if job is None:
             self._closing = True
-        elif isinstance(job, Withdrawn):
+        elif isinstance(job, Cancelled):
             self._engine.cancel(job.key)
             self._streamed.pop(job.key, None)
             joining[:] = [sequence for sequence in joining if sequence.key != job.key]
         else:
-            joining.append(job)
-            if job.streamed:
-                self._streamed[job.key] = job, 0
+            joining += job
+            self._streamed.update({sequence.key: (sequence, 0) for sequence in job if sequence.streamed})

@@ -1,4 +1,4 @@
-"""What the HTTP API reads: OpenAI's completions and chat completions, as far as a Teacher can honour them.
+"""The requests of the HTTP API: OpenAI's completions and chat completions, as far as a Teacher can honour them.
 
 A field that would change the answer and is not honoured is refused with 400, never ignored: tools, penalties, system
 messages, more than one question. Beside OpenAI's fields there are vLLM's, under its names: `top_k`, `min_p`,
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInf
 
 from distill.reasoning import END_OF_THINKING
 from distill.records import Problem, Sampling, TraceRequest, content_id
-from teacher.serve.batching import Asked, Settings
+from teacher.live import GenerationRequest, RequestOptions
 from teacher.serve.stopping import RepetitionLimit
 
 MAX_LOGPROBS = 20
@@ -111,15 +111,15 @@ class Request(BaseModel, ABC):
     return_tokens_as_token_ids: bool = False
 
     @abstractmethod
-    def beginnings(self) -> list[Asked]:
-        """What each answer begins from, as sample 0; each is answered `n` times."""
+    def prompts(self) -> list[GenerationRequest]:
+        """The prompts, each as its sample 0; each is answered `n` times."""
 
     @abstractmethod
     def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told at every position; None: no logprobs at all."""
+        """The number of likeliest tokens told at every position; None: no logprobs at all."""
 
     def num_samples(self) -> int:
-        """How many answers are asked for, without making any of them."""
+        """Count the answers that are asked for, without making any of them."""
         return self.n
 
     def limit(self) -> int | None:
@@ -139,10 +139,10 @@ class Request(BaseModel, ABC):
         }
         return default.model_copy(update={name: value for name, value in said.items() if value is not None})
 
-    def settings(self, repetition: RepetitionLimit | None) -> Settings:
+    def options(self, repetition: RepetitionLimit | None) -> RequestOptions:
         """`repetition` is the limit where the request says nothing of one."""
         detection = self.repetition_detection
-        return Settings(
+        return RequestOptions(
             stop=tuple(self.stops()),
             top_k=max(0, self.top_k or 0),
             min_p=self.min_p or 0.0,
@@ -150,15 +150,13 @@ class Request(BaseModel, ABC):
             repetition_detection=repetition if detection is None else detection.limit(),
         )
 
-    def asked(self, first_index: int, settings: Settings) -> list[Asked]:
-        """`n` samples a beginning. A seeded request starts at index 0, so that it can be repeated; one without a seed
+    def generation_requests(self, first_index: int, options: RequestOptions) -> list[GenerationRequest]:
+        """`n` samples a prompt. A seeded request starts at index 0, so that it can be repeated; one without a seed
         gets indices of its own, so that it differs from every other and still shares their batch."""
         start = 0 if self.seed is not None else first_index
         return [
-            one._replace(
-                request=TraceRequest(problem=one.request.problem, sample_index=start + index), settings=settings
-            )
-            for number, one in enumerate(self.beginnings())
+            one._replace(request=TraceRequest(problem=one.request.problem, sample_index=start + index), options=options)
+            for number, one in enumerate(self.prompts())
             for index in range(number * self.n, (number + 1) * self.n)
         ]
 
@@ -182,7 +180,7 @@ class CompletionRequest(Request):
     best_of: Literal[1] | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
-    def beginnings(self) -> list[Asked]:
+    def prompts(self) -> list[GenerationRequest]:
         prompts: list[Any] = [self.prompt] if self._is_single else list(self.prompt)
         return [_question(one) if isinstance(one, str) else _tokens(one) for one in prompts]
 
@@ -198,7 +196,7 @@ class CompletionRequest(Request):
 
     @model_validator(mode="after")
     def _a_budget_needs_a_question(self) -> CompletionRequest:
-        if self.thinking_token_budget is not None and any(one.prompt_ids for one in self.beginnings()):
+        if self.thinking_token_budget is not None and any(one.prompt_ids for one in self.prompts()):
             raise ValueError("thinking_token_budget: where a prompt of token ids thinks cannot be seen")
         return self
 
@@ -260,13 +258,13 @@ class ChatRequest(Request):
             raise ValueError("thinking_token_budget: cannot be counted in a message that goes on")
         return self
 
-    def beginnings(self) -> list[Asked]:
-        written = self.messages[1].text if self.continue_final_message else ""
-        return [_question(self.messages[0].text)._replace(written=written)]
+    def prompts(self) -> list[GenerationRequest]:
+        partial_answer = self.messages[1].text if self.continue_final_message else ""
+        return [_question(self.messages[0].text)._replace(partial_answer=partial_answer)]
 
     @property
     def has_thought(self) -> bool:
-        """Whether the answer goes on behind its reasoning."""
+        """True where the answer goes on behind its reasoning."""
         return self.continue_final_message and END_OF_THINKING in self.messages[1].text
 
     def num_logprobs(self) -> int | None:
@@ -286,13 +284,13 @@ class TokenizeRequest(BaseModel):
     add_special_tokens: Literal[False]
 
 
-def _question(text: str) -> Asked:
-    return Asked(_sample(text))
+def _question(text: str) -> GenerationRequest:
+    return GenerationRequest(_sample(text))
 
 
-def _tokens(ids: list[int]) -> Asked:
+def _tokens(ids: list[int]) -> GenerationRequest:
     """The problem stands for the seed alone, which every prompt must have to itself."""
-    return Asked(_sample(f"tokens {content_id(ids)}"), prompt_ids=tuple(ids))
+    return GenerationRequest(_sample(f"tokens {content_id(ids)}"), prompt_ids=tuple(ids))
 
 
 def _sample(text: str) -> TraceRequest:

@@ -1,4 +1,4 @@
-"""What `/metrics` tells, in Prometheus' text form. The numbers belong to one server: nothing is global."""
+"""The numbers of `/metrics`, in Prometheus' text form. The numbers belong to one server: nothing is global."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000)
 
 
-class _OfTeacher(Collector):
+class _TeacherGauges(Collector):
     def __init__(self, gauges: Callable[[], dict[str, float]]) -> None:
         self._gauges = gauges
 
@@ -26,7 +26,7 @@ class _OfTeacher(Collector):
 class Metrics:
     """`unfinished` says how many samples are begun or wait; `gauges` are numbers of the teacher's own."""
 
-    def __init__(self, unfinished: Callable[[], int], gauges: Callable[[], dict[str, float]] = dict) -> None:
+    def __init__(self, unfinished: Callable[[], int], gauges: Callable[[], dict[str, float]]) -> None:
         self._registry = CollectorRegistry()
         labels = ("route", "status")
         self._requests = Counter("potstill_requests", "Requests answered.", labels, registry=self._registry)
@@ -44,14 +44,14 @@ class Metrics:
         self.num_drafts = self.num_accepted = 0
         gauge = Gauge("potstill_unfinished_samples", "Samples begun or waiting.", registry=self._registry)
         gauge.set_function(unfinished)
-        self._registry.register(_OfTeacher(gauges))
+        self._registry.register(_TeacherGauges(gauges))
 
     def count_tokens(self, *, prompt: int, completion: int) -> None:
         self._tokens.labels("prompt").inc(prompt)
         self._tokens.labels("completion").inc(completion)
 
     def count_drafts(self, *, accepted: int, drafted: int) -> None:
-        """Of a sample by speculative decoding."""
+        """Count the drafts of a sample by speculative decoding."""
         self.num_drafts += drafted
         self.num_accepted += accepted
         self._drafts.labels("accepted").inc(accepted)

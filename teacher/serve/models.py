@@ -14,7 +14,7 @@ from teacher.model.counts import count_parameters
 from teacher.serve.architecture import Architecture
 from teacher.serve.grouped_config import FAMILIES, read_gqa_config
 from teacher.serve.grouped_model import GqaModel
-from teacher.serve.grouped_weights import num_parameters
+from teacher.serve.grouped_weights import check_gqa, num_parameters
 from teacher.serve.invariant_models import InvariantGqaModel, InvariantLatentModel
 from teacher.serve.latent_model import LatentModel
 

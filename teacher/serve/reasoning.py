@@ -19,7 +19,7 @@ class Reasoning:
         self._end = None if has_ended else StopStrings([END_OF_THINKING])
 
     def feed(self, piece: str) -> tuple[str, str]:
-        """Of the reasoning and of the answer what is certain now and was not before."""
+        """Take a piece; return what of the reasoning and of the answer is certain now and was not before."""
         if self._opening:
             self._seen += piece
             if len(self._seen) < len(THINK_LINE) and THINK_LINE.startswith(self._seen):
@@ -33,7 +33,7 @@ class Reasoning:
         return thought, answer
 
     def rest(self) -> tuple[str, str]:
-        """What was held back, now that the text has ended."""
+        """Return what was held back, now that the text has ended."""
         seen, self._seen = self._seen, ""
         return seen + ("" if self._end is None else self._end.rest()), ""
 

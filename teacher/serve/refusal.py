@@ -10,7 +10,7 @@ from teacher.serve.forms import error_body
 RETRY_AFTER_S = 1
 
 
-class Refused(Exception):
+class APIError(Exception):
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
@@ -18,7 +18,7 @@ class Refused(Exception):
         self.body = error_body(message, kind=kind, param=param, code=code)
 
     @classmethod
-    def because_of(cls, fault: PotstillError) -> Refused:
+    def because_of(cls, fault: PotstillError) -> APIError:
         """`param` is the request's own field, where it is that which is wrong."""
         param = fault.field if fault.where is None else None
         return cls(400 if isinstance(fault, UserInputError) else 500, str(fault), param=param)

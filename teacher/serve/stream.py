@@ -17,13 +17,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from distill.errors import PotstillError
-from teacher.serve.batching import Sample, Written
+from teacher.http.feed import SampleFuture
+from teacher.live import GeneratedSample
 from teacher.serve.detokenizer import Detokenizer
 from teacher.serve.forms import Form, Offsets, scored, usage
-from teacher.serve.refusal import Refused
+from teacher.serve.refusal import APIError
 from teacher.serve.stopping import StopStrings
 
-# How long an answer may lie unread.
+# An answer may lie unread for so long.
 UNREAD_S = 60.0
 # Clients and proxies give a silent connection up after a minute or more.
 KEEP_ALIVE_S = 15.0
@@ -45,7 +46,7 @@ class Wake:
             self._loop.call_soon_threadsafe(self._event.set)
 
     async def heard(self, timeout_s: float) -> bool:
-        """Whether it was called, since it was heard last, within a time."""
+        """Wait until it is called; True where it was, since it was heard last, within a time."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._event.wait()
@@ -56,33 +57,35 @@ class Wake:
 
 
 class _Choice:
-    """How far the telling of one sample has come."""
+    """One sample, and how much of it has been told."""
 
-    def __init__(self, form: Form[Any], index: int, sample: Sample, future: asyncio.Future[Written]) -> None:
+    def __init__(
+        self, form: Form[Any], index: int, sample: SampleFuture, future: asyncio.Future[GeneratedSample]
+    ) -> None:
         self.future = future
         self._form = form
         self._index = index
         self._sample = sample
         self._num_tokens = self._num_characters = 0
-        self._begun = False
+        self._is_begun = False
         self._stops = StopStrings(form.request.stops())
         self._text = Detokenizer(lambda token_ids: form.spell(*token_ids))
         self._splitter = form.splitter()
         self._offsets: Offsets | None = None
 
-    def grown(self) -> Iterator[dict[str, Any]]:
-        """Entries of `choices` for what has come since."""
-        begun = self._sample.begun
-        if begun is None or self._sample.num_grown() < self._form.request.stream_interval:
+    def deltas(self) -> Iterator[dict[str, Any]]:
+        """Entries of `choices` for the tokens that have come since."""
+        handle = self._sample.handle
+        if handle is None or self._sample.num_new_tokens() < self._form.request.stream_interval:
             return
-        token_ids, logprobs = self._sample.take()
+        token_ids, logprobs = self._sample.take_tokens()
         text = self._stops.feed(self._text.push(token_ids))
         scores = None if self._form.request.num_logprobs() is None else scored(token_ids, logprobs)
-        yield from self._piece(text, begun.prompt_ids, begun.opening, token_ids, scores)
+        yield from self._piece(text, handle.prompt_ids, handle.opening, token_ids, scores)
 
-    def ended(self, answer: Written) -> Iterator[dict[str, Any]]:
+    def last_deltas(self, answer: GeneratedSample) -> Iterator[dict[str, Any]]:
         """The rest of the text, and why it ends there."""
-        self._sample.take()
+        self._sample.take_tokens()
         start = self._num_tokens
         kept = self._form.kept(answer)
         scores = None if kept is None else type(kept)(kept.unit, kept.sampled[start:], kept.top[start:])
@@ -96,14 +99,14 @@ class _Choice:
         opening: str,
         token_ids: Sequence[int],
         scores: Any,
-        answer: Written | None = None,
+        answer: GeneratedSample | None = None,
     ) -> Iterator[dict[str, Any]]:
-        form, first = self._form, not self._begun
+        form, first = self._form, not self._is_begun
         if self._offsets is None:
             self._offsets = form.offsets(len(opening))
         if first:
             text = opening + text
-            self._begun = True
+            self._is_begun = True
         self._num_characters += len(text)
         self._num_tokens += len(token_ids)
         logprobs = (
@@ -123,7 +126,11 @@ class Stream(Response):
     """
 
     def __init__(
-        self, form: Form[Any], samples: Sequence[Sample], wake: Wake, finished: Callable[[Sequence[Written]], object]
+        self,
+        form: Form[Any],
+        samples: Sequence[SampleFuture],
+        wake: Wake,
+        finished: Callable[[Sequence[GeneratedSample]], object],
     ) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
         del self.headers["content-length"]
@@ -164,7 +171,7 @@ class Stream(Response):
             try:
                 piece = "".join(self._events()) if heard else ": keep-alive\n\n"
             except PotstillError as exc:
-                yield f"{_event(Refused.because_of(exc).body)}data: [DONE]\n\n", False
+                yield f"{_event(APIError.because_of(exc).body)}data: [DONE]\n\n", False
                 return
             if not self._pending:
                 yield f"{piece}{self._usage()}data: [DONE]\n\n", False
@@ -175,12 +182,12 @@ class Stream(Response):
     def _events(self) -> Iterator[str]:
         for choice in tuple(self._pending):
             if not choice.future.done():
-                entries = choice.grown()
+                entries = choice.deltas()
             else:
                 self._pending.remove(choice)
-                answer = self._form.checked(choice.future.result())
+                answer = choice.future.result()
                 self._finished([answer])
-                entries = choice.ended(answer)
+                entries = choice.last_deltas(answer)
             for entry in entries:
                 yield _event({**self._form.head(chunk=True), "choices": [entry]})
 
@@ -196,7 +203,7 @@ def _event(tree: dict[str, Any]) -> str:
     return f"data: {json.dumps(tree, ensure_ascii=False)}\n\n"
 
 
-def cancel(futures: Sequence[asyncio.Future[Written]]) -> None:
+def cancel(futures: Sequence[asyncio.Future[GeneratedSample]]) -> None:
     for future in futures:
         future.cancel()
 

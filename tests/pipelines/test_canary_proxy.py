@@ -65,7 +65,7 @@ def test_a_refused_password_is_in_no_error(tmp_path: Path) -> None:
         url = f"http://me:{quote(PASSWORD, safe='')}@{proxy.address}"
         code, stdout, stderr = run(tmp_path, endpoint.port, url, tls[1])
     assert code == 3, stderr
-    assert "cannot be reached (ProxyError: 407 not with" in stderr
+    assert "refuses user and password (HTTP 407: not with" in stderr
     assert "Traceback" in stderr, "it is searched too"
     for secret in SECRETS:
         assert places_with(secret, tmp_path, stdout, stderr) == []

@@ -20,9 +20,9 @@ from distill.records import Completion
 from teacher.backends import fleet as fleets
 from teacher.backends import open_teacher
 from teacher.backends.native import NativeBackend
+from teacher.live import GeneratedSample, GenerationRequest
 from teacher.model.block_checkpoint import load_blocks
 from teacher.parallel.groups import SHARED_GPU_ENV, device_of
-from teacher.serve.batching import Asked, Written
 from teacher.serve.engine import Engine
 from teacher.serve.http import build_app
 from teacher.serve.latent_model import LatentModel
@@ -101,7 +101,10 @@ def test_ranks_write_what_one_engine_writes(folder: Path, teacher: NativeBackend
 
 def submitted(teacher: NativeBackend, sampling: Any = SAMPLING, count: int = 3, **streamed: Any) -> Any:
     outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    begun = [teacher.submit(Asked(request), sampling, outcomes.put, **streamed) for request in requests(count=count)]
+    begun = [
+        teacher.submit(GenerationRequest(request), sampling, outcomes.put, **streamed)
+        for request in requests(count=count)
+    ]
     return begun, outcomes
 
 
@@ -110,9 +113,9 @@ def test_requests_come_at_any_time_and_are_streamed(teacher: NativeBackend) -> N
     """After an idle time too: all ranks have to begin together."""
     for _ in range(3):
         grown: list[int] = []
-        _, outcomes = submitted(teacher, count=1, grow=lambda tokens, logprobs, into=grown: into.extend(tokens))
+        _, outcomes = submitted(teacher, count=1, on_tokens=lambda tokens, logprobs, into=grown: into.extend(tokens))
         answers = [outcomes.get(timeout=100) for _ in range(2)]
-        assert all(isinstance(answer, Written) for answer in answers)
+        assert all(isinstance(answer, GeneratedSample) for answer in answers)
         assert 0 < len(grown) <= sum(len(answer.token_ids) for answer in answers)
         time.sleep(0.2)
 
@@ -122,11 +125,11 @@ def test_whoever_leaves_frees_a_place(teacher: NativeBackend) -> None:
     """All six places are taken by long answers that nobody wants any more."""
     begun, outcomes = submitted(teacher, LONG, count=3)
     for one in begun:
-        one.withdraw()
+        one.cancel()
     for _ in begun:
         assert isinstance(outcomes.get(timeout=100), EnvironmentFault)
     _, outcomes = submitted(teacher, count=1)
-    assert isinstance(outcomes.get(timeout=100), Written)
+    assert isinstance(outcomes.get(timeout=100), GeneratedSample)
 
 
 @pytest.mark.slow

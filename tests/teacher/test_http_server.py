@@ -5,40 +5,87 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 from starlette.testclient import TestClient
 
-from distill.errors import EnvironmentFault
-from distill.records import Completion, Problem, Sampling, TeacherIdentity, TraceRequest
-from teacher.serve.batching import Asked, Batcher
+from distill.errors import DataError, EnvironmentFault, PotstillError
+from distill.records import Completion, Sampling
+from teacher.live import GeneratedSample, GenerationRequest, StreamHandle
 from teacher.serve.http import build_app
+from teacher.serve.reasoning import THINK
+from teacher.serve.stopping import cut
 
 DEFAULTS = Sampling(temperature=0.6, top_p=0.95, max_tokens=100, seed=3)
 
 
 class SpellingTeacher:
-    """Says what it was asked, with which seed; finishes a batch from its end, and remembers the batches."""
+    """A `LiveTeacher` that says what it was asked, with which seed, in seven tokens, once `hold` is set."""
 
     def __init__(self) -> None:
-        self.identity = TeacherIdentity(name="spelling", weights="-", template="-", backend="test", backend_version="1")
-        self.batches: list[tuple[int, Sampling]] = []
+        self.submitted: list[tuple[GenerationRequest, Sampling]] = []
+        self.num_finished = 0
         self.hold = threading.Event()
         self.hold.set()
         self.closed = False
+        self.fault = None
+        self._vocabulary: list[str] = []
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(64)
 
-    def generate(self, requests: Sequence[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
-        self.batches.append((len(requests), sampling))
+    def submit(
+        self,
+        wanted: GenerationRequest,
+        sampling: Sampling,
+        on_done: Callable[[GeneratedSample | PotstillError], None],
+        on_tokens: Callable[[list[int], list], None] | None = None,
+    ) -> StreamHandle:
+        self.submitted.append((wanted, sampling))
+        if wanted.request.problem.prompt == "too long":
+            raise DataError("the prompt is too long", field="prompt")
+        cancelled = threading.Event()
+        self._pool.submit(self._write, wanted, sampling, cancelled, on_done, on_tokens)
+        return StreamHandle(cancelled.set, [1] * 5, THINK)
+
+    def _write(self, wanted, sampling, cancelled, on_done, on_tokens) -> None:
         assert self.hold.wait(30)
-        for request in reversed(requests):
-            if request.problem.prompt == "out of memory":
-                raise EnvironmentFault("no memory is left")
-            text = f"<think>\n{request.problem.prompt}\n</think>\n\n\\boxed{{{request.seed(sampling)}}}"
-            yield Completion(request=request, text=text, finish_reason="stop", num_prompt_tokens=5, num_tokens=7)
+        request = wanted.request
+        if cancelled.is_set():
+            on_done(EnvironmentFault("the request was withdrawn"))
+        elif request.problem.prompt == "out of memory":
+            on_done(EnvironmentFault("no memory is left"))
+        else:
+            written = f"{request.problem.prompt}\n</think>\n\n\\boxed{{{request.seed(sampling)}}}"
+            text, stopped = cut(written, wanted.options.stop)
+            tokens = self._tokens(text)
+            if on_tokens is not None:
+                for token in tokens[:-1]:
+                    on_tokens([token], [])
+            counts = {"num_prompt_tokens": 5, "num_tokens": 7}
+            completion = Completion(request=request, text=THINK + text, finish_reason="stop", **counts)
+            with self._lock:
+                self.num_finished += 1
+            on_done(GeneratedSample(completion, [1] * 5, tokens, THINK, stopped))
+
+    def _tokens(self, text: str) -> list[int]:
+        """Seven new words of the vocabulary that make up the text."""
+        ends = [len(text) * part // 7 for part in range(8)]
+        with self._lock:
+            first = len(self._vocabulary)
+            self._vocabulary += [text[start:end] for start, end in pairwise(ends)]
+        return list(range(first, first + 7))
+
+    def spell(self, *token_ids: int) -> str:
+        return "".join(self._vocabulary[token] for token in token_ids)
+
+    def gauges(self) -> dict[str, float]:
+        return {}
 
     def close(self) -> None:
+        self._pool.shutdown()
         self.closed = True
 
 
@@ -101,9 +148,9 @@ def test_fields_reach_the_sampling(client: TestClient, teacher: SpellingTeacher)
     chat(client, temperature=0, top_p=0.5, max_tokens=12, seed=8)
     chat(client, max_completion_tokens=13, max_tokens=12)
     chat(client, max_tokens=12, thinking_token_budget=5)
-    assert teacher.batches[0][1] == Sampling(temperature=0, top_p=0.5, max_tokens=12, seed=8)
-    assert teacher.batches[1][1] == DEFAULTS.model_copy(update={"max_tokens": 13})
-    assert teacher.batches[2][1] == DEFAULTS.model_copy(update={"max_tokens": 12, "max_thinking_tokens": 5})
+    assert teacher.submitted[0][1] == Sampling(temperature=0, top_p=0.5, max_tokens=12, seed=8)
+    assert teacher.submitted[1][1] == DEFAULTS.model_copy(update={"max_tokens": 13})
+    assert teacher.submitted[2][1] == DEFAULTS.model_copy(update={"max_tokens": 12, "max_thinking_tokens": 5})
 
 
 def test_completions_take_several_prompts(client: TestClient) -> None:
@@ -127,18 +174,18 @@ def test_streams_carry_the_same_text_as_whole_answers(client: TestClient) -> Non
     assert reasons == {0: "stop", 1: "stop"}
 
 
-def test_requests_that_wait_together_are_one_batch(client: TestClient, teacher: SpellingTeacher) -> None:
+def test_requests_that_come_together_are_under_way_together(client: TestClient, teacher: SpellingTeacher) -> None:
     teacher.hold.clear()
     with ThreadPoolExecutor(9) as pool:
         first = pool.submit(chat, client)
-        wait_until(lambda: len(teacher.batches) == 1)
+        wait_until(lambda: len(teacher.submitted) == 1)
         rest = [pool.submit(chat, client) for _ in range(8)]
-        wait_until(lambda: client.app.state.batcher.num_waiting() == 8)
+        wait_until(lambda: client.app.state.feed.num_unfinished() == 9)
         teacher.hold.set()
         answers = [future.result() for future in [first, *rest]]
     assert [answer.status_code for answer in answers] == [200] * 9
     assert len({answer.json()["choices"][0]["message"]["content"] for answer in answers}) == 9
-    assert [size for size, _ in teacher.batches] == [1, 8]
+    assert len(teacher.submitted) == teacher.num_finished == 9
 
 
 @pytest.mark.parametrize(
@@ -165,7 +212,7 @@ def test_bad_fields_are_named(client: TestClient, teacher: SpellingTeacher, fiel
     error = response.json()["error"]
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
-    assert not teacher.batches
+    assert not teacher.submitted
 
 
 BOTH = [{"role": "user", "content": "what is 2 + 2"}, {"role": "assistant", "content": "<think>\nso"}]
@@ -188,26 +235,10 @@ def test_fields_that_contradict_each_other(client: TestClient, fields: dict, sai
     assert (response.status_code, said in response.json()["error"]["message"]) == (400, True), response.text
 
 
-def test_what_a_plain_teacher_cannot_do_is_refused_and_not_left_out(client: TestClient) -> None:
-    """It knows questions alone, and neither its tokens nor their logprobs."""
-    for fields, param in [
-        ({"messages": BOTH, "continue_final_message": True}, "prompt"),
-        ({"logprobs": True}, "logprobs"),
-        ({"return_token_ids": True}, "return_token_ids"),
-    ]:
-        response = chat(client, **fields)
-        error = response.json()["error"]
-        assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param), fields
-    body = {"model": "pico", "prompt": [1, 2, 3]}
-    assert client.post("/v1/completions", json=body).json()["error"]["param"] == "prompt"
-    text = {"model": "pico", "prompt": "a", "add_special_tokens": False}
-    assert client.post("/tokenize", json=text).status_code == 404
-
-
 @pytest.mark.parametrize(
     ("fields", "kind"),
     [
-        ({"logprobs": True}, "invalid_request_error"),
+        ({"messages": [{"role": "user", "content": "too long"}]}, "invalid_request_error"),
         ({"messages": [{"role": "user", "content": "out of memory"}]}, "server_error"),
     ],
 )
@@ -251,32 +282,13 @@ def test_a_fault_of_the_teacher_ends_its_request_and_not_the_server(client: Test
 
 
 def test_a_full_queue_is_refused(teacher: SpellingTeacher) -> None:
-    app = build_app(teacher, model="pico", sampling=DEFAULTS, max_waiting=4)
+    app = build_app(teacher, model="pico", sampling=DEFAULTS, max_batch=1, max_waiting=4)
     with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
         teacher.hold.clear()
         running = pool.submit(chat, client)
-        wait_until(lambda: len(teacher.batches) == 1)
+        wait_until(lambda: len(teacher.submitted) == 1)
         assert chat(client, n=5).status_code == 429
         teacher.hold.set()
         assert running.result().status_code == 200
         assert chat(client).status_code == 200
-    assert [size for size, _ in teacher.batches] == [1, 1]
-
-
-def test_closing_fails_what_still_waits(teacher: SpellingTeacher) -> None:
-    batcher = Batcher(teacher, max_batch=1)
-    teacher.hold.clear()
-    problem = Problem(prompt="1 + 1", answer=None, grader="math", source="test")
-    requests = [Asked(TraceRequest(problem=problem, sample_index=index)) for index in range(3)]
-    futures = batcher.submit(requests[:1], DEFAULTS)
-    wait_until(lambda: len(teacher.batches) == 1)
-    closing = threading.Thread(target=batcher.close)
-    closing.start()
-    late = batcher.submit(requests[1:], DEFAULTS)
-    teacher.hold.set()
-    closing.join(30)
-    assert futures[0].result(30).completion.request == requests[0].request
-    for future in late:
-        outcome = future.exception(30)
-        assert outcome is None or isinstance(outcome, EnvironmentFault)
-    assert teacher.closed
+    assert len(teacher.submitted) == 2

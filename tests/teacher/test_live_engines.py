@@ -13,9 +13,10 @@ from distill.errors import DataError, EnvironmentFault
 from distill.records import Problem, Sampling, TraceRequest
 from teacher.backends.live import LocalEngine
 from teacher.backends.native import NativeBackend
-from teacher.serve.batching import Asked, Live, Written
+from teacher.http.feed import SampleFeed
+from teacher.live import GeneratedSample, GenerationRequest
 from teacher.serve.http import build_app
-from teacher.serve.loop import EngineLoop, Withdrawn
+from teacher.serve.loop import Cancelled, EngineLoop
 from teacher.serve.sampler import Draw
 from teacher.serve.sequence import Sequence
 from tests.teacher.test_native_backend import SAMPLING, open_it, requests
@@ -45,11 +46,15 @@ def test_what_joins_a_running_batch_is_what_it_is_alone(folder: Path, workers: i
     outcomes: queue.SimpleQueue[tuple[Sampling, Any]] = queue.SimpleQueue()
     for sampling in samplings:
         for request in requests(count=6):
-            live.submit(Asked(request), sampling, lambda outcome, sampling=sampling: outcomes.put((sampling, outcome)))
+            live.submit(
+                GenerationRequest(request),
+                sampling,
+                lambda outcome, sampling=sampling: outcomes.put((sampling, outcome)),
+            )
     found = {}
     for _ in wanted:
         sampling, outcome = outcomes.get(timeout=250)
-        assert isinstance(outcome, Written), outcome
+        assert isinstance(outcome, GeneratedSample), outcome
         assert len(outcome.token_ids) == outcome.completion.num_tokens
         found[outcome.completion.request.key(alone.identity, sampling)] = outcome.completion
     live.close()
@@ -72,8 +77,8 @@ def test_what_libraries_print_is_no_answer(folder: Path, tmp_path: Path, monkeyp
     live = teacher(folder, workers=2)
     assert len(list(live.generate(requests(count=4), SAMPLING))) == 8
     outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    live.submit(Asked(requests(count=1)[0]), SAMPLING, outcomes.put)
-    assert isinstance(outcomes.get(timeout=100), Written)
+    live.submit(GenerationRequest(requests(count=1)[0]), SAMPLING, outcomes.put)
+    assert isinstance(outcomes.get(timeout=100), GeneratedSample)
     live.close()
 
 
@@ -99,12 +104,12 @@ class _Runs:
             running += joined
 
 
-def test_what_comes_joins_the_run_whatever_its_settings_and_what_is_withdrawn_leaves_it() -> None:
+def test_what_comes_joins_the_run_whatever_its_settings_and_what_is_cancelled_leaves_it() -> None:
     engine, jobs, done = _Runs(), queue.SimpleQueue(), []
     hot, cold = Draw(1.0, 1.0), Draw(0.0, 1.0)
     for key, draw in enumerate([hot, hot, cold, hot]):
-        jobs.put(Sequence(key, [1], max_tokens=1, seed=0, draw=draw))
-    jobs.put(Withdrawn(2))
+        jobs.put([Sequence(key, [1], max_tokens=1, seed=0, draw=draw)])
+    jobs.put(Cancelled(2))
     jobs.put(None)
     EngineLoop(engine, jobs, lambda sequence: done.append(sequence.key)).run()  # type: ignore[arg-type]
     assert engine.runs == [[0, 1, 3]]
@@ -116,13 +121,13 @@ def test_what_comes_joins_the_run_whatever_its_settings_and_what_is_withdrawn_le
 def test_a_client_that_leaves_frees_its_places(folder: Path, workers: int) -> None:
     """Four places, eight long answers: the others could not be written while the first four are."""
     backend = teacher(folder, workers=workers)
-    live = Live(backend, max_unfinished=16)
+    live = SampleFeed(backend, max_unfinished=16)
     endless = SAMPLING.model_copy(update={"max_tokens": 100, "temperature": 0.0})
-    left = live.submit([Asked(request) for request in requests(count=4)], endless)
+    left = live.submit([GenerationRequest(request) for request in requests(count=4)], endless)
     for future in left:
         assert future.cancel()
-    assert live.num_waiting() == 0
-    (answer,) = live.submit([Asked(requests(count=1)[0])], SAMPLING)
+    assert live.num_unfinished() == 0
+    (answer,) = live.submit([GenerationRequest(requests(count=1)[0])], SAMPLING)
     assert answer.result(timeout=250).completion.num_tokens
     live.close()
 
@@ -148,7 +153,7 @@ def test_a_worker_that_dies_settles_what_it_had(folder: Path) -> None:
     outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
     long = SAMPLING.model_copy(update={"max_tokens": 100})
     for request in requests(count=8):
-        live.submit(Asked(request), long, outcomes.put)
+        live.submit(GenerationRequest(request), long, outcomes.put)
     for worker in live._live._crew:  # type: ignore[attr-defined]
         worker._process.kill()
     settled = [outcomes.get(timeout=250) for _ in requests(count=8)]
@@ -178,5 +183,7 @@ def _question(text: str) -> Problem:
 def test_a_prompt_too_long_is_raised_at_once(folder: Path) -> None:
     with pytest.raises(DataError, match="the model takes 127"):
         teacher(folder, workers=1).submit(
-            Asked(TraceRequest(problem=_question("x" * 200), sample_index=0)), SAMPLING, lambda outcome: None
+            GenerationRequest(TraceRequest(problem=_question("x" * 200), sample_index=0)),
+            SAMPLING,
+            lambda outcome: None,
         )

@@ -19,7 +19,6 @@ from teacher.serve.guard import GuardedProtocol
 from teacher.serve.http import build_app
 from teacher.serve.reasoning import split
 from teacher.serve.stopping import RepetitionLimit
-from tests.teacher.test_http_server import SpellingTeacher
 from tests.teacher.test_native_backend import open_it
 from tests.teacher.v3_models import tiny_config, write_model_folder
 
@@ -208,24 +207,6 @@ def test_bad_settings_are_refused_at_once(client: openai.OpenAI, fields: dict[st
     assert refused.value.type == "invalid_request_error"
     assert str(refused.value.param).startswith(param)
     assert time.process_time() - begun < 1, "0.1 s of this process, in which the server runs as well"
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"top_k": 3}, "top_k"),
-        ({"min_p": 0.1}, "min_p"),
-        ({"logit_bias": {"3": 1}}, "logit_bias"),
-        ({"repetition_detection": {"max_pattern_size": 4, "min_count": 2}}, "repetition_detection"),
-    ],
-)
-def test_a_teacher_without_an_engine_of_ours_refuses_what_it_cannot_do(fields: dict[str, Any], param: str) -> None:
-    with asking(SpellingTeacher()) as client:
-        with pytest.raises(openai.BadRequestError) as refused:
-            chat(client, **fields)
-        assert refused.value.param == param
-        cut = chat(client, stop=["1 +"])
-    assert (cut.choices[0].message.content, cut.choices[0].finish_reason) == (THINK_LINE, "stop")
 
 
 def test_reasoning_is_told_apart_when_asked_for(client: openai.OpenAI, native: NativeBackend) -> None:

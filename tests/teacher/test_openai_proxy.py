@@ -114,5 +114,3 @@ def test_its_password_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     tunnel = proxy.for_aiohttp({"Authorization": "Bearer sk-1234567"})
     assert tunnel["proxy_headers"] == {"Proxy-Authorization": f"Basic {encoded(LOGIN)}"}
     assert tunnel["headers"] == {"Authorization": "Bearer sk-1234567"}
-    httpx_s = proxy.for_httpx()
-    assert (str(httpx_s.url), httpx_s.auth) == ("http://p.test:3128", tuple(LOGIN.split(":")))

@@ -75,7 +75,7 @@ def test_both_requests_are_paid_for(endpoint: SpellingEndpoint) -> None:
     (done,) = source.generate([REQUEST], Sampling(max_tokens=400, seed=3, max_thinking_tokens=BUDGET))
     assert done.num_prompt_tokens == NUM_PROMPT
     assert source.facts()["cost"] == NUM_PROMPT + (NUM_PROMPT + BUDGET + len(END))
-    assert source.spent.completion_tokens == BUDGET + len(answer(QUESTION))
+    assert source.usage.completion_tokens == BUDGET + len(answer(QUESTION))
 
 
 def test_an_endpoint_without_token_ids_is_named(endpoint: SpellingEndpoint) -> None:

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from distill.errors import EnvironmentFault, RecipeError
 from distill.records import Completion
-from teacher.backends.openai.answers import Answer, Reported
+from teacher.backends.openai.answers import Answer, EndpointError
 from teacher.backends.openai.client import retry_after_s
 from teacher.backends.openai.secrets import ApiKey
 from teacher.backends.openai.streaming import EventDecoder
@@ -68,7 +68,7 @@ def test_a_stream_without_token_counts_names_the_switch(endpoint: ChatEndpoint) 
 
 def test_a_stream_that_breaks_off_is_no_completion(endpoint: ChatEndpoint) -> None:
     endpoint.breaks_off = True
-    with pytest.raises(EnvironmentFault, match=r"after 3 attempts \(Garbled: ended without a finish_reason\)"):
+    with pytest.raises(EnvironmentFault, match=r"after 3 attempts \(MalformedAnswer: ended without a finish_reason\)"):
         list(teacher(endpoint, max_retries=2).generate(requests(1), SAMPLING))
 
 
@@ -93,7 +93,7 @@ def test_a_stream_that_stalls_is_given_up_and_asked_for_again(endpoint: ChatEndp
 def test_an_error_inside_a_stream_says_what_it_amounts_to(error: Any, status: int) -> None:
     answer = Answer()
     answer.take(json.dumps({"choices": [{"index": 0, "delta": {"content": "x"}}]}))
-    with pytest.raises(Reported, match="broke off with the error 'out of memory'") as caught:
+    with pytest.raises(EndpointError, match="broke off with the error 'out of memory'") as caught:
         answer.take(json.dumps({"error": error}))
     assert caught.value.status == status
 

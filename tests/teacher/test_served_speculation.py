@@ -14,7 +14,7 @@ from distill.errors import CheckpointError
 from distill.recipe import NativeTeacher
 from teacher.backends import open_teacher
 from teacher.backends.native import NativeBackend
-from teacher.serve.batching import Asked, Written
+from teacher.live import GeneratedSample, GenerationRequest
 from teacher.serve.http import build_app
 from tests.teacher.test_native_backend import SAMPLING, requests
 from tests.teacher.v3_models import tiny_config, write_model_folder
@@ -50,10 +50,10 @@ def test_completions_and_identity_are_the_same(folder: Path, workers: int) -> No
         }
     live: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for request in requests():
-        fast.submit(Asked(request), GREEDY, live.put)
+        fast.submit(GenerationRequest(request), GREEDY, live.put)
     outcomes = [live.get(timeout=250) for _ in requests()]
     fast.close()
-    assert all(isinstance(outcome, Written) for outcome in outcomes)
+    assert all(isinstance(outcome, GeneratedSample) for outcome in outcomes)
     assert sum(outcome.num_drafts for outcome in outcomes) > sum(outcome.num_accepted for outcome in outcomes) > 0
     for outcome in outcomes:
         # The prompt's end gives one token, each draft one more, and each that came true another, if it was not last.

@@ -142,7 +142,7 @@ def test_a_client_that_leaves_is_not_worked_for(
     teacher.hold.clear()
     running = threading.Thread(target=httpx.post, args=(url,), kwargs={"json": QUESTION, "timeout": 60})
     running.start()
-    wait_until(lambda: len(teacher.batches) == 1)
+    wait_until(lambda: len(teacher.submitted) == 1)
     with (
         pytest.raises(httpx.ReadTimeout),
         httpx.stream("POST", url, json={**QUESTION, "stream": stream, "n": 3}, timeout=0.3) as left,
@@ -152,7 +152,7 @@ def test_a_client_that_leaves_is_not_worked_for(
     teacher.hold.set()
     running.join(30)
     assert httpx.post(url, json=QUESTION).status_code == 200
-    assert [size for size, _ in teacher.batches] == [1, 1]
+    assert (len(teacher.submitted), teacher.num_finished) == (5, 2)
 
 
 def test_bodies_that_are_refused(teacher: SpellingTeacher) -> None:
@@ -176,7 +176,7 @@ def test_bodies_that_are_refused(teacher: SpellingTeacher) -> None:
         prompts = {"model": "pico", "prompt": ["a"] * 1_000, "n": 128}
         answer = client.post("/v1/completions", json=prompts)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
-    assert not teacher.batches
+    assert not teacher.submitted
 
 
 def test_a_key_is_asked_for_everywhere_but_for_health(teacher: SpellingTeacher) -> None:
@@ -191,7 +191,7 @@ def test_a_key_is_asked_for_everywhere_but_for_health(teacher: SpellingTeacher) 
         client.headers["authorization"] = f"Bearer {KEY}"
         assert chat(client).status_code == 200
         assert client.get("/v1/nothing").status_code == 404
-    assert len(teacher.batches) == 1
+    assert len(teacher.submitted) == 1
 
 
 def test_a_full_queue_says_when_to_come_back(teacher: SpellingTeacher) -> None:

@@ -1,6 +1,6 @@
-"""What an endpoint says, read into one `Answer`, whether it comes whole or as a stream, from chat or from completions.
+"""Reads what an endpoint says into one `Answer`, whether it comes whole or as a stream, from chat or from completions.
 
-Anything that is not a finished answer with its token counts is `Garbled`: it is asked for again.
+Anything that is not a finished answer with its token counts is `MalformedAnswer`: it is asked for again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from distill.logprobs import IMPOSSIBLE, Scored, TokenLogprobs
 from distill.reasoning import END_OF_THINKING, THINK
 from distill.records import FinishReason
 
-# How vLLM writes a token where it is asked for ids (`return_tokens_as_token_ids`).
+# The form in which vLLM writes a token where it is asked for ids (`return_tokens_as_token_ids`).
 ID_PREFIX = "token_id:"
 # Errors inside a stream come after status 200: vLLM gives the status as `code`, OpenAI and others a type alone.
 STATUS_OF_TYPE = {
@@ -27,11 +27,11 @@ STATUS_OF_TYPE = {
 }
 
 
-class Garbled(Exception):
+class MalformedAnswer(Exception):
     """The endpoint answered, but not with a completion."""
 
 
-class Reported(Garbled):
+class EndpointError(MalformedAnswer):
     """The endpoint broke off with an error of its own; `status` is the HTTP status that it amounts to."""
 
     def __init__(self, body: str, status: int) -> None:
@@ -40,7 +40,7 @@ class Reported(Garbled):
         self.status = status
 
 
-class NoCounts(Exception):
+class MissingUsage(Exception):
     """A whole stream has come, and it never said how many tokens it was."""
 
 
@@ -84,17 +84,17 @@ class Answer:
     def take(self, text: str) -> int:
         """One JSON object: a whole answer, or one piece of a stream. Returns how many tokens it seems to bring.
 
-        Raises Reported for an error, Garbled for anything else.
+        Raises EndpointError for an error, MalformedAnswer for anything else.
         """
         try:
             body = json.loads(text)
             return self._take(body)
         except (ValueError, LookupError, TypeError, AttributeError) as exc:
-            raise Garbled(f"not a completion: {text[:80]!r}") from exc
+            raise MalformedAnswer(f"not a completion: {text[:80]!r}") from exc
 
     def _take(self, body: dict[str, Any]) -> int:
         if body.get("error"):
-            raise Reported(json.dumps(body), _status_of(body["error"]))
+            raise EndpointError(json.dumps(body), _status_of(body["error"]))
         self.prompt_token_ids += body.get("prompt_token_ids") or []
         if usage := body.get("usage"):
             self.num_prompt_tokens, self.num_tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
@@ -105,7 +105,7 @@ class Answer:
             reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
             content = message.get("content") or ""
             if not isinstance(reasoning, str) or not isinstance(content, str):
-                raise Garbled("reasoning or content is no text")
+                raise MalformedAnswer("reasoning or content is no text")
             if reasoning:
                 self._reasoning.append(reasoning)
             if content:
@@ -117,7 +117,7 @@ class Answer:
             brought += len(ids) or (1 if reasoning or content else 0)
             if (reason := choice.get("finish_reason")) is not None:
                 if reason not in ("stop", "length"):
-                    raise Garbled(f"finish_reason {reason!r}")
+                    raise MalformedAnswer(f"finish_reason {reason!r}")
                 self.finish_reason = reason
         return brought
 
@@ -132,15 +132,15 @@ class Answer:
             self._top.append(_best_first([(str(other), _logprob(score)) for other, score in (top or {}).items()]))
 
     def finish(self) -> None:
-        """Everything has come. Raises Garbled where it was not all, NoCounts where only the usage is missing."""
+        """Everything has come. Raises MalformedAnswer where it was not all, MissingUsage where only that is missing."""
         if self.finish_reason is None:
-            raise Garbled("ended without a finish_reason")
+            raise MalformedAnswer("ended without a finish_reason")
         if not self._counted:
-            raise NoCounts
+            raise MissingUsage
 
 
 def said_in(text: str) -> str:
-    """What the body of an error says, on one line."""
+    """The message in the body of an error, on one line."""
     try:
         body = json.loads(text)
         error = body.get("error", body) if isinstance(body, dict) else body

@@ -2,8 +2,8 @@
 
 What passes by itself (429, 5xx, time-outs, dropped and stalled connections, garbled answers) is asked again after a
 pause with full jitter (uniform between nothing and a bound that doubles), and not before the endpoint's `Retry-After`.
-What concerns one request (a refused prompt, retries used up) is `Refused` and ends that request. What concerns all of
-them (a refused key, an unknown model) is a PotstillError and ends the run.
+What concerns one request (a refused prompt, retries used up) is `RequestFailed` and ends that request. What concerns
+all of them (a refused key, an unknown model) is a PotstillError and ends the run.
 
 aiohttp, not httpx: with 512 requests in flight httpx 0.28 spends 6.2 ms of processor time on each, aiohttp 3.14 spends
 0.27 ms (its parser is C, and its pool does not walk all connections for every request).
@@ -18,16 +18,16 @@ import random
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import aiohttp
 
 from distill.errors import EnvironmentFault, PotstillError, RecipeError
 from distill.recipe import OpenAITeacher
-from teacher.backends.openai.answers import Answer, Garbled, NoCounts, Reported, said_in
+from teacher.backends.openai.answers import Answer, EndpointError, MalformedAnswer, MissingUsage, said_in
 from teacher.backends.openai.concurrency import AdaptiveConcurrency
 from teacher.backends.openai.proxy import Proxy
 from teacher.backends.openai.secrets import ApiKey
@@ -40,7 +40,10 @@ CONNECT_TIMEOUT_S = 30.0
 MAX_ERROR_BYTES = 65_536
 
 
-class Refused(Exception):
+Result = TypeVar("Result")
+
+
+class RequestFailed(Exception):
     """This one request will not be answered; the fault says why, and the others go on."""
 
     def __init__(self, fault: PotstillError) -> None:
@@ -48,8 +51,8 @@ class Refused(Exception):
         self.fault = fault
 
 
-class Passing(Exception):
-    """Trouble that may pass. `retry_after_s` is what the endpoint asks for."""
+class TransientError(Exception):
+    """An error that may pass by itself. `retry_after_s` is what the endpoint asks for."""
 
     def __init__(self, what: str, *, overload: bool, retry_after_s: float = 0.0) -> None:
         super().__init__(what)
@@ -58,8 +61,8 @@ class Passing(Exception):
 
 
 @dataclass
-class Spent:
-    """What the endpoint has been asked and has written so far; completion tokens count as they stream in."""
+class Usage:
+    """The requests answered and the tokens read and written so far; completion tokens count as they stream in."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -114,7 +117,7 @@ class Client:
         key: ApiKey,
         proxy: Proxy | None,
         control: AdaptiveConcurrency,
-        spent: Spent,
+        usage: Usage,
         *,
         backoff_s: float,
         gone: Callable[[], bool],
@@ -123,7 +126,7 @@ class Client:
         self.base_url = config.base_url.rstrip("/")
         self.key = key
         self.proxy = proxy
-        self.spent = spent
+        self.usage = usage
         self._backoff_s = backoff_s
         self._gone = gone
         self._gate = Gate(control)
@@ -148,29 +151,75 @@ class Client:
         await self._session.close()
 
     async def ask(self, url: str, payload: dict[str, Any]) -> Answer:
-        """One answer, asked for until it comes. Raises Refused or a PotstillError that concerns every request."""
+        """Ask for one answer until it comes. Raises RequestFailed, or a PotstillError that concerns every request."""
         body = json.dumps(payload).encode()
-        attempt = 0
+        return await self._repeated(lambda again: self._gated(url, body, again=again))
+
+    async def fetch(self, method: str, url: str, payload: Any = None) -> Any:
+        """Fetch the JSON of an optional route; None where the endpoint has no such route, or is busy to the end.
+
+        Raises EnvironmentFault where it cannot be reached or refuses key or proxy, RecipeError for what is no URL.
+        """
+        body = None if payload is None else json.dumps(payload).encode()
+        try:
+            return await self._repeated(lambda _: self._fetch(method, url, body))
+        except RequestFailed:
+            return None
+
+    async def _repeated(self, attempt: Callable[[bool], Awaitable[Result]]) -> Result:
+        """Await attempts until one succeeds; `attempt` is told whether it is made again."""
+        num_failed = 0
         while True:
-            await self._gate.enter(again=attempt > 0)
-            started = self._clock()
             try:
-                return await self._attempt(url, body)
-            except Passing as exc:
+                return await attempt(num_failed > 0)
+            except TransientError as exc:
                 trouble = exc
-                if exc.overload:
-                    self._control.overloaded(self._clock(), started, retry_after_s=exc.retry_after_s)
-            finally:
-                self._gate.leave()
             if self._gone():
                 raise EnvironmentFault("the server has ended", where=self.base_url)
-            if attempt >= self.config.max_retries:
+            if num_failed >= self.config.max_retries:
                 said = redacted(str(trouble), self.key, self.proxy)
-                message = f"no completion after {attempt + 1} attempts ({said}); run the same command again"
-                raise Refused(EnvironmentFault(message, where=self.base_url))
-            bound = min(MAX_BACKOFF_S, self._backoff_s * 2.0**attempt)
+                message = f"no completion after {num_failed + 1} attempts ({said}); run the same command again"
+                raise RequestFailed(EnvironmentFault(message, where=self.base_url))
+            bound = min(MAX_BACKOFF_S, self._backoff_s * 2.0**num_failed)
             await asyncio.sleep(trouble.retry_after_s + random.uniform(0, bound))
-            attempt += 1
+            num_failed += 1
+
+    async def _gated(self, url: str, body: bytes, *, again: bool) -> Answer:
+        await self._gate.enter(again=again)
+        started = self._clock()
+        try:
+            return await self._attempt(url, body)
+        except TransientError as exc:
+            if exc.overload:
+                self._control.overloaded(self._clock(), started, retry_after_s=exc.retry_after_s)
+            raise
+        finally:
+            self._gate.leave()
+
+    async def _fetch(self, method: str, url: str, body: bytes | None) -> Any:
+        limit = aiohttp.ClientTimeout(total=CONNECT_TIMEOUT_S)
+        try:
+            async with self._session.request(
+                method, url, data=body, allow_redirects=False, timeout=limit, **self._route
+            ) as response:
+                status, text = response.status, (await response.read()).decode("utf-8", "replace")
+                wait_s = min(MAX_BACKOFF_S, retry_after_s(response.headers.get("Retry-After", "")))
+        except aiohttp.InvalidURL as exc:
+            raise RecipeError(f"not a URL ({exc})", where="teacher.base_url") from exc
+        except aiohttp.ClientHttpProxyError as exc:  # its answer to CONNECT
+            raise status_fault(self.config, self.key, self.proxy, exc.status, exc.message) from None
+        except (aiohttp.ClientError, OSError) as exc:  # a TimeoutError is an OSError
+            said = redacted(str(exc), self.key, self.proxy)
+            message = f"cannot be reached ({type(exc).__name__}: {said})"
+            raise EnvironmentFault(message, where=self.base_url) from None  # the cause may quote headers
+        if status in RETRIED:
+            raise TransientError(f"HTTP {status}", overload=False, retry_after_s=wait_s)
+        if status in (401, 403, 407):
+            raise status_fault(self.config, self.key, self.proxy, status, text)
+        try:
+            return json.loads(text) if 200 <= status < 300 else None
+        except ValueError:
+            return None
 
     async def _attempt(self, url: str, body: bytes) -> Answer:
         answer = Answer()
@@ -193,45 +242,45 @@ class Client:
                 else:
                     answer.take((await response.read()).decode())
             answer.finish()
-        except NoCounts:
+        except MissingUsage:
             remedy = "set teacher.stream to false" if self.config.stream else "it cannot be used"
             raise RecipeError(f"sends no token counts; {remedy}", where=self.base_url, field="teacher") from None
-        except Reported as exc:
+        except EndpointError as exc:
             if exc.status in RETRIED:
-                raise Passing(str(exc), overload=exc.status == 429) from None
+                raise TransientError(str(exc), overload=exc.status == 429) from None
             raise self._trouble(exc.status, exc.body) from None
-        except (Garbled, UnicodeDecodeError) as exc:
-            raise Passing(f"{type(exc).__name__}: {exc}", overload=False) from None
+        except (MalformedAnswer, UnicodeDecodeError) as exc:
+            raise TransientError(f"{type(exc).__name__}: {exc}", overload=False) from None
         except TimeoutError as exc:  # aiohttp's own are both
-            raise Passing(f"time-out ({type(exc).__name__})", overload=True) from None
+            raise TransientError(f"time-out ({type(exc).__name__})", overload=True) from None
         except (aiohttp.ClientError, OSError) as exc:
             # `from None`: what aiohttp says of a request may quote its headers, and a traceback would show it.
-            raise Passing(f"{type(exc).__name__}: {exc}", overload=False) from None
-        self.spent.requests += 1
-        self.spent.prompt_tokens += answer.num_prompt_tokens
+            raise TransientError(f"{type(exc).__name__}: {exc}", overload=False) from None
+        self.usage.requests += 1
+        self.usage.prompt_tokens += answer.num_prompt_tokens
         self._produced(answer.num_tokens - counted)
         return answer
 
     def _produced(self, tokens: int) -> None:
-        self.spent.completion_tokens += tokens
+        self.usage.completion_tokens += tokens
         self._control.produced(self._clock(), tokens)
         self._gate.wake()
 
     def _trouble(self, status: int, body: str, retry_after: str = "") -> Exception:
         if status in RETRIED:
             wait_s = min(retry_after_s(retry_after), self.config.timeout_s)
-            return Passing(f"HTTP {status}", overload=status in OVERLOADED, retry_after_s=wait_s)
+            return TransientError(f"HTTP {status}", overload=status in OVERLOADED, retry_after_s=wait_s)
         fault = status_fault(self.config, self.key, self.proxy, status, body)
-        return Refused(fault) if 400 <= status < 500 and status not in (401, 403, 404, 407) else fault
+        return RequestFailed(fault) if 400 <= status < 500 and status not in (401, 403, 404, 407) else fault
 
 
 def redacted(text: str, key: ApiKey, proxy: Proxy | None) -> str:
-    """What may be said of it: neither the key nor the proxy's password. The key's part cuts, so it comes last."""
+    """Star out the key and the proxy's password. The key's part cuts, so it comes last."""
     return key.redacted(proxy.redacted(text) if proxy else text)
 
 
 def status_fault(config: OpenAITeacher, key: ApiKey, proxy: Proxy | None, status: int, body: str) -> PotstillError:
-    """What an answer that no repetition will change means."""
+    """The fault that an answer which no repetition will change means."""
     where, said = config.base_url.rstrip("/"), redacted(said_in(body), key, proxy)
     if status == 407 and proxy is not None:
         return EnvironmentFault(f"the proxy {proxy.url} refuses user and password (HTTP 407: {said})", where=where)

@@ -25,7 +25,7 @@ from distill.reasoning import END_OF_THINKING, THINK
 from distill.recipe import OpenAITeacher
 from distill.records import Completion, Sampling, TraceRequest, content_id
 from teacher.backends.openai.answers import Answer, whole_text
-from teacher.backends.openai.client import Client, Refused
+from teacher.backends.openai.client import Client, RequestFailed
 
 # What stands between thinking and answer in R1's format.
 FORCED_END = f"\n{END_OF_THINKING}\n\n"
@@ -41,7 +41,7 @@ class Asker:
         self._forced_ids = forced_ids
 
     async def complete(self, request: TraceRequest) -> Completion:
-        """Raises Refused for this request alone, PotstillError for what concerns all."""
+        """Raises RequestFailed for this request alone, PotstillError for what concerns all."""
         budget = self._sampling.max_thinking_tokens
         forced_here = budget is not None and self._config.budget_forcing != "server"
         answer = await self._client.ask(self._chat_url, self._first(request, budget if forced_here else None))
@@ -56,7 +56,7 @@ class Asker:
             said = RecipeError(
                 "answers with the API key in its text; nothing of it is kept", where=self._client.base_url
             )
-            raise Refused(said)
+            raise RequestFailed(said)
         return text
 
     @property

@@ -1,4 +1,4 @@
-"""How many requests to keep in flight: more while that brings more tokens a second, fewer when the endpoint says so.
+"""Decides how many requests to keep in flight: more while that brings more tokens a second, fewer when told so.
 
 A pure controller: it is told what happens and when, and says whether another request may start. No clock, no chance, no
 input or output of its own, so that a simulation runs it through an hour in a millisecond.

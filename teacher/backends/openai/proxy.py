@@ -1,6 +1,6 @@
 """The proxy between us and an endpoint, as `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` name it.
 
-Looked up once and for both HTTP clients. aiohttp's own `trust_env` takes two trips to a thread for every request, sends
+Looked up once. aiohttp's own `trust_env` takes two trips to a thread for every request, sends
 a password of ~/.netrc where there is no key, and hands the proxy whatever headers its session has, the key among them.
 Loopback is never asked through a proxy.
 """
@@ -13,8 +13,6 @@ import json
 import urllib.parse
 import urllib.request
 from typing import Any
-
-import httpx
 
 from distill.errors import EnvironmentFault
 from teacher.backends.openai.secrets import HIDDEN, MIN_SECRET
@@ -63,9 +61,6 @@ class Proxy:
             return {"proxy": self.url, "proxy_headers": password, "headers": headers}
         return {"proxy": self.url, "headers": {**headers, **password}}
 
-    def for_httpx(self) -> httpx.Proxy:
-        return httpx.Proxy(self.url, auth=self._login)
-
     def redacted(self, text: str) -> str:
         """`text` with the password starred out, in whatever form the proxy may echo it."""
         if self._login is None:
@@ -80,7 +75,7 @@ class Proxy:
 
     @property
     def _encoded(self) -> str:
-        """As RFC 7617 writes user and password."""
+        """User and password as RFC 7617 writes them."""
         return base64.b64encode(":".join(self._login or ()).encode()).decode()
 
 

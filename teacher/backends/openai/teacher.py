@@ -9,27 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import httpx
-
-from distill.errors import EnvironmentFault, PotstillError, RecipeError, nearest
+from distill.errors import PotstillError, RecipeError, nearest
 from distill.recipe import OpenAITeacher
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest, content_id
-from teacher.backends.openai.client import (
-    CONNECT_TIMEOUT_S,
-    RETRIED,
-    Client,
-    Refused,
-    Spent,
-    redacted,
-    retry_after_s,
-    status_fault,
-)
+from teacher.backends.openai.client import Client, RequestFailed, Usage
 from teacher.backends.openai.completing import FORCED_END, Asker
 from teacher.backends.openai.concurrency import AdaptiveConcurrency
 from teacher.backends.openai.proxy import Proxy
@@ -63,15 +51,13 @@ class OpenAICompatibleTeacher:
         initial_concurrency: int = INITIAL_CONCURRENCY,
     ) -> None:
         self.config = config
-        self.spent = Spent()
+        self.usage = Usage()
         self._base_url = config.base_url.rstrip("/")
         self._root_url = self._base_url.removesuffix("/v1")
         self._key = (
             ApiKey(api_key, variable=config.api_key_env) if api_key else ApiKey.of_environment(config.api_key_env)
         )
         self._proxy = Proxy.of_environment(self._base_url)
-        # What aiohttp trusts; httpx alone has its own list. To load it takes 40 ms, so only where there is TLS.
-        self._trusted = ssl.create_default_context() if self._base_url.startswith("https:") else False
         self._backoff_s = backoff_s
         self._gone = gone
         self._control = AdaptiveConcurrency(config.max_concurrency, initial=initial_concurrency, window_s=WINDOW_S)
@@ -86,14 +72,14 @@ class OpenAICompatibleTeacher:
         """Nothing is held between calls of `generate`."""
 
     def facts(self) -> dict[str, str | float]:
-        """For the eyes of who waits: tokens a second as they stream in, requests in flight, the cost so far."""
+        """Tokens a second as they stream in, requests in flight, the cost so far, for the eyes of who waits."""
         elapsed = max(time.monotonic() - self._asked_since, 1e-9) if self._asked_since is not None else 1.0
         facts: dict[str, str | float] = {
-            "tokens_per_s": round(self.spent.completion_tokens / elapsed),
+            "tokens_per_s": round(self.usage.completion_tokens / elapsed),
             "in_flight": self._control.in_flight,
             "limit": self._control.limit,
         }
-        cost = self.config.cost(self.spent.prompt_tokens, self.spent.completion_tokens)
+        cost = self.config.cost(self.usage.prompt_tokens, self.usage.completion_tokens)
         return facts if cost is None else facts | {"cost": round(cost, 4)}
 
     def generate(self, requests: Sequence[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
@@ -102,7 +88,7 @@ class OpenAICompatibleTeacher:
         self._asked_since = self._asked_since or time.monotonic()
         results: queue.SimpleQueue[Result] = queue.SimpleQueue()
         loop = asyncio.new_event_loop()
-        work = _Work(self, requests, sampling, forced_ids, results)
+        work = _GenerateCall(self, requests, sampling, forced_ids, results)
         thread = threading.Thread(target=_drive, args=(loop, work), name="openai-teacher", daemon=True)
         thread.start()
         try:
@@ -116,13 +102,13 @@ class OpenAICompatibleTeacher:
             loop.close()
 
     def client(self) -> Client:
-        """For the loop that runs this."""
+        """A client for the event loop that is running."""
         return Client(
             self.config,
             self._key,
             self._proxy,
             self._control,
-            self.spent,
+            self.usage,
             backoff_s=self._backoff_s,
             gone=self._gone,
         )
@@ -161,42 +147,14 @@ class OpenAICompatibleTeacher:
         return [int(token) for token in tokens]
 
     def _json(self, method: str, url: str, payload: Any = None) -> Any:
-        """The JSON behind an optional route; None where the endpoint has no such route."""
-        attempt = 0
-        while True:
-            try:
-                response = httpx.request(
-                    method,
-                    url,
-                    json=payload,
-                    headers=self._key.headers(),
-                    timeout=CONNECT_TIMEOUT_S,
-                    proxy=self._proxy.for_httpx() if self._proxy else None,
-                    trust_env=False,
-                    verify=self._trusted,
-                )
-            except httpx.TransportError as exc:
-                said = redacted(str(exc), self._key, self._proxy)
-                message = f"cannot be reached ({type(exc).__name__}: {said})"
-                raise EnvironmentFault(message, where=self._base_url) from None  # the cause may quote headers
-            except httpx.InvalidURL as exc:
-                raise RecipeError(f"not a URL ({exc})", where="teacher.base_url") from exc
-            if response.status_code in RETRIED and attempt < self.config.max_retries:
-                if self._gone():
-                    raise EnvironmentFault("the server has ended", where=self._base_url)
-                bound = min(60.0, self._backoff_s * 2.0**attempt)
-                threading.Event().wait(bound + min(60.0, retry_after_s(response.headers.get("Retry-After", ""))))
-                attempt += 1
-                continue
-            if response.status_code in (401, 403, 407):
-                raise status_fault(self.config, self._key, self._proxy, response.status_code, response.text)
-            try:
-                return response.json() if response.is_success else None
-            except ValueError:
-                return None
+        async def fetch() -> Any:
+            async with self.client() as client:
+                return await client.fetch(method, url, payload)
+
+        return asyncio.run(fetch())
 
 
-class _Work:
+class _GenerateCall:
     """All requests of one call of `generate`, on the loop's thread."""
 
     def __init__(
@@ -244,7 +202,7 @@ class _Work:
             try:
                 self._results.put(await asker.complete(request))
                 self._in_a_row = 0
-            except Refused as exc:
+            except RequestFailed as exc:
                 self._refused.append(exc.fault)
                 self._in_a_row += 1
             except PotstillError as exc:
@@ -260,7 +218,7 @@ def _of_all(refused: list[PotstillError], num_requests: int) -> PotstillError:
     return type(first)(f"{first} ({len(refused)} of {num_requests} requests failed)")
 
 
-def _drive(loop: asyncio.AbstractEventLoop, work: _Work) -> None:
+def _drive(loop: asyncio.AbstractEventLoop, work: _GenerateCall) -> None:
     asyncio.set_event_loop(loop)
     try:
         loop.run_until_complete(work.run())
