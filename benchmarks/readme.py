@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -66,7 +67,8 @@ def keep_summary(run: Path, results: Path = RESULTS, device: str | None = None) 
         return None
     device = device or device_name()
     summary = json.loads(source.read_text("utf-8"))
-    kept = {"device": device, "stages": summary["stages"], "models": summary["models"]}
+    num_cores = len(os.sched_getaffinity(0))
+    kept = {"device": device, "num_cores": num_cores, "stages": summary["stages"], "models": summary["models"]}
     path = results / device / f"{SUMMARY}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
