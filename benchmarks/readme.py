@@ -9,14 +9,17 @@ A document marks the place of a table with two comments, each on a line of its o
 NAME is a function of `benchmarks.readme_tables`, DEVICE a folder of benchmarks/results. `--check` writes nothing and
 exits 1 where a document differs from its files; tests/benchmarks/test_readme.py does the same. The scores of the pico
 chain come from the newest run: where `runs/pico/report/summary.json` is there, it is copied to
-benchmarks/results/<this device>/pico-summary.json first, so that the documents never depend on what lies in runs/.
+benchmarks/results/<this device>/pico-summary.json first, so that the documents never depend on what lies in runs/. The
+run's chart goes to docs/report.png where README.md shows this device.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +31,7 @@ from benchmarks.readme_tables import TABLES
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUN = REPOSITORY / "runs" / "pico"
 SUMMARY = "pico-summary"
+CHART = "accuracy_by_parameters.png"
 BLOCK = re.compile(r"^<!-- results: (?P<name>[\w-]+) (?P<device>[\w-]+) -->\n(?P<body>.*?)^<!-- end -->$", re.M | re.S)
 MARK = re.compile(r"^<!-- (?:results:.*|end) -->$", re.MULTILINE)
 
@@ -66,11 +70,19 @@ def keep_summary(run: Path, results: Path = RESULTS, device: str | None = None) 
         return None
     device = device or device_name()
     summary = json.loads(source.read_text("utf-8"))
-    kept = {"device": device, "stages": summary["stages"], "models": summary["models"]}
+    num_cores = len(os.sched_getaffinity(0))
+    kept = {"device": device, "num_cores": num_cores, "stages": summary["stages"], "models": summary["models"]}
     path = results / device / f"{SUMMARY}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def keep_chart(run: Path, device: str, repository: Path = REPOSITORY) -> Path | None:
+    """Copy the run's chart beside the documents, if README.md has the scores of `device`."""
+    if f"<!-- results: pico-scores {device} -->" not in (repository / "README.md").read_text("utf-8"):
+        return None
+    return Path(shutil.copyfile(run / "report" / CHART, repository / "docs" / "report.png"))
 
 
 def _reader(results: Path, device: str, where: str) -> Read:
@@ -94,6 +106,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.check and (kept := keep_summary(arguments.run)):
         print(f"{kept.relative_to(REPOSITORY)}: from {arguments.run}")
+        if chart := keep_chart(arguments.run, kept.parent.name):
+            print(f"{chart.relative_to(REPOSITORY)}: from {arguments.run}")
     differing = []
     for path in documents():
         name = path.relative_to(REPOSITORY).as_posix()

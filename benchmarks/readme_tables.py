@@ -44,7 +44,7 @@ def pico_seconds(read: Read) -> str:
     summary = read("pico-summary")
     stages = ", ".join(f"{stage['name']} {stage['seconds']:.0f} s" for stage in summary["stages"])
     total = minutes(sum(stage["seconds"] for stage in summary["stages"]))
-    return f"On {summary['device']}, after set-up, the stages take {total}: {stages}."
+    return f"After set-up, on {summary['num_cores']} cores of `{summary['device']}`, the stages take {total}: {stages}."
 
 
 def pico_scores(read: Read) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import REPOSITORY, DocumentError, documents, keep_summary, written
+from benchmarks.readme import CHART, REPOSITORY, DocumentError, documents, keep_chart, keep_summary, written
 from benchmarks.readme_tables import TABLES
 
 # What only a measurement says. Limits and settings ("20 ms apart", "at most 64 KiB") may stand in prose.
@@ -74,6 +74,15 @@ def test_a_run_becomes_the_table(run: Path, tmp_path: Path) -> None:
     assert "take 3 min 50 s: generate 130 s, eval 100 s." in seconds
 
 
+def test_the_chart_is_that_of_the_device_in_the_readme(run: Path, tmp_path: Path) -> None:
+    (run / "report" / CHART).write_bytes(b"a chart")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("<!-- results: pico-scores a-machine -->\n<!-- end -->\n")
+    assert keep_chart(run, "another", tmp_path) is None
+    assert keep_chart(run, "a-machine", tmp_path) == tmp_path / "docs/report.png"
+    assert (tmp_path / "docs/report.png").read_bytes() == b"a chart"
+
+
 def test_no_run_keeps_what_is_there(tmp_path: Path) -> None:
     assert keep_summary(tmp_path, tmp_path / "results", "a-machine") is None
     assert not (tmp_path / "results").exists()
@@ -97,3 +106,26 @@ def test_check_exits_with_the_state_of_the_documents() -> None:
     command = [sys.executable, "-m", "benchmarks.readme", "--check"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def anchors(path: Path) -> set[str]:
+    """The headings of a page, as GitHub turns them into anchors."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "path", [*documents(), REPOSITORY / "LOG.md"], ids=lambda path: path.relative_to(REPOSITORY).as_posix()
+)
+def test_links_into_a_page_lead_to_its_headings(path: Path) -> None:
+    for page, anchor in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", path.read_text("utf-8")):
+        target = path.parent / page if page else path
+        assert anchor in anchors(target), f"{page}#{anchor}"
+
+
+def test_the_log_is_newest_first_and_its_index_complete() -> None:
+    text = (REPOSITORY / "LOG.md").read_text("utf-8")
+    titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    dates = [title.partition(":")[0] for title in titles]
+    assert dates == sorted(dates, reverse=True)
+    assert len(re.findall(r"^\| \d{4}-\d\d-\d\d \| \[", text, re.MULTILINE)) == len(titles)
