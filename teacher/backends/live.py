@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from distill.errors import DataError, EnvironmentFault, PotstillError
 from teacher.backends.workers import EngineSettings, LiveWorker, packed, take_generated
 from teacher.serve.engine import Engine
-from teacher.serve.loop import EngineLoop, Withdrawn
+from teacher.serve.loop import Cancelled, EngineLoop
 from teacher.serve.sequence import Logprobs, Sequence
 
 Done = Callable[[Sequence[int] | PotstillError], None]
@@ -100,7 +100,7 @@ class _Begun:
 class LocalEngine:
     def __init__(self, engine: Engine) -> None:
         self._begun = _Begun()
-        self._jobs: queue.SimpleQueue[Sequence[int] | Withdrawn[int] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Sequence[int] | Cancelled[int] | None] = queue.SimpleQueue()
         self._loop = EngineLoop(engine, self._jobs, lambda done: self._begun.finish(done.key), self._begun.grow)
         self._thread = threading.Thread(target=self._run, name="potstill-engine", daemon=True)
         self._thread.start()
@@ -115,7 +115,7 @@ class LocalEngine:
 
     def withdraw(self, key: int) -> None:
         if self._begun.withdraw(key):
-            self._jobs.put(Withdrawn(key))
+            self._jobs.put(Cancelled(key))
 
     def close(self) -> None:
         self._jobs.put(None)

@@ -269,16 +269,16 @@ def _work(job: dict[str, Any], output: IO[str]) -> None:
 def _work_live(lines: IO[str], output: IO[str]) -> None:
     """The first line holds the settings, the others are as `LiveWorker.write` says."""
     settings = json.loads(lines.readline())
-    from teacher.serve.loop import EngineLoop, Grown, Withdrawn
+    from teacher.serve.loop import Cancelled, EngineLoop, TokenDelta
 
-    jobs: queue.SimpleQueue[Sequence[int] | Withdrawn[int] | None] = queue.SimpleQueue()
+    jobs: queue.SimpleQueue[Sequence[int] | Cancelled[int] | None] = queue.SimpleQueue()
 
     def read() -> None:
         for line in lines:
             if not (row := json.loads(line)):
                 jobs.put(None)
                 return
-            jobs.put(Withdrawn(row[0]) if len(row) == 1 else _unpacked(row))
+            jobs.put(Cancelled(row[0]) if len(row) == 1 else _unpacked(row))
         os._exit(1)  # who would read the answers is gone
 
     threading.Thread(target=read, daemon=True).start()
@@ -287,7 +287,7 @@ def _work_live(lines: IO[str], output: IO[str]) -> None:
         output.write(json.dumps(news) + "\n")
         output.flush()
 
-    def grew(news: list[Grown[int]]) -> None:
+    def grew(news: list[TokenDelta[int]]) -> None:
         tell({"grown": news})
 
     with _live_engine(settings, tell) as (engine, lockstep):

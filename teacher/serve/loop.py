@@ -16,14 +16,14 @@ IDLE_S = 0.01
 
 
 @dataclass(frozen=True)
-class Withdrawn(Generic[Key]):
-    """The sequence with this key is no longer wanted."""
+class Cancelled(Generic[Key]):
+    """A job that ends another: the sequence with this key is no longer wanted."""
 
     key: Key
 
 
-class Grown(NamedTuple, Generic[Key]):
-    """What a streamed sequence has written since it was last told of; its end is told by `done` alone."""
+class TokenDelta(NamedTuple, Generic[Key]):
+    """Tokens that a streamed sequence has written since it was last told of; its end is told by `done` alone."""
 
     key: Key
     token_ids: list[int]
@@ -40,9 +40,9 @@ class EngineLoop(Generic[Key]):
     def __init__(
         self,
         engine: Engine,
-        jobs: queue.SimpleQueue[Sequence[Key] | Withdrawn[Key] | None],
+        jobs: queue.SimpleQueue[Sequence[Key] | Cancelled[Key] | None],
         done: Callable[[Sequence[Key]], object],
-        grew: Callable[[list[Grown[Key]]], object] = lambda _: None,
+        grew: Callable[[list[TokenDelta[Key]]], object] = lambda _: None,
         lockstep: Lockstep | None = None,
     ) -> None:
         self._engine = engine
@@ -60,7 +60,7 @@ class EngineLoop(Generic[Key]):
                 self._done(sequence)
 
     def _first(self) -> list[Sequence[Key]] | None:
-        """What the next run begins with, once there is work, here or on another rank; None at the end."""
+        """Sequences that the next run begins with, once there is work, here or on another rank; None at the end."""
         first: list[Sequence[Key]] = []
         if self._lockstep is None:
             if not self._closing:
@@ -90,15 +90,15 @@ class EngineLoop(Generic[Key]):
         news = []
         for key, (sequence, num_told) in self._streamed.items():
             if (length := sequence.num_written) > num_told:
-                news.append(Grown(key, sequence.generated_ids[num_told:length], sequence.logprobs[num_told:]))
+                news.append(TokenDelta(key, sequence.generated_ids[num_told:length], sequence.logprobs[num_told:]))
                 self._streamed[key] = sequence, length
         if news:
             self._grew(news)
 
-    def _take(self, job: Sequence[Key] | Withdrawn[Key] | None, joining: list[Sequence[Key]]) -> None:
+    def _take(self, job: Sequence[Key] | Cancelled[Key] | None, joining: list[Sequence[Key]]) -> None:
         if job is None:
             self._closing = True
-        elif isinstance(job, Withdrawn):
+        elif isinstance(job, Cancelled):
             self._engine.cancel(job.key)
             self._streamed.pop(job.key, None)
             joining[:] = [sequence for sequence in joining if sequence.key != job.key]

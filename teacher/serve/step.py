@@ -152,8 +152,3 @@ def halved(step: Step, plan: Callable[[Decodes], Any]) -> tuple[Step, Step]:
         for part, of_decodes, of_chunks in zip(rows, decodes, chunks, strict=True)
     )
     return first, second
-
-
-def with_expected(token_ids_M: Tensor, before_Z: Tensor) -> Tensor:
-    """Ids below zero are -1 minus a place among `before`, where the token is."""
-    return torch.where(token_ids_M < 0, before_Z[(-1 - token_ids_M).clamp(min=0)], token_ids_M)

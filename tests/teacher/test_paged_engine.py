@@ -109,7 +109,7 @@ def test_a_sequence_withdrawn_while_its_token_is_under_way_leaves_nothing(
         if engine.is_idle:
             break
         done |= {sequence.key: (sequence.generated_ids, sequence.finish_reason) for sequence in engine.step()}
-        expecting = [sequence.key for sequence in engine.scheduler.running if sequence.num_expected]
+        expecting = [sequence.key for sequence in engine.scheduler.running if sequence.num_placeholders]
         if step % 9 == 4 and expecting:
             engine.cancel(expecting[0])
             cancelled.append(expecting[0])
@@ -206,13 +206,15 @@ def agrees_with_plain(
         weights = fuse_weights(model, with_mtp=speculate)
         served = LatentModel(weights, form(weights))
         engine = Engine(served, batch_size=4, eos_token_ids=(), max_chunk=40, num_pages=16, speculate=speculate)
-        logits_of, seen = engine.runner.logits, []
-        engine.runner.logits = lambda *given, f=logits_of, seen=seen: seen.append(f(*given)) or seen[-1]
+        forward, seen = engine.runner.forward, []
+        engine.runner.forward = lambda *given, f=forward, seen=seen: seen.append(f(*given)) or seen[-1]
         prompts = [[7] * 90, [7] * 90, [*[7] * 64, 1, 2], [3, 4], [5] * 70][:num_prompts]
         texts.append(
             written(engine, [Sequence(n, prompt, max_tokens=num_tokens, seed=0) for n, prompt in enumerate(prompts)])
         )
-        logits.append([step.sort(dim=0).values for step in seen])  # rows stand in the order of the device's pages
+        logits.append(
+            [step.logits_ZV.sort(dim=0).values for step in seen]
+        )  # rows stand in the order of the device's pages
     assert texts[0] == texts[1]
     for plain, kernel in zip(*logits, strict=True):
         torch.testing.assert_close(kernel, plain, atol=1e-4, rtol=0)  # FP32, other orders of summation

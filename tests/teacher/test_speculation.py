@@ -333,7 +333,9 @@ def test_steps_launched_before_their_drafts_are_judged_write_the_same(
         engine = Engine(served, **settings)
         sizes: list[int] = []
         run_on = engine.runner.run_on
-        engine.runner.run_on = lambda sequences, copies: sizes.append(len(sequences)) or run_on(sequences, copies)
+        engine.runner.run_on = lambda before, sequences, copies: (
+            sizes.append(len(sequences)) or run_on(before, sequences, copies)
+        )
         sequences = [
             replace(
                 sequence,
