@@ -33,7 +33,7 @@ from teacher.serve.grouped_config import FAMILIES
 from teacher.serve.invariant_models import INVARIANT
 from teacher.serve.models import load_model, read_facts
 from teacher.serve.reasoning import END_OF_THINKING, THINK
-from teacher.serve.sampler import Draw
+from teacher.serve.sampler import SamplingParams
 from teacher.serve.sequence import Logprobs, Sequence, ThinkingLimit
 from teacher.serve.stopping import cut
 
@@ -212,7 +212,7 @@ class NativeBackend:
             message = f"there is no token {unknown[0]}; the model has {len(self.tokenizer)} tokens"
             raise UserInputError(message, field="logit_bias")
         drawn = {"top_k": settings.top_k, "min_p": settings.min_p, "logit_bias": settings.logit_bias}
-        sequence.draw = replace(sequence.draw, **drawn)
+        sequence.sampling_params = replace(sequence.sampling_params, **drawn)
         sequence.stops, sequence.repetition = settings.stop, settings.repetition_detection
 
     def _completion(self, request: TraceRequest, prefix: str, done: Sequence[int]) -> tuple[Completion, str | None]:
@@ -266,8 +266,8 @@ class NativeBackend:
         return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
 
 
-def _draw(sampling: Sampling) -> Draw:
-    return Draw(sampling.temperature, sampling.top_p, sampling.top_logprobs)
+def _draw(sampling: Sampling) -> SamplingParams:
+    return SamplingParams(sampling.temperature, sampling.top_p, sampling.top_logprobs)
 
 
 def _logprobs(sequence: Sequence[int]) -> str:

@@ -30,7 +30,7 @@ from teacher.serve.stopping import RepetitionLimit, cut
 class Settings:
     """What a request may say beyond its `Sampling`, under the names that it has over HTTP.
 
-    Every Teacher honours `stop`, the others need the native engine (`teacher.serve.sampler.Draw` says what they do).
+    Every Teacher honours `stop`, the others need the native engine (`teacher.serve.sampler` says what they do).
     """
 
     stop: tuple[str, ...] = ()

@@ -106,7 +106,9 @@ class DecodeGraphs:
 
     def may_sample(self, chunks: list[Chunk[Any]]) -> bool:
         """Tell whether a graph can say all that is wanted of these, which fit one: the host has no say in tokens."""
-        plain = all(not (c.sequence.draw.logit_bias or c.sequence.draw.top_logprobs) for c in chunks)
+        plain = all(
+            not (c.sequence.sampling_params.logit_bias or c.sequence.sampling_params.top_logprobs) for c in chunks
+        )
         return plain and (self._num_queries == 1 or all(chunk.sequence.may_run_ahead for chunk in chunks))
 
     def num_warm_ups(self, chunks: list[Chunk[Any]]) -> int:
@@ -163,7 +165,7 @@ class DecodeGraphs:
         return self._pool.replay(key, lambda: self._bodies.draft(size, before.hidden_MD)).out[: len(rows)]
 
     def _end_of(self, chunks: list[Chunk[Any]]) -> End:
-        return End.GREEDY if all(chunk.sequence.draw.temperature == 0 for chunk in chunks) else End.SAMPLED
+        return End.GREEDY if all(chunk.sequence.sampling_params.temperature == 0 for chunk in chunks) else End.SAMPLED
 
     def _start(self, chunks: list[Chunk[Any]], before_Z: Tensor | None, end: End) -> GraphRun:
         size = padded(len(chunks))

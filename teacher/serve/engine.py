@@ -219,7 +219,7 @@ class Engine:
                 self.num_drafts += chunk.draft is not None
                 self.num_accepted += chunk.draft == tokens[0]
                 num_new = len(tokens) - 1
-                if sequence.draw.top_logprobs:
+                if sequence.sampling_params.top_logprobs:
                     rows += [(first + ahead, sequence) for ahead in range(len(tokens))]
                     tokens_of_rows += tokens
             if step.is_counted:
@@ -234,7 +234,7 @@ class Engine:
             self._score(step.sampled.forward.logits_ZV, rows, tokens_of_rows)
 
     def _score(self, logits_ZV: Tensor, rows: list[tuple[int, Sequence[Any]]], tokens: list[int]) -> None:
-        most = max(sequence.draw.top_logprobs for _, sequence in rows)
+        most = max(sequence.sampling_params.top_logprobs for _, sequence in rows)
         scores = score(logits_ZV[torch.tensor([row for row, _ in rows], device=logits_ZV.device)], tokens, most)
         for (_, sequence), (own, best) in zip(rows, scores, strict=True):
-            sequence.logprobs.append((own, best[: sequence.draw.top_logprobs]))
+            sequence.logprobs.append((own, best[: sequence.sampling_params.top_logprobs]))

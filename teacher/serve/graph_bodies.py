@@ -24,7 +24,7 @@ from teacher.serve.step import Decodes, Step
 
 
 class End(StrEnum):
-    """What a graph comes to."""
+    """Kinds of graphs, by what they come to."""
 
     LOGITS = "logits"
     GREEDY = "greedy"  # tokens, all of temperature zero

@@ -117,7 +117,7 @@ class GraphInputs:
         table = []
         num_uniform = 1 if self.num_queries == 1 else 4
         for sequence in sequences:
-            params, first = sequence.draw, sequence.num_placeholders + known_ahead
+            params, first = sequence.sampling_params, sequence.num_placeholders + known_ahead
             uniform = [sequence.uniform(first + ahead) for ahead in range(num_uniform)]
             cuts = params.top_p, params.min_p, params.top_k or torch.iinfo(torch.int32).max
             table.append([*uniform, *[0.0] * (4 - num_uniform), *cuts, params.temperature])

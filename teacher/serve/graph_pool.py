@@ -20,7 +20,7 @@ GraphKey = TypeVar("GraphKey", bound=Hashable)
 
 
 class GraphOutput(NamedTuple):
-    """What a body computes: hidden states, and logits or tokens with drafts behind them."""
+    """Outputs of a body: hidden states, and logits or tokens with drafts behind them."""
 
     hidden_MD: Tensor
     out: Tensor

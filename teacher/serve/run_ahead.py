@@ -12,10 +12,10 @@ of two ways.
 
 Without drafts each sequence gets exactly one token a step, so all but the token is known: positions, pages, uniform
 numbers. The unknown token is a placeholder in `generated_ids` (`placeholders`), which the device replaces. Sequences
-may come and go between the two steps: the scheduler plans n + 1 as ever, with `num_computed` and the text's length already
-counted on. Pages are registered for sharing only once their tokens are known (`Scheduler.known`), since their keys are
-hashes of the tokens; and a sequence that had to give its pages away is not admitted again while it has a placeholder,
-for the same reason.
+may come and go between the two steps: the scheduler plans n + 1 as ever, with `num_computed` and the text's length
+already counted on. Pages are registered for sharing only once their tokens are known (`Scheduler.known`), since their
+keys are hashes of the tokens; and a sequence that had to give its pages away is not admitted again while it has a
+placeholder, for the same reason.
 
 With drafts a sequence gets one token or two, and only the device knows which. The graph of step n judges its drafts,
 makes the next ones and leaves tokens, lengths and the choice of uniform numbers where step n + 1 looks for them
@@ -151,7 +151,7 @@ class RunAhead:
     def launch_on(self, before: LaunchedStep) -> LaunchedStep | None:
         """Launch the step behind one with drafts that is under way, where it is sure to be of the same sequences.
 
-        That one writes one or two tokens of each, and this one computes two rows of each; it has no chunks until `judged`.
+        That one writes one or two tokens of each, and this one computes two rows; `judged` gives it its chunks.
         """
         graph, sequences = before.sampled.graph, [chunk.sequence for chunk in before.chunks]
         fits = all(sequence.num_tokens + _LOOKAHEAD_TOKENS <= self._max_positions for sequence in sequences)

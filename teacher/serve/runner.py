@@ -46,7 +46,7 @@ class SampledTokens(NamedTuple):
 
 
 class ModelRunner:
-    """On a GPU steps of up to `max_graphed` sequences, all of which decode, are CUDA graphs.
+    """A model and its cache. On a GPU steps of up to `max_graphed` sequences, all of which decode, are CUDA graphs.
 
     With `drafts` the model's draft layers have their places in the cache behind its own.
     """
@@ -91,7 +91,7 @@ class ModelRunner:
         forward = self.forward(chunks, copies, before_Z, graphed)
         places = [(chunk.sequence, ahead) for chunk in chunks for ahead in range(chunk.num_sampled)]
         uniform = [sequence.uniform(ahead + sequence.num_placeholders) for sequence, ahead in places]
-        tokens_Z = choose(forward.logits_ZV, uniform, [sequence.draw for sequence, _ in places])
+        tokens_Z = choose(forward.logits_ZV, uniform, [sequence.sampling_params for sequence, _ in places])
         return SampledTokens(tokens_Z, forward=forward)
 
     @torch.inference_mode()
@@ -144,7 +144,7 @@ class ModelRunner:
 
 
 def with_drafts(model: Architecture) -> CacheShape:
-    """What the cache keeps of a token where the model drafts. Raises ValueError for one that does not."""
+    """Shape of the cache where the model drafts. Raises ValueError for one that does not."""
     if not isinstance(model, DraftingArchitecture) or not model.num_draft_layers:
         raise ValueError("speculation needs a model with a multi-token prediction (MTP) layer; this one has none")
     return model.cache_shape._replace(num_layers=model.cache_shape.num_layers + model.num_draft_layers)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 from teacher.serve.placeholders import placeholder
-from teacher.serve.sampler import Draw
+from teacher.serve.sampler import SamplingParams
 from teacher.serve.stopping import RepetitionLimit, Watch
 
 Key = TypeVar("Key", bound=Hashable)
@@ -40,7 +40,7 @@ class Sequence(Generic[Key]):
     prompt_ids: Tokens[int]
     max_tokens: int
     seed: int
-    draw: Draw = Draw()  # noqa: RUF009 - frozen
+    sampling_params: SamplingParams = SamplingParams()  # noqa: RUF009 - frozen
     generated_ids: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length", "repetition"] | None = None
     fault: str | None = None
@@ -128,7 +128,7 @@ class Sequence(Generic[Key]):
     @property
     def may_run_ahead(self) -> bool:
         """Tell whether the step after the next token can begin before it is known here."""
-        return self.thinking is None and not self._forced and not self.draw.top_logprobs
+        return self.thinking is None and not self._forced and not self.sampling_params.top_logprobs
 
     @property
     def is_ended(self) -> bool:

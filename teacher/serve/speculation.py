@@ -73,4 +73,4 @@ def _guess(
         following = sequence.tokens(chunk.start + 1, chunk.end + 1)
         next_ids += following + following[-1:] * (chunk.num_rows - len(following))  # behind a rejected draft: any token
     logits_NV = runner.draft(forward, next_ids, rows)
-    return sample(logits_NV, [s.uniform() for s in going], [s.draw for s in going]) if going else []
+    return sample(logits_NV, [s.uniform() for s in going], [s.sampling_params for s in going]) if going else []

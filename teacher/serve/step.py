@@ -1,4 +1,4 @@
-"""What one step computes, as tensors, built once for all layers.
+"""A step: what one forward pass computes, as tensors, built once for all layers.
 
 Rows are tokens: first one of each sequence that decodes without a draft, then two of each that has one, then the chunks
 of prompts, one after another.
@@ -84,7 +84,7 @@ def in_order(chunks: list[Chunk[Any]]) -> list[Chunk[Any]]:
 
 
 def build_step(chunks: list[Chunk[Any]], device: torch.device) -> Step:
-    """Of chunks `in_order`."""
+    """Build the tensors of chunks that are `in_order`."""
     decodes: list[Decodes] = []
     prompts: list[PromptChunk] = []
     token_ids: list[int] = []

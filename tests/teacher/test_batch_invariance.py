@@ -21,7 +21,7 @@ from teacher.serve.grouped_weights import load_grouped
 from teacher.serve.invariant_models import InvariantGroupedModel, InvariantLatentModel
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.runner import ForwardPass
-from teacher.serve.sampler import Draw
+from teacher.serve.sampler import SamplingParams
 from teacher.serve.sequence import Sequence
 from teacher.serve.weights import fuse_weights
 
@@ -50,8 +50,10 @@ def logits_of(
 ) -> tuple[list[int], list[torch.Tensor]]:
     """The request's tokens and the logits behind each; `others` are (prompt, tokens), the last `late` come later."""
     engine = Engine(model, **{"batch_size": 8, "eos_token_ids": ()} | features)
-    request = Sequence(0, PROMPT, NUM_TOKENS, seed=7, draw=Draw(0.9, 0.95))
-    crowd = [Sequence(n, row, count, seed=n, draw=Draw(1.0)) for n, (row, count) in enumerate(others, 1)]
+    request = Sequence(0, PROMPT, NUM_TOKENS, seed=7, sampling_params=SamplingParams(0.9, 0.95))
+    crowd = [
+        Sequence(n, row, count, seed=n, sampling_params=SamplingParams(1.0)) for n, (row, count) in enumerate(others, 1)
+    ]
     seen: list[torch.Tensor] = []
     take = engine.runner.forward
 

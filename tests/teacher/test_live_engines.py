@@ -18,7 +18,7 @@ from teacher.backends.native import NativeBackend
 from teacher.serve.batching import Asked, Live, Written
 from teacher.serve.http import build_app
 from teacher.serve.loop import Cancelled, EngineLoop
-from teacher.serve.sampler import Draw
+from teacher.serve.sampler import SamplingParams
 from teacher.serve.sequence import Sequence
 
 
@@ -100,9 +100,9 @@ class _Runs:
 
 def test_what_comes_joins_the_run_whatever_its_settings_and_what_is_withdrawn_leaves_it() -> None:
     engine, jobs, done = _Runs(), queue.SimpleQueue(), []
-    hot, cold = Draw(1.0, 1.0), Draw(0.0, 1.0)
+    hot, cold = SamplingParams(1.0, 1.0), SamplingParams(0.0, 1.0)
     for key, draw in enumerate([hot, hot, cold, hot]):
-        jobs.put(Sequence(key, [1], max_tokens=1, seed=0, draw=draw))
+        jobs.put(Sequence(key, [1], max_tokens=1, seed=0, sampling_params=draw))
     jobs.put(Cancelled(2))
     jobs.put(None)
     EngineLoop(engine, jobs, lambda sequence: done.append(sequence.key)).run()  # type: ignore[arg-type]
