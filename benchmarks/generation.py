@@ -37,7 +37,7 @@ from teacher.model.transformer import DeepseekV3
 from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.models import ModelFacts
-from teacher.serve.sampler import Draw
+from teacher.serve.sampler import SamplingParams
 from teacher.serve.sequence import Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,8 +186,10 @@ class Bench:
 
     def ours(self, prompts: list[list[int]], temperature: float, num_threads: int) -> None:
         new_tokens, batch = self.arguments.new_tokens, self.arguments.batch
-        draw = Draw(temperature, top_p=0.95)
-        sequences = [Sequence(i, prompt, max_tokens=new_tokens, seed=i, draw=draw) for i, prompt in enumerate(prompts)]
+        draw = SamplingParams(temperature, top_p=0.95)
+        sequences = [
+            Sequence(i, prompt, max_tokens=new_tokens, seed=i, sampling_params=draw) for i, prompt in enumerate(prompts)
+        ]
         if num_threads == 1:
             engine = Engine(LatentModel.of(self.model), batch_size=batch, eos_token_ids=())
             done = list(engine.run(sequences))

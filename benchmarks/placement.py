@@ -35,7 +35,7 @@ from teacher.parallel.balance import imbalance, rebalanced
 from teacher.parallel.placement import Placement
 from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
-from teacher.serve.sampler import Draw
+from teacher.serve.sampler import SamplingParams
 from teacher.serve.sequence import Sequence
 
 RANKS, REDUNDANT, RANKS_PER_NODE = 32, 32, 8
@@ -81,7 +81,7 @@ def answered(problems: list[Problem]) -> list[list[int]]:
     """Tokens of each problem and the teacher's answer to it."""
     model = LatentModel.load(BUNDLED, torch.device("cpu"))
     prompts = asked(BUNDLED, problems)
-    sequences = [Sequence(n, ids, MAX_TOKENS, n, Draw(0.6)) for n, ids in enumerate(prompts)]
+    sequences = [Sequence(n, ids, MAX_TOKENS, n, SamplingParams(0.6)) for n, ids in enumerate(prompts)]
     engine = Engine(model, batch_size=64, eos_token_ids=model.config.eos_token_ids)
     return [[*done.prompt_ids, *done.generated_ids] for done in engine.run(sequences)]
 

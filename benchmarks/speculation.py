@@ -19,7 +19,7 @@ from benchmarks.generation import BUNDLED, ROOT, seconds, tokenised_prompts
 from teacher.kernels.mla_cache import PAGE
 from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
-from teacher.serve.sampler import Draw
+from teacher.serve.sampler import SamplingParams
 from teacher.serve.sequence import Sequence
 
 MAX_TOKENS = 400  # more than any of these texts has
@@ -55,7 +55,7 @@ def row(model: LatentModel, prompts: list[list[int]], batch: int, temperature: f
     }
     for repeat in range(repeats + 1):  # the first is not counted: kernels compile, graphs are captured
         for speculate, engine in engines.items():
-            sequences = [Sequence(n, ids, MAX_TOKENS, n, Draw(temperature)) for n, ids in enumerate(prompts)]
+            sequences = [Sequence(n, ids, MAX_TOKENS, n, SamplingParams(temperature)) for n, ids in enumerate(prompts)]
             taken = seconds(lambda engine=engine, sequences=sequences: list(engine.run(sequences)))
             texts[speculate] = [sequence.generated_ids for sequence in sequences]
             if repeat:

@@ -23,7 +23,7 @@ REPETITION = "repetition_detected"
 class RequestOptions:
     """Options of a request beyond its `Sampling`, under the names that they have over HTTP.
 
-    `teacher.serve.sampler.Draw` says what those that shape the distribution do.
+    `teacher.serve.sampler.SamplingParams` says what those that shape the distribution do.
     """
 
     stop: tuple[str, ...] = ()

@@ -40,7 +40,7 @@ from teacher.serve.detokenizer import decode_by
 from teacher.serve.engine import Engine
 from teacher.serve.invariant_models import INVARIANT
 from teacher.serve.models import load_model, read_facts
-from teacher.serve.sampler import Draw
+from teacher.serve.sampler import SamplingParams
 from teacher.serve.sequence import Sequence, ThinkingLimit
 from teacher.serve.stopping import cut
 
@@ -230,8 +230,8 @@ class NativeBackend:
         if unknown := [token for token, _ in options.logit_bias if token >= len(self.tokenizer)]:
             message = f"there is no token {unknown[0]}; the model has {len(self.tokenizer)} tokens"
             raise UserInputError(message, field="logit_bias")
-        draw = {"top_k": options.top_k, "min_p": options.min_p, "logit_bias": options.logit_bias}
-        sequence.draw = replace(sequence.draw, **draw)
+        drawn = {"top_k": options.top_k, "min_p": options.min_p, "logit_bias": options.logit_bias}
+        sequence.sampling_params = replace(sequence.sampling_params, **drawn)
         sequence.stops, sequence.repetition = options.stop, options.repetition_detection
 
     def _completion(self, request: TraceRequest, prefix: str, done: Sequence[int]) -> tuple[Completion, str | None]:
@@ -281,8 +281,8 @@ class NativeBackend:
         del self.engine
 
 
-def _draw(sampling: Sampling) -> Draw:
-    return Draw(sampling.temperature, sampling.top_p, sampling.top_logprobs)
+def _draw(sampling: Sampling) -> SamplingParams:
+    return SamplingParams(sampling.temperature, sampling.top_p, sampling.top_logprobs)
 
 
 def _logprobs(sequence: Sequence[int]) -> str:

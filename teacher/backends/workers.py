@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from distill.errors import EnvironmentFault, PotstillError, UserInputError
-from teacher.serve.sampler import Draw
+from teacher.serve.sampler import SamplingParams
 from teacher.serve.sequence import Sequence, ThinkingLimit
 from teacher.serve.stopping import RepetitionLimit
 
@@ -135,7 +135,7 @@ def packed(sequence: Sequence[int]) -> list[Any]:
     settings = {
         "max_tokens": sequence.max_tokens,
         "seed": sequence.seed,
-        "draw": asdict(sequence.draw),
+        "draw": asdict(sequence.sampling_params),
         "thinking": None if limit is None else asdict(limit),
         "stops": sequence.stops,
         "repetition": None if repetition is None else asdict(repetition),
@@ -153,7 +153,7 @@ def _unpacked(row: list[Any]) -> Sequence[int]:
     return Sequence(
         key,
         prompt_ids,
-        draw=Draw(**draw),
+        sampling_params=SamplingParams(**draw),
         thinking=thinking,
         repetition=None if repetition is None else RepetitionLimit(**repetition),
         **settings,

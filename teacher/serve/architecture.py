@@ -1,4 +1,4 @@
-"""What the engine asks of a model: how much of a token its cache keeps, and one forward pass over a step.
+"""Architecture: what the engine asks of a model, namely the shape of its cache and one forward pass over a step.
 
 Shape legend: M rows of a step, B sequences that decode, Q pages of each, Z rows whose logits are wanted, D hidden,
 L layers, P pages, S places a page, E numbers
@@ -19,7 +19,7 @@ from teacher.serve.step import Decodes, Step
 class Architecture(Protocol):
     @property
     def precision(self) -> str:
-        """Of the products: float32, bfloat16 or fp8."""
+        """Precision of the products: float32, bfloat16 or fp8."""
         ...
 
     device: torch.device
@@ -31,7 +31,7 @@ class Architecture(Protocol):
     extent: int  # pages of one sequence that lie together, where the block manager can have it so
 
     def plan(self, decodes: Decodes) -> Any:
-        """What attention needs of a step's decoding sequences, made once for all layers."""
+        """Plan what attention needs of a step's decoding sequences, made once for all layers."""
         ...
 
     def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor, num_queries: int) -> Any:
@@ -52,12 +52,12 @@ class Architecture(Protocol):
 
 @runtime_checkable
 class DraftingArchitecture(Architecture, Protocol):
-    """One that can also guess the token after the next one."""
+    """An architecture that can also guess the token after the next one."""
 
     num_draft_layers: int  # of the cache, behind the model's own; 0: the weights for it are not there
 
     def draft_hidden(self, hidden_MD: Tensor, next_ids_M: Tensor, step: Step, entries_LPSE: Tensor) -> Tensor:
-        """From `hidden` and the token after each row, states whose `logits` guess the one after that, [M, D].
+        """Compute from `hidden` and the token after each row states whose `logits` guess the one after that, [M, D].
 
         `entries` are the draft layers' alone; the step's tokens are put there too.
         """

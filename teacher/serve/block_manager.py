@@ -1,4 +1,4 @@
-"""Who holds which page of the latent cache, and which pages still hold what a new prompt begins with.
+"""Block manager: who holds which page of the cache, and which pages still hold what a new prompt begins with.
 
 A page is free, live (sequences refer to it; several may share one that is full) or idle: nobody refers to it, but its
 content is known by a key and may serve again, until the page is needed and it is the one unused for longest. The key of
@@ -30,7 +30,7 @@ class Copy(NamedTuple):
 
 
 def page_key(before: bytes, token_ids: Many[int]) -> bytes:
-    """Of a page, full or not, that stands behind the page with the key `before` (none: the first of a prompt)."""
+    """Hash that names a page, full or not, behind the page with the key `before` (empty: first of a prompt)."""
     return hashlib.blake2b(before + array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
@@ -68,7 +68,7 @@ class BlockManager:
         return page
 
     def share(self, page: int) -> None:
-        """One more sequence refers to a live or idle page."""
+        """Let one more sequence refer to a live or idle page."""
         if self._state[page] == _IDLE:
             del self._idle[self._keys_of[page][0]]
             self._make_live(page)

@@ -21,7 +21,7 @@ _CUDA_SHARE = 0.8  # of what is free once the weights are there; the rest is for
 
 
 class CacheShape(NamedTuple):
-    """What a model's cache keeps of a token: `width` numbers in each layer."""
+    """Shape of a model's cache: `width` numbers of a token in each layer."""
 
     num_layers: int
     width: int

@@ -51,7 +51,7 @@ class Detokenizer:
         return ""
 
     def flush(self) -> str:
-        """What is left at the end, as U+FFFD where it is no text."""
+        """Release what is left at the end, as U+FFFD where it is no text."""
         whole = self._decode(self._before + self._waiting)
         return self._settle(len(self._waiting), whole)
 

@@ -13,9 +13,10 @@ from teacher.serve.architecture import Architecture
 from teacher.serve.block_manager import BlockManager
 from teacher.serve.cache import default_num_pages
 from teacher.serve.detokenizer import Decode
-from teacher.serve.runner import ModelRunner, Outcome, with_drafts
+from teacher.serve.run_ahead import LaunchedStep, RunAhead
+from teacher.serve.runner import ModelRunner, with_drafts
 from teacher.serve.sampler import score
-from teacher.serve.scheduler import Chunk, Scheduler
+from teacher.serve.scheduler import Scheduler
 from teacher.serve.sequence import Key, Sequence
 from teacher.serve.speculation import draft, take
 from teacher.serve.step import in_order
@@ -27,6 +28,7 @@ _CUDA_STEP_TOKENS = 4096
 
 
 def default_step_tokens(device: torch.device) -> int:
+    """Tokens that a step computes at most."""
     return _CPU_STEP_TOKENS if device.type == "cpu" else _CUDA_STEP_TOKENS
 
 
@@ -36,12 +38,14 @@ class Lockstep(Protocol):
     is_on: bool  # whether any rank may still have something to compute
 
     def wait(self, num_waiting: int, is_closing: bool) -> tuple[int, bool]:
-        """Between runs: the sequences that wait on the rank where most do, and whether all ranks are closing.
-        Collective."""
+        """Agree between runs: the sequences that wait on the rank where most do, and whether all ranks are closing.
+
+        Collective.
+        """
         ...
 
     def begin(self, num_rows: int, num_warm_ups: int) -> bool:
-        """Before each step, of so many rows here, none perhaps: whether it may be a graph. Collective.
+        """Agree before each step, of so many rows here, none perhaps, whether it may be a graph. Collective.
 
         Where there are no rows the ranks are given their share of the step, before it returns.
         """
@@ -58,10 +62,8 @@ class Engine:
     With `speculate` a step writes up to two tokens of a sequence (`teacher.serve.speculation`), the same ones; raises
     ValueError for a model that has no layer to draft with. `decode` gives tokens their text, which stop strings need.
 
-    With `run_ahead` (None: on a GPU) a step is launched before the tokens of the one before it have come back: the
-    device never waits for the host, and of a sequence that ends meanwhile a token too many is computed, or two. It
-    waits nevertheless for a sequence whose next token is not the device's alone to say (thinking limits, logprobs), and
-    with speculation where sequences come or go: only the graph of a batch knows how many of its drafts came true.
+    With `run_ahead` (None: on a GPU) a step is launched before the tokens of the one before it have come back, so that
+    the device need not wait for the host (`teacher.serve.run_ahead`).
 
     `lockstep`: the model shares its experts with other ranks' engines, which all take their steps together.
     """
@@ -88,8 +90,6 @@ class Engine:
         self.precision = model.precision
         self.batch_size = batch_size
         self.speculate = speculate
-        self._runs_ahead = model.device.type == "cuda" if run_ahead is None else run_ahead
-        self._under_way: _Launched | None = None
         self._ended: list[Sequence[Any]] = []
         self.eos_token_ids = frozenset(eos_token_ids)
         self._decode = decode
@@ -105,6 +105,14 @@ class Engine:
         self.blocks = BlockManager(num_pages, extent=model.extent, caching=prefix_caching)
         self.scheduler: Scheduler[Any] = Scheduler(
             self.blocks, max_running=batch_size, max_step_tokens=step_tokens, max_chunk=max_chunk or step_tokens
+        )
+        self._run_ahead = RunAhead(
+            self.runner,
+            self.blocks,
+            self.scheduler,
+            is_on=model.device.type == "cuda" if run_ahead is None else run_ahead,
+            speculate=speculate,
+            max_positions=self.max_positions,
         )
 
     def add(self, sequence: Sequence[Key]) -> None:
@@ -135,49 +143,31 @@ class Engine:
         return not (self.scheduler.running or self.scheduler.waiting or self._ended or others)
 
     def step(self) -> list[Sequence[Any]]:
-        """Compute and sample once; returns the sequences that are finished."""
-        if self.speculate:
-            self._step_with_drafts()
-        else:
-            self._step()
+        """Schedule, run and postprocess once; returns the sequences that are finished."""
+        before = self._run_ahead.take()  # still under way: its tokens are not known here
+        launched = None
+        if self.speculate and before is not None:
+            launched = self._run_ahead.launch_on(before)
+            self._postprocess(before)
+            if launched is not None:
+                launched.judged(before)
+            before = None
+        if launched is None:
+            launched = self._schedule_and_run(before)
+        if before is not None:  # only now, while the device computes the step behind it
+            self._postprocess(before)
+        if launched is not None and not self._run_ahead.keep(launched):
+            self._postprocess(launched)
         ended, self._ended = self._ended, []
         return ended
 
-    def _step(self) -> None:
-        before, self._under_way = self._under_way, None
+    def _schedule_and_run(self, before: LaunchedStep | None) -> LaunchedStep | None:
         chunks = in_order(self.scheduler.schedule())
         graphed = True
-        if self._lockstep is not None:
+        if self._lockstep is not None:  # also without chunks: this rank's experts serve the others
             num_rows = sum(chunk.num_rows for chunk in chunks)
             graphed = self._lockstep.begin(num_rows, self.runner.num_warm_ups(chunks))
-        launched = self._launch(chunks, before, graphed=graphed) if chunks else None
-        if before is not None:
-            self._take(before)
-        if launched is not None and launched.runs_ahead:
-            self._under_way = launched
-        elif launched is not None:
-            self._take(launched)
-
-    def _step_with_drafts(self) -> None:
-        before, self._under_way = self._under_way, None
-        if before is not None:
-            onward = self._launch_on(before)
-            self._take_with_drafts(before)
-            if onward is not None:
-                guesses = before.drafts()
-                assert guesses is not None
-                onward.chunks = [Chunk(c.sequence, 1, guess) for c, guess in zip(before.chunks, guesses, strict=True)]
-                for chunk in onward.chunks:
-                    chunk.ends_text = True  # those that have ended meanwhile have their rows too
-                self._under_way = onward
-                return
-        if not (chunks := in_order(self.scheduler.schedule())):
-            return
-        launched = self._launch(chunks)
-        if self._runs_ahead and launched.outcome.drafts_B is not None:
-            self._under_way = launched
-        else:
-            self._take_with_drafts(launched)
+        return self._run_ahead.launch(chunks, before, graphed=graphed) if chunks else None
 
     def run(
         self, sequences: Iterable[Sequence[Key]], *, more: Callable[[], Iterable[Sequence[Key]]] = tuple
@@ -200,60 +190,39 @@ class Engine:
         finally:
             for sequence in (*self.scheduler.running, *self.scheduler.waiting):
                 self._forget(sequence)
-            self._under_way = None
+            self._run_ahead.forget()
 
     def _forget(self, sequence: Sequence[Any]) -> None:
         sequence.is_wanted = False
         self.scheduler.remove(sequence)
 
-    def _launch(self, chunks: list[Chunk[Any]], before: _Launched | None = None, *, graphed: bool = True) -> _Launched:
-        """`before` is the step under way, where its tokens are not here yet."""
-        before_Z = None if before is None else before.outcome.tokens_Z
-        outcome = self.runner.run(chunks, self.blocks.take_copies(), before_Z, graphed=graphed)
-        runs_ahead = self._runs_ahead and not self.speculate and all(chunk.sequence.may_run_ahead for chunk in chunks)
-        if runs_ahead:
-            writing = [chunk.sequence for chunk in chunks if chunk.ends_text]
-            for row, sequence in enumerate(writing):
-                sequence.expect(row)
-            for chunk in chunks:
-                chunk.sequence.num_computed += chunk.count
-        return _Launched(chunks, outcome, runs_ahead)
+    def _postprocess(self, step: LaunchedStep) -> None:
+        """Append the step's tokens, and with speculation give every sequence that goes on its next draft."""
+        self._append(step)
+        if self.speculate:
+            source = step.drafts() if step.sampled.forward is None else step.sampled.forward
+            assert source is not None
+            draft(self.runner, step.chunks, self.max_positions, source)
 
-    def _launch_on(self, before: _Launched) -> _Launched | None:
-        """The step behind one with drafts that is under way, where it will be of the same sequences.
-
-        That one writes one or two tokens of each, and this one computes two rows.
-        """
-        sequences = [chunk.sequence for chunk in before.chunks]
-        fits = all(sequence.num_tokens + 3 <= self.max_positions for sequence in sequences)
-        ends = all(len(sequence.generated_ids) + 1 >= sequence.max_tokens for sequence in sequences)
-        if not fits or ends or not self.scheduler.go_on(sequences, 3):
-            return None
-        return _Launched([], self.runner.run_on(sequences, self.blocks.take_copies()), runs_ahead=False)
-
-    def _take_with_drafts(self, launched: _Launched) -> None:
-        self._take(launched)
-        draft(self.runner, launched.chunks, self.max_positions, launched.drafts())
-
-    def _take(self, launched: _Launched) -> None:
-        """What was computed counts, and whose text is in the cache gets a token, or two where its draft came true."""
-        sampled = launched.token_ids()
+    def _append(self, step: LaunchedStep) -> None:
+        """Count what was computed, and give whose text is in the cache a token, or two where its draft came true."""
+        sampled = step.token_ids()
         row, rows, tokens_of_rows = 0, [], []
-        for chunk in launched.chunks:
+        for chunk in step.chunks:
             sequence, num_new = chunk.sequence, 0
             first, row = row, row + chunk.num_sampled
             self.num_computed_tokens += chunk.num_rows
             if sequence.is_ended:
-                continue  # it ended, or was withdrawn, while this step was under way
+                continue  # it ended, or was cancelled, while this step was under way
             if chunk.ends_text:
                 tokens = take(chunk, sampled[first:row], self.eos_token_ids)
                 self.num_drafts += chunk.draft is not None
                 self.num_accepted += chunk.draft == tokens[0]
                 num_new = len(tokens) - 1
-                if sequence.draw.top_logprobs:
+                if sequence.sampling_params.top_logprobs:
                     rows += [(first + ahead, sequence) for ahead in range(len(tokens))]
                     tokens_of_rows += tokens
-            if launched.runs_ahead:
+            if step.is_counted:
                 self.scheduler.known(sequence, chunk.start, chunk.end)
             else:
                 self.scheduler.computed(sequence, chunk.count + num_new)
@@ -261,38 +230,11 @@ class Engine:
                 self.scheduler.remove(sequence)
                 self._ended.append(sequence)
         if rows:
-            assert launched.outcome.logits_ZV is not None
-            self._score(launched.outcome.logits_ZV, rows, tokens_of_rows)
+            assert step.sampled.forward is not None
+            self._score(step.sampled.forward.logits_ZV, rows, tokens_of_rows)
 
     def _score(self, logits_ZV: Tensor, rows: list[tuple[int, Sequence[Any]]], tokens: list[int]) -> None:
-        most = max(sequence.draw.top_logprobs for _, sequence in rows)
+        most = max(sequence.sampling_params.top_logprobs for _, sequence in rows)
         scores = score(logits_ZV[torch.tensor([row for row, _ in rows], device=logits_ZV.device)], tokens, most)
         for (_, sequence), (own, best) in zip(rows, scores, strict=True):
-            sequence.logprobs.append((own, best[: sequence.draw.top_logprobs]))
-
-
-class _Launched:
-    """A step whose tokens are on their way to the host. Logits of a graph hold until another step is launched."""
-
-    def __init__(self, chunks: list[Chunk[Any]], outcome: Outcome, runs_ahead: bool) -> None:
-        self.chunks = chunks
-        self.outcome = outcome
-        self.runs_ahead = runs_ahead
-        tokens_Z, _, drafts_B = outcome
-        self._numbers = tokens_Z if drafts_B is None else torch.cat((tokens_Z, drafts_B))
-        self._arrived: torch.cuda.Event | None = None
-        if tokens_Z.is_cuda:
-            on_device = self._numbers
-            self._numbers = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
-            self._numbers.copy_(on_device, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def token_ids(self) -> list[int]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._numbers[: len(self.outcome.tokens_Z)].tolist()
-
-    def drafts(self) -> list[int] | None:
-        """A guess for each chunk's sequence, where the device has made them; to be asked for after the tokens."""
-        return None if self.outcome.drafts_B is None else self._numbers[len(self.outcome.tokens_Z) :].tolist()
+            sequence.logprobs.append((own, best[: sequence.sampling_params.top_logprobs]))

@@ -19,8 +19,8 @@ _LIKELIEST = 64
 
 
 @dataclass(frozen=True)
-class Draw:
-    """How a sequence's tokens are drawn, and how many logprobs are kept of each.
+class SamplingParams:
+    """Parameters by which a sequence's tokens are sampled, and how many logprobs are kept of each.
 
     Temperature 0 is greedy (the first of equal maxima). Otherwise a token comes from the likeliest ones alone, cut in
     transformers' order: the `top_k` best (0: all), of these the smallest set whose share reaches `top_p`, and no token
@@ -35,14 +35,14 @@ class Draw:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits_NV: Tensor, uniform_N: Many[float], draws: Many[Draw]) -> list[int]:
+def sample(logits_NV: Tensor, uniform_N: Many[float], draws: Many[SamplingParams]) -> list[int]:
     """`choose`, on the host."""
     return choose(logits_NV, uniform_N, draws).tolist()
 
 
 @torch.inference_mode()
-def choose(logits_NV: Tensor, uniform_N: Many[float], draws: Many[Draw]) -> Tensor:
-    """One token a row, int64 [N] on the logits' device; on a GPU without waiting for it.
+def choose(logits_NV: Tensor, uniform_N: Many[float], draws: Many[SamplingParams]) -> Tensor:
+    """Sample one token a row, int64 [N] on the logits' device; on a GPU without waiting for it.
 
     `uniform_N` in [0, 1) picks by inverse transform in order of falling probability.
     """
@@ -66,7 +66,7 @@ def choose(logits_NV: Tensor, uniform_N: Many[float], draws: Many[Draw]) -> Tens
 
 @torch.inference_mode()
 def score(logits_NV: Tensor, tokens: list[int], top: int) -> list[tuple[float, list[tuple[int, float]]]]:
-    """For every row the logprob of its token, and the `top` likeliest tokens with theirs, best first.
+    """Logprobs of every row's token, and the `top` likeliest tokens with theirs, best first.
 
     Of the raw logits: what the model says, not what temperature, bias and nucleus make of it.
     """
@@ -77,7 +77,7 @@ def score(logits_NV: Tensor, tokens: list[int], top: int) -> list[tuple[float, l
     return [(taken, list(zip(ids, values, strict=True))) for taken, ids, values in rows]
 
 
-def _biased(logits_NV: Tensor, draws: Many[Draw]) -> Tensor:
+def _biased(logits_NV: Tensor, draws: Many[SamplingParams]) -> Tensor:
     entries = [(row, token, value) for row, draw in enumerate(draws) for token, value in draw.logit_bias]
     if not entries:
         return logits_NV

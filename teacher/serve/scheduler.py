@@ -1,4 +1,4 @@
-"""Which tokens the next step computes.
+"""Scheduling: which tokens the next step computes.
 
 Sequences that decode come first, a token each and the draft of another where there is one: no prompt delays them. What
 is left of the step's budget goes to prompts, chunk by chunk, in the order of their arrival, so that each step brings
@@ -60,6 +60,8 @@ class Chunk(Generic[Key]):
 
 
 class Scheduler(Generic[Key]):
+    """Sequences that run, in the order of admission, and those that wait."""
+
     def __init__(self, blocks: BlockManager, *, max_running: int, max_step_tokens: int, max_chunk: int) -> None:
         if max_step_tokens < max_running:
             raise ValueError(f"max_step_tokens must be at least {max_running}, got {max_step_tokens}")
@@ -74,6 +76,7 @@ class Scheduler(Generic[Key]):
 
     def schedule(self) -> list[Chunk[Key]]:
         """The chunks of a step; empty only where no sequence is left."""
+        # Phase 1: who decodes, a token each; phase 2: prompts already begun; phase 3: admissions, while there is room.
         chunks = self._decodes()
         left = self._max_step_tokens - sum(chunk.num_rows for chunk in chunks)
         for sequence in self.running:
@@ -85,15 +88,17 @@ class Scheduler(Generic[Key]):
             left -= chunks[-1].count
         return chunks
 
-    def go_on(self, sequences: list[Sequence[Key]], most_ahead: int) -> bool:
-        """Whether the next step is sure to be of these again, though it is not known here what the last one wrote.
+    def reserve_lookahead(self, sequences: list[Sequence[Key]], num_lookahead_tokens: int) -> bool:
+        """Reserve pages for so many tokens more than are known, if the next step is sure to be of these again.
 
-        If so each has pages for `most_ahead` tokens more than are known.
+        Returns whether it is, though it is not known here what the step under way writes.
         """
         waits = self.waiting and len(self.running) < self._max_running
         if waits or len(sequences) != len(self.running) or any(sequence.is_ended for sequence in sequences):
             return False
-        wanted = [num_pages_for(sequence.num_tokens + most_ahead) - len(sequence.pages) for sequence in sequences]
+        wanted = [
+            num_pages_for(sequence.num_tokens + num_lookahead_tokens) - len(sequence.pages) for sequence in sequences
+        ]
         if sum(max(number, 0) for number in wanted) > self.blocks.num_available:
             return False
         for sequence, number in zip(sequences, wanted, strict=True):
@@ -102,7 +107,7 @@ class Scheduler(Generic[Key]):
         return True
 
     def computed(self, sequence: Sequence[Key], count: int) -> None:
-        """Its next `count` tokens have their latents in the cache.
+        """Count the next `count` tokens as in the cache.
 
         A draft that was refused is none of them: what it left is written over.
         """
@@ -110,7 +115,7 @@ class Scheduler(Generic[Key]):
         self.known(sequence, sequence.num_computed - count, sequence.num_computed)
 
     def known(self, sequence: Sequence[Key], start: int, end: int) -> None:
-        """It is known which tokens these are: full pages and the end of the prompt can be shared from now on."""
+        """Register for sharing what pages these tokens fill, and the end of the prompt: it is known which they are."""
         if not self.blocks.caching or sequence.num_computed < end:  # it gave its pages away meanwhile
             return
         for index in range(start // PAGE, end // PAGE):
@@ -123,7 +128,7 @@ class Scheduler(Generic[Key]):
             sequence.tail_key = None
 
     def remove(self, sequence: Sequence[Key]) -> None:
-        """A sequence that is finished, or no longer wanted."""
+        """Drop a sequence that is finished, or no longer wanted."""
         if sequence in self.running:
             self.running.remove(sequence)
             self._release(sequence)
@@ -141,7 +146,7 @@ class Scheduler(Generic[Key]):
         return chunks
 
     def _add_draft(self, chunk: Chunk[Key]) -> None:
-        """Where there is one, and room for its latents."""
+        """Give a chunk its sequence's draft, where there is one, and room for its latents."""
         sequence = chunk.sequence
         if sequence.draft is None:
             return
@@ -171,7 +176,8 @@ class Scheduler(Generic[Key]):
     def _admit(self) -> Sequence[Key] | None:
         """The first waiting sequence, if there are pages for it; those that wait for a shared prompt stand aside."""
         for place, sequence in enumerate(self.waiting):
-            if place == _LOOK_AHEAD or sequence.num_expected:  # it gave way while its next token was under way
+            # A placeholder: it was preempted while its next token was under way, and its text has no key until then.
+            if place == _LOOK_AHEAD or sequence.num_placeholders:
                 return None
             shared, tail = self._find_shared(sequence)
             if self._is_being_computed(sequence, len(shared)):
@@ -204,7 +210,7 @@ class Scheduler(Generic[Key]):
         return self.blocks.caching and self._key(sequence, num_shared) in self._being_computed
 
     def _fits(self, sequence: Sequence[Key], found: list[int]) -> bool:
-        """Whether the pages it does not share can be had, and one for each that runs, beside those that were found."""
+        """Tell whether pages it does not share can be had, and one for each that runs, beside those that were found."""
         num_new = num_pages_for(sequence.num_tokens) - min(len(found), (sequence.num_tokens - 1) // PAGE)
         kept = sum(self.blocks.is_idle(page) for page in found)
         return num_new + kept + len(self.running) <= self.blocks.num_available
@@ -226,7 +232,7 @@ class Scheduler(Generic[Key]):
             self._announce(sequence)
 
     def _announce(self, sequence: Sequence[Key]) -> None:
-        """Others that begin alike wait for the pages which this sequence is about to compute."""
+        """Let others that begin alike wait for the pages which this sequence is about to compute."""
         length = sequence.num_tokens
         if sequence.num_left == 1:
             return
@@ -237,7 +243,7 @@ class Scheduler(Generic[Key]):
             self._being_computed.setdefault(sequence.tail_key, sequence)
 
     def _key(self, sequence: Sequence[Key], index: int) -> bytes:
-        """Of a page of the sequence, full or (its last) not."""
+        """Key of a page of the sequence, full or (its last) not."""
         keys = sequence.page_keys
         while len(keys) < min(index + 1, sequence.num_tokens // PAGE):
             start = len(keys) * PAGE

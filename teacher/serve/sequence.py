@@ -9,11 +9,12 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
-from teacher.serve.sampler import Draw
+from teacher.serve.placeholders import placeholder
+from teacher.serve.sampler import SamplingParams
 from teacher.serve.stopping import RepetitionLimit, Watch
 
 Key = TypeVar("Key", bound=Hashable)
-# Of one token: its own, and the likeliest ones with theirs.
+# One token's: its own, and the likeliest ones with theirs.
 Logprobs = tuple[float, list[tuple[int, float]]]
 
 
@@ -39,7 +40,7 @@ class Sequence(Generic[Key]):
     prompt_ids: Tokens[int]
     max_tokens: int
     seed: int
-    draw: Draw = Draw()  # noqa: RUF009 - frozen
+    sampling_params: SamplingParams = SamplingParams()  # noqa: RUF009 - frozen
     generated_ids: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length", "repetition"] | None = None
     fault: str | None = None
@@ -60,8 +61,8 @@ class Sequence(Generic[Key]):
     draft: int | None = None
     num_drafts: int = 0
     num_accepted: int = 0
-    # Tokens that a step under way draws: at the end of `generated_ids`, as -1 minus their row among what it draws.
-    num_expected: int = 0
+    # Tokens that a step under way samples (`run_ahead`), at the end of `generated_ids`.
+    num_placeholders: int = 0
     is_wanted: bool = True
     _forced: deque[int] = field(default_factory=deque)
     _random: random.Random | None = None
@@ -80,7 +81,7 @@ class Sequence(Generic[Key]):
 
     @property
     def forced(self) -> int | None:
-        """What the next token will be, whatever is sampled."""
+        """The next token, whatever is sampled; None: the sampled one."""
         return self._forced[0] if self._forced else None
 
     def append(self, sampled: int, eos_token_ids: frozenset[int]) -> int:
@@ -92,9 +93,9 @@ class Sequence(Generic[Key]):
             self._uniforms.popleft()
         token = self._forced.popleft() if self._forced else sampled
         num_generated = self.num_written + 1
-        if self.num_expected:
+        if self.num_placeholders:
             self.generated_ids[num_generated - 1] = token
-            self.num_expected -= 1
+            self.num_placeholders -= 1
         else:
             self.generated_ids.append(token)
         seen = None if self.watch is None else self.watch.ends_with(token)
@@ -111,32 +112,32 @@ class Sequence(Generic[Key]):
                 self.thinking = None
         if self.finish_reason is not None:
             del self.generated_ids[num_generated:]
-            self.num_expected = 0
+            self.num_placeholders = 0
         return token
 
-    def expect(self, row: int) -> None:
-        """The step under way draws the next token, as the `row`th that it draws; `append` will say which it is."""
-        self.generated_ids.append(-1 - row)
-        self.num_expected += 1
+    def append_placeholder(self, row: int) -> None:
+        """Stand in for the next token, which the step under way samples as its `row`th; `append` says which it is."""
+        self.generated_ids.append(placeholder(row))
+        self.num_placeholders += 1
 
     @property
     def num_written(self) -> int:
-        """Tokens that are there, not merely expected."""
-        return len(self.generated_ids) - self.num_expected
+        """Generated tokens that are known: no placeholders."""
+        return len(self.generated_ids) - self.num_placeholders
 
     @property
     def may_run_ahead(self) -> bool:
-        """Whether the step after the next token can begin before it is known here."""
-        return self.thinking is None and not self._forced and not self.draw.top_logprobs
+        """Tell whether the step after the next token can begin before it is known here."""
+        return self.thinking is None and not self._forced and not self.sampling_params.top_logprobs
 
     @property
     def is_ended(self) -> bool:
-        """Whether nothing more is to be written: it is finished, or was withdrawn."""
+        """Tell whether nothing more is to be written: it is finished, or was cancelled."""
         return self.finish_reason is not None or not self.is_wanted
 
     @property
     def is_written(self) -> bool:
-        """Whether its last token is there, or expected, as far as is known."""
+        """Tell whether its last token is there, or under way, as far as is known."""
         return len(self.generated_ids) >= self.max_tokens
 
     @property
@@ -149,7 +150,7 @@ class Sequence(Generic[Key]):
         return len(self.prompt_ids) + len(self.generated_ids) - self.num_computed
 
     def tokens(self, start: int, end: int) -> list[int]:
-        """Of prompt and generated text together."""
+        """Token ids from `start` to `end` of prompt and generated text together."""
         length = len(self.prompt_ids)
         if start >= length:
             return self.generated_ids[start - length : end - length]

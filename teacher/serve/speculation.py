@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from teacher.serve.runner import ModelRunner
+from teacher.serve.runner import ForwardPass, ModelRunner
 from teacher.serve.sampler import sample
 from teacher.serve.scheduler import Chunk
 from teacher.serve.sequence import Sequence
@@ -40,23 +40,30 @@ def take(chunk: Chunk[Any], sampled: list[int], eos_token_ids: frozenset[int]) -
     return tokens
 
 
-def draft(runner: ModelRunner, chunks: list[Chunk[Any]], max_positions: int, made: list[int] | None = None) -> None:
+def draft(
+    runner: ModelRunner,
+    chunks: list[Chunk[Any]],
+    max_positions: int,
+    source: ForwardPass | list[int],
+) -> None:
     """Give every sequence that goes on a guess at its next token, and the draft layers' cache this step's tokens.
 
-    `made` are the guesses, one a chunk, where the step itself has made them. A sequence that is at its last position
-    gets none: there is no place where it could be verified.
+    `source` is the step's forward pass, or the guesses, one a chunk, where the step has made them itself. A
+    sequence that is at its last position gets none: there is no place where it could be verified.
     """
     going = [chunk.sequence for chunk in chunks if chunk.ends_text and chunk.sequence.finish_reason is None]
-    if made is None:
-        guesses = _guess(runner, chunks, going)
+    if isinstance(source, ForwardPass):
+        guesses = _guess(runner, source, chunks, going)
     else:
-        guesses = [guess for chunk, guess in zip(chunks, made, strict=True) if chunk.sequence.finish_reason is None]
+        guesses = [guess for chunk, guess in zip(chunks, source, strict=True) if chunk.sequence.finish_reason is None]
     for sequence, guess in zip(going, guesses, strict=True):
         fits = sequence.num_tokens < max_positions
         sequence.draft = (guess if sequence.forced is None else sequence.forced) if fits else None
 
 
-def _guess(runner: ModelRunner, chunks: list[Chunk[Any]], going: list[Sequence[Any]]) -> list[int]:
+def _guess(
+    runner: ModelRunner, forward: ForwardPass, chunks: list[Chunk[Any]], going: list[Sequence[Any]]
+) -> list[int]:
     next_ids: list[int] = []
     rows: list[int] = []
     for chunk in chunks:
@@ -65,5 +72,5 @@ def _guess(runner: ModelRunner, chunks: list[Chunk[Any]], going: list[Sequence[A
             rows.append(len(next_ids) + sequence.num_computed - chunk.start - 1)
         following = sequence.tokens(chunk.start + 1, chunk.end + 1)
         next_ids += following + following[-1:] * (chunk.num_rows - len(following))  # behind a rejected draft: any token
-    logits_NV = runner.draft(next_ids, rows)
-    return sample(logits_NV, [s.uniform() for s in going], [s.draw for s in going]) if going else []
+    logits_NV = runner.draft(forward, next_ids, rows)
+    return sample(logits_NV, [s.uniform() for s in going], [s.sampling_params for s in going]) if going else []

@@ -1,4 +1,4 @@
-"""What one step computes, as tensors, built once for all layers.
+"""A step: what one forward pass computes, as tensors, built once for all layers.
 
 Rows are tokens: first one of each sequence that decodes without a draft, then two of each that has one, then the chunks
 of prompts, one after another.
@@ -84,7 +84,7 @@ def in_order(chunks: list[Chunk[Any]]) -> list[Chunk[Any]]:
 
 
 def build_step(chunks: list[Chunk[Any]], device: torch.device) -> Step:
-    """Of chunks `in_order`."""
+    """Build the tensors of chunks that are `in_order`."""
     decodes: list[Decodes] = []
     prompts: list[PromptChunk] = []
     token_ids: list[int] = []
@@ -152,8 +152,3 @@ def halved(step: Step, plan: Callable[[Decodes], Any]) -> tuple[Step, Step]:
         for part, of_decodes, of_chunks in zip(rows, decodes, chunks, strict=True)
     )
     return first, second
-
-
-def with_expected(token_ids_M: Tensor, before_Z: Tensor) -> Tensor:
-    """Ids below zero are -1 minus a place among `before`, where the token is."""
-    return torch.where(token_ids_M < 0, before_Z[(-1 - token_ids_M).clamp(min=0)], token_ids_M)

@@ -1,4 +1,4 @@
-"""When a text is ended before the model ends it: it contains a stop string, or it goes round in circles.
+"""Endings of a text before the model ends it: it contains a stop string, or it goes round in circles.
 
 Both are judged token by token at a cost that does not grow with the text. A stop string counts from the character that
 completes it, whatever tokens it came in; a loop is the tail of the tokens repeated, as vLLM's `repetition_detection`.
@@ -52,7 +52,7 @@ class StopStrings:
         return text[:certain]
 
     def rest(self) -> str:
-        """What was held back, now that the text has ended; nothing where a stop string ended it."""
+        """Release what was held back, now that the text has ended; nothing where a stop string ended it."""
         held, self._held = self._held, ""
         return held
 
@@ -83,7 +83,7 @@ class Repetition:
         self._runs: dict[int, int] = {}  # period: how many tokens in a row were the one a period before
 
     def push(self, token: int) -> bool:
-        """Whether the text loops with this token."""
+        """Take a token and tell whether the text loops with it."""
         limit, runs, looping = self._limit, {}, False
         place = -1
         for _ in range(self._last.count(token)):
@@ -116,7 +116,7 @@ class Watch:
 
 
 def _fallbacks(stop: str) -> list[int]:
-    """For each beginning of `stop`, the length of the longest shorter beginning that it ends with."""
+    """Lengths, for each beginning of `stop`, of the longest shorter beginning that it ends with."""
     lengths = [0] * len(stop)
     matched = 0
     for place in range(1, len(stop)):

@@ -18,7 +18,8 @@ from teacher.serve.grouped_model import GqaModel
 from teacher.serve.grouped_weights import load_gqa
 from teacher.serve.invariant_models import InvariantGqaModel, InvariantLatentModel
 from teacher.serve.latent_model import LatentModel
-from teacher.serve.sampler import Draw
+from teacher.serve.runner import ForwardPass
+from teacher.serve.sampler import SamplingParams
 from teacher.serve.sequence import Sequence
 from teacher.serve.weights import fuse_weights
 from tests.teacher.test_grouped_engine import save_random
@@ -49,21 +50,23 @@ def logits_of(
 ) -> tuple[list[int], list[torch.Tensor]]:
     """The request's tokens and the logits behind each; `others` are (prompt, tokens), the last `late` come later."""
     engine = Engine(model, **{"batch_size": 8, "eos_token_ids": ()} | features)
-    request = Sequence(0, PROMPT, NUM_TOKENS, seed=7, draw=Draw(0.9, 0.95))
-    crowd = [Sequence(n, row, count, seed=n, draw=Draw(1.0)) for n, (row, count) in enumerate(others, 1)]
+    request = Sequence(0, PROMPT, NUM_TOKENS, seed=7, sampling_params=SamplingParams(0.9, 0.95))
+    crowd = [
+        Sequence(n, row, count, seed=n, sampling_params=SamplingParams(1.0)) for n, (row, count) in enumerate(others, 1)
+    ]
     seen: list[torch.Tensor] = []
-    take = engine.runner.logits
+    take = engine.runner.forward
 
-    def logits(chunks: Any, *given: Any) -> torch.Tensor:
+    def forward(chunks: Any, *given: Any) -> ForwardPass:
         out = take(chunks, *given)
         row = 0
         for chunk in chunks:
             if chunk.sequence is request and chunk.ends_text:
-                seen.append(out[row].clone())
+                seen.append(out.logits_ZV[row].clone())
             row += chunk.num_sampled
         return out
 
-    engine.runner.logits = logits
+    engine.runner.forward = forward
     early = len(crowd) - late
     waiting = [[sequence] for sequence in crowd[early:]]
     for done in engine.run([*crowd[: early // 2], request, *crowd[early // 2 : early]], more=lambda: _next(waiting)):

@@ -17,7 +17,7 @@ from teacher.http.feed import SampleFeed
 from teacher.live import GeneratedSample, GenerationRequest
 from teacher.serve.http import build_app
 from teacher.serve.loop import Cancelled, EngineLoop
-from teacher.serve.sampler import Draw
+from teacher.serve.sampler import SamplingParams
 from teacher.serve.sequence import Sequence
 from tests.teacher.test_native_backend import SAMPLING, open_it, requests
 from tests.teacher.v3_models import tiny_config, write_model_folder
@@ -106,9 +106,9 @@ class _Runs:
 
 def test_what_comes_joins_the_run_whatever_its_settings_and_what_is_cancelled_leaves_it() -> None:
     engine, jobs, done = _Runs(), queue.SimpleQueue(), []
-    hot, cold = Draw(1.0, 1.0), Draw(0.0, 1.0)
+    hot, cold = SamplingParams(1.0, 1.0), SamplingParams(0.0, 1.0)
     for key, draw in enumerate([hot, hot, cold, hot]):
-        jobs.put([Sequence(key, [1], max_tokens=1, seed=0, draw=draw)])
+        jobs.put([Sequence(key, [1], max_tokens=1, seed=0, sampling_params=draw)])
     jobs.put(Cancelled(2))
     jobs.put(None)
     EngineLoop(engine, jobs, lambda sequence: done.append(sequence.key)).run()  # type: ignore[arg-type]

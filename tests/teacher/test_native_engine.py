@@ -8,7 +8,7 @@ from teacher.kernels.mla_cache import PAGE
 from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.runner import ModelRunner
-from teacher.serve.sampler import Draw, sample
+from teacher.serve.sampler import SamplingParams, sample
 from teacher.serve.scheduler import Chunk
 from teacher.serve.sequence import Sequence
 from teacher.serve.step import in_order
@@ -26,7 +26,7 @@ def prompts(count, seed=0, longest=20):
 def run(model, sequences, *, batch_size=4, eos=(), **draw):
     engine = Engine(LatentModel.of(model), batch_size=batch_size, eos_token_ids=eos)
     for sequence in sequences:
-        sequence.draw = Draw(**draw)
+        sequence.sampling_params = SamplingParams(**draw)
     return {sequence.key: sequence for sequence in engine.run(sequences)}
 
 
@@ -148,7 +148,7 @@ def test_sampler_draws_the_nucleus_distribution(num_tokens, temperature, top_p):
     wanted = nucleus((logits / temperature).double().softmax(0).tolist(), top_p)
     count = 20_000
     grid = [(i + 0.5) / count for i in range(count)]  # an even grid instead of luck
-    draw = Draw(temperature=temperature, top_p=top_p)
+    draw = SamplingParams(temperature=temperature, top_p=top_p)
     drawn = torch.tensor(sample(logits.expand(count, -1), grid, [draw] * count))
     shares = (torch.bincount(drawn, minlength=num_tokens) / count).tolist()
     for token, share in enumerate(shares):
@@ -160,10 +160,12 @@ def test_wide_rows_do_not_change_narrow_ones():
     narrow[0, 7] = 10.0
     both = torch.cat((narrow, torch.zeros(1, 300)))
     for uniform in (0.0, 0.3, 0.999):
-        drawn = [sample(rows, [uniform] * len(rows), [Draw(1.0, 0.9)] * len(rows))[0] for rows in (narrow, both)]
+        drawn = [
+            sample(rows, [uniform] * len(rows), [SamplingParams(1.0, 0.9)] * len(rows))[0] for rows in (narrow, both)
+        ]
         assert drawn[0] == drawn[1]
 
 
 def test_temperature_zero_is_greedy():
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 0.0, 0.0, 0.0]])
-    assert sample(logits, [0.9, 0.9], [Draw(0, 0.5)] * 2) == [1, 0]
+    assert sample(logits, [0.9, 0.9], [SamplingParams(0, 0.5)] * 2) == [1, 0]

@@ -23,7 +23,7 @@ from teacher.serve.kernels import KernelOperations
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.pieces import EXTENT, Piece, find_pieces, group_pieces
 from teacher.serve.plain import PlainOperations
-from teacher.serve.sampler import Draw, sample
+from teacher.serve.sampler import SamplingParams, sample
 from teacher.serve.sequence import Sequence
 from teacher.serve.step import Decodes
 from teacher.serve.weights import fuse_weights
@@ -32,10 +32,10 @@ from tests.teacher.v3_models import random_model, tiny_config
 
 PICO = REPOSITORY / "teacher" / "pico"
 SETTINGS = [
-    Draw(),
-    Draw(0.8, 0.9, top_logprobs=2),
-    Draw(1.0, top_k=5, logit_bias=((5, -50.0),)),
-    Draw(1.0, min_p=0.1, logit_bias=((3, -50.0), (5, -50.0))),
+    SamplingParams(),
+    SamplingParams(0.8, 0.9, top_logprobs=2),
+    SamplingParams(1.0, top_k=5, logit_bias=((5, -50.0),)),
+    SamplingParams(1.0, min_p=0.1, logit_bias=((3, -50.0), (5, -50.0))),
 ]
 
 
@@ -52,7 +52,7 @@ def requests() -> list[Sequence[int]]:
     prompts = [base[:n] for n in (1, 5, 63, 64, 65, 128, 130, 200)] + [base[:130]] * 2 + [base[:128]]
     prompts += [[*base[:70], 7, 8], [9, *base[:100]], torch.randint(6, 64, (90,), generator=generator).tolist()]
     return [
-        Sequence(n, prompt, max_tokens=10 + 45 * (n % 4), seed=n, draw=SETTINGS[n % len(SETTINGS)])
+        Sequence(n, prompt, max_tokens=10 + 45 * (n % 4), seed=n, sampling_params=SETTINGS[n % len(SETTINGS)])
         for n, prompt in enumerate(prompts)
     ]
 
@@ -110,7 +110,7 @@ def test_a_sequence_withdrawn_while_its_token_is_under_way_leaves_nothing(
         if engine.is_idle:
             break
         done |= {sequence.key: (sequence.generated_ids, sequence.finish_reason) for sequence in engine.step()}
-        expecting = [sequence.key for sequence in engine.scheduler.running if sequence.num_expected]
+        expecting = [sequence.key for sequence in engine.scheduler.running if sequence.num_placeholders]
         if step % 9 == 4 and expecting:
             engine.cancel(expecting[0])
             cancelled.append(expecting[0])
@@ -135,7 +135,7 @@ def test_a_text_met_again_is_read_from_the_cache(model: DeepseekV3) -> None:
 
 def test_sixteen_samples_cost_one_prefill(model: DeepseekV3) -> None:
     engine = Engine(LatentModel.of(model), batch_size=16, eos_token_ids=())
-    samples = [Sequence(n, [9] * 100, max_tokens=5, seed=n, draw=Draw(1.0)) for n in range(16)]
+    samples = [Sequence(n, [9] * 100, max_tokens=5, seed=n, sampling_params=SamplingParams(1.0)) for n in range(16)]
     texts = written(engine, samples)
     # The first reads the prompt, every other one its last token; the fifth token of each is never an input.
     assert engine.num_computed_tokens == 100 + 15 + 16 * 4
@@ -207,13 +207,15 @@ def agrees_with_plain(
         weights = fuse_weights(model, with_mtp=speculate)
         served = LatentModel(weights, form(weights))
         engine = Engine(served, batch_size=4, eos_token_ids=(), max_chunk=40, num_pages=16, speculate=speculate)
-        logits_of, seen = engine.runner.logits, []
-        engine.runner.logits = lambda *given, f=logits_of, seen=seen: seen.append(f(*given)) or seen[-1]
+        forward, seen = engine.runner.forward, []
+        engine.runner.forward = lambda *given, f=forward, seen=seen: seen.append(f(*given)) or seen[-1]
         prompts = [[7] * 90, [7] * 90, [*[7] * 64, 1, 2], [3, 4], [5] * 70][:num_prompts]
         texts.append(
             written(engine, [Sequence(n, prompt, max_tokens=num_tokens, seed=0) for n, prompt in enumerate(prompts)])
         )
-        logits.append([step.sort(dim=0).values for step in seen])  # rows stand in the order of the device's pages
+        logits.append(
+            [step.logits_ZV.sort(dim=0).values for step in seen]
+        )  # rows stand in the order of the device's pages
     assert texts[0] == texts[1]
     for plain, kernel in zip(*logits, strict=True):
         torch.testing.assert_close(kernel, plain, atol=1e-4, rtol=0)  # FP32, other orders of summation
@@ -276,7 +278,7 @@ def test_decode_in_place_equals_attention_over_gathered_pages() -> None:
 @pytest.mark.parametrize("num_tokens", [12, 300])
 def test_a_row_is_drawn_by_its_own_settings_whatever_stands_beside_it(num_tokens: int) -> None:
     logits = torch.randn(200, num_tokens, generator=torch.Generator().manual_seed(num_tokens))
-    kinds = [*SETTINGS, Draw(1.0), Draw(1.5, 0.7, top_k=100), Draw(0.3, 1.0, min_p=0.01)]
+    kinds = [*SETTINGS, SamplingParams(1.0), SamplingParams(1.5, 0.7, top_k=100), SamplingParams(0.3, 1.0, min_p=0.01)]
     draws = [kinds[n % len(kinds)] for n in range(200)]
     uniform = torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()
     together = sample(logits, uniform, draws)
@@ -298,15 +300,19 @@ def test_limits_cut_in_the_order_of_transformers(num_tokens: int) -> None:
     wanted = processors(torch.tensor([[1]]), logits).softmax(dim=-1)[0]
     count = 4000
     grid = [(n + 0.5) / count for n in range(count)]
-    tokens = torch.tensor(sample(logits.expand(count, -1), grid, [Draw(0.9, 0.9, top_k=9, min_p=0.05)] * count))
+    tokens = torch.tensor(
+        sample(logits.expand(count, -1), grid, [SamplingParams(0.9, 0.9, top_k=9, min_p=0.05)] * count)
+    )
     shares = torch.bincount(tokens, minlength=num_tokens) / count
     torch.testing.assert_close(shares, wanted, atol=1e-3, rtol=0)
 
 
 def test_bias_moves_choices_but_not_logprobs(model: DeepseekV3) -> None:
     engine = Engine(LatentModel.of(model), batch_size=4, eos_token_ids=())
-    draws = [Draw(top_logprobs=1), Draw(top_logprobs=3, logit_bias=((11, 1e4),)), Draw()]
-    done = {s.key: s for s in engine.run([Sequence(n, [7, 8], 3, 0, draw=draw) for n, draw in enumerate(draws)])}
+    draws = [SamplingParams(top_logprobs=1), SamplingParams(top_logprobs=3, logit_bias=((11, 1e4),)), SamplingParams()]
+    done = {
+        s.key: s for s in engine.run([Sequence(n, [7, 8], 3, 0, sampling_params=draw) for n, draw in enumerate(draws)])
+    }
     assert done[1].generated_ids == [11, 11, 11]
     assert done[0].generated_ids == done[2].generated_ids
     assert done[1].logprobs[0][1][0] == pytest.approx(done[0].logprobs[0][1][0], abs=1e-5)

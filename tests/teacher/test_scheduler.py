@@ -142,14 +142,14 @@ class World:
         return total
 
     def step_ahead(self) -> int:
-        """As `Engine._step_with_drafts`: pages for the next step before this one's drafts are judged.
+        """As `RunAhead.launch_on`: pages for the next step before this one's drafts are judged.
 
         What that step computes the device knows by then; here it is computed once it is known, before anything else.
         """
         chunks, self.under_way = self.under_way, []
         sequences = [chunk.sequence for chunk in chunks]
         fits = all(sequence.num_tokens + 3 <= self.room for sequence in sequences)
-        goes_on = fits and self.scheduler.go_on(sequences, 3)
+        goes_on = fits and self.scheduler.reserve_lookahead(sequences, 3)
         self.check()
         for source, target in self.blocks.take_copies():
             self.places[target] = list(self.places[source])

@@ -25,7 +25,7 @@ from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.pieces import PiecePlan
 from teacher.serve.plain import PlainOperations
-from teacher.serve.sampler import Draw
+from teacher.serve.sampler import SamplingParams
 from teacher.serve.scheduler import Chunk
 from teacher.serve.sequence import Sequence, ThinkingLimit
 from teacher.serve.speculation import take
@@ -38,12 +38,12 @@ END = 5
 # Of a random model's 64 tokens a few are made likely, so that its drafts come true about half of the time.
 FEW = (*((token, 30.0) for token in (7, 8, 9, 10)), (END, 27.0))
 SETTINGS = [
-    Draw(logit_bias=FEW),
-    Draw(0.8, 0.9, top_logprobs=2, logit_bias=FEW),
-    Draw(1.0, top_k=3, logit_bias=FEW),
-    Draw(1.0, min_p=0.1, top_logprobs=1, logit_bias=FEW),
-    Draw(),
-    Draw(0.7),
+    SamplingParams(logit_bias=FEW),
+    SamplingParams(0.8, 0.9, top_logprobs=2, logit_bias=FEW),
+    SamplingParams(1.0, top_k=3, logit_bias=FEW),
+    SamplingParams(1.0, min_p=0.1, top_logprobs=1, logit_bias=FEW),
+    SamplingParams(),
+    SamplingParams(0.7),
 ]
 
 
@@ -62,7 +62,12 @@ def requests() -> list[Sequence[int]]:
     limits = [None, ThinkingLimit(9, 8, (12, 8, 13)), ThinkingLimit(20, 33, (14, 15, 33))]
     return [
         Sequence(
-            n, prompt, max_tokens=3 + 37 * (n % 5), seed=n, draw=SETTINGS[n % len(SETTINGS)], thinking=limits[n % 3]
+            n,
+            prompt,
+            max_tokens=3 + 37 * (n % 5),
+            seed=n,
+            sampling_params=SETTINGS[n % len(SETTINGS)],
+            thinking=limits[n % 3],
         )
         for n, prompt in enumerate(prompts)
     ]
@@ -118,7 +123,7 @@ def test_logprobs_are_those_of_every_token_taken(model: DeepseekV3) -> None:
         written(model, sequences, speculate=speculate)
         by_mode.append(sequences)
     for plain, fast in zip(*by_mode, strict=True):
-        assert len(fast.logprobs) == (len(fast.generated_ids) if fast.draw.top_logprobs else 0)
+        assert len(fast.logprobs) == (len(fast.generated_ids) if fast.sampling_params.top_logprobs else 0)
         own = [torch.tensor([taken for taken, _ in sequence.logprobs]) for sequence in (plain, fast)]
         torch.testing.assert_close(own[1], own[0], atol=1e-4, rtol=0)  # FP32, other orders of summation
         assert [[token for token, _ in top] for _, top in fast.logprobs] == [
@@ -138,8 +143,8 @@ def test_the_bundled_teacher_writes_the_same_in_half_the_steps(temperature: floa
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
     def run(speculate: bool) -> tuple[dict[int, Any], Engine]:
-        draw = Draw(temperature)
-        sequences = [Sequence(n, prompt, 60, seed=n, draw=draw) for n, prompt in enumerate(prompts)]
+        draw = SamplingParams(temperature)
+        sequences = [Sequence(n, prompt, 60, seed=n, sampling_params=draw) for n, prompt in enumerate(prompts)]
         return written(model, sequences, speculate=speculate, eos_token_ids=model.config.eos_token_ids, max_chunk=33)
 
     (plain, _), (fast, engine) = run(False), run(True)
@@ -159,8 +164,8 @@ def test_the_end_of_positions_and_of_tokens_is_where_it_was() -> None:
         assert pair[0] == pair[1]
 
 
-@pytest.mark.parametrize("draw", [Draw(), Draw(logit_bias=FEW)], ids=["as it is", "biased"])
-def test_drafts_are_the_module_s_and_are_counted_right(model: DeepseekV3, draw: Draw) -> None:
+@pytest.mark.parametrize("draw", [SamplingParams(), SamplingParams(logit_bias=FEW)], ids=["as it is", "biased"])
+def test_drafts_are_the_module_s_and_are_counted_right(model: DeepseekV3, draw: SamplingParams) -> None:
     """What the training forward says of the finished text: at which tokens a draft stood, and whether it was right."""
     sequence = Sequence(0, [20, 21, 22], 100, 0, draw)
     written(model, [sequence], eos_token_ids=())
@@ -211,12 +216,12 @@ class OneNumber(Sequence[int]):
         return super().uniform(0)
 
 
-def p_value(model: DeepseekV3, draw: Draw, count: int, kind: type[Sequence[int]] = Sequence) -> float:
+def p_value(model: DeepseekV3, draw: SamplingParams, count: int, kind: type[Sequence[int]] = Sequence) -> float:
     """Of the first three tokens' joint distribution, by the chi-square test (cells expected under five times as one).
 
     The first is drawn behind the prompt, the second in the place of a draft, the third behind it, if it came true.
     """
-    sequences = [kind(n, PROMPT, 3, seed=n, draw=draw) for n in range(count)]
+    sequences = [kind(n, PROMPT, 3, seed=n, sampling_params=draw) for n in range(count)]
     texts, engine = written(model, sequences, batch_size=1000, num_pages=1000, eos_token_ids=(), prefix_caching=False)
     assert 0.2 < engine.num_accepted / engine.num_drafts < 0.9
     seen = Counter(tuple(tokens) for tokens, _ in texts.values())
@@ -243,18 +248,18 @@ def small() -> DeepseekV3:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_hundred_thousand_samples_have_the_model_s_distribution(small: DeepseekV3) -> None:
-    assert p_value(small, Draw(0.7, logit_bias=SLOPE), 100_000) > 1e-3
+    assert p_value(small, SamplingParams(0.7, logit_bias=SLOPE), 100_000) > 1e-3
 
 
 def test_ten_thousand_samples_have_the_model_s_distribution(small: DeepseekV3) -> None:
-    assert p_value(small, Draw(1.0, logit_bias=SLOPE), 10_000) > 1e-3
+    assert p_value(small, SamplingParams(1.0, logit_bias=SLOPE), 10_000) > 1e-3
 
 
 @pytest.mark.slow
 def test_the_distribution_s_test_finds_a_wrong_rule(small: DeepseekV3, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert p_value(small, Draw(1.0, logit_bias=SLOPE), 10_000, OneNumber) < 1e-3
+    assert p_value(small, SamplingParams(1.0, logit_bias=SLOPE), 10_000, OneNumber) < 1e-3
     monkeypatch.setattr(engine_module, "take", keeps_drafts)
-    assert p_value(small, Draw(1.0, logit_bias=SLOPE), 10_000) < 1e-3
+    assert p_value(small, SamplingParams(1.0, logit_bias=SLOPE), 10_000) < 1e-3
 
 
 # --- two queries a sequence -------------------------------------------------------------------------------------------
@@ -308,7 +313,13 @@ class Likely(LatentModel):
         return logits_ZV
 
 
-PLAIN_SETTINGS = [Draw(), Draw(0.8, 0.9), Draw(1.0, top_k=3), Draw(1.0, min_p=0.1), Draw(1.0)]
+PLAIN_SETTINGS = [
+    SamplingParams(),
+    SamplingParams(0.8, 0.9),
+    SamplingParams(1.0, top_k=3),
+    SamplingParams(1.0, min_p=0.1),
+    SamplingParams(1.0),
+]
 
 
 @pytest.mark.parametrize(
@@ -332,11 +343,13 @@ def test_steps_launched_before_their_drafts_are_judged_write_the_same(
         engine = Engine(served, **settings)
         sizes: list[int] = []
         run_on = engine.runner.run_on
-        engine.runner.run_on = lambda sequences, copies: sizes.append(len(sequences)) or run_on(sequences, copies)
+        engine.runner.run_on = lambda before, sequences, copies: (
+            sizes.append(len(sequences)) or run_on(before, sequences, copies)
+        )
         sequences = [
             replace(
                 sequence,
-                draw=Draw() if greedy else PLAIN_SETTINGS[n % len(PLAIN_SETTINGS)],
+                sampling_params=SamplingParams() if greedy else PLAIN_SETTINGS[n % len(PLAIN_SETTINGS)],
                 thinking=sequence.thinking if n % 4 == 2 else None,
                 max_tokens=400 if n == 9 else sequence.max_tokens,  # to the last position
             )

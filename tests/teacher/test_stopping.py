@@ -19,7 +19,7 @@ from teacher.serve.engine import Engine
 from teacher.serve.latent_model import LatentModel
 from teacher.serve.loop import EngineLoop
 from teacher.serve.reasoning import Reasoning, split
-from teacher.serve.sampler import Draw
+from teacher.serve.sampler import SamplingParams
 from teacher.serve.stopping import Repetition, RepetitionLimit, StopStrings, cut
 from tests.repository import REPOSITORY
 from tests.teacher.v3_models import random_model, tiny_config
@@ -154,7 +154,9 @@ def test_steps_are_told_as_they_come_and_a_stop_string_ends_them(run_ahead: bool
     def run(*stops: str) -> tuple[sequence.Sequence[int], list[list[int]]]:
         engine = Engine(LatentModel.of(model), batch_size=2, eos_token_ids=[], decode=decode, run_ahead=run_ahead)
         jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        asked = sequence.Sequence(1, [7, 8, 9], max_tokens=40, seed=1, draw=Draw(1.0), stops=stops, streamed=True)
+        asked = sequence.Sequence(
+            1, [7, 8, 9], max_tokens=40, seed=1, sampling_params=SamplingParams(1.0), stops=stops, streamed=True
+        )
         jobs.put(asked)
         told: list[list[int]] = []
 

@@ -52,12 +52,12 @@ def requests(rank: int) -> list[Sequence[int]]:
 
 
 def written(engine: Engine, sequences: list[Sequence[int]], after_step: Callable[[], None] = lambda: None) -> Written:
-    logits_of, seen = engine.runner.logits, []
-    engine.runner.logits = lambda *given: seen.append(logits_of(*given)) or seen[-1]
+    forward, seen = engine.runner.forward, []
+    engine.runner.forward = lambda *given: seen.append(forward(*given)) or seen[-1]
     run = engine.run(sequences, more=lambda: after_step() or ())
     texts = {done.key: done.generated_ids for done in run}
-    engine.runner.logits = logits_of
-    return Written(texts, seen[0].cpu() if seen else None)
+    engine.runner.forward = forward
+    return Written(texts, seen[0].logits_ZV.cpu() if seen else None)
 
 
 def spread_engine(
@@ -70,8 +70,8 @@ def spread_engine(
 
 def num_graphs(engine: Engine) -> int:
     """CUDA graphs that it has captured."""
-    graphs = engine.runner._graphs
-    return 0 if graphs is None else len(graphs._graphs)
+    graphs = engine.runner.graphs
+    return 0 if graphs is None else graphs.num_captured
 
 
 def assert_one_engine_writes(turns_of_ranks: list[list[Written]], folder: Path, device: str) -> None:
