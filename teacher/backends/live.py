@@ -17,15 +17,16 @@ from typing import Any, Protocol
 
 from distill.errors import DataError, EnvironmentFault, PotstillError
 from teacher.backends.workers import END_LINE, EngineSettings, WorkerProcess, begin_line, cancel_line, take_generated
+from teacher.live import OnTokens
 from teacher.serve.engine import Engine
 from teacher.serve.loop import Cancelled, EngineJob, EngineLoop
 from teacher.serve.sequence import Logprobs, Sequence
 
-OnDone = Callable[[Sequence[int] | PotstillError], None]
-OnTokens = Callable[[list[int], list[Logprobs]], None]
+OnFinished = Callable[[Sequence[int] | PotstillError], None]
 ENDED = "the engine has ended"
 CANCELLED = "the request was withdrawn"
-# Sequences of a run that travel in one line: whole runs would be lines of gigabytes, and a line each costs a wake-up.
+# Sequences of a run that travel in one line, several full batches: a whole run may be gigabytes, and with a line each
+# the first batches would hold what happened to have been read by then.
 LINE_SEQUENCES = 1024
 # A run looks so often whether it should go on.
 POLL_S = 0.5
@@ -39,7 +40,7 @@ class LiveEngine(Protocol):
         """The reason why it takes no more sequences, or should be given none: those under way may end yet."""
         ...
 
-    def submit(self, sequence: Sequence[int], on_done: OnDone, on_tokens: OnTokens | None = None) -> None:
+    def submit(self, sequence: Sequence[int], on_done: OnFinished, on_tokens: OnTokens | None = None) -> None:
         """Begin a sequence. `on_done` is called once, with it when it is finished, or with what went wrong; before
         that, if the sequence is streamed, `on_tokens` with the tokens of each step but the last."""
         ...
@@ -58,13 +59,13 @@ class _InFlight:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._by_key: dict[int, tuple[Sequence[int], OnDone, OnTokens | None]] = {}
+        self._by_key: dict[int, tuple[Sequence[int], OnFinished, OnTokens | None]] = {}
         self.fault: PotstillError | None = None
 
     def __len__(self) -> int:
         return len(self._by_key)
 
-    def begin(self, sequence: Sequence[int], on_done: OnDone, on_tokens: OnTokens | None = None) -> bool:
+    def begin(self, sequence: Sequence[int], on_done: OnFinished, on_tokens: OnTokens | None = None) -> bool:
         with self._lock:
             if self.fault is None:
                 self._by_key[sequence.key] = sequence, on_done, on_tokens
@@ -117,7 +118,7 @@ class LocalEngine:
     def fault(self) -> PotstillError | None:
         return self._in_flight.fault
 
-    def submit(self, sequence: Sequence[int], on_done: OnDone, on_tokens: OnTokens | None = None) -> None:
+    def submit(self, sequence: Sequence[int], on_done: OnFinished, on_tokens: OnTokens | None = None) -> None:
         if self._in_flight.begin(sequence, on_done, on_tokens):
             self._jobs.put([sequence])
 
@@ -172,7 +173,7 @@ class WorkerEngines:
     def fault(self) -> PotstillError | None:
         return self._fault
 
-    def submit(self, sequence: Sequence[int], on_done: OnDone, on_tokens: OnTokens | None = None) -> None:
+    def submit(self, sequence: Sequence[int], on_done: OnFinished, on_tokens: OnTokens | None = None) -> None:
         with self._lock:
             number = min(range(len(self._crew)), key=lambda n: len(self._in_flight[n]))
             if self._in_flight[number].begin(sequence, on_done, on_tokens):
@@ -189,13 +190,14 @@ class WorkerEngines:
         """
         outcomes: queue.SimpleQueue[tuple[Sequence[int], PotstillError | None]] = queue.SimpleQueue()
 
-        def settles(sequence: Sequence[int]) -> OnDone:
+        def settles(sequence: Sequence[int]) -> OnFinished:
             return lambda outcome: outcomes.put((sequence, outcome if isinstance(outcome, PotstillError) else None))
 
         left = {sequence.key for sequence in sequences}
         try:
-            for start in range(0, len(sequences), LINE_SEQUENCES):
-                self._hand_out(sequences[start : start + LINE_SEQUENCES], settles)
+            most = LINE_SEQUENCES * len(self._crew)
+            for start in range(0, len(sequences), most):
+                self._hand_out(sequences[start : start + most], settles)
             while left:
                 if self.fault is not None:
                     raise self.fault
@@ -211,7 +213,7 @@ class WorkerEngines:
             else:
                 self._cancel(left)
 
-    def _hand_out(self, sequences: Many[Sequence[int]], settles: Callable[[Sequence[int]], OnDone]) -> None:
+    def _hand_out(self, sequences: Many[Sequence[int]], settles: Callable[[Sequence[int]], OnFinished]) -> None:
         with self._lock:
             for number, (worker, in_flight) in enumerate(zip(self._crew, self._in_flight, strict=True)):
                 share = sequences[number :: len(self._crew)]

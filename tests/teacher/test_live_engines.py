@@ -132,6 +132,25 @@ def test_a_client_that_leaves_frees_its_places(folder: Path, workers: int) -> No
     live.close()
 
 
+def test_a_run_in_several_lines_that_is_abandoned_leaves_its_places_to_the_next(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teacher.backends.live.LINE_SEQUENCES", 2)
+    backend = teacher(folder, workers=2)
+    engines: Any = backend._live
+
+    def sequences(first: int, *, max_tokens: int) -> list[Sequence[int]]:
+        return [Sequence(first + n, [5 + n, 7], max_tokens=max_tokens, seed=n) for n in range(11)]
+
+    abandoned = engines.run(sequences(0, max_tokens=100))
+    next(abandoned)
+    abandoned.close()
+    done = list(engines.run(sequences(100, max_tokens=3)))
+    assert sorted(sequence.key for sequence in done) == list(range(100, 111))
+    assert all(1 <= len(sequence.generated_ids) <= 3 for sequence in done)
+    backend.close()
+
+
 def test_a_broken_engine_settles_all_that_wait_and_all_that_come(folder: Path) -> None:
     class Broken(_Runs):
         def run(self, sequences: Any, **rest: Any) -> Any:
