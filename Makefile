@@ -96,7 +96,7 @@ bench-parallel: $(STAMP) ## Time dispatch, serving and pipelines over GPUs (DRY_
 	@$(BIN)/python -m benchmarks.overlap $(if $(DRY_RUN),--dry-run)
 	@$(BIN)/python -m benchmarks.pipeline $(if $(DRY_RUN),--dry-run)
 
-tune: $(STAMP) ## Measure the kernels' plans on this GPU and keep the fastest in teacher/kernels/tables
+tune: $(STAMP) ## Measure the kernels' plans on this GPU and keep the fastest in teacher/kernels/dense/tables
 	@$(BIN)/python -m benchmarks.kernels.tune
 
 bench-serve: $(STAMP) $(STAMP_VLLM) ## Time the engine beside vLLM and transformers, on a GPU or a CPU (DRY_RUN=1: toy sizes)

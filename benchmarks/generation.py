@@ -27,18 +27,18 @@ from distill.cores import num_cores
 from distill.problems import load_problems
 from distill.recipe import ReasoningGymSource
 from distill.records import Problem
-from teacher.backends.live import generate_in_workers
-from teacher.backends.workers import EngineSettings
+from teacher.backends.native.live import generate_in_workers
+from teacher.backends.native.workers import EngineSettings
+from teacher.engine.engine import Engine
+from teacher.engine.sampler import SamplingParams
+from teacher.engine.sequence import Sequence
 from teacher.model.checkpoint import load_checkpoint, save_checkpoint
 from teacher.model.config import DeepseekV3Config, YarnScaling
 from teacher.model.counts import count_parameters
 from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
-from teacher.serve.engine import Engine
-from teacher.serve.latent_model import LatentModel
-from teacher.serve.models import ModelFacts
-from teacher.serve.sampler import SamplingParams
-from teacher.serve.sequence import Sequence
+from teacher.models.latent.model import LatentModel
+from teacher.models.load import ModelFacts
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "teacher" / "pico"

@@ -29,7 +29,7 @@ from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
 from teacher.parallel.layout import Layout
 from teacher.parallel.meshes import Meshes, opened_meshes
-from teacher.parallel.stage import pipeline_blocks
+from teacher.parallel.pipeline.stage import pipeline_blocks
 from teacher.train.activations import SavedActivations
 from teacher.train.config import MemoryConfig
 from teacher.train.spread import MOMENTS

@@ -30,9 +30,9 @@ from benchmarks.device import device_name, where_and_when, write_result
 from benchmarks.parallel import NO_MULTICAST
 from benchmarks.parallel_serving import device_of, spawn, spread_engine, write
 from benchmarks.serve import v3
+from teacher.engine.engine import Engine
+from teacher.engine.sequence import Sequence
 from teacher.parallel.groups import Ranks, opened_ranks
-from teacher.serve.engine import Engine
-from teacher.serve.sequence import Sequence
 
 REPEATS = 5
 

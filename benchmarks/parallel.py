@@ -49,7 +49,7 @@ from benchmarks.parallel_timing import (
     slowest_us,
     wrong_by,
 )
-from teacher.parallel import wire
+from teacher.parallel.exchange import wire
 from teacher.parallel.groups import Ranks, opened_ranks
 
 SECTION_S = 55.0  # of processes: start, compilation, measurement

@@ -21,13 +21,15 @@ from benchmarks.parallel_timing import (
     slowest_us,
     wrong_by,
 )
-from teacher.kernels.experts import ExpertWeights, routed_experts_fp8
-from teacher.kernels.quantise import quantise
-from teacher.kernels.route import Choice, Routes, route
+from teacher.kernels.moe.experts import routed_experts_fp8
+from teacher.kernels.moe.reference import ExpertWeights
+from teacher.kernels.moe.route import route
+from teacher.kernels.moe.route_reference import Choice, Routes
+from teacher.kernels.quantise.quantise import quantise
 from teacher.model.fp8 import BLOCK
-from teacher.parallel.fixed_places import ExpertInputs, FixedPlaces, routed_experts_over_ranks
+from teacher.parallel.exchange.fixed_places import ExpertInputs, FixedPlaces, routed_experts_over_ranks
+from teacher.parallel.exchange.symmetric_places import SymmetricFixedPlaces
 from teacher.parallel.groups import Ranks, exchange_counts
-from teacher.parallel.symmetric_places import SymmetricFixedPlaces
 
 
 def places_and_layer(ranks: Ranks, sizes: Sizes) -> Iterator[Row]:

@@ -26,12 +26,12 @@ import torch.multiprocessing
 from benchmarks.device import device_name, where_and_when, write_result
 from benchmarks.parallel import NO_MULTICAST
 from benchmarks.serve import v3
-from teacher.kernels.mla_cache import PAGE
+from teacher.engine.engine import Engine
+from teacher.engine.sequence import Sequence
+from teacher.kernels.attention.mla_cache import PAGE
 from teacher.parallel import groups
 from teacher.parallel.groups import Ranks, opened_ranks
 from teacher.parallel.serving import load_spread
-from teacher.serve.engine import Engine
-from teacher.serve.sequence import Sequence
 
 STEP_TOKENS = 4096
 

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from teacher.model.fp8 import BLOCK
-from teacher.parallel import wire
-from teacher.parallel.dispatch import Exchange
+from teacher.parallel.exchange import wire
+from teacher.parallel.exchange.dispatch import Exchange
+from teacher.parallel.exchange.wire import Wire
 from teacher.parallel.groups import Ranks
-from teacher.parallel.placement import Placement
-from teacher.parallel.wire import Wire
+from teacher.parallel.placement.placement import Placement
 
 LAUNCHES = 10  # in a graph, or between two events
 REPLAYS = 20

@@ -39,7 +39,7 @@ from teacher.model.config import DeepseekV3Config
 from teacher.parallel.groups import Ranks, opened_ranks
 from teacher.parallel.layout import Layout
 from teacher.parallel.meshes import Meshes, form_meshes
-from teacher.parallel.pipeline import Pipeline
+from teacher.parallel.pipeline.pipeline import Pipeline
 from teacher.train.config import PretrainConfig
 from teacher.train.spread import SpreadPretraining, draw_part
 

@@ -6,10 +6,10 @@ The bundled teacher reads problems with its own answers, in three windows: two o
 kinds alone. Before each of its MoE layers a router of DeepSeek-V3's form (256 experts in eight groups, eight a token
 out of four groups; random weights and no bias, as before training evens loads out) chooses for the same tokens, and its
 choices are counted. A window's loads then lie on 32 ranks with a spare slot each: in order of the experts, as the
-window before had placed them, and placed anew where that gains enough (`teacher.parallel.balance.rebalanced`); over all
-ranks, or with groups kept on one of four nodes. Results, the counts included, go to
-benchmarks/results/<device>/placement.json. With --dry-run problems are few, and nothing is written unless --out names a
-folder.
+window before had placed them, and placed anew where that gains enough
+(`teacher.parallel.placement.balance.rebalanced`); over all ranks, or with groups kept on one of four nodes. Results,
+the counts included, go to benchmarks/results/<device>/placement.json. With --dry-run problems are few, and nothing is
+written unless --out names a folder.
 
 Shape legend: L layers, E experts, N tokens, D hidden.
 """
@@ -29,14 +29,14 @@ from benchmarks.generation import BUNDLED, asked, held_out_problems
 from benchmarks.kernels.elementwise import EXPERTS, V3_ROUTES
 from benchmarks.speculation import MAX_TOKENS
 from distill.records import Problem
-from teacher.kernels.route import route
+from teacher.engine.engine import Engine
+from teacher.engine.sampler import SamplingParams
+from teacher.engine.sequence import Sequence
+from teacher.kernels.moe.route import route
 from teacher.model.checkpoint import load_checkpoint
-from teacher.parallel.balance import imbalance, rebalanced
-from teacher.parallel.placement import Placement
-from teacher.serve.engine import Engine
-from teacher.serve.latent_model import LatentModel
-from teacher.serve.sampler import SamplingParams
-from teacher.serve.sequence import Sequence
+from teacher.models.latent.model import LatentModel
+from teacher.parallel.placement.balance import imbalance, rebalanced
+from teacher.parallel.placement.placement import Placement
 
 RANKS, REDUNDANT, RANKS_PER_NODE = 32, 32, 8
 

@@ -27,7 +27,7 @@ from distill.manifest import write_atomically
 from distill.problems import load_problems
 from distill.recipe import ReasoningGymSource, VllmTeacher
 from distill.records import Problem, Sampling, TraceRequest
-from teacher.backends.vllm import VllmBackend, open_vllm, served_name
+from teacher.backends.vllm.backend import VllmBackend, open_vllm, served_name
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPERATURE, TOP_P = 0.6, 0.95

@@ -16,11 +16,11 @@ import torch
 
 from benchmarks.device import device_name, write_result
 from benchmarks.generation import BUNDLED, ROOT, seconds, tokenised_prompts
-from teacher.kernels.mla_cache import PAGE
-from teacher.serve.engine import Engine
-from teacher.serve.latent_model import LatentModel
-from teacher.serve.sampler import SamplingParams
-from teacher.serve.sequence import Sequence
+from teacher.engine.engine import Engine
+from teacher.engine.sampler import SamplingParams
+from teacher.engine.sequence import Sequence
+from teacher.kernels.attention.mla_cache import PAGE
+from teacher.models.latent.model import LatentModel
 
 MAX_TOKENS = 400  # more than any of these texts has
 

@@ -90,7 +90,7 @@ def _teacher(recipe: Recipe, base_dir: Path) -> str:
     if isinstance(recipe.teacher, OpenAITeacher):
         return f"{recipe.teacher.model} at {recipe.teacher.base_url}"
     if isinstance(recipe.teacher, VllmTeacher):
-        from teacher.backends.vllm import check_vllm
+        from teacher.backends.vllm.backend import check_vllm
 
         return check_vllm(recipe.teacher, base_dir=base_dir)
     if isinstance(recipe.teacher, RayTeacher):

@@ -65,7 +65,7 @@ def serve_teacher(
         raise RecipeError("only a native or a vllm teacher can be served", where="recipe", field="teacher.backend")
     _check_node(config.num_nodes, node_rank)
     if node_rank:
-        from teacher.backends.fleet import serve_node
+        from teacher.backends.native.fleet import serve_node
 
         with preemptible():
             serve_node(config, node_rank, base_dir=base_dir, announce=announce)
@@ -74,8 +74,8 @@ def serve_teacher(
     listener = _bind(host, port)
 
     from teacher.backends import open_teacher
-    from teacher.serve.http import build_app, serve
-    from teacher.serve.stopping import RepetitionLimit
+    from teacher.engine.stopping import RepetitionLimit
+    from teacher.http.app import build_app, serve
 
     name = Path(config.model).name
     if speculate:
@@ -105,7 +105,7 @@ def launch_plan(recipe: Recipe, *, host: str, port: int) -> list[str]:
 
     Raises RecipeError for another backend and for a flag that this vLLM does not know, EnvironmentFault without vLLM.
     """
-    from teacher.backends.vllm_launch import check_flags, installed_flags, installed_version, is_cpu_build, plan
+    from teacher.backends.vllm.launch import check_flags, installed_flags, installed_version, is_cpu_build, plan
 
     config = recipe.teacher
     if not isinstance(config, VllmTeacher):
@@ -121,8 +121,8 @@ def launch_plan(recipe: Recipe, *, host: str, port: int) -> list[str]:
 def _serve_vllm(
     config: VllmTeacher, *, host: str, port: int, base_dir: Path, announce: Callable[[str], object], node_rank: int
 ) -> None:
-    from teacher.backends.vllm import located, make_server, served_name
-    from teacher.backends.vllm_launch import installed_version
+    from teacher.backends.vllm.backend import located, make_server, served_name
+    from teacher.backends.vllm.launch import installed_version
 
     version = installed_version()
     _check_node(config.num_nodes, node_rank)

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 from distill.errors import PotstillError
 from distill.protocols import Teacher
 from distill.records import Completion, Sampling, TraceRequest
-from teacher.serve.sequence import Logprobs
-from teacher.serve.stopping import RepetitionLimit
+from teacher.engine.sequence import Logprobs
+from teacher.engine.stopping import RepetitionLimit
 
 # The stop reason of a text that repeats itself, in vLLM's word.
 REPETITION = "repetition_detected"
@@ -23,7 +23,7 @@ REPETITION = "repetition_detected"
 class RequestOptions:
     """Options of a request beyond its `Sampling`, under the names that they have over HTTP.
 
-    `teacher.serve.sampler.SamplingParams` says what those that shape the distribution do.
+    `teacher.engine.sampler.SamplingParams` says what those that shape the distribution do.
     """
 
     stop: tuple[str, ...] = ()

@@ -281,7 +281,7 @@ class Reach:
             if text in self.modules:
                 self.run(text)
             self._run_file(text.rpartition("/")[2])
-            self.reach(*text.rpartition(".")[::2])
+            self.reach(*text.rpartition(":" if ":" in text else ".")[::2])
 
     def unreached(self, packages: Iterable[str]) -> Iterator[str]:
         for name, module in sorted(self.modules.items()):

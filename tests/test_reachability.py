@@ -14,9 +14,9 @@ from tests.reachability import unreached
 
 FP8_TRAINING = "training in FP8 will use it"
 ALLOWED = {
-    "teacher.kernels.experts_training.routed_experts_training": FP8_TRAINING,
-    "teacher.kernels.experts_training.routed_experts_bf16": FP8_TRAINING,
-    "teacher.kernels.experts_training.quantise_experts": FP8_TRAINING,
+    "teacher.kernels.moe.training.experts_training.routed_experts_training": FP8_TRAINING,
+    "teacher.kernels.moe.training.experts_training.routed_experts_bf16": FP8_TRAINING,
+    "teacher.kernels.moe.training.experts_training.quantise_experts": FP8_TRAINING,
 }
 
 

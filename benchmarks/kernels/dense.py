@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Peer, PeerMissing, Work, relative_error
-from benchmarks.kernels.inputs import normal
+from benchmarks.kernels.inputs import Operands, normal
 from benchmarks.kernels.peers import cutlass_block_gemm, triton_block_gemm
-from teacher.kernels.gemm import block_gemm, fastest_gemm
-from teacher.kernels.quantise import Quantised, quantise, quantise_weight
+from teacher.kernels.dense.gemm import block_gemm, fastest_gemm
+from teacher.kernels.quantise.quantise import quantise, quantise_weight
+from teacher.kernels.quantise.reference import Quantised
 from teacher.model.fp8 import BLOCK, dequantise_blocks
 
 # q_b, kv_b, o of MLA; gate and up of the dense MLP's half, of the shared expert; its down; q_a and kv_a together.
@@ -35,12 +35,6 @@ TOY_ROWS, TOY_LARGE = (1, 20, 150), 100
 LARGE = 1_024  # from here the dispatched kernel may be the library's: ours is timed beside it
 TOLERANCE = 2.0**-8  # of BF16, against FP64; the tensor cores' short accumulators stay below it
 BF16_TOLERANCE = 2.0**-7  # the weights are rounded to BF16 too
-
-
-class Operands(NamedTuple):
-    x: Quantised
-    weight_NK: Tensor
-    scale_inv_PG: Tensor
 
 
 def cases(*, toy: bool) -> Iterator[Case]:

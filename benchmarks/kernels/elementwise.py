@@ -17,9 +17,10 @@ from torch import Tensor
 from benchmarks.kernels.case import Case, Peer, Work, differing_share
 from benchmarks.kernels.inputs import normal
 from benchmarks.kernels.peers import group_quantise
-from teacher.kernels import quantise as q
-from teacher.kernels import rope_cache as rc
-from teacher.kernels.route import Routes, route, route_twin
+from teacher.kernels.attention import rope_cache as rc
+from teacher.kernels.moe.route import route
+from teacher.kernels.moe.route_reference import Routes, route_twin
+from teacher.kernels.quantise import quantise as q
 from teacher.model.fp8 import BLOCK
 
 V3_ROUTES = Routes(num_experts_per_tok=8, n_group=8, topk_group=4, norm_topk_prob=True, routed_scaling_factor=2.5)

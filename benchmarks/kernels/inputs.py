@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from teacher.kernels.quantise.reference import Quantised
 
 VALUES_AT_ONCE = 1 << 26
 
@@ -26,3 +30,15 @@ def e4m3_bits(device: torch.device, seed: int, *shape: int) -> Tensor:
         part.random_(0, 254, generator=generator)
         part += part >= 0x7F  # 0x7F and 0xFF are NaN: what lies at or above the first moves up by one
     return bits.view(torch.float8_e4m3fn)
+
+
+class Operands(NamedTuple):
+    x: Quantised
+    weight_NK: Tensor
+    scale_inv_PG: Tensor
+
+
+class Tokens(NamedTuple):
+    x_TD: Tensor
+    logits_TE: Tensor
+    bias_E: Tensor

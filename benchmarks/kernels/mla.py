@@ -15,10 +15,10 @@ from torch import Tensor
 from benchmarks.kernels.case import Case, Peer, PeerMissing, Work, relative_error
 from benchmarks.kernels.inputs import normal
 from benchmarks.kernels.mla_peers import Decoding, flash_attn_mla, flash_mla, triton_mla
-from teacher.kernels.mla_cache import PAGE, quantise_entries
-from teacher.kernels.mla_decode import mla_decode, mla_decode_twin, num_shares
-from teacher.kernels.mla_prefill import Backend, Widths, mla_prefill, mla_prefill_twin
-from teacher.kernels.mla_schedule import schedule_decode
+from teacher.kernels.attention.mla_cache import PAGE, quantise_entries
+from teacher.kernels.attention.mla_decode import mla_decode, mla_decode_twin, num_shares
+from teacher.kernels.attention.mla_prefill import Backend, Widths, mla_prefill, mla_prefill_twin
+from teacher.kernels.attention.mla_schedule import schedule_decode
 
 WIDTHS = Widths()
 LATENT, ROPE = WIDTHS.latent, WIDTHS.rope

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.kernels.case import Peer, PeerMissing
 from benchmarks.kernels.peers import from_vllm
-from teacher.kernels.mla_schedule import DecodeSchedule
+from teacher.kernels.attention.reference import DecodeSchedule
 
 MULTIPROCESSOR_SHARE = 2  # vLLM lets a context fall into twice as many parts as there are multiprocessors
 LEAST_TOKENS_A_PART = 512

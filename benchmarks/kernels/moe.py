@@ -17,17 +17,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Work, relative_error
-from benchmarks.kernels.inputs import e4m3_bits, normal, uniform
+from benchmarks.kernels.inputs import Tokens, e4m3_bits, normal, uniform
 from benchmarks.kernels.peers import vllm_experts
 from teacher.kernels.device import runs_hopper_kernels
-from teacher.kernels.experts import ExpertWeights, default_tiling, routed_experts_fp8, routed_experts_twin
-from teacher.kernels.quantise import quantise, quantise_twin
-from teacher.kernels.route import Routes, route, route_twin
+from teacher.kernels.moe.experts import default_tiling, routed_experts_fp8
+from teacher.kernels.moe.reference import ExpertWeights, routed_experts_twin
+from teacher.kernels.moe.route import route
+from teacher.kernels.moe.route_reference import Routes, route_twin
+from teacher.kernels.quantise.quantise import quantise
+from teacher.kernels.quantise.reference import quantise_twin
 from teacher.model.fp8 import BLOCK
 
 TOKENS = (1, 8, 32, 64, 128, 1_024, 4_096)
 # Sums of another order turn a rare E4M3 rounding of the intermediate; where gate and up are rounded to BF16 first, one
-# in thirty turns, and none is worse against FP64 (tests/teacher/kernels/test_routed_experts.py).
+# in thirty turns, and none is worse against FP64 (tests/teacher/kernels/moe/test_routed_experts.py).
 TOLERANCE, UNFUSED_TOLERANCE, PEER_TOLERANCE = 1e-2, 2e-2, 4e-2
 
 
@@ -40,12 +43,6 @@ class Layer(NamedTuple):
 
 V3 = Layer(256, 7_168, 2_048, Routes(8, 8, 4, True, 2.5))
 TOY = Layer(8, 256, 128, Routes(2, 4, 2, True, 2.5))
-
-
-class Tokens(NamedTuple):
-    x_TD: Tensor
-    logits_TE: Tensor
-    bias_E: Tensor
 
 
 def cases(*, toy: bool) -> Iterator[Case]:

@@ -15,10 +15,9 @@ from benchmarks.kernels.case import Peer, PeerMissing
 from teacher.model.fp8 import BLOCK
 
 if TYPE_CHECKING:
-    from benchmarks.kernels.dense import Operands
-    from benchmarks.kernels.moe import Tokens
-    from teacher.kernels.experts import ExpertWeights
-    from teacher.kernels.route import Routes
+    from benchmarks.kernels.inputs import Operands, Tokens
+    from teacher.kernels.moe.reference import ExpertWeights
+    from teacher.kernels.moe.route_reference import Routes
 
 FP8_UTILITIES = "vllm.model_executor.layers.quantization.utils.fp8_utils"
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"

@@ -3,8 +3,8 @@
     python -m benchmarks.kernels.tune [--out FILE]
 
 For each shape of a DeepSeek-V3 layer and each number of rows: our fastest tiling, and whether cuBLAS is faster than it.
-Results go to teacher/kernels/tables/<gpu>.json, which `teacher.kernels.gemm` reads. A tiling whose result is wrong is
-left out, and so is one that the GPU has no room for.
+Results go to teacher/kernels/dense/tables/<gpu>.json, which `teacher.kernels.dense.gemm` reads. A tiling whose result
+is wrong is left out, and so is one that the GPU has no room for.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import torch
 from rich.progress import track
 
 from benchmarks.kernels.case import PeerMissing, relative_error
-from benchmarks.kernels.dense import TOLERANCE, V3_SHAPES, Operands, exact_product, operands, scaled_mm
+from benchmarks.kernels.dense import TOLERANCE, V3_SHAPES, exact_product, operands, scaled_mm
+from benchmarks.kernels.inputs import Operands
 from benchmarks.kernels.timing import microseconds, num_sets
-from teacher.kernels.gemm import MANY_ROWS, MANY_ROWS_PLAIN, GemmTiling, block_gemm
-from teacher.kernels.tables import table_path
+from teacher.kernels.dense.gemm import block_gemm
+from teacher.kernels.dense.reference import MANY_ROWS, MANY_ROWS_PLAIN, GemmTiling
+from teacher.kernels.dense.tables import table_path
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1_024, 4_096)
 FEW = 64  # rows: up to here the weights' bytes are the bound, and K may be split
@@ -36,7 +38,7 @@ MARGIN = 1.02  # ours is kept unless the library is faster by more than the meas
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="instead of teacher/kernels/tables/<gpu>.json")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="instead of teacher/kernels/dense/tables/<gpu>.json")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

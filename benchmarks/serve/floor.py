@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from teacher.model.config import read_config
-from teacher.serve.grouped_config import read_gqa_config
-from teacher.serve.models import LATENT, read_facts
+from teacher.models.gqa.config import read_gqa_config
+from teacher.models.load import LATENT, read_facts
 
 _BYTES = 4
 

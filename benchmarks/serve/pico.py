@@ -20,7 +20,7 @@ from benchmarks.generation import BUNDLED, ROOT, tokenised_prompts
 from benchmarks.serve.floor import step_seconds
 from distill.cores import num_cores
 from teacher.model.checkpoint import convert_checkpoint
-from teacher.serve.models import LATENT, read_facts
+from teacher.models.load import LATENT, read_facts
 
 MODELS = {"pico": BUNDLED, "student": ROOT / "students" / "pico" / "qwen2-0.8m"}
 Generate = Callable[[list[list[int]], int], None]
@@ -37,9 +37,9 @@ def scale(*, toy: bool) -> Scale:
 
 
 def ours(folder: Path, scale: Scale, *, batch_invariant: bool = False) -> dict[str, Any]:
-    from teacher.backends.live import WorkerEngines
-    from teacher.backends.workers import EngineSettings
-    from teacher.serve.sequence import Sequence
+    from teacher.backends.native.live import WorkerEngines
+    from teacher.backends.native.workers import EngineSettings
+    from teacher.engine.sequence import Sequence
 
     cores = num_cores()
     batch_size = max(scale.requests) // cores

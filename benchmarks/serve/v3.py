@@ -95,11 +95,11 @@ def write_random(folder: Path, config: DeepseekV3Config, device: torch.device) -
 
 
 def ours(folder: Path, scale: Scale, device: torch.device | None = None) -> dict[str, Any]:
+    from teacher.engine.engine import Engine
+    from teacher.engine.sequence import Sequence
     from teacher.model.block_checkpoint import load_blocks
-    from teacher.serve.engine import Engine
-    from teacher.serve.latent_model import LatentModel
-    from teacher.serve.sequence import Sequence
-    from teacher.serve.weights import fuse_entries
+    from teacher.models.latent.model import LatentModel
+    from teacher.models.latent.weights import fuse_entries
 
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()

@@ -36,37 +36,6 @@ class FilterResult(NamedTuple):
     num_kept: int
 
 
-class CurationResult(NamedTuple):
-    examples: list[Example]
-    direct_examples: list[Example]
-    funnel: list[dict[str, Any]]
-    dropped: list[DroppedTrace]
-
-
-def curate(
-    problems: Iterable[Problem],
-    traces: Sequence[Trace],
-    verdicts: Sequence[Verdict],
-    config: CurateConfig,
-    held_out: HeldOut,
-) -> CurationResult:
-    """Filter traces that fit into memory: examples, their bare-answer twins, the funnel, what was dropped and why.
-
-    `verdicts` belong to `traces` one by one; everything comes out in the order of the traces.
-    """
-    by_id = {problem.id: problem for problem in problems}
-    graded = list(zip(traces, verdicts, strict=True))
-    filtered = filter_traces(by_id, lambda: graded, config, held_out)
-    curated = CurationResult([], [], filtered.funnel, [])
-    for _, one in outcomes(by_id, graded, filtered.dropped):
-        if isinstance(one, DroppedTrace):
-            curated.dropped.append(one)
-        else:
-            target = curated.examples if one.trace_key is not None else curated.direct_examples
-            target.append(one)
-    return curated
-
-
 def filter_traces(
     problems: Mapping[str, Problem], graded: Graded, config: CurateConfig, held_out: HeldOut
 ) -> FilterResult:

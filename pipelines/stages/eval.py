@@ -160,7 +160,7 @@ def score(job: ScoringJob, progress: Progress) -> None:
 
 def _open(job: ScoringJob) -> tuple[Teacher, Subject]:
     from teacher.backends import open_student, open_teacher
-    from teacher.serve.models import read_facts
+    from teacher.models.load import read_facts
 
     if isinstance(job.model, Path):
         model = open_student(job.model, engine=job.engine, batch_size=job.batch_size)

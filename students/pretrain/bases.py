@@ -25,7 +25,6 @@ from students.pretrain.train import BasePretraining, BasesConfig, build_model, s
 
 RECIPE = Path(__file__).with_name("pico.yaml")
 CARD = Path(__file__).with_name("card.md.jinja")
-BUNDLED = Path(__file__).parents[1] / "pico"
 
 
 def load_bases_config(path: Path = RECIPE, overrides: dict[str, Any] | None = None) -> BasesConfig:

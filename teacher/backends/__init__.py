@@ -26,16 +26,16 @@ def open_teacher(
     endpoint needs no torch.
     """
     if isinstance(config, NativeTeacher):
-        from teacher.backends.native import open_native
+        from teacher.backends.native.backend import open_native
 
         kind: dict[str, Any] = {"speculate": config.speculate, "batch_invariant": config.batch_invariant}
         if config.num_ranks > 1:
-            from teacher.backends.fleet import open_fleet
+            from teacher.backends.native.fleet import open_fleet
 
             kind["over_ranks"] = partial(open_fleet, config=config, progress=progress)
         return open_native(base_dir / config.model, batch_size=config.batch_size, **kind)
     if isinstance(config, VllmTeacher):
-        from teacher.backends.vllm import open_vllm
+        from teacher.backends.vllm.backend import open_vllm
 
         return open_vllm(config, base_dir=base_dir, log_dir=log_dir, progress=progress)
     if isinstance(config, RayTeacher):
@@ -50,7 +50,7 @@ def open_teacher(
 def open_student(folder: Path, *, engine: Literal["native", "transformers"], batch_size: int) -> Teacher:
     """A student's or base's folder, opened to be scored. Raises CheckpointError (one line) for anything wrong in it."""
     if engine == "native":
-        from teacher.backends.native import open_native
+        from teacher.backends.native.backend import open_native
 
         return open_native(folder, batch_size=batch_size, as_student=True)
     from teacher.backends.transformers import open_transformers
@@ -61,7 +61,7 @@ def open_student(folder: Path, *, engine: Literal["native", "transformers"], bat
 def check_student(folder: Path) -> None:
     """Raise CheckpointError for what opening the folder would find wrong, without making the model."""
     from teacher.backends.tokenizer import end_tokens, load_tokenizer
-    from teacher.serve.models import check_weights, read_facts
+    from teacher.models.load import check_weights, read_facts
 
     facts = read_facts(folder)
     end_tokens(folder, load_tokenizer(folder, facts, of_base=True), facts)

@@ -27,8 +27,8 @@ from distill.errors import EnvironmentFault, PotstillError
 from distill.recipe import RayTeacher, VllmTeacher
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
 from teacher.backends.openai import OpenAICompatibleTeacher
-from teacher.backends.vllm import LOOPBACK, client_settings, located, open_vllm, vllm_identity
-from teacher.backends.vllm_launch import installed_version, startup_timeout_s
+from teacher.backends.vllm.backend import LOOPBACK, client_settings, located, open_vllm, vllm_identity
+from teacher.backends.vllm.launch import installed_version, startup_timeout_s
 
 # While one of a replica's streams waits for its last answers, another keeps the server busy.
 STREAMS = 2

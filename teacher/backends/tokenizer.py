@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distill.errors import CheckpointError
-from teacher.serve.grouped_config import FAMILIES
-from teacher.serve.models import ModelFacts
+from teacher.models.gqa.config import FAMILIES
+from teacher.models.load import ModelFacts
 
 _OTHER_FILES = ("tokenizer.model", "vocab.json")  # tokenizer.json can be made of these
 

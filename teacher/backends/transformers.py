@@ -25,7 +25,7 @@ from distill.reasoning import THINK_LINE
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest, content_id
 from distill.weights import folder_identity
 from teacher.backends.tokenizer import encode_prompt, end_tokens, load_tokenizer, render
-from teacher.serve.models import check_weights, read_facts
+from teacher.models.load import check_weights, read_facts
 
 
 def open_transformers(folder: Path, *, batch_size: int) -> TransformersBackend:

@@ -10,8 +10,8 @@ from concurrent.futures import Future, InvalidStateError
 
 from distill.errors import PotstillError
 from distill.records import Sampling
+from teacher.engine.sequence import Logprobs
 from teacher.live import GeneratedSample, GenerationRequest, LiveTeacher, OnTokens, StreamHandle
-from teacher.serve.sequence import Logprobs
 
 
 class SampleFuture(Future[GeneratedSample]):

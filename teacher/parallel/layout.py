@@ -20,8 +20,8 @@ from pydantic import Field
 from distill.errors import RecipeError
 from distill.recipe import Config
 from teacher.model.config import DeepseekV3Config
-from teacher.parallel.placement import Placement
-from teacher.parallel.wire import Form, Wire
+from teacher.parallel.exchange.wire import Form, Wire
+from teacher.parallel.placement.placement import Placement
 
 ScheduleName = Literal["1f1b", "zbv", "dualpipev"]
 STAGES_PER_RANK: dict[ScheduleName, int] = {"1f1b": 1, "zbv": 2, "dualpipev": 2}
@@ -36,7 +36,8 @@ class Coordinates(NamedTuple):
 
 
 class Layout(Config):
-    """`dispatch` and `combine` are the forms of tokens and of sums between expert ranks (`teacher.parallel.wire`).
+    """Sizes of a layout. `dispatch` and `combine` are the forms of tokens and of sums between expert ranks
+    (`teacher.parallel.exchange.wire`).
 
     >>> layout = Layout(pp=2, ep=2)
     >>> layout.coordinates(3), layout.stages_of(1), layout.placement(num_experts=8).of_rank(1)

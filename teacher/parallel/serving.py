@@ -11,8 +11,8 @@ attention, shared expert and routed experts. What travels has a stream of its ow
     compute   attention A   attention B    shared A, experts A   shared B, experts B   attention A of the next layer
     travel                  to experts A   to experts B          back A                back B
 
-With `Rebalancing` experts move while the engines serve (`teacher.parallel.rebalance`): every layer has a placement of
-its own, and all share the inboxes.
+With `Rebalancing` experts move while the engines serve (`teacher.parallel.placement.rebalance`): every layer has a
+placement of its own, and all share the inboxes.
 
 Shape legend: M rows, D hidden, K experts a token.
 """
@@ -28,18 +28,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from teacher.kernels.route import Choice
+from teacher.engine.decode_graph import padded
+from teacher.engine.step import Step, halved
+from teacher.kernels.moe.route_reference import Choice
 from teacher.model.block_checkpoint import load_blocks
 from teacher.model.config import DeepseekV3Config, read_config
-from teacher.parallel.fixed_places import FixedPlaces, received_experts, routed_experts_over_ranks
+from teacher.models.latent.fp8_products import Fp8Products, Input
+from teacher.models.latent.model import LatentModel
+from teacher.models.latent.weights import fuse_entries
+from teacher.parallel.exchange.fixed_places import FixedPlaces, received_experts, routed_experts_over_ranks
 from teacher.parallel.groups import Ranks, lost_peers
-from teacher.parallel.placement import Placement
-from teacher.parallel.rebalance import Balancer, PlacedMoEWeights, Rebalancing, placed
-from teacher.serve.decode_graph import padded
-from teacher.serve.fp8_products import Fp8Products, Input
-from teacher.serve.latent_model import LatentModel
-from teacher.serve.step import Step, halved
-from teacher.serve.weights import fuse_entries
+from teacher.parallel.placement.placement import Placement
+from teacher.parallel.placement.rebalance import Balancer, PlacedMoEWeights, Rebalancing, placed
 
 _AGREE_S = 300.0
 
@@ -84,7 +84,7 @@ class DispatchInFlight(NamedTuple):
 
 
 class SpreadProducts(Fp8Products):
-    """`teacher.serve.products.Products` whose routed experts are those of all ranks: `experts` is collective.
+    """`teacher.models.latent.products.Products` whose routed experts are those of all ranks: `experts` is collective.
 
     A step's fullest rank has up to `few` rows, or up to `many`, and then goes in halves if `in_halves`. Choices add to
     their layer's `load_E` if `counts`.
@@ -105,7 +105,7 @@ class SpreadProducts(Fp8Products):
         self._counts = counts
         kind = FixedPlaces  # over exchanges: NVLink ends at the node
         if ranks.device.type == "cuda" and ranks.ranks_per_node == ranks.num_ranks:
-            from teacher.parallel.symmetric_places import SymmetricFixedPlaces
+            from teacher.parallel.exchange.symmetric_places import SymmetricFixedPlaces
 
             kind = SymmetricFixedPlaces
         sized = {
@@ -203,7 +203,7 @@ def _ready(result: Tensor) -> Callable[[], Tensor]:
 
 
 class RanksInStep:
-    """`teacher.serve.engine.Lockstep` over gloo. `balancer`, if any: what moves experts between two steps."""
+    """`teacher.engine.engine.Lockstep` over gloo. `balancer`, if any: what moves experts between two steps."""
 
     def __init__(
         self,

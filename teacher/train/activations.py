@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from teacher.kernels.quantise import Quantised, quantise
+from teacher.kernels.quantise.quantise import quantise
+from teacher.kernels.quantise.reference import Quantised
 from teacher.model.experts import Experts
 from teacher.model.fp8 import BLOCK
 from teacher.model.layers import DecoderLayer
 from teacher.model.mla import MLA
-from teacher.parallel.moe import ExpertParallelExperts
+from teacher.parallel.exchange.moe import ExpertParallelExperts
 
 Function = Callable[..., tuple[Tensor, ...]]
 

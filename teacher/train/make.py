@@ -23,7 +23,7 @@ from distill.recipe import load_settings, parse
 from distill.records import Sampling, TraceRequest
 from distill.training.loop import LogRow
 from distill.verify import extract_answer
-from teacher.backends.native import open_native
+from teacher.backends.native.backend import open_native
 from teacher.model.checkpoint import save_checkpoint
 from teacher.model.config import DeepseekV3Config
 from teacher.model.counts import count_parameters
@@ -31,7 +31,7 @@ from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
 from teacher.parallel.groups import lost_peers
 from teacher.parallel.meshes import opened_meshes
-from teacher.parallel.weights import save_parts
+from teacher.parallel.pipeline.weights import save_parts
 from teacher.train.config import PretrainConfig
 from teacher.train.corpus import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, PAD, USER, build_corpus, make_tokenizer
 from teacher.train.pretrain import Pretraining
@@ -39,7 +39,6 @@ from teacher.train.spread import SpreadPretraining, draw_part
 
 RECIPE = Path(__file__).with_name("pico.yaml")
 CARD = Path(__file__).with_name("card.md.jinja")
-BUNDLED = Path(__file__).parents[1] / "pico"
 TEMPERATURE = 0.6
 MAX_TOKENS = 160
 BATCH_SIZE = 64

@@ -31,8 +31,8 @@ from teacher.model.transformer import DeepseekV3
 from teacher.parallel.groups import all_reduce_sum, lost_peers
 from teacher.parallel.layout import STAGES_PER_RANK
 from teacher.parallel.meshes import Meshes
-from teacher.parallel.pipeline import Pipeline
-from teacher.parallel.stage import EMBEDDING, fill, own_entries, own_part
+from teacher.parallel.pipeline.pipeline import Pipeline
+from teacher.parallel.pipeline.stage import EMBEDDING, fill, own_entries, own_part
 from teacher.train import checkpoints
 from teacher.train.activations import SavedActivations
 from teacher.train.config import PretrainConfig

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.curate import curate, repetition
+from distill.curate import repetition
 from distill.errors import DataError, RecipeError
 from distill.recipe import BestOfN, CurateConfig, Difficulty, Mix, NearDuplicates
 from distill.records import Problem, Trace, Verdict
+from tests.distill.curated import curate
 
 OFF = CurateConfig(
     correct_only=False,

@@ -17,7 +17,7 @@ from distill.records import Completion, Problem, Sampling, TeacherIdentity, Trac
 from distill.verify import open_verifier
 from distill.verify.judge import DIFFERENT, SAME, ballot, judge_settings, read_vote
 from distill.verify.kept import grading_settings
-from tests.teacher.chat_endpoint import ChatEndpoint, serving
+from tests.teacher.backends.openai.chat_endpoint import ChatEndpoint, serving
 
 Speak = Callable[[str], str]
 

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from pipelines.cli import main
 from tests.pipelines.canary import command_lines_with, places_with
 from tests.pipelines.tiny_world import potstill, write_yaml
-from tests.teacher.chat_endpoint import ChatEndpoint, serving
+from tests.teacher.backends.openai.chat_endpoint import ChatEndpoint, serving
 
 KEY = "sk-canary-0b5e7f/+42"
 ECHO = {"error": {"message": f"no, not with Bearer {KEY}, {KEY!r}", "type": KEY}}

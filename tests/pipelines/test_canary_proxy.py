@@ -14,8 +14,8 @@ import pytest
 from tests.pipelines.canary import command_lines_with, places_with
 from tests.pipelines.test_canary import KEY, recipe
 from tests.pipelines.tiny_world import potstill
-from tests.teacher.chat_endpoint import ChatEndpoint, serving
-from tests.teacher.forward_proxy import HOST, VARIABLES, certificate, encoded, proxying
+from tests.teacher.backends.openai.chat_endpoint import ChatEndpoint, serving
+from tests.teacher.backends.openai.forward_proxy import HOST, VARIABLES, certificate, encoded, proxying
 
 PASSWORD = "canary-7c1d@/+91"
 LOGIN = f"me:{PASSWORD}"

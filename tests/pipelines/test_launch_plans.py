@@ -14,10 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from teacher.backends.vllm_launch import parse_help
+from teacher.backends.vllm.launch import parse_help
 from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, potstill, write_yaml
 from tests.repository import REPOSITORY
-from tests.teacher.stand_in_vllm import install_stand_in
+from tests.teacher.backends.vllm.stand_in_vllm import install_stand_in
 from tests.teacher.v3_models import tiny_config, write_model_folder
 
 PLANS = {"r1-node-latency": 1, "r1-node-throughput": 1, "r1-two-nodes": 2, "r1-four-nodes": 4}
@@ -91,7 +91,7 @@ def test_vllm_itself_takes_every_printed_command(plans: dict[str, list[str]]) ->
         assert c["speculative_config"]["method"] == "mtp"
     for c in (latency, throughput, nodes[0], nodes[2]):
         assert c["host"] == "127.0.0.1"
-        assert c["middleware"] == ["teacher.backends.vllm_routes.AllowList"]
+        assert c["middleware"] == ["teacher.backends.vllm.routes.AllowList"]
 
 
 @pytest.mark.vllm

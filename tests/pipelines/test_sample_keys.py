@@ -15,7 +15,7 @@ from distill.manifest import MANIFEST
 from distill.recipe import Recipe
 from pipelines.context import Context
 from pipelines.stages.generate import generate
-from tests.teacher.chat_endpoint import ChatEndpoint, serving
+from tests.teacher.backends.openai.chat_endpoint import ChatEndpoint, serving
 from tests.teacher.v3_models import tiny_config, write_model_folder
 
 NUM_PROBLEMS, NUM_SAMPLES = 3, 2
@@ -94,7 +94,7 @@ def change_one_weight(world: World) -> None:
 
 
 def another_engine(world: World) -> None:
-    import teacher.backends.native as native
+    import teacher.backends.native.backend as native
 
     world.patch.setattr(native, "ENGINE_VERSION", "3")
 

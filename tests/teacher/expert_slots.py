@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from teacher.kernels.experts import ExpertWeights
-from teacher.parallel.placement import Placement
+from teacher.kernels.moe.reference import ExpertWeights
+from teacher.parallel.placement.placement import Placement
 
 
 def own_experts(weights: ExpertWeights, placement: Placement, rank: int) -> ExpertWeights:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from teacher.kernels.arithmetic_triton import reciprocal, sigmoid, widen
 from teacher.kernels.exponential import sigmoid as sigmoid_twin
-from teacher.kernels.quantise_triton import EXACT, LEAST, scales_of, scales_without_branches
+from teacher.kernels.quantise.quantise_triton import EXACT, LEAST, scales_of, scales_without_branches
 from teacher.model.fp8 import E4M3_MAX
 
 COUNT = 4_096

@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from teacher.kernels.mla_cache import PAGE
+from teacher.engine.engine import Engine
+from teacher.engine.scheduler import Chunk
+from teacher.engine.sequence import Sequence
+from teacher.kernels.attention.mla_cache import PAGE
 from teacher.model.block_checkpoint import load_blocks
+from teacher.models.latent.model import LatentModel
+from teacher.models.latent.weights import fuse_entries
 from teacher.parallel.groups import Ranks
 from teacher.parallel.serving import RanksInStep, SpreadModel, load_spread
-from teacher.serve.engine import Engine
-from teacher.serve.latent_model import LatentModel
-from teacher.serve.scheduler import Chunk
-from teacher.serve.sequence import Sequence
-from teacher.serve.weights import fuse_entries
 
 BATCH, STEP = 3, 200
 ENGINE: dict[str, Any] = {

@@ -21,7 +21,7 @@ from teacher.model.transformer import DeepseekV3
 from teacher.parallel.groups import Ranks
 from teacher.parallel.layout import Layout
 from teacher.parallel.meshes import form_meshes
-from teacher.parallel.stage import fill
+from teacher.parallel.pipeline.stage import fill
 from teacher.train.config import PretrainConfig
 from teacher.train.pretrain import Pretraining
 from teacher.train.spread import SPLITS_RECOMPUTED, SpreadPretraining, draw_part

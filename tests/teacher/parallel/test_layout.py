@@ -11,7 +11,7 @@ from distill.training.row_order import RowOrder
 from teacher.model.config import DeepseekV3Config
 from teacher.model.names import empty_model
 from teacher.parallel.layout import Layout
-from teacher.parallel.stage import EMBEDDING, own_entries
+from teacher.parallel.pipeline.stage import EMBEDDING, own_entries
 from tests.teacher.parallel.spread_runs import ARCHITECTURE
 
 MODEL = DeepseekV3Config.model_validate({"vocab_size": 300, **ARCHITECTURE})

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from distill.errors import DataError, EnvironmentFault
-from teacher.parallel.dispatch import Exchange
+from teacher.parallel.exchange.dispatch import Exchange
 from teacher.parallel.groups import Ranks, opened_ranks
-from teacher.parallel.placement import Placement
+from teacher.parallel.placement.placement import Placement
 from tests.teacher.parallel.process_ranks import run_ranks
 
 

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from teacher.engine.engine import Engine
+from teacher.engine.scheduler import Chunk
+from teacher.engine.sequence import Sequence
+from teacher.engine.step import build_step, halved
 from teacher.model.block_checkpoint import load_blocks
 from teacher.model.checkpoint import save_checkpoint
+from teacher.models.latent.model import LatentModel
+from teacher.models.latent.weights import Fp8MoEWeights, fuse_entries
 from teacher.parallel.groups import Ranks
-from teacher.serve.engine import Engine
-from teacher.serve.latent_model import LatentModel
-from teacher.serve.scheduler import Chunk
-from teacher.serve.sequence import Sequence
-from teacher.serve.step import build_step, halved
-from teacher.serve.weights import Fp8MoEWeights, fuse_entries
 from tests.teacher.parallel.process_ranks import DEVICES, run_ranks
 from tests.teacher.parallel.spread_engines import (
     WIDTHS,

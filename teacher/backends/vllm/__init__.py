@@ -1,0 +1,1 @@
+"""A vLLM server of our own behind the Teacher protocol."""

@@ -1,0 +1,1 @@
+"""Continuous batching over a paged cache: scheduler, cache, sampler, runner, speculation; any architecture."""

@@ -1,0 +1,150 @@
+"""One forward pass of a model over a step, and the cache that it reads and writes.
+
+Shape legend: M rows, Z sampled rows, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from teacher.engine.architecture import Architecture, DraftingArchitecture
+from teacher.engine.block_manager import Copy
+from teacher.engine.cache import CacheShape, PagedCache
+from teacher.engine.decode_graph import DecodeGraphs, GraphRun
+from teacher.engine.placeholders import resolve_placeholders
+from teacher.engine.sampler import choose
+from teacher.engine.scheduler import Chunk
+from teacher.engine.sequence import Sequence
+from teacher.engine.step import Step, build_step
+
+
+class ForwardPass(NamedTuple):
+    """Logits to sample from, FP32 [Z, V], and the hidden states that draft layers read: of a step, or in a graph.
+
+    Those of a graph hold until the next step. `hidden` is None where the model does not draft.
+    """
+
+    logits_ZV: Tensor
+    hidden: tuple[Step, Tensor] | GraphRun | None
+
+
+class SampledTokens(NamedTuple):
+    """A token behind each row of a step that asks for one, int64 [Z] on the model's device, until the next step.
+
+    A step ends in one of two ways. Either the host samples from a forward pass, and drafts from it later, or a graph
+    has sampled, and has made its `drafts` itself, int64 [B], one for every sequence; None: it makes none.
+    """
+
+    tokens_Z: Tensor
+    drafts_B: Tensor | None = None
+    forward: ForwardPass | None = None
+    graph: GraphRun | None = None
+
+
+class ModelRunner:
+    """A model and its cache. On a GPU steps of up to `max_graphed` sequences, all of which decode, are CUDA graphs.
+
+    With `drafts` the model's draft layers have their places in the cache behind its own.
+    """
+
+    def __init__(self, model: Architecture, num_pages: int, *, max_graphed: int = 0, drafts: bool = False) -> None:
+        self.model = model
+        shape = with_drafts(model) if drafts else model.cache_shape
+        self.cache = PagedCache(shape, num_pages, model.dtype, model.device, extent=model.extent)
+        self._drafts = drafts
+        num_layers = model.cache_shape.num_layers
+        self._entries, self._draft_entries = self.cache.entries_LPSE.split((num_layers, shape.num_layers - num_layers))
+        self.graphs: DecodeGraphs | None = None
+        if max_graphed and model.graphable:
+            self.graphs = DecodeGraphs(model, self._entries, max_graphed, self._draft_entries if drafts else None)
+            self.cache.clear(num_pages)  # padding may look at any page
+
+    def num_warm_ups(self, chunks: list[Chunk[Any]]) -> int:
+        """Count the passes that `run` would make of these before the one that counts."""
+        graphs = self.graphs
+        if graphs is None or not chunks:
+            return 0
+        is_graph = graphs.fit(chunks) or (graphs.fit_prompt(chunks) and graphs.may_sample(chunks))
+        return graphs.num_warm_ups(chunks) if is_graph else 0
+
+    @torch.inference_mode()
+    def run(
+        self, chunks: list[Chunk[Any]], copies: list[Copy], before_Z: Tensor | None = None, *, graphed: bool = True
+    ) -> SampledTokens:
+        """Make the copies of pages, then compute chunks that are `in_order` and put their entries into the cache.
+
+        A token is sampled behind each chunk that ends its sequence's text, and behind its draft. `before` are the
+        tokens that the step before has sampled, int64, to which placeholders refer.
+        Only where `graphed` may this be a graph.
+        """
+        graphs = self.graphs if graphed else None
+        if graphs is not None and graphs.may_sample(chunks):
+            decodes = graphs.fit(chunks)
+            if decodes or graphs.fit_prompt(chunks):
+                self.cache.copy(copies)
+                graph = graphs.sample(chunks, before_Z) if decodes else graphs.read(chunks[0])
+                return SampledTokens(graph.rows, graph.drafts_B, graph=graph)
+        forward = self.forward(chunks, copies, before_Z, graphed)
+        places = [(chunk.sequence, ahead) for chunk in chunks for ahead in range(chunk.num_sampled)]
+        uniform = [sequence.uniform(ahead + sequence.num_placeholders) for sequence, ahead in places]
+        tokens_Z = choose(forward.logits_ZV, uniform, [sequence.sampling_params for sequence, _ in places])
+        return SampledTokens(tokens_Z, forward=forward)
+
+    @torch.inference_mode()
+    def run_on(self, before: GraphRun, sequences: list[Sequence[Any]], copies: list[Copy]) -> SampledTokens:
+        """Compute the step after one that has made its drafts itself, of the same sequences.
+
+        The host need not know its tokens yet. Pages must have room for whatever it has written, and two tokens more.
+        """
+        assert self.graphs is not None
+        self.cache.copy(copies)
+        graph = self.graphs.sample_on(before, sequences)
+        return SampledTokens(graph.rows, graph.drafts_B, graph=graph)
+
+    @torch.inference_mode()
+    def forward(
+        self, chunks: list[Chunk[Any]], copies: list[Copy], before_Z: Tensor | None = None, graphed: bool = True
+    ) -> ForwardPass:
+        """Do as `run`, without sampling."""
+        self.cache.copy(copies)
+        if self.graphs is not None and graphed and self.graphs.fit(chunks):
+            graph = self.graphs.logits(chunks, before_Z)
+            return ForwardPass(graph.rows, graph if self._drafts else None)
+        step = build_step(chunks, self.model.device)
+        if before_Z is not None and len(before_Z):
+            step = replace(step, token_ids_M=resolve_placeholders(step.token_ids_M, before_Z))
+        self.cache.clear(step.num_pages)
+        step = replace(step, decodes=[replace(group, plan=self.model.plan(group)) for group in step.decodes])
+        x_MD = self.model.hidden(step, self._entries)
+        return ForwardPass(self.model.logits(x_MD[step.sampled]), (step, x_MD) if self._drafts else None)
+
+    def logits(self, chunks: list[Chunk[Any]], copies: list[Copy]) -> Tensor:
+        """Compute what there is to sample from, FP32 [Z, V]."""
+        return self.forward(chunks, copies).logits_ZV
+
+    @torch.inference_mode()
+    def draft(self, forward: ForwardPass, next_ids: list[int], rows: list[int]) -> Tensor:
+        """Let the draft layers read a forward pass, with the token that follows each of its rows.
+
+        It must be the last one. Returns logits of the token after that behind some `rows`, FP32 [rows, V].
+        """
+        assert isinstance(self.model, DraftingArchitecture)
+        assert forward.hidden is not None
+        if isinstance(forward.hidden, GraphRun):
+            assert self.graphs is not None
+            return self.graphs.draft(forward.hidden, next_ids, rows)
+        step, x_MD = forward.hidden
+        next_ids_M = torch.tensor(next_ids, device=x_MD.device)
+        drafted_MD = self.model.draft_hidden(x_MD, next_ids_M, step, self._draft_entries)
+        return self.model.logits(drafted_MD[torch.tensor(rows, dtype=torch.long, device=x_MD.device)])
+
+
+def with_drafts(model: Architecture) -> CacheShape:
+    """Shape of the cache where the model drafts. Raises ValueError for one that does not."""
+    if not isinstance(model, DraftingArchitecture) or not model.num_draft_layers:
+        raise ValueError("speculation needs a model with a multi-token prediction (MTP) layer; this one has none")
+    return model.cache_shape._replace(num_layers=model.cache_shape.num_layers + model.num_draft_layers)

@@ -1,0 +1,157 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Hashable
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+
+from teacher.engine.placeholders import placeholder
+from teacher.engine.sampler import SamplingParams
+from teacher.engine.stopping import RepetitionLimit, Watch
+
+Key = TypeVar("Key", bound=Hashable)
+# One token's: its own, and the likeliest ones with theirs.
+Logprobs = tuple[float, list[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class ThinkingLimit:
+    """Budget forcing (s1, arXiv 2501.19393 s.3.1): after `max_tokens` without `end_token`, `forced_ids` are written."""
+
+    max_tokens: int
+    end_token: int
+    forced_ids: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Sequence(Generic[Key]):
+    """Prompt, what was generated so far, and the sequence's own source of randomness.
+
+    `seed` alone decides the random numbers, so a request draws the same tokens whatever else is in the batch (up to
+    rounding in the logits). `key` is the caller's. `thinking` is the limit that still holds; None: none, or past it.
+    `fault` says why a sequence ended without an answer.
+    """
+
+    key: Key
+    prompt_ids: Tokens[int]
+    max_tokens: int
+    seed: int
+    sampling_params: SamplingParams = SamplingParams()  # noqa: RUF009 - frozen
+    generated_ids: list[int] = field(default_factory=list)
+    finish_reason: Literal["stop", "length", "repetition"] | None = None
+    fault: str | None = None
+    thinking: ThinkingLimit | None = None
+    # Texts that end it (in the tokens that it writes, not in its prompt), and how long it may loop; None: as it likes.
+    stops: tuple[str, ...] = ()
+    repetition: RepetitionLimit | None = None
+    streamed: bool = False  # whether each step's tokens are told, not only the last
+    logprobs: list[Logprobs] = field(default_factory=list)  # one entry a generated token, where they are wanted
+    watch: Watch | None = None  # the engine's, for stops and repetition
+    # The engine's: pages of the cache in order, how many tokens have their latents there, the keys of full pages, and
+    # that of the prompt's last one where it is not full.
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    page_keys: list[bytes] = field(default_factory=list)
+    tail_key: bytes | None = None
+    # A guess at the next token, and how many were made and how many of them came true.
+    draft: int | None = None
+    num_drafts: int = 0
+    num_accepted: int = 0
+    # Tokens that a step under way samples (`run_ahead`), at the end of `generated_ids`.
+    num_placeholders: int = 0
+    is_wanted: bool = True
+    _forced: deque[int] = field(default_factory=deque)
+    _random: random.Random | None = None
+    _uniforms: deque[float] = field(default_factory=deque)  # drawn for tokens that are not there yet
+
+    def uniform(self, ahead: int = 0) -> float:
+        """The number in [0, 1) that decides the next token, or the one `ahead` tokens later; `append` uses one up.
+
+        Python's generator is the same in every version.
+        """
+        if self._random is None:
+            self._random = random.Random(self.seed)
+        while len(self._uniforms) <= ahead:
+            self._uniforms.append(self._random.random())
+        return self._uniforms[ahead]
+
+    @property
+    def forced(self) -> int | None:
+        """The next token, whatever is sampled; None: the sampled one."""
+        return self._forced[0] if self._forced else None
+
+    def append(self, sampled: int, eos_token_ids: frozenset[int]) -> int:
+        """Take a sampled token, or the next forced one in its place, and return it.
+
+        An end token is kept in `generated_ids` and ends the sequence.
+        """
+        if self._uniforms:
+            self._uniforms.popleft()
+        token = self._forced.popleft() if self._forced else sampled
+        num_generated = self.num_written + 1
+        if self.num_placeholders:
+            self.generated_ids[num_generated - 1] = token
+            self.num_placeholders -= 1
+        else:
+            self.generated_ids.append(token)
+        seen = None if self.watch is None else self.watch.ends_with(token)
+        if token in eos_token_ids:
+            self.finish_reason = "stop"
+        elif seen is not None:
+            self.finish_reason = seen
+        elif num_generated >= self.max_tokens:
+            self.finish_reason = "length"
+        elif self.thinking is not None:
+            if num_generated >= self.thinking.max_tokens and token != self.thinking.end_token:
+                self._forced.extend(self.thinking.forced_ids)
+            if self._forced or token == self.thinking.end_token:
+                self.thinking = None
+        if self.finish_reason is not None:
+            del self.generated_ids[num_generated:]
+            self.num_placeholders = 0
+        return token
+
+    def append_placeholder(self, row: int) -> None:
+        """Stand in for the next token, which the step under way samples as its `row`th; `append` says which it is."""
+        self.generated_ids.append(placeholder(row))
+        self.num_placeholders += 1
+
+    @property
+    def num_written(self) -> int:
+        """Generated tokens that are known: no placeholders."""
+        return len(self.generated_ids) - self.num_placeholders
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """Tell whether the step after the next token can begin before it is known here."""
+        return self.thinking is None and not self._forced and not self.sampling_params.top_logprobs
+
+    @property
+    def is_ended(self) -> bool:
+        """Tell whether nothing more is to be written: it is finished, or was cancelled."""
+        return self.finish_reason is not None or not self.is_wanted
+
+    @property
+    def is_written(self) -> bool:
+        """Tell whether its last token is there, or under way, as far as is known."""
+        return len(self.generated_ids) >= self.max_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.generated_ids)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens whose latents are not in the cache: one while decoding, more while the prompt is read."""
+        return len(self.prompt_ids) + len(self.generated_ids) - self.num_computed
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Token ids from `start` to `end` of prompt and generated text together."""
+        length = len(self.prompt_ids)
+        if start >= length:
+            return self.generated_ids[start - length : end - length]
+        return [*self.prompt_ids[start:end], *self.generated_ids[: max(end - length, 0)]]

@@ -1,0 +1,251 @@
+"""The shapes of an answer: whole or in pieces, as a chat message or as text, with logprobs and token ids.
+
+The shapes are OpenAI's, the token ids vLLM's (`return_token_ids`). Where `return_tokens_as_token_ids` is asked for, a
+token is called `token_id:17` instead of by its text, which may stand for several. Reasoning that is told apart from
+the answer is `reasoning_content`, as with DeepSeek's own API.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Literal, TypeVar
+
+from distill.logprobs import Scored, TokenLogprobs
+from teacher.engine.detokenizer import UNSPELLABLE
+from teacher.engine.sequence import Logprobs
+from teacher.http.messages import ChatRequest, CompletionRequest, Request
+from teacher.http.reasoning import Reasoning
+from teacher.live import GeneratedSample
+
+Spell = Callable[..., str]
+# What becomes of the reasoning in a chat message: a part of its content, a field of its own, or nothing.
+ReasoningPlace = Literal["content", "apart", "out"]
+RequestType = TypeVar("RequestType", bound=Request)
+MAX_CHARACTER_BYTES = 4  # UTF-8
+
+
+class Form(ABC, Generic[RequestType]):
+    """The two endpoints differ in the shape of a choice. `spell` says the text of tokens.
+
+    Where text is in two parts, they are reasoning and answer; the first is empty where they are not told apart.
+    """
+
+    prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def __init__(self, request: RequestType, spell: Spell) -> None:
+        self.request = request
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.spell = spell
+
+    def head(self, *, chunk: bool) -> dict[str, Any]:
+        kind = self.chunk_object if chunk else self.whole_object
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
+
+    def whole(self, answers: Sequence[GeneratedSample]) -> dict[str, Any]:
+        choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
+        return {**self.head(chunk=False), "choices": choices, "usage": usage(answers, n=self.request.n)}
+
+    def kept(self, answer: GeneratedSample) -> TokenLogprobs | None:
+        """Its logprobs, where they were asked for."""
+        packed = answer.completion.logprobs
+        return None if packed is None or self.request.num_logprobs() is None else TokenLogprobs.unpacked(packed)
+
+    def offsets(self, start: int) -> Offsets:
+        """The offsets of tokens whose text begins at `start`."""
+        return Offsets(start, self.spell)
+
+    def ids(self, prompt_ids: Sequence[int] | None, token_ids: Sequence[int]) -> dict[str, Any]:
+        if not self.request.return_token_ids:
+            return {}
+        prompt = {} if prompt_ids is None else {"prompt_token_ids": list(prompt_ids)}
+        return {**prompt, "token_ids": list(token_ids)}
+
+    def _whole_choice(self, index: int, answer: GeneratedSample) -> dict[str, Any]:
+        kept, splitter = self.kept(answer), self.splitter()
+        logprobs = None if kept is None else self.logprobs(kept, self.offsets(len(answer.opening)))
+        reasoning, text = (a + b for a, b in zip(splitter.feed(answer.completion.text), splitter.rest(), strict=True))
+        return {
+            "index": index,
+            **self.content(reasoning, text),
+            "logprobs": logprobs,
+            **_end(answer),
+            **self.ids(answer.prompt_ids, answer.token_ids),
+        }
+
+    def _named(self, token: int | str) -> str:
+        assert isinstance(token, int)  # a `LiveTeacher` knows its tokens
+        return f"token_id:{token}" if self.request.return_tokens_as_token_ids else self.spell(token)
+
+    def _top(self, pairs: list[Scored]) -> list[Scored]:
+        return pairs[: self.request.num_logprobs() or 0]
+
+    def splitter(self) -> Reasoning:
+        """The splitter of reasoning and answer for one choice."""
+        return Reasoning(has_ended=True)
+
+    @abstractmethod
+    def logprobs(self, kept: TokenLogprobs, offsets: Offsets) -> dict[str, Any]:
+        """`logprobs` of a choice, or of the next piece of it."""
+
+    @abstractmethod
+    def content(self, reasoning: str, text: str) -> dict[str, Any]:
+        """The text of a whole choice."""
+
+    @abstractmethod
+    def deltas(
+        self,
+        index: int,
+        parts: tuple[str, str],
+        logprobs: dict[str, Any] | None,
+        ids: dict[str, Any],
+        *,
+        first: bool,
+        answer: GeneratedSample | None,
+    ) -> list[dict[str, Any]]:
+        """The entries of `choices` that a stream sends for a piece, one chunk each; `answer`: it is the last."""
+
+
+class Offsets:
+    """The place in its text where each token begins, token by token; one that goes on with another's character begins
+    where that does."""
+
+    def __init__(self, start: int, spell: Spell) -> None:
+        self._start = start
+        self._spell = spell
+        self._pending: list[int] = []  # tokens whose last bytes are no character yet
+        self._whole = 0  # how much of their text is
+
+    def next(self, token: int | str) -> int:
+        assert isinstance(token, int)
+        if self._pending and not self._spell(token).startswith(UNSPELLABLE):  # then it ends none of them
+            self._settle(self._spell(*self._pending))
+        offset = self._start + self._whole
+        self._pending.append(token)
+        text = self._spell(*self._pending)
+        if text.endswith(UNSPELLABLE) and len(self._pending) < MAX_CHARACTER_BYTES:
+            self._whole = len(text.rstrip(UNSPELLABLE))
+        else:
+            self._settle(text)
+        return offset
+
+    def _settle(self, text: str) -> None:
+        self._start, self._whole, self._pending = self._start + len(text), 0, []
+
+
+class TextForm(Form[CompletionRequest]):
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def logprobs(self, kept: TokenLogprobs, offsets: Offsets) -> dict[str, Any]:
+        tokens = [token for token, _ in kept.sampled]
+        return {
+            "tokens": [self._named(token) for token in tokens],
+            "token_logprobs": [logprob for _, logprob in kept.sampled],
+            "top_logprobs": [{self._named(token): value for token, value in self._top(top)} for top in kept.top],
+            "text_offset": [offsets.next(token) for token in tokens],
+        }
+
+    def content(self, reasoning: str, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def deltas(
+        self,
+        index: int,
+        parts: tuple[str, str],
+        logprobs: dict[str, Any] | None,
+        ids: dict[str, Any],
+        *,
+        first: bool,
+        answer: GeneratedSample | None,
+    ) -> list[dict[str, Any]]:
+        if not (parts[1] or logprobs or ids or answer):
+            return []
+        return [{"index": index, "text": parts[1], "logprobs": logprobs, **_end(answer), **ids}]
+
+
+class ChatForm(Form[ChatRequest]):
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, request: ChatRequest, spell: Spell, *, reasoning: ReasoningPlace = "content") -> None:
+        """`reasoning` is its place where the request does not say."""
+        super().__init__(request, spell)
+        said: dict[bool | None, ReasoningPlace] = {None: reasoning, True: "apart", False: "out"}
+        self._placing = said[request.include_reasoning]
+
+    def splitter(self) -> Reasoning:
+        return Reasoning(has_ended=self._placing == "content" or self.request.has_thought)
+
+    def logprobs(self, kept: TokenLogprobs, offsets: Offsets) -> dict[str, Any]:
+        entries = zip(kept.sampled, kept.top, strict=True)
+        return {
+            "content": [
+                {**self._entry(pair), "top_logprobs": [self._entry(other) for other in self._top(top)]}
+                for pair, top in entries
+            ]
+        }
+
+    def _entry(self, pair: Scored) -> dict[str, Any]:
+        name = self._named(pair[0])
+        return {"token": name, "logprob": pair[1], "bytes": None if UNSPELLABLE in name else list(name.encode())}
+
+    def content(self, reasoning: str, text: str) -> dict[str, Any]:
+        """A text that ended within the reasoning has no answer: null, as with vLLM."""
+        message: dict[str, Any] = {"role": "assistant"}
+        if self._placing == "apart":
+            message["reasoning_content"] = reasoning or None
+        return {"message": {**message, "content": text if self._placing == "content" else text or None}}
+
+    def deltas(
+        self,
+        index: int,
+        parts: tuple[str, str],
+        logprobs: dict[str, Any] | None,
+        ids: dict[str, Any],
+        *,
+        first: bool,
+        answer: GeneratedSample | None,
+    ) -> list[dict[str, Any]]:
+        reasoning, text = parts
+        delta: dict[str, Any] = {"role": "assistant"} if first else {}
+        if reasoning and self._placing == "apart":
+            delta["reasoning_content"] = reasoning
+        if text or (first and self._placing == "content"):
+            delta["content"] = text
+        entries = []
+        if delta or logprobs or ids:
+            entries.append({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None, **ids})
+        if answer is not None:
+            entries.append({"index": index, "delta": {}, "logprobs": None, **_end(answer)})
+        return entries
+
+
+def _end(answer: GeneratedSample | None) -> dict[str, Any]:
+    """The reason why a choice ends; a piece that is not the last does not say."""
+    if answer is None:
+        return {"finish_reason": None}
+    return {"finish_reason": answer.completion.finish_reason, "stop_reason": answer.stop_reason}
+
+
+def scored(token_ids: Sequence[int], logprobs: Sequence[Logprobs]) -> TokenLogprobs | None:
+    """The logprobs of a piece, with as many digits as those of a whole answer have."""
+    if not logprobs:
+        return None
+    sampled: list[Scored] = [(token, own) for token, (own, _) in zip(token_ids, logprobs, strict=True)]
+    top: list[list[Scored]] = [[(token, value) for token, value in pairs] for _, pairs in logprobs]
+    return TokenLogprobs.unpacked(TokenLogprobs("id", sampled, top).packed())
+
+
+def usage(answers: Sequence[GeneratedSample], *, n: int) -> dict[str, int]:
+    """Token counts; the prompt of `n` samples counts once."""
+    prompt = sum(answer.completion.num_prompt_tokens for answer in answers[::n])
+    written = sum(answer.completion.num_tokens for answer in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+
+
+def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,1 @@
+"""The router, routed experts for few and for many tokens."""

@@ -1,0 +1,1 @@
+"""FP8 quantisation: plain, behind RMSNorm, behind SwiGLU, of weights."""

@@ -1,0 +1,1 @@
+"""Architectures that the engine runs, chosen by a folder's config.json."""

@@ -1,0 +1,1 @@
+"""Stages of a model over ranks: schedules, overlapped passes, their weights' files."""
