@@ -278,7 +278,8 @@ def test_the_native_backend_opens_it(folder: Path) -> None:
 
 def test_held_out_accuracy_counts_right_answers(folder: Path) -> None:
     """The bundled teacher has 98.8% of these right, one after twelve steps of training none."""
-X
+    learned = held_out_accuracy(REPOSITORY / "teacher/pico", per_family=2)
+    begun = held_out_accuracy(folder, per_family=1)
     assert set(learned) == set(begun) == set(pico_families())
     assert sum(learned.values()) >= 0.75 * len(learned)  # 12 of 16: a chance of one in 10**7 to fall below
     assert set(begun.values()) == {0.0}
