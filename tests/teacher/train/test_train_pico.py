@@ -29,9 +29,9 @@ from teacher.model.initialise import initialise
 from teacher.model.transformer import DeepseekV3
 from teacher.train.config import PretrainConfig
 from teacher.train.corpus import ASSISTANT, BOS, EOS, PAD, USER, build_corpus, make_tokenizer
-from tests.repository import REPOSITORY
 from teacher.train.make import held_out_accuracy, load_pretrain_config, make_teacher
 from teacher.train.pretrain import Pretraining
+from tests.repository import REPOSITORY
 
 VOCAB_SIZE = 512
 ROW_LENGTH = 256

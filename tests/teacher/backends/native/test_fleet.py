@@ -137,7 +137,7 @@ def test_abandoned_generation_is_forgotten(teacher: NativeBackend) -> None:
     some = teacher.generate(requests(count=6), LONG)
     next(some)
     some.close()
-    assert sum(map(len, teacher.engine._begun)) == 0  # type: ignore[union-attr]
+    assert sum(map(len, teacher.engine._in_flight)) == 0  # type: ignore[union-attr]
     assert len(list(teacher.generate(requests(count=1), SAMPLING))) == 2
 
 
