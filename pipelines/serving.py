@@ -1,6 +1,6 @@
 """`potstill serve`: a recipe's teacher, or the model in a folder, behind an HTTP API.
 
-A native one in this process or over ranks, by `teacher.serve`; a vLLM one as a server of this node that is watched,
+A native one in this process or over ranks, by `teacher.http`; a vLLM one as a server of this node that is watched,
 and started again where it dies, until a signal ends it.
 """
 

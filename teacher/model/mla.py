@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2 arXiv 2405.04434 s.2.1, V3 s.2.1.1) in the expanded form, for training.
 
 Keys and values come from one latent of kv_lora_rank numbers a token and one rope key that all heads share. Generation
-keeps only those two and works in the absorbed form: `teacher.serve`.
+keeps only those two and works in the absorbed form: `teacher.engine`.
 
 Shape legend: B sequences, T positions, H heads, D hidden, N nope, R rope, V value, C latent, d = N + R.
 """

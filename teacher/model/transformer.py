@@ -1,4 +1,4 @@
-"""The whole model, for training and scoring whole sequences; generation with the latent cache is `teacher.serve`.
+"""The whole model, for training and scoring whole sequences; generation with the latent cache is `teacher.engine`.
 
 Parameter names are those of Hugging Face `deepseek_v3` checkpoints, except that an MoE layer's experts are stacked; the
 MTP module is `model.layers.<num_hidden_layers>`.

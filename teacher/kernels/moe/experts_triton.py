@@ -17,7 +17,7 @@ from teacher.kernels.moe.align_triton import align_kernel
 from teacher.kernels.moe.grouped_triton import sum_choices_kernel
 from teacher.kernels.moe.reference import ExpertsTiling, ExpertWeights
 from teacher.kernels.moe.route_reference import Choice
-from teacher.kernels.quantise import quantise as quantise_twin
+from teacher.kernels.quantise import reference as quantise_twin
 from teacher.kernels.quantise.reference import Quantised, empty_scales
 from teacher.model.fp8 import BLOCK, E4M3_MAX
 

@@ -44,7 +44,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from teacher.kernels.device import num_multiprocessors
 from teacher.kernels.moe.units import HALF_UNIT, TAILED_UNIT, UNIT_KINDS
-from teacher.kernels.quantise import quantise as quantise_twin
+from teacher.kernels.quantise import reference as quantise_twin
 from teacher.kernels.quantise.reference import Quantised, empty_scales
 from teacher.model.fp8 import BLOCK, E4M3_MAX
 

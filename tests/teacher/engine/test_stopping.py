@@ -158,7 +158,7 @@ def test_steps_are_told_as_they_come_and_a_stop_string_ends_them(run_ahead: bool
         asked = sequence.Sequence(
             1, [7, 8, 9], max_tokens=40, seed=1, sampling_params=SamplingParams(1.0), stops=stops, streamed=True
         )
-        jobs.put(asked)
+        jobs.put([asked])
         told: list[list[int]] = []
 
         def done(ended: sequence.Sequence[int]) -> None:

@@ -242,7 +242,8 @@ OWNER = """
     from pathlib import Path
     from distill.recipe import VllmTeacher
     from distill.records import Problem, Sampling, TraceRequest
-    from teacher.backends import open_teacher, vllm_server
+    from teacher.backends import open_teacher
+    from teacher.backends.vllm import server as vllm_server
 
     vllm_server.GRACE_S = 1.0
     teacher = open_teacher(VllmTeacher(model=sys.argv[1]), base_dir=Path.cwd(), log_dir=Path(sys.argv[1]).parent)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher.kernels.attention.mla_schedule import PAGE, schedule_decode
+from teacher.kernels.attention.mla_cache import PAGE
+from teacher.kernels.attention.mla_schedule import schedule_decode
 from teacher.kernels.attention.reference import START_PAGES, schedule_decode_twin
 
 LENGTHS = st.lists(st.integers(0, 700), min_size=1, max_size=12)
