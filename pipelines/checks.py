@@ -41,16 +41,15 @@ def check_weights(recipe: Recipe, stages: Collection[str], *, known: Collection[
     if isinstance(recipe.teacher, NativeTeacher) and {"generate", "eval"} & set(stages):
         folder = base_dir / recipe.teacher.model
         if _is_new(folder, known):
-            from teacher.backends import open_teacher
+            from teacher.backends import check_folder
 
-            alone = recipe.teacher.model_copy(update={"num_ranks": 1, "num_nodes": 1})
-            open_teacher(alone, base_dir=base_dir).close()
+            check_folder(folder, speculate=recipe.teacher.speculate)
     if {"distill", "eval"} & set(stages):
         new = [folder for folder in _local_bases(recipe) if _is_new(folder, known)]
         for folder in new:
-            from teacher.backends import check_student
+            from teacher.backends import check_folder
 
-            check_student(folder)
+            check_folder(folder, as_student=True)
         if new and "distill" in stages:
             _preflight(recipe)
 

@@ -58,11 +58,8 @@ def open_student(folder: Path, *, engine: Literal["native", "transformers"], bat
     return open_transformers(folder, batch_size=batch_size)
 
 
-def check_student(folder: Path) -> None:
+def check_folder(folder: Path, *, speculate: bool = False, as_student: bool = False) -> None:
     """Raise CheckpointError for what opening the folder would find wrong, without making the model."""
-    from teacher.backends.tokenizer import end_tokens, load_tokenizer
-    from teacher.models.load import check_weights, read_facts
+    from teacher.backends.native.backend import check_native
 
-    facts = read_facts(folder)
-    end_tokens(folder, load_tokenizer(folder, facts, of_base=True), facts)
-    check_weights(folder)
+    check_native(folder, speculate=speculate, as_student=as_student)

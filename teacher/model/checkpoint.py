@@ -64,12 +64,29 @@ def load_checkpoint(folder: Path | str, dtype: torch.dtype = torch.float32) -> D
         place, _ = wanted[name]
         target = state[place.entry]
         (target if place.expert is None else target[place.expert][place.rows]).copy_(tensor)
+    _check_copies(stored, copies, shared, state)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Read every weight and keep none. Raises CheckpointError as `load_checkpoint` does."""
+    config = read_config(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
+    stored, _ = judged(folder, config, shapes)
+    copies = mtp_copies(config)
+    twice = {*copies, *copies.values()}
+    kept = {name: tensor for name, tensor in dequantised(stored) if name in twice}
+    _check_copies(stored, copies, {name: kept[name] for name in copies if name in kept}, kept)
+
+
+def _check_copies(
+    stored: dict[str, StoredTensor], copies: dict[str, str], shared: dict[str, Tensor], state: dict[str, Tensor]
+) -> None:
     for name, tensor in shared.items():
         if not torch.equal(tensor, state[copies[name]]):
             message = f"differs from {copies[name]}: the MTP module shares it with the main model"
             raise CheckpointError(message, where=stored[name].file, field=name)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
 
 
 def is_fp8_folder(folder: Path | str) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from distill.errors import CheckpointError, nearest
 from teacher.engine.architecture import Architecture
-from teacher.model.checkpoint import load_checkpoint
+from teacher.model.checkpoint import check_checkpoint
 from teacher.model.config import read_config, read_config_json
 from teacher.model.counts import count_parameters
 from teacher.models.gqa.config import FAMILIES, read_gqa_config
@@ -62,7 +62,7 @@ def load_model(
 def check_weights(folder: Path) -> None:
     """Read every weight once and keep none. Raises CheckpointError for names, shapes and values that are wrong."""
     if _model_type(folder) == LATENT:
-        load_checkpoint(folder)
+        check_checkpoint(folder)
     else:
         check_gqa(folder)
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.errors import CheckpointError, DataError, PotstillError, UserInputError
 from distill.logprobs import TokenLogprobs
-from distill.reasoning import END_OF_THINKING, THINK_LINE
+from distill.reasoning import END_OF_THINKING, FORCED_END, THINK_LINE
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
 from distill.weights import folder_identity
 from teacher.backends.native.fleet import Fleet
@@ -42,10 +42,8 @@ from teacher.live import (
     StreamHandle,
 )
 from teacher.models.invariant.models import INVARIANT
-from teacher.models.load import load_model, read_facts
+from teacher.models.load import ModelFacts, check_weights, load_model, read_facts
 
-# What stands between thinking and answer in R1's format; written in the model's place when its budget is used up.
-FORCED_END = f"\n{END_OF_THINKING}\n\n"
 # Part of every sample's key. Raise it when the same weights, request and seed would give another text; the second is
 # that of other precisions than FP32, whose texts also change with the kernels' rounding.
 ENGINE_VERSION, ROUNDED_ENGINE_VERSION = "2", "3"
@@ -69,12 +67,7 @@ def open_native(
     what that raises, CheckpointError for anything wrong with weights, config or tokenizer, and with `speculate` for a
     model that has no MTP layer; UserInputError for `batch_invariant` on a GPU.
     """
-    facts = read_facts(folder)
-    if speculate and not facts.has_mtp:
-        message = "speculation drafts with an MTP layer, and the model has none"
-        raise CheckpointError(message, where=folder / "config.json", field="num_nextn_predict_layers")
-    tokenizer = load_tokenizer(folder, facts, of_base=as_student)
-    eos_token_ids = end_tokens(folder, tokenizer, facts)
+    facts, tokenizer, eos_token_ids = _read_folder(folder, speculate=speculate, as_student=as_student)
     if over_ranks is not None:
         spelled = tokenizer.backend_tokenizer.to_str()
         fleet = over_ranks(EngineSettings(folder, batch_size, frozenset(eos_token_ids), tokenizer=spelled))
@@ -87,6 +80,24 @@ def open_native(
     engine = Engine(model, **limits, speculate=speculate, decode=decode)
     max_workers = torch.get_num_threads() if small else 1
     return NativeBackend(folder, tokenizer, engine, max_workers=max_workers, as_student=as_student)
+
+
+def check_native(folder: Path, *, speculate: bool = False, as_student: bool = False) -> None:
+    """Raise CheckpointError for what `open_native` would find wrong in the folder. Reads every weight, keeps none."""
+    _read_folder(folder, speculate=speculate, as_student=as_student)
+    check_weights(folder)
+
+
+def _read_folder(
+    folder: Path, *, speculate: bool, as_student: bool
+) -> tuple[ModelFacts, PreTrainedTokenizerBase, tuple[int, ...]]:
+    """All but the weights: what config.json says, the tokenizer, the tokens that end an answer."""
+    facts = read_facts(folder)
+    if speculate and not facts.has_mtp:
+        message = "speculation drafts with an MTP layer, and the model has none"
+        raise CheckpointError(message, where=folder / "config.json", field="num_nextn_predict_layers")
+    tokenizer = load_tokenizer(folder, facts, of_base=as_student)
+    return facts, tokenizer, end_tokens(folder, tokenizer, facts)
 
 
 class NativeBackend:

@@ -21,14 +21,11 @@ from typing import Any
 
 from distill.errors import RecipeError
 from distill.logprobs import TokenLogprobs
-from distill.reasoning import END_OF_THINKING, THINK
+from distill.reasoning import END_OF_THINKING, FORCED_END, THINK
 from distill.recipe import OpenAITeacher
 from distill.records import Completion, Sampling, TraceRequest, content_id
 from teacher.backends.openai.answers import Answer, whole_text
 from teacher.backends.openai.client import Client, RequestFailed
-
-# What stands between thinking and answer in R1's format.
-FORCED_END = f"\n{END_OF_THINKING}\n\n"
 
 
 class Asker:

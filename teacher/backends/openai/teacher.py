@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from distill.errors import PotstillError, RecipeError, nearest
+from distill.reasoning import FORCED_END
 from distill.recipe import OpenAITeacher
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest, content_id
 from teacher.backends.openai.client import Client, RequestFailed, Usage
-from teacher.backends.openai.completing import FORCED_END, Asker
+from teacher.backends.openai.completing import Asker
 from teacher.backends.openai.concurrency import AdaptiveConcurrency
 from teacher.backends.openai.proxy import Proxy
 from teacher.backends.openai.secrets import ApiKey

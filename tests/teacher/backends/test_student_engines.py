@@ -11,7 +11,7 @@ import torch
 from distill.errors import CheckpointError
 from distill.protocols import Teacher
 from distill.records import Problem, Sampling, TraceRequest
-from teacher.backends import check_student, open_student
+from teacher.backends import check_folder, open_student
 
 ENGINES = pytest.mark.parametrize("engine", ["native", "transformers"])
 
@@ -166,7 +166,7 @@ def test_a_broken_folder_is_one_line(broken, name):
     damage, words = DAMAGES[name]
     damage(broken)
     opened = [lambda e=engine: open_student(broken, engine=e, batch_size=1) for engine in ("native", "transformers")]
-    for reader in (*opened, lambda: check_student(broken)):
+    for reader in (*opened, lambda: check_folder(broken, as_student=True)):
         with pytest.raises(CheckpointError) as caught:
             reader()
         assert words in str(caught.value)

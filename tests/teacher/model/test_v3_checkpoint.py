@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.errors import CheckpointError
-from teacher.model.checkpoint import convert_checkpoint, load_checkpoint, save_checkpoint
+from teacher.model.checkpoint import check_checkpoint, convert_checkpoint, load_checkpoint, save_checkpoint
 from teacher.model.config import parse_config, read_config
 from teacher.model.fp8 import scale_shape
 from tests.teacher.v3_models import random_model, tiny_config
@@ -117,6 +117,9 @@ def refused(folder, *parts):
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(folder)
     message = str(caught.value)
+    with pytest.raises(CheckpointError) as caught:
+        check_checkpoint(folder)
+    assert str(caught.value) == message
     assert "\n" not in message
     for part in parts:
         assert part in message
