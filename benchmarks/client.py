@@ -101,7 +101,7 @@ def _response(body: bytes, kind: str) -> bytes:
 
 
 class Answering(asyncio.Protocol):
-    """As little HTTP as it takes."""
+    """A server with as little HTTP as it takes."""
 
     whole, streamed = answers()
     models = _response(b'{"data": [{"id": "echo"}]}', "application/json")

@@ -1,4 +1,4 @@
-"""What curation costs: seconds and memory of the filters over synthetic traces, by settings.
+"""Cost of curation: seconds and memory of the filters over synthetic traces, by settings.
 
     python -m benchmarks.curation [--traces 100000] [--words 300] [--only defaults]
 

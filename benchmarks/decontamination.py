@@ -1,4 +1,4 @@
-"""What the four tests of decontamination find, by the threshold of 8-gram containment, on public questions.
+"""Findings of decontamination's four tests, by the threshold of 8-gram containment, on public questions.
 
     python -m benchmarks.decontamination [--data DIR]
 

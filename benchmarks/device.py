@@ -1,4 +1,4 @@
-"""Where a benchmark ran, and where its result goes: benchmarks/results/<device>/<name>.json."""
+"""Place where a benchmark ran, and where its result goes: benchmarks/results/<device>/<name>.json."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def device_name(device: torch.device | None = None) -> str:
 
 
 def driver_version() -> str | None:
-    """Of NVIDIA's kernel module; None where it does not say."""
+    """Version of NVIDIA's kernel module; None where it does not say."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
@@ -40,7 +40,7 @@ def driver_version() -> str | None:
 
 
 def where_and_when(device: torch.device) -> dict[str, Any]:
-    """What every result of one device begins with."""
+    """Fields that every result of one device begins with."""
     import torch
 
     return {

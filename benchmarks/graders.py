@@ -1,4 +1,4 @@
-"""How often the graders accept what is known to be right: the gold solutions of public benchmarks.
+"""Share of what is known to be right that the graders accept: the gold solutions of public benchmarks.
 
     python -m benchmarks.graders [--data DIR] [--workers 2]
 

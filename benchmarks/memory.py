@@ -1,4 +1,4 @@
-"""What each memory switch of training saves: bytes that a rank holds, for three layers of V3's kind.
+"""Savings of each memory switch of training: bytes that a rank holds, for three layers of V3's kind.
 
     python -m benchmarks.memory [--dry-run] [--out DIR]
 

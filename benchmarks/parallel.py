@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def section_rows(name: str, ranks: int, *, toy: bool) -> list[Row]:
-    """What the section measured until it ended, by itself or not."""
+    """Rows that the section measured until it ended, by itself or not."""
     print(f"{name} ...", flush=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

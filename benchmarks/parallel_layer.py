@@ -121,7 +121,7 @@ def layer_weights(ranks: Ranks, sizes: Sizes) -> ExpertWeights:
 
 
 def scaled(received: ExpertInputs) -> Tensor:
-    """What experts give that return their token: each row times the sum of this rank's weights, zero without any."""
+    """Output of experts that return their token: each row times the sum of this rank's weights, zero without any."""
     values_QD = received.x.values_MK.float() * received.x.scale_inv_MG.repeat_interleave(BLOCK, dim=1)
     share_Q1 = received.choice.weights_NK.sum(dim=1, keepdim=True)
     return torch.where(share_Q1 > 0, values_QD * share_Q1, 0.0).to(torch.bfloat16)

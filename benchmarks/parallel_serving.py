@@ -84,7 +84,7 @@ def write(rank: int, num_ranks: int, folder: Path, scale: v3.Scale, toy: bool) -
 
 
 def spread_engine(folder: Path, ranks: Ranks, scale: v3.Scale, *, in_halves: bool = False) -> Engine:
-    """For the largest batch; prompts fill steps that are too large for the small inboxes."""
+    """Size of the inboxes for the largest batch; prompts fill steps that are too large for the small inboxes."""
     batch_size = max(scale.batches)
     step_tokens = STEP_TOKENS if ranks.device.type == "cuda" else 4 * scale.context
     sizes = {"batch_size": batch_size, "max_step_tokens": step_tokens}

@@ -70,7 +70,7 @@ def layer_input(ranks: Ranks, sizes: Sizes, tokens: int) -> tuple[Tensor, Tensor
 
 
 def scaled(x_MD: Tensor, arrived: Any) -> Tensor:
-    """What experts give that return their token: each row times the sum of this rank's weights."""
+    """The output of experts that return their token: each row times the sum of this rank's weights."""
     share_M = torch.where(arrived.slots_MK >= 0, arrived.weights_MK, 0.0).sum(dim=1)
     return (x_MD.float() * share_M.unsqueeze(1)).to(torch.bfloat16)
 

@@ -109,7 +109,7 @@ PARTS: dict[str, Callable[[int, bool], dict[str, Any]]] = {"bubble": measure_bub
 
 
 def _spawn(body: Any, ranks: int, *given: Any) -> Any:
-    """What it returns on the first rank."""
+    """Its return value on the first rank."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
             _on_rank, (ranks, folder, body, *given), nprocs=ranks, start_method="spawn"

@@ -1,4 +1,4 @@
-"""Where experts should lie, by loads that a router was seen to give: the most loaded rank over the mean.
+"""Placements of experts by loads that a router was seen to give: the most loaded rank over the mean.
 
     python -m benchmarks.placement [--problems 160] [--dry-run] [--out DIR]
 

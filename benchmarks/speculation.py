@@ -1,4 +1,4 @@
-"""What drafting with the MTP layer saves: the bundled teacher on held-out problems, to their ends, with and without.
+"""Savings of drafting with the MTP layer: the bundled teacher on held-out problems, to their ends, with and without.
 
     python -m benchmarks.speculation [--batches 1,64] [--temperature 0.6] [--repeats 3]
 

@@ -59,7 +59,7 @@ FOLDERS = {"compare": "report"}
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StageOutcome:
     """The end of one stage; `ran` is False where it was up to date."""
 
     stage: str
@@ -85,13 +85,13 @@ class Stage:
     run_dir: Path
     context: Context
 
-    def run(self) -> Outcome:
+    def run(self) -> StageOutcome:
         module, _, name = self.function.partition(":")
         function: Callable[[Recipe, Path, Context], StageManifest] = getattr(import_module(module), name)
         folder = folder_of(self.name, self.run_dir)
         before = _stamp(folder)
         manifest = function(self.recipe, self.run_dir, self.context)
-        return Outcome(self.name, manifest, ran=before is None or before != _stamp(folder))
+        return StageOutcome(self.name, manifest, ran=before is None or before != _stamp(folder))
 
 
 def prepare(command: str, recipe: Recipe, run_dir: Path, context: Context) -> Iterator[Stage]:

@@ -47,7 +47,7 @@ KEPT_CHECKPOINTS = 2  # the newest may be half written when the machine stops
 
 
 @dataclass(frozen=True)
-class TrainingRun:
+class FineTuningRun:
     """One training run and the folders that it uses."""
 
     student: StudentConfig
@@ -90,7 +90,7 @@ def train_student(
     progress = progress or silent()
     base = bases.resolve_base(student)
     bases.check_folder(base)
-    job = TrainingRun(student, method, Path(examples_path), base, Path(out_dir), seed)
+    job = FineTuningRun(student, method, Path(examples_path), base, Path(out_dir), seed)
     config = bases.open_config(base)
     tokenizer = bases.open_tokenizer(student, method, base)
     findings = check_student(student, method, config, tokenizer)
@@ -109,7 +109,7 @@ def train_student(
 
 
 def _train(
-    job: TrainingRun,
+    job: FineTuningRun,
     fingerprint: str,
     tokenizer: Tokenizer,
     args: TRLConfig,
@@ -149,7 +149,7 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _require_examples(job: TrainingRun) -> None:
+def _require_examples(job: FineTuningRun) -> None:
     if not job.examples_path.is_file():
         raise DataError("no such file of examples", where=job.examples_path)
 
@@ -172,7 +172,7 @@ def _prepare_work_dir(work_dir: Path, fingerprint: str) -> None:
 
 
 def _tokens(
-    job: TrainingRun, fingerprint: str, tokenizer: Tokenizer, args: TRLConfig, progress: Progress
+    job: FineTuningRun, fingerprint: str, tokenizer: Tokenizer, args: TRLConfig, progress: Progress
 ) -> TokenCounts:
     """The main process makes the work folder and writes the tokens, the others wait and read the counts."""
     path = job.work_dir / "counts.json"
@@ -243,7 +243,7 @@ def arguments(student: StudentConfig, work_dir: Path, seed: int) -> TRLConfig:
     )
 
 
-def _run(trainer: CompletionTrainer, job: TrainingRun, resume: Path | None, progress: Progress) -> None:
+def _run(trainer: CompletionTrainer, job: FineTuningRun, resume: Path | None, progress: Progress) -> None:
     sft = job.student.sft
     num_steps = math.ceil(sft.num_epochs * math.ceil(len(trainer.train_dataset) / sft.batch_size))
     done = 0 if resume is None else int(resume.name.rpartition("-")[2])
@@ -277,7 +277,7 @@ def _environment_fault(exc: Exception) -> str | None:
 
 
 def _log(
-    job: TrainingRun,
+    job: FineTuningRun,
     fingerprint: str,
     trainer: CompletionTrainer,
     counts: TokenCounts,
@@ -313,7 +313,7 @@ def _log(
     }
 
 
-def _finish(job: TrainingRun, trainer: CompletionTrainer, tokenizer: Tokenizer, log: dict[str, Any]) -> None:
+def _finish(job: FineTuningRun, trainer: CompletionTrainer, tokenizer: Tokenizer, log: dict[str, Any]) -> None:
     """Write the finished checkpoint beside its place, and rename it there."""
     built = job.work_dir / "final"
     if trainer.args.should_save:

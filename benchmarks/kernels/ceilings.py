@@ -1,4 +1,4 @@
-"""What this device reaches, measured in the same run: a large copy, a large read, large products in BF16 and FP8."""
+"""Speeds of this device, measured in the same run: a large copy, a large read, large products in BF16 and FP8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a call takes: on a GPU the median replay of a CUDA graph, elsewhere the median on the clock.
+"""Time of a call: on a GPU the median replay of a CUDA graph, elsewhere the median on the clock.
 
 A graph holds launches over as many input sets as outsize the L2 cache twice, so that what a launch reads comes from
 memory, as it does between two layers of a model. Outputs stay alive until the graph is captured: each launch has its

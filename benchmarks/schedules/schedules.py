@@ -47,8 +47,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Durations:
-    """Of one micro-batch on one stage, in any unit: forward, whole backward, the weights' share of it, and a forward
-    and a backward that overlap. Raises ValueError unless 0 < W < B and all are positive."""
+    """Durations of one micro-batch on one stage, in any unit: forward, whole backward, the weights' share of it, and a
+    forward and a backward that overlap. Raises ValueError unless 0 < W < B and all are positive."""
 
     forward: float = 1.0
     backward: float = 2.0
@@ -68,7 +68,7 @@ class Durations:
 
 @dataclass(frozen=True)
 class StageDurations:
-    """Of each kind of work on each stage, as measured, say; of a pair the one behind the other."""
+    """Durations of each kind of work on each stage, as measured, say; of a pair the one behind the other."""
 
     by_work: Mapping[tuple[Kind, int], float]
 
@@ -77,7 +77,7 @@ class StageDurations:
 
 
 class Bound(NamedTuple):
-    """What the papers say of a schedule: idle time of a rank, copies of parameters, activations held at most."""
+    """The papers' figures of a schedule: idle time of a rank, copies of parameters, activations held at most."""
 
     bubble: float
     parameters: int

@@ -212,7 +212,7 @@ def rows(scale: Scale, results: dict[str, Any], bytes_per_s: float) -> Iterable[
 
 
 def step_bytes(scale: Scale, batch: int) -> float:
-    """What a decode step must read: FP8 weights, BF16 absorbed factors and head, and every sequence's latents."""
+    """Bytes that a decode step must read: FP8 weights, BF16 absorbed factors and head, and every sequence's latents."""
     config = scale.config
     hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     entry = latent + config.qk_rope_head_dim

@@ -69,7 +69,7 @@ class ScoringJob:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the scores besides the files; how fast they are made is left out."""
+        """Settings that decide the scores besides the files; how fast they are made is left out."""
         engine = {"engine": self.engine} if isinstance(self.model, Path) else {}
         return engine | {
             "name": self.name,

@@ -55,7 +55,7 @@ GONE = 499
 Body = TypeVar("Body", bound=BaseModel)
 
 
-class Routes:
+class Endpoints:
     """The routes and their state: the feed, the model's name and the defaults for what a request leaves out."""
 
     def __init__(
@@ -211,7 +211,7 @@ def build_app(
     With `api_key` every route but `/health` asks for it. `reasoning` is its place in a chat message and `repetition`
     what ends a text that loops, where a request does not say.
     """
-    routes = Routes(
+    routes = Endpoints(
         teacher,
         model=model,
         sampling=sampling,

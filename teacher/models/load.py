@@ -23,7 +23,7 @@ MODEL_TYPES = (LATENT, *FAMILIES)
 
 
 class ModelFacts(NamedTuple):
-    """What config.json says, before a weight is read. `num_active` is parameters that a token meets."""
+    """Facts of config.json, before a weight is read. `num_active` is parameters that a token meets."""
 
     model_type: str
     vocab_size: int

@@ -1,4 +1,4 @@
-"""What a decoding step of paged attention needs to know, whichever attention it is."""
+"""The plan of a decoding step of paged attention, whichever attention it is."""
 
 from __future__ import annotations
 

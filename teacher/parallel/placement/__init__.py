@@ -1,1 +1,1 @@
-"""Where experts lie, and how they move."""
+"""Places of experts, and how they move."""
