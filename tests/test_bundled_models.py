@@ -24,8 +24,9 @@ from distill.verify import open_verifier
 from students.pretrain.bases import load_bases_config
 from students.zoo import list_students
 from teacher.backends import open_teacher
-from teacher.model.checkpoint import count_parameters, load_checkpoint, read_config
-from teacher.model.config import DeepseekV3Config
+from teacher.model.checkpoint import load_checkpoint
+from teacher.model.config import DeepseekV3Config, read_config
+from teacher.model.counts import count_parameters
 from teacher.train.make import load_pretrain_config
 from tests.repository import REPOSITORY
 

@@ -30,7 +30,7 @@ class Row:
         return self.floor_us / self.us if self.us else None
 
     def as_json(self) -> dict[str, Any]:
-        """The row as JSON: what was reached beside what was needed; a number that JSON does not have becomes its name."""
+        """The row as JSON, what was reached beside what was needed; a number that JSON does not have is its name."""
         reached: dict[str, Any] = {"share_of_floor": self.share_of_floor}
         if self.us:
             reached["gb_per_s"] = self.size_bytes / self.us / 1e3

@@ -122,10 +122,6 @@ class ModelRunner:
         x_MD = self.model.hidden(step, self._entries)
         return ForwardPass(self.model.logits(x_MD[step.sampled]), (step, x_MD) if self._drafts else None)
 
-    def logits(self, chunks: list[Chunk[Any]], copies: list[Copy]) -> Tensor:
-        """Compute what there is to sample from, FP32 [Z, V]."""
-        return self.forward(chunks, copies).logits_ZV
-
     @torch.inference_mode()
     def draft(self, forward: ForwardPass, next_ids: list[int], rows: list[int]) -> Tensor:
         """Let the draft layers read a forward pass, with the token that follows each of its rows.

@@ -19,22 +19,12 @@ from torch import Tensor
 
 from distill.errors import CheckpointError, nearest
 from distill.manifest import environment_faults, write_atomically
+from distill.weights import INDEX, SINGLE, StoredTensor
 from teacher.model.config import DeepseekV3Config, read_config, read_config_json
-from teacher.model.counts import ParameterCounts, count_parameters
 from teacher.model.fp8 import BLOCK, QUANTIZATION_CONFIG, dequantise_blocks, quantise_blocks, scale_shape
 from teacher.model.names import Shape, TensorLocation, checkpoint_tensors, empty_model, is_quantised, mtp_copies, places
-from teacher.model.shards import INDEX, SINGLE, StoredTensor, read_tensors, stored_tensors, weight_files
+from teacher.model.shards import read_tensors, stored_tensors
 from teacher.model.transformer import DeepseekV3
-
-__all__ = [
-    "ParameterCounts",
-    "convert_checkpoint",
-    "count_parameters",
-    "load_checkpoint",
-    "read_config",
-    "save_checkpoint",
-    "weight_files",
-]
 
 SCALE = "_scale_inv"
 MAX_SHARD_BYTES = 5_000_000_000

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from distill import weights
 from distill.errors import CheckpointError
-from distill.weights import INDEX, SINGLE, StoredTensor, weight_files
-
-__all__ = ["INDEX", "SINGLE", "StoredTensor", "read_tensors", "stored_tensors", "weight_files"]
+from distill.weights import StoredTensor
 
 _DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3")
 

@@ -32,12 +32,12 @@ from distill.manifest import hash_file
 from distill.progress import Progress, Task, silent
 from distill.recipe import SERVER_KEY_ENV, NativeTeacher
 from distill.records import content_id
+from distill.weights import weight_files
 from teacher.backends.native.live import POLL_S, Worker, WorkerEngines
 from teacher.backends.native.nodes import Link, Node, Relay, gathered, join
 from teacher.backends.native.ranks import RankPlace, check_devices
 from teacher.backends.native.workers import EngineSettings, WorkerProcess
 from teacher.model.block_checkpoint import read_fp8_config
-from teacher.model.shards import weight_files
 from teacher.models.load import LATENT, read_facts
 from teacher.parallel.groups import LOST_PEERS
 

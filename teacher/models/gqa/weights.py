@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from distill.errors import CheckpointError, nearest
+from distill.weights import INDEX, StoredTensor
 from teacher.model.checkpoint import check_finite
-from teacher.model.shards import INDEX, StoredTensor, read_tensors, stored_tensors
+from teacher.model.shards import read_tensors, stored_tensors
 from teacher.models.gqa.config import GqaConfig, read_gqa_config, rotary_table
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from distill.manifest import write_atomically
+from distill.weights import INDEX
 from teacher.model.checkpoint import config_json, encoded
 from teacher.model.names import checkpoint_tensors
-from teacher.model.shards import INDEX
 from teacher.model.transformer import DeepseekV3
 from teacher.parallel.groups import lost_peers
 from teacher.parallel.meshes import Meshes

@@ -122,10 +122,12 @@ def test_fp8_on_cuda_writes_what_its_twins_write() -> None:
     for model in (cpu, gpu):
         runner = ModelRunner(model, 4, max_graphed=2)
         sequences = [Sequence(i, [1, 3, *range(20, 60 - i), 4], 9, 0, pages=[2 - i]) for i in range(2)]
-        first = runner.logits(in_order([Chunk(s, s.num_left) for s in sequences]), [])
+        first = runner.forward(in_order([Chunk(s, s.num_left) for s in sequences]), []).logits_ZV
         for sequence in sequences:
             sequence.num_computed = sequence.num_tokens
             sequence.generated_ids.append(25)
-        logits.append(torch.cat((first, runner.logits(in_order([Chunk(s, 1) for s in sequences]), []))).cpu())
+        logits.append(
+            torch.cat((first, runner.forward(in_order([Chunk(s, 1) for s in sequences]), []).logits_ZV)).cpu()
+        )
     # Attention and absorbed factors are BF16 on both, in other orders; E4M3 rounds what differs to 2^-4 at times.
     assert relative(logits[1], logits[0]) < 5e-2

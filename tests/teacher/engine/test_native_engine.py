@@ -42,7 +42,7 @@ def test_prefill_and_decode_equal_the_training_forward(model):
     logits = {sequence.key: [] for sequence in sequences}
     for step in range(7):
         chunks = in_order([Chunk(sequence, sequence.num_left) for sequence in sequences])
-        for chunk, row in zip(chunks, runner.logits(chunks, []), strict=True):
+        for chunk, row in zip(chunks, runner.forward(chunks, []).logits_ZV, strict=True):
             logits[chunk.sequence.key].append(row)
         for sequence in sequences:
             sequence.num_computed = sequence.num_tokens
@@ -72,7 +72,7 @@ def test_cache_holds_the_latent_and_the_rope_key_alone(model):
     assert runner.model.cache_shape.bytes_per_token(torch.float32) == config.num_hidden_layers * per_layer * 4
     assert runner.cache.entries_LPSE.shape == (config.num_hidden_layers, 4, PAGE, per_layer)  # a whole extent
     with torch.no_grad():
-        runner.logits([Chunk(Sequence(0, [1, 2, 3], max_tokens=1, seed=0, pages=[1]), 3)], [])
+        runner.forward([Chunk(Sequence(0, [1, 2, 3], max_tokens=1, seed=0, pages=[1]), 3)], [])
         attention = model.model.layers[0].self_attn
         x = model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.tensor([1, 2, 3])))
         latent = attention.kv_a_layernorm(attention.kv_a_proj_with_mqa(x)[:, : config.kv_lora_rank])
