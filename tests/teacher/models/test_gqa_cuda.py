@@ -35,12 +35,12 @@ def logits(model: GqaModel) -> torch.Tensor:
     for n, sequence in enumerate(sequences):
         sequence.pages = list(range(5 * n, 5 * n + 5))
     counts = [5, 130, 200]
-    runner.logits(in_order([Chunk(s, count) for s, count in zip(sequences, counts, strict=True)]), [])
+    runner.forward(in_order([Chunk(s, count) for s, count in zip(sequences, counts, strict=True)]), [])
     for sequence, count in zip(sequences, counts, strict=True):
         sequence.num_computed = count
     for sequence in sequences[:2]:
         sequence.generated_ids.append(7)
-    return runner.logits(in_order([Chunk(s, s.num_left) for s in sequences]), []).cpu()
+    return runner.forward(in_order([Chunk(s, s.num_left) for s in sequences]), []).logits_ZV.cpu()
 
 
 @pytest.mark.parametrize(("family", "changes"), KINDS, ids=str)

@@ -121,4 +121,4 @@ def distance(logits_ZV: torch.Tensor, wanted_ZV: torch.Tensor) -> float:
 def logits_behind(engine: Engine, token_ids: list[int]) -> torch.Tensor:
     pages = list(range(-(-len(token_ids) // PAGE)))
     sequence = Sequence(0, token_ids, 1, 0, pages=pages)
-    return engine.runner.logits([Chunk(sequence, len(token_ids))], [])[0].float()
+    return engine.runner.forward([Chunk(sequence, len(token_ids))], []).logits_ZV[0].float()

@@ -18,7 +18,7 @@ from teacher.engine.sampler import SamplingParams
 from teacher.engine.sequence import Sequence
 from teacher.http.app import build_app
 from teacher.http.feed import SampleFeed
-from teacher.live import GeneratedSample, GenerationRequest
+from teacher.live import GeneratedSample, GenerationRequest, RequestOptions
 from tests.teacher.backends.native.test_native_backend import SAMPLING, open_it, requests
 from tests.teacher.v3_models import tiny_config, write_model_folder
 
@@ -123,7 +123,8 @@ def test_a_client_that_leaves_frees_its_places(folder: Path, workers: int) -> No
     backend = teacher(folder, workers=workers)
     live = SampleFeed(backend, max_unfinished=16)
     endless = SAMPLING.model_copy(update={"max_tokens": 100, "temperature": 0.0})
-    left = live.submit([GenerationRequest(request) for request in requests(count=4)], endless)
+    never_ends = RequestOptions(logit_bias=((2, -100.0),))
+    left = live.submit([GenerationRequest(request, options=never_ends) for request in requests(count=4)], endless)
     for future in left:
         assert future.cancel()
     assert live.num_unfinished() == 0
