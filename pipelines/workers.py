@@ -13,7 +13,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -43,6 +43,8 @@ def run_side_by_side(
                 worker = busy[connection]  # type: ignore[index]
                 if worker.receive():
                     worker.start_next(waiting)
+        for worker in crew:
+            worker.dismiss()
 
 
 class _Worker:
@@ -88,6 +90,12 @@ class _Worker:
             raise content[0]
         return bool(kind == "done")
 
+    def dismiss(self) -> None:
+        """Let a process that waits for a job tidy up (its semaphores, say) and end by itself."""
+        with suppress(OSError):
+            self.connection.send(None)
+        self.process.join(GRACE_S)
+
     def end(self) -> None:
         for _, inner in self.tasks.values():
             inner.close()
@@ -127,7 +135,7 @@ class _RelayedTask:
 
 
 def _serve(work: Work, connection: Connection, num_threads: int) -> None:
-    """The worker's side: jobs in, messages out, until the parent ends it."""
+    """The worker's side: jobs in, messages out, until there are no more or the parent ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
@@ -136,6 +144,8 @@ def _serve(work: Work, connection: Connection, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     while True:
         job = connection.recv()
+        if job is None:
+            return
         try:
             work(job, _Relay(connection))
         except PotstillError as exc:
