@@ -22,6 +22,7 @@ from distill.errors import CheckpointError, DataError, PotstillError, UserInputE
 from distill.logprobs import TokenLogprobs
 from distill.reasoning import END_OF_THINKING, FORCED_END, THINK_LINE
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
+from distill.special_tokens import special_tokens
 from distill.weights import folder_identity
 from teacher.backends.native.fleet import Fleet
 from teacher.backends.native.live import LiveEngine, LocalEngine, WorkerEngines, generate_in_workers
@@ -179,7 +180,7 @@ class NativeBackend:
         return StreamHandle(lambda: self._live.cancel(number), sequence.prompt_ids, prefix)
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return special_tokens(self.tokenizer).encode(text)
 
     def spell(self, *token_ids: int) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -222,7 +223,7 @@ class NativeBackend:
             prompt, written = render(self.tokenizer, request.problem.prompt), wanted.partial_answer
             if prompt.endswith(THINK_LINE):
                 written = written.removeprefix(THINK_LINE)
-            prompt_ids = self.encode(prompt + written)
+            prompt_ids = self.encode(prompt + special_tokens(self.tokenizer).veil(written))
         self._checked(prompt_ids, request)
         return Sequence(number, prompt_ids, sampling.max_tokens, request.seed(sampling), _draw(sampling))
 
