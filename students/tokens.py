@@ -4,12 +4,17 @@ The prompt is what `apply_chat_template(add_generation_prompt=True)` gives at in
 template puts after it, up to and with the end-of-turn token. The two are tokenised apart, as they are at inference,
 where the model continues a finished prompt: so the inference prompt is always a prefix of the training tokens. Labels
 are made here, -100 over the prompt, and not by the trainer: nothing later can mask the end of turn or cut an example.
+
+Of a conversation the last assistant turn is learned, or each of them as an example of its own: templates show earlier
+turns without their reasoning, so that only as the last one does a turn look as it will when it is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -19,31 +24,40 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from distill.errors import CheckpointError, DataError
+from distill.errors import CheckpointError, DataError, UserInputError
 from distill.progress import Progress
 from distill.reasoning import THINK_LINE
-from distill.records import Example
+from distill.recipe import SFTConfig
+from distill.records import Example, Message
+from distill.special_tokens import SpecialTokens, special_tokens
+from distill.tables import iterate_records
 
 IGNORED = -100
+MESSAGES = "messages"
 CHUNK = 1024
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "length": pa.int32()})
 
 
 @dataclass
 class Fault:
-    """Number of examples that have a fault, and the first of them."""
+    """Number of examples that have a fault, their tokens where those were counted, and the first of them."""
 
     count: int = 0
+    num_tokens: int = 0
     first: str = ""
 
-    def add(self, example: Example, detail: str) -> None:
+    def add(self, example: Example, detail: str, num_tokens: int = 0) -> None:
         self.count += 1
+        self.num_tokens += num_tokens
         self.first = self.first or f"problem {example.problem_id} of {example.source}: {detail}"
 
 
 @dataclass
 class TokenCounts:
-    """Findings of tokenising. Tokens are counted once an example, padding excluded."""
+    """Findings of tokenising. Tokens are the student's, counted once an example, padding excluded.
+
+    `too_long` are among the examples that are counted, unless they are dropped (`sft.too_long`).
+    """
 
     num_examples: int = 0
     num_tokens: int = 0
@@ -51,6 +65,8 @@ class TokenCounts:
     longest: int = 0
     too_long: Fault = field(default_factory=Fault)
     empty: Fault = field(default_factory=Fault)
+    unfitting: Fault = field(default_factory=Fault)
+    special: Fault = field(default_factory=Fault)
     unknown: Fault = field(default_factory=Fault)
 
     @classmethod
@@ -60,42 +76,66 @@ class TokenCounts:
 
 
 def read_examples(path: Path) -> Iterator[list[Example]]:
-    """Chunks of the examples of a Parquet file. Raises DataError."""
+    """Chunks of the examples of a Parquet file: columns of `Example`, or `messages`. Raises DataError."""
+    if not path.is_file():
+        raise DataError("no such file of examples", where=path)
+    examples = _conversations(path) if MESSAGES in _columns(path) else iterate_records(path, Example)
+    while chunk := list(islice(examples, CHUNK)):
+        yield chunk
+
+
+def _columns(path: Path) -> list[str]:
     try:
-        file = pq.ParquetFile(path)
-        for batch in file.iter_batches(CHUNK, columns=list(Example.model_fields)):
-            yield [Example.model_validate(row) for row in batch.to_pylist()]
-    except FileNotFoundError as exc:
-        raise DataError("no such file of examples", where=path) from exc
-    except ValidationError as exc:
-        fault = exc.errors()[0]
-        raise DataError(f"{fault['msg']}", where=path, field=".".join(str(part) for part in fault["loc"])) from exc
+        return list(pq.read_schema(path).names)
     except (pa.ArrowException, OSError) as exc:
         raise DataError(f"not a readable Parquet file of examples ({exc})", where=path) from exc
 
 
-def render_prompt(tokenizer: Tokenizer, question: str) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-        )
-    )
+def _conversations(path: Path) -> Iterator[Example]:
+    """Examples of a column of messages: lists of role and content, or the same as JSON text."""
+    wanted = [name for name in _columns(path) if name == MESSAGES or name in Example.model_fields]
+    number = 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(CHUNK, columns=wanted):
+            for row in batch.to_pylist():
+                number += 1
+                try:
+                    given = row[MESSAGES]
+                    yield Example.model_validate(
+                        {**row, MESSAGES: json.loads(given) if isinstance(given, str) else given}
+                    )
+                except ValidationError as exc:
+                    fault = exc.errors()[0]
+                    field = ".".join(map(str, fault["loc"])) or None
+                    message = fault["msg"].removeprefix("Value error, ")
+                    raise DataError(message, where=f"{path}: row {number}", field=field) from exc
+                except ValueError as exc:
+                    raise DataError(f"not JSON ({exc})", where=f"{path}: row {number}", field=MESSAGES) from exc
 
 
-def render(tokenizer: Tokenizer, question: str, completion: str) -> tuple[str, str]:
+def render_prompt(tokenizer: Tokenizer, question: str, history: Sequence[Message] = ()) -> str:
+    turns = [*_plain(history), {"role": "user", "content": question}]
+    return _render(tokenizer, turns, add_generation_prompt=True)
+
+
+def render(tokenizer: Tokenizer, question: str, completion: str, history: Sequence[Message] = ()) -> tuple[str, str]:
     """Prompt and completion as the template writes them; the completion ends with the end-of-turn token.
 
-    Raises CheckpointError where the template does not give back what it was given: reasoning deleted or wrapped anew,
-    or another token than EOS at the end of the turn.
+    Special tokens that the texts spell out are veiled (`distill.special_tokens`). Raises CheckpointError where the
+    template does not give back what it was given: reasoning deleted or wrapped anew, or another token than EOS at the
+    end of the turn; DataError for a completion that does not go on from the reasoning which the prompt opens.
     """
-    prompt = render_prompt(tokenizer, question)
+    prompt = render_prompt(tokenizer, question, history)
+    opened = prompt.endswith(THINK_LINE)
+    if opened and not completion.startswith(THINK_LINE):
+        raise DataError(f"begins with {completion[:20]!r}, not with {THINK_LINE!r}, which the prompt ends with")
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": completion}]
-    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    whole = _render(tokenizer, [*_plain(history), *turns])
     if not whole.startswith(prompt):
         raise CheckpointError(
             f"the training text does not begin with the inference prompt {prompt[-40:]!r}", where="chat template"
         )
-    answer = completion.removeprefix(THINK_LINE) if prompt.endswith(THINK_LINE) else completion
+    answer = special_tokens(tokenizer).veil(completion.removeprefix(THINK_LINE) if opened else completion)
     rest = whole[len(prompt) :]
     if not rest.startswith(answer):
         raise CheckpointError(f"rewrites the completion: {answer[:40]!r} became {rest[:40]!r}", where="chat template")
@@ -107,12 +147,21 @@ def render(tokenizer: Tokenizer, question: str, completion: str) -> tuple[str, s
     return prompt, answer + str(tokenizer.eos_token)
 
 
+def _plain(history: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.content} for turn in history]
+
+
+def _render(tokenizer: Tokenizer, turns: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+    veiled = special_tokens(tokenizer).veil_turns(turns)
+    return str(tokenizer.apply_chat_template(veiled, add_generation_prompt=add_generation_prompt, tokenize=False))
+
+
 def write_tokens(
-    examples_path: Path, tokenizer: Tokenizer, max_length: int, out_path: Path, progress: Progress
+    examples_path: Path, tokenizer: Tokenizer, sft: SFTConfig, out_path: Path, progress: Progress
 ) -> TokenCounts:
     """Tokenise all examples into one Arrow stream (memory-mapped by the trainer) and count what is wrong with them.
 
-    Nothing is cut and nothing dropped: the counts say whether the file may be trained on.
+    Nothing is cut, and nothing dropped but what `sft.too_long` says: the counts say whether the file may be trained on.
     """
     counts = TokenCounts()
     out_path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +169,8 @@ def write_tokens(
         total = _num_rows(examples_path)
         with progress.task("tokenise", total, unit="examples") as task:
             for examples in read_examples(examples_path):
-                writer.write_batch(_tokenise(examples, tokenizer, max_length, counts))
+                learned = [one for example in examples for one in _learned(example, sft)]
+                writer.write_batch(_tokenise(learned, tokenizer, sft, counts))
                 task.advance(len(examples))
     return counts
 
@@ -132,36 +182,80 @@ def _num_rows(path: Path) -> int:
         raise DataError(f"not a readable Parquet file of examples ({exc})", where=path) from exc
 
 
-def _tokenise(examples: list[Example], tokenizer: Tokenizer, max_length: int, counts: TokenCounts) -> pa.RecordBatch:
-    texts = [render(tokenizer, example.question, example.completion) for example in examples]
-    prompts = tokenizer([prompt for prompt, _ in texts], add_special_tokens=False)["input_ids"]
-    answers = tokenizer([answer for _, answer in texts], add_special_tokens=False)["input_ids"]
-    for example, prompt, answer in zip(examples, prompts, answers, strict=True):
-        _count(example, prompt, answer, tokenizer, max_length, counts)
-    ids = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    decoded = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
-    for example, (prompt, answer), back in zip(examples, texts, decoded, strict=True):
-        if normalize("NFC", back) != normalize("NFC", prompt + answer):
+def _learned(example: Example, sft: SFTConfig) -> Iterator[Example]:
+    """The example; before it, where all assistant turns are learned, one for each that its history has."""
+    turns = example.history if sft.train_on == "all" else ()
+    for number, turn in enumerate(turns):
+        if turn.role == "assistant":
+            before = {"history": turns[: number - 1], "question": turns[number - 1].content}
+            yield example.model_copy(update={**before, "completion": turn.content})
+    yield example
+
+
+def _tokenise(examples: Sequence[Example], tokenizer: Tokenizer, sft: SFTConfig, counts: TokenCounts) -> pa.RecordBatch:
+    specials = special_tokens(tokenizer)
+    texts = []
+    for example in examples:
+        try:
+            prompt, answer = render(tokenizer, example.question, example.completion, example.history)
+        except UserInputError as exc:
+            # The template gave back the preflight's own text: what it does not give back has a fault of its own.
+            counts.unfitting.add(example, str(exc))
+            continue
+        if sft.special_tokens_in_text == "refuse":
+            _refuse_special_tokens(example, specials, counts)
+        texts.append((example, prompt, answer))
+    prompts = _encode([prompt for _, prompt, _ in texts], tokenizer, specials)
+    answers = _encode([answer for _, _, answer in texts], tokenizer, specials)
+    rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
+    kept = []
+    for text, prompt_ids, answer_ids in zip(texts, prompts, answers, strict=True):
+        if _count(text[0], prompt_ids, answer_ids, tokenizer, sft, counts):
+            kept.append(text)
+            rows["input_ids"].append(prompt_ids + answer_ids)
+            rows["labels"].append([IGNORED] * len(prompt_ids) + answer_ids)
+            rows["length"].append(len(prompt_ids) + len(answer_ids))
+    decoded = tokenizer.batch_decode(rows["input_ids"], clean_up_tokenization_spaces=False) if kept else ()
+    for (example, prompt, answer), back in zip(kept, decoded, strict=True):
+        if normalize("NFC", back) != normalize("NFC", specials.unveil(prompt + answer)):
             counts.unknown.add(example, "its tokens do not read as its text")
-    labels = [[IGNORED] * len(prompt) + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    return pa.RecordBatch.from_pydict(
-        {"input_ids": ids, "labels": labels, "length": [len(row) for row in ids]}, schema=SCHEMA
-    )
+    return pa.RecordBatch.from_pydict(rows, schema=SCHEMA)
+
+
+def _refuse_special_tokens(example: Example, specials: SpecialTokens, counts: TokenCounts) -> None:
+    for text in (*(turn.content for turn in example.history), example.question, example.completion):
+        if (name := specials.first_in(text)) is not None:
+            counts.special.add(example, f"it spells out {name!r}")
+            return
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer, specials: SpecialTokens) -> list[list[int]]:
+    """Token ids of rendered texts; those without a stand-in, which are nearly all, in one call."""
+    veiled = {number for number, text in enumerate(texts) if specials.is_veiled(text)}
+    plain = [text for number, text in enumerate(texts) if number not in veiled]
+    encoded = iter(tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else ())
+    return [specials.encode(text) if number in veiled else next(encoded) for number, text in enumerate(texts)]
 
 
 def _count(
-    example: Example, prompt: list[int], answer: list[int], tokenizer: Tokenizer, max_length: int, counts: TokenCounts
-) -> None:
+    example: Example, prompt: list[int], answer: list[int], tokenizer: Tokenizer, sft: SFTConfig, counts: TokenCounts
+) -> bool:
+    """Count one example and its faults; False where it is dropped."""
     length = len(prompt) + len(answer)
-    counts.num_examples += 1
-    counts.num_tokens += length
-    counts.num_completion_tokens += len(answer)
-    counts.longest = max(counts.longest, length)
-    if length > max_length:
-        counts.too_long.add(example, f"{length} tokens")
-    if not example.question.strip() or not example.completion.strip():
-        counts.empty.add(example, "an empty question or completion")
     if answer[-1] != tokenizer.eos_token_id:
         raise CheckpointError(
             f"the last label is token {answer[-1]}, not the end of turn {tokenizer.eos_token_id}", where="tokenizer"
         )
+    if length > sft.max_length:
+        counts.too_long.add(example, f"{length} tokens", length)
+        if sft.too_long == "drop":
+            return False
+    counts.num_examples += 1
+    counts.num_tokens += length
+    counts.num_completion_tokens += len(answer)
+    counts.longest = max(counts.longest, length)
+    if not example.question.strip() or not example.completion.strip():
+        counts.empty.add(example, "an empty question or completion")
+    if answer.count(tokenizer.eos_token_id) > 1:
+        counts.special.add(example, f"it ends its turn twice, by {tokenizer.eos_token!r} within the completion")
+    return True

@@ -39,6 +39,8 @@ class PushTracesConfig(Config):
     private: bool = True
     include_rejected: bool = Field(False, description="every sample as a second configuration, with what dropped it")
     licence: Licence | None = Field(None, description="of the data set; none: those of its sources")
-    licences: dict[str, Licence] = Field(default_factory=dict, description="of the sources, where they are not procedural")
+    licences: dict[str, Licence] = Field(
+        default_factory=dict, description="of the sources, where they are not procedural"
+    )
     language: str = "en"
     shard_mb: int = Field(500, ge=1, description="uncompressed size of a Parquet file, about")

@@ -56,7 +56,8 @@ class StudentConfig(Config):
     chat_template: str | None = Field(None, description="template file to bake in; none: the base's own")
     eos_token: str | None = Field(None, description="end of turn, where the base's own EOS is another token")
     pad_token: str | None = Field(
-        None, description="padding: a token of the vocabulary, or `add` for a new one; none: the base's, or a reserved one"
+        None,
+        description="padding: a token of the vocabulary, or `add` for a new one; none: the base's, or a reserved one",
     )
     published: dict[str, PublishedScore] = Field(
         default_factory=dict, description="scores of the base before it learns, by benchmark"

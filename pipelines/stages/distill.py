@@ -132,6 +132,8 @@ def train(job: TrainingJob, progress: Progress) -> None:
         return {
             "examples": log["num_examples"],
             "tokens": log["num_tokens"],
+            "dropped": log["num_dropped"],
+            "dropped_tokens": log["num_dropped_tokens"],
             "steps": log["num_steps"],
             "first_loss": losses[0],
             "last_loss": losses[-1],
