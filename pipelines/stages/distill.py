@@ -112,12 +112,14 @@ def _body(jobs: list[TrainingJob], num_workers: int, progress: Progress) -> Mapp
         else:
             for job in missing:
                 train(job, progress)
-    manifests = {job.name: read_manifest(job.out_dir) for job in jobs}
+    manifests = {job.name: manifest for job in jobs if (manifest := read_manifest(job.out_dir))}
     return {
         "students": len(jobs),
         "trained": len(missing),
-        "tokens": sum(manifest.counts["tokens"] for manifest in manifests.values() if manifest),
-        "seconds": {name: manifest.seconds for name, manifest in manifests.items() if manifest},
+        "tokens": sum(manifest.counts["tokens"] for manifest in manifests.values()),
+        "dropped": {name: manifest.counts["dropped"] for name, manifest in manifests.items()},
+        "dropped_tokens": {name: manifest.counts["dropped_tokens"] for name, manifest in manifests.items()},
+        "seconds": {name: manifest.seconds for name, manifest in manifests.items()},
     }
 
 
