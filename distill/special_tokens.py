@@ -32,6 +32,8 @@ class SpecialTokens:
         self._tokenizer = tokenizer
         self._ids = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
         self._veiled = [*names, _OPEN, _CLOSE]
+        # Looked for first: a thousand times faster than the patterns, and in most texts none of them occurs.
+        self._beginnings = {name[:2] for name in self._veiled}
         self._in_rendered = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._in_text = re.compile("|".join(map(re.escape, self._veiled)))
 
@@ -42,6 +44,8 @@ class SpecialTokens:
 
     def veil(self, text: str) -> str:
         """`text` with a stand-in for every special token, and for the characters that stand-ins are made of."""
+        if not any(beginning in text for beginning in self._beginnings):
+            return text
         return self._in_text.sub(lambda found: f"{_OPEN}{self._veiled.index(found[0])}{_CLOSE}", text)
 
     def unveil(self, text: str) -> str:
