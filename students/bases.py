@@ -34,10 +34,8 @@ RESERVED_PADS = (
     "<|endoftext|>",
 )
 ADD, ADDED_PAD = "add", "<|pad|>"  # `pad_token: add`
-# What a template that can think takes for `enable_thinking` where nobody says: Qwen3's own thinks. Shipped in the
-# template, so that whoever serves the student asks it as it learned.
-THINKS_BY_DEFAULT = "{%- if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
-ANSWERS_BY_DEFAULT = THINKS_BY_DEFAULT.replace("true", "false")
+# Llama 3.2's template writes the day's date into every prompt; this is what it falls back to where it has no clock.
+DATE = "'26 Jul 2024'"
 
 
 def check_folder(folder: Path) -> None:
@@ -130,11 +128,6 @@ def grows_by_padding(student: StudentConfig, tokenizer: Tokenizer, num_rows: int
     return student.pad_token == ADD and tokenizer.pad_token_id == num_rows
 
 
-def can_switch_thinking(template: str | None) -> bool:
-    """Tell whether a template asks for reasoning or not by `enable_thinking`, as Qwen3's does."""
-    return template is not None and "enable_thinking" in template
-
-
 def _choose_padding(tokenizer: Tokenizer, student: StudentConfig, folder: Path) -> None:
     """Padding of its own: what the student names; else the base's unless that ends turns too; else a reserved token."""
     vocabulary = tokenizer.get_vocab()
@@ -154,10 +147,10 @@ def _choose_padding(tokenizer: Tokenizer, student: StudentConfig, folder: Path) 
 
 
 def _template(student: StudentConfig, method: Method, own: str | None) -> str | None:
-    if student.chat_template is None or (method == "direct" and own is not None):
-        if not can_switch_thinking(own):
-            return own
-        return (ANSWERS_BY_DEFAULT if method == "direct" else THINKS_BY_DEFAULT) + str(own)
+    if own is not None and (student.chat_template is None or method == "direct"):
+        return _settled(own, method) + own
+    if student.chat_template is None:
+        return None
     name = student.chat_template
     path = locate(name.replace("_think", "_plain") if method == "direct" else name)
     try:
@@ -166,3 +159,16 @@ def _template(student: StudentConfig, method: Method, own: str | None) -> str | 
         raise RecipeError(
             f"chat template {str(path)!r} cannot be read", where=student.name, field="chat_template"
         ) from exc
+
+
+def _settled(template: str, method: Method) -> str:
+    """Beginning of the template that is shipped: what `template` asks its caller, answered where the caller is silent.
+
+    So a student is asked as it learned, by whatever program and on whatever day.
+    """
+    answers = {"enable_thinking": "true" if method == "distilled" else "false", "date_string": DATE}
+    return "".join(
+        f"{{%- if {name} is not defined %}}{{% set {name} = {value} %}}{{% endif %}}"
+        for name, value in answers.items()
+        if name in template
+    )

@@ -161,8 +161,8 @@ def _think_prefill(tokenizer: Tokenizer, method: Method) -> Finding:
     prompt = render_prompt(tokenizer, PROBE_QUESTION)
     prefilled = prompt.endswith(THINK_LINE)
     if method == "distilled" and not prefilled:
-        if bases.can_switch_thinking(tokenizer.chat_template):
-            return Finding("think_prefill", "ok", "the student opens <think> itself: enable_thinking is on")
+        if "enable_thinking" in tokenizer.chat_template:
+            return Finding("think_prefill", "ok", "enable_thinking is on: the student opens <think> itself")
         text = "the generation prompt does not open <think>: the student would answer without reasoning"
         return Finding("think_prefill", "error", text)
     if method == "direct" and THINK in prompt.rpartition(END_OF_THINKING)[2]:

@@ -255,6 +255,18 @@ def test_a_hybrid_base_learns_to_think_with_its_own_template(tmp_path, qwen3, ex
     assert learned.endswith("<|im_end|>")
 
 
+def test_a_template_that_asks_for_the_date_is_rendered_alike_on_every_day(tmp_path, base):
+    """Llama 3.2's: a run that is resumed on the next day, and a server, must see the prompt that was trained on."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    dated = "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+    own = AutoTokenizer.from_pretrained(base).chat_template
+    (folder / "chat_template.jinja").write_text(dated + "{{- 'Today Date: ' + date_string + '\\n' }}" + own)
+    tokenizer = bases.open_tokenizer(make_student(folder), "direct", folder)
+    assert render(tokenizer, "1 + 1?").startswith("Today Date: 26 Jul 2024\n<|im_start|>user")
+    question = [{"role": "user", "content": "1 + 1?"}]
+    assert "1 Jan 2020" in tokenizer.apply_chat_template(question, tokenize=False, date_string="1 Jan 2020")
+
+
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 

@@ -180,7 +180,7 @@ class NativeBackend:
         return StreamHandle(lambda: self._live.cancel(number), sequence.prompt_ids, prefix)
 
     def encode(self, text: str) -> list[int]:
-        return special_tokens(self.tokenizer).encode(text)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def spell(self, *token_ids: int) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -223,7 +223,7 @@ class NativeBackend:
             prompt, written = render(self.tokenizer, request.problem.prompt), wanted.partial_answer
             if prompt.endswith(THINK_LINE):
                 written = written.removeprefix(THINK_LINE)
-            prompt_ids = self.encode(prompt + special_tokens(self.tokenizer).veil(written))
+            prompt_ids = encode_prompt(self.tokenizer, prompt + special_tokens(self.tokenizer).veil(written))
         self._checked(prompt_ids, request)
         return Sequence(number, prompt_ids, sampling.max_tokens, request.seed(sampling), _draw(sampling))
 
