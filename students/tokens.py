@@ -21,6 +21,7 @@ from unicodedata import normalize
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jinja2 import TemplateError
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -152,8 +153,12 @@ def _plain(history: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def _render(tokenizer: Tokenizer, turns: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+    """The turns as the template writes them. Raises DataError where it refuses them, as some do a system turn."""
     veiled = special_tokens(tokenizer).veil_turns(turns)
-    return str(tokenizer.apply_chat_template(veiled, add_generation_prompt=add_generation_prompt, tokenize=False))
+    try:
+        return str(tokenizer.apply_chat_template(veiled, add_generation_prompt=add_generation_prompt, tokenize=False))
+    except TemplateError as exc:
+        raise DataError(f"the chat template refuses it ({exc})") from exc
 
 
 def write_tokens(
