@@ -203,9 +203,7 @@ class Example(Record):
             return given
         fields = {name: value for name, value in given.items() if name != "messages"}
         *history, question, completion = turns_of(given["messages"])
-        fields |= {"history": history, "question": question.content, "completion": completion.content}
-        name = content_id([turn.model_dump() for turn in (*history, question, completion)])
-        return {"problem_id": name, "trace_key": None, "source": "messages", **fields}
+        return fields | {"history": history, "question": question.content, "completion": completion.content}
 
 
 def turns_of(messages: Any) -> list[Message]:

@@ -4,25 +4,18 @@ The prompt is what `apply_chat_template(add_generation_prompt=True)` gives at in
 template puts after it, up to and with the end-of-turn token. The two are tokenised apart, as they are at inference,
 where the model continues a finished prompt: so the inference prompt is always a prefix of the training tokens. Labels
 are made here, -100 over the prompt, and not by the trainer: nothing later can mask the end of turn or cut an example.
-
-Of a conversation the last assistant turn is learned, or each of them as an example of its own: templates show earlier
-turns without their reasoning, so that only as the last one does a turn look as it will when it is written.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jinja2 import TemplateError
-from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from distill.errors import CheckpointError, DataError, UserInputError
@@ -31,11 +24,9 @@ from distill.reasoning import THINK_LINE
 from distill.recipe import SFTConfig
 from distill.records import Example, Message
 from distill.special_tokens import SpecialTokens, special_tokens
-from distill.tables import iterate_records
+from students.examples import count_rows, learned_turns, read_examples
 
 IGNORED = -100
-MESSAGES = "messages"
-CHUNK = 1024
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "length": pa.int32()})
 
 
@@ -74,44 +65,6 @@ class TokenCounts:
     def from_json(cls, tree: dict[str, Any]) -> TokenCounts:
         """Back from `dataclasses.asdict`, as one process writes it for the others."""
         return cls(**{name: Fault(**value) if isinstance(value, dict) else value for name, value in tree.items()})
-
-
-def read_examples(path: Path) -> Iterator[list[Example]]:
-    """Chunks of the examples of a Parquet file: columns of `Example`, or `messages`. Raises DataError."""
-    if not path.is_file():
-        raise DataError("no such file of examples", where=path)
-    examples = _conversations(path) if MESSAGES in _columns(path) else iterate_records(path, Example)
-    while chunk := list(islice(examples, CHUNK)):
-        yield chunk
-
-
-def _columns(path: Path) -> list[str]:
-    try:
-        return list(pq.read_schema(path).names)
-    except (pa.ArrowException, OSError) as exc:
-        raise DataError(f"not a readable Parquet file of examples ({exc})", where=path) from exc
-
-
-def _conversations(path: Path) -> Iterator[Example]:
-    """Examples of a column of messages: lists of role and content, or the same as JSON text."""
-    wanted = [name for name in _columns(path) if name == MESSAGES or name in Example.model_fields]
-    number = 0
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(CHUNK, columns=wanted):
-            for row in batch.to_pylist():
-                number += 1
-                try:
-                    given = row[MESSAGES]
-                    yield Example.model_validate(
-                        {**row, MESSAGES: json.loads(given) if isinstance(given, str) else given}
-                    )
-                except ValidationError as exc:
-                    fault = exc.errors()[0]
-                    field = ".".join(map(str, fault["loc"])) or None
-                    message = fault["msg"].removeprefix("Value error, ")
-                    raise DataError(message, where=f"{path}: row {number}", field=field) from exc
-                except ValueError as exc:
-                    raise DataError(f"not JSON ({exc})", where=f"{path}: row {number}", field=MESSAGES) from exc
 
 
 def render_prompt(tokenizer: Tokenizer, question: str, history: Sequence[Message] = ()) -> str:
@@ -171,30 +124,13 @@ def write_tokens(
     counts = TokenCounts()
     out_path.parent.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(out_path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        total = _num_rows(examples_path)
+        total = count_rows(examples_path)
         with progress.task("tokenise", total, unit="examples") as task:
             for examples in read_examples(examples_path):
-                learned = [one for example in examples for one in _learned(example, sft)]
+                learned = [one for example in examples for one in learned_turns(example, sft.train_on)]
                 writer.write_batch(_tokenise(learned, tokenizer, sft, counts))
                 task.advance(len(examples))
     return counts
-
-
-def _num_rows(path: Path) -> int:
-    try:
-        return pq.read_metadata(path).num_rows if path.is_file() else 0
-    except (pa.ArrowException, OSError) as exc:
-        raise DataError(f"not a readable Parquet file of examples ({exc})", where=path) from exc
-
-
-def _learned(example: Example, sft: SFTConfig) -> Iterator[Example]:
-    """The example; before it, where all assistant turns are learned, one for each that its history has."""
-    turns = example.history if sft.train_on == "all" else ()
-    for number, turn in enumerate(turns):
-        if turn.role == "assistant":
-            before = {"history": turns[: number - 1], "question": turns[number - 1].content}
-            yield example.model_copy(update={**before, "completion": turn.content})
-    yield example
 
 
 def _tokenise(examples: Sequence[Example], tokenizer: Tokenizer, sft: SFTConfig, counts: TokenCounts) -> pa.RecordBatch:

@@ -422,7 +422,7 @@ def test_a_turn_that_the_template_refuses_is_named(tmp_path, base):
     data = tmp_path / "m.parquet"
     turns = [{"role": "user", "content": "1 + 1?"}, answer]
     Dataset.from_dict({"messages": [turns, [TURNS[0], *turns]], "problem_id": ["a", "b"]}).to_parquet(str(data))
-    message = r"template_fit: 1 of 2 examples .*problem b of messages: the chat template refuses it \(System role not"
+    message = r"template_fit: 1 of 2 examples .*problem b of m\.parquet: the chat template refuses it \(System role not"
     with pytest.raises(DataError, match=message):
         train_student(make_student(folder), data, "direct", tmp_path / "out")
 

@@ -124,7 +124,7 @@ def test_an_example_past_max_length_is_named_and_nothing_is_written(tmp_path, ba
 
 
 def test_text_that_the_tokenizer_cannot_write_is_an_error(tmp_path, base, examples):
-    from students.tokens import read_examples
+    from students.examples import read_examples
 
     first = next(read_examples(examples))[0]
     odd = first.model_copy(update={"question": "1 ÷ 2?", "problem_id": "odd"})
