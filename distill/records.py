@@ -11,7 +11,7 @@ import json
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 VerdictState = Literal["correct", "wrong", "unverifiable", "truncated", "timeout", "infra_error"]
 FinishReason = Literal["stop", "length"]
@@ -179,8 +179,7 @@ class Message(Record):
 class Example(Record):
     """One training example: a question and the completion that a student shall learn, and where it came from.
 
-    `history` are the turns before the question. An example may also be given as `messages`, a whole conversation that
-    ends with a user's and an assistant's turn.
+    `history` are the turns of the conversation before the question.
     """
 
     question: str
@@ -195,40 +194,6 @@ class Example(Record):
     def id(self) -> str:
         before = [[turn.model_dump() for turn in self.history]] if self.history else []
         return content_id([self.question, self.completion, *before])
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_messages(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or "messages" not in given:
-            return given
-        fields = {name: value for name, value in given.items() if name != "messages"}
-        *history, question, completion = turns_of(given["messages"])
-        return fields | {"history": history, "question": question.content, "completion": completion.content}
-
-
-def turns_of(messages: Any) -> list[Message]:
-    """The turns of a conversation: a system turn or none, then user and assistant in turn, the assistant last.
-
-    Raises ValueError naming the turn.
-    """
-    if not isinstance(messages, (list, tuple)):
-        raise ValueError(f"messages: must be a list of turns, got {type(messages).__name__}")
-    turns = []
-    for number, message in enumerate(messages):
-        given = message
-        if isinstance(message, dict):  # tables have a column for every field that any turn has
-            given = {name: value for name, value in message.items() if value is not None or name == "content"}
-        try:
-            turns.append(Message.model_validate(given))
-        except ValidationError as exc:
-            fault = exc.errors()[0]
-            field = ".".join(map(str, ("messages", number, *fault["loc"])))
-            raise ValueError(f"{field}: {fault['msg'].removeprefix('Value error, ')}") from exc
-    roles = [turn.role for turn in turns]
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise ValueError(f"messages: must be user and assistant in turn, the assistant last, got {', '.join(roles)}")
-    return turns
 
 
 class StageManifest(Record):

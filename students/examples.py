@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from distill.errors import DataError
-from distill.records import Example
+from distill.records import Example, Message
 from distill.tables import iterate_records
 
 CHUNK = 1024
@@ -50,7 +50,7 @@ def learned_turns(example: Example, train_on: Literal["last", "all"]) -> Iterato
 
 
 def _conversations(path: Path) -> Iterator[Example]:
-    """Messages may be lists of role and content, or the same as JSON text. A row that says no `problem_id` is its own."""
+    """Messages are lists of role and content, or that as JSON text. A row without a `problem_id` goes by its number."""
     names = _metadata(path).schema.to_arrow_schema().names
     known = [name for name in names if name == MESSAGES or name in Example.model_fields]
     number = 0
@@ -63,15 +63,42 @@ def _conversations(path: Path) -> Iterator[Example]:
 
 
 def _example(row: dict[str, Any], where: str) -> Example:
+    messages = row.pop(MESSAGES)
     try:
-        messages = json.loads(row[MESSAGES]) if isinstance(row[MESSAGES], str) else row[MESSAGES]
-        return Example.model_validate({**row, MESSAGES: messages})
+        *history, question, completion = _turns(json.loads(messages) if isinstance(messages, str) else messages, where)
+        texts = {"history": history, "question": question.content, "completion": completion.content}
+        return Example.model_validate({**row, **texts})
     except ValidationError as exc:
-        fault = exc.errors()[0]
-        field = ".".join(map(str, fault["loc"])) or None
-        raise DataError(fault["msg"].removeprefix("Value error, "), where=where, field=field) from exc
-    except ValueError as exc:
+        raise _fault(exc, where) from exc
+    except (ValueError, RecursionError) as exc:
         raise DataError(f"not JSON ({exc})", where=where, field=MESSAGES) from exc
+
+
+def _turns(messages: Any, where: str) -> list[Message]:
+    """The turns of a conversation: a system turn or none, then user and assistant in turn, the assistant last."""
+    if not isinstance(messages, list):
+        raise DataError(f"must be a list of turns, got {type(messages).__name__}", where=where, field=MESSAGES)
+    turns = []
+    for number, message in enumerate(messages):
+        given = message
+        if isinstance(message, dict):  # tables have a column for every field that any turn has
+            given = {name: value for name, value in message.items() if value is not None or name == "content"}
+        try:
+            turns.append(Message.model_validate(given))
+        except ValidationError as exc:
+            raise _fault(exc, where, MESSAGES, str(number)) from exc
+    roles = [turn.role for turn in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        text = f"must be user and assistant in turn, the assistant last, got {', '.join(roles) or 'none'}"
+        raise DataError(text, where=where, field=MESSAGES)
+    return turns
+
+
+def _fault(exc: ValidationError, where: str, *above: str) -> DataError:
+    first = exc.errors()[0]
+    field = ".".join((*above, *map(str, first["loc"])))
+    return DataError(first["msg"].removeprefix("Value error, "), where=where, field=field)
 
 
 def _metadata(path: Path) -> Any:

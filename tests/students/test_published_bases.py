@@ -440,6 +440,7 @@ def test_a_turn_that_the_template_refuses_is_named(tmp_path, base):
             [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[2]],
             r"messages\.0\.content: has parts that are no",
         ),
+        ([], "messages: must be user and assistant in turn, the assistant last, got none"),
         ([{"role": "tool", "content": "1"}, TURNS[2]], r"messages\.0\.role: Input should be"),
         ({"role": "user"}, "messages: must be a list of turns, got dict"),
     ],
