@@ -37,15 +37,11 @@ def published_licence(folder: Path) -> str | None:
     return of_card(front.get("license"), front.get("license_name"))
 
 
-def legal_texts(folder: Path) -> list[Path]:
-    """Licence, notices and use policy that lie beside the base's weights."""
-    return sorted({path for pattern in LEGAL for path in folder.glob(pattern) if path.is_file()})
-
-
 def copy_legal_texts(student: StudentConfig, folder: Path, out_dir: Path) -> None:
     """Put the base's legal texts beside the student's weights, and for a Llama the notice that its licence asks for."""
-    for path in legal_texts(folder):
-        shutil.copyfile(path, out_dir / path.name)
+    for pattern in LEGAL:
+        for path in filter(Path.is_file, folder.glob(pattern)):
+            shutil.copyfile(path, out_dir / path.name)
     if student.licence.startswith("llama") and not any(out_dir.glob("NOTICE*")):
         notice = _LLAMA_NOTICE.format(version=student.licence.removeprefix("llama"))
         (out_dir / "NOTICE").write_text(notice, encoding="utf-8")
