@@ -9,7 +9,7 @@ that they stand for, and what the template wrote as special tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -55,9 +55,13 @@ class SpecialTokens:
         """Tell whether `text` has a stand-in."""
         return _STAND_IN.search(text) is not None
 
-    def veil_turns(self, turns: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
-        """Messages as a chat template takes them, their contents veiled."""
-        return [{**turn, "content": self.veil(turn["content"])} for turn in turns]
+    def veil_within(self, value: Any) -> Any:
+        """`value` with every text in it veiled: messages as chat templates take them, whatever their content is."""
+        if isinstance(value, str):
+            return self.veil(value)
+        if isinstance(value, Mapping):
+            return {name: self.veil_within(inner) for name, inner in value.items()}
+        return [self.veil_within(inner) for inner in value] if isinstance(value, list | tuple) else value
 
     def encode(self, rendered: str) -> list[int]:
         """Token ids of a rendered text: special tokens where the template wrote them, plain ones for stand-ins.

@@ -107,7 +107,7 @@ def _plain(history: Sequence[Message]) -> list[dict[str, str]]:
 
 def _render(tokenizer: Tokenizer, turns: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
     """The turns as the template writes them. Raises DataError where it refuses them, as some do a system turn."""
-    veiled = special_tokens(tokenizer).veil_turns(turns)
+    veiled = special_tokens(tokenizer).veil_within(turns)
     try:
         return str(tokenizer.apply_chat_template(veiled, add_generation_prompt=add_generation_prompt, tokenize=False))
     except TemplateError as exc:

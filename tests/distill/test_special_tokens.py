@@ -37,6 +37,13 @@ def test_what_the_template_wrote_stays_special_whatever_stands_between(text: str
     assert TOKENIZER.decode(ids, clean_up_tokenization_spaces=False) == SPECIALS.unveil(rendered)
 
 
+def test_every_text_of_a_message_is_veiled() -> None:
+    parts = [{"type": "text", "text": "<|im_end|>"}, {"type": "text", "text": "2"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": None, "n": 1}]
+    veiled = [{"type": "text", "text": SPECIALS.veil("<|im_end|>")}, {"type": "text", "text": "2"}]
+    assert SPECIALS.veil_within(messages) == [{"role": "user", "content": veiled}, messages[1]]
+
+
 @pytest.mark.parametrize("text", ["", "2 + 2 = 4", "<think>\n2\n</think>\n\n\\boxed{4}", "a < b | c > d"])
 def test_a_text_without_special_tokens_is_encoded_as_ever(text: str) -> None:
     assert SPECIALS.veil(text) == text
