@@ -18,7 +18,7 @@ from distill.recipe.curation import (
 from distill.recipe.problems import DatasetSource, LocalSource, ProblemSource, ReasoningGymSource
 from distill.recipe.reading import load_recipe, load_settings, load_student, parse
 from distill.recipe.results import EvalConfig
-from distill.recipe.students import SFTConfig, StudentConfig
+from distill.recipe.students import PublishedScore, SFTConfig, StudentConfig
 from distill.recipe.teachers import (
     SERVER_KEY_ENV,
     AdaptiveSampling,
@@ -54,6 +54,7 @@ __all__ = [
     "NearDuplicates",
     "OpenAITeacher",
     "ProblemSource",
+    "PublishedScore",
     "RayTeacher",
     "ReasoningGymSource",
     "Recipe",
