@@ -1,4 +1,4 @@
-"""The place of a student's base: a folder here, one of those bundled with these packages, or a repository of the Hub.
+"""The place of a student's base: a folder or GGUF file here, one bundled with these packages, or a Hub repository.
 
 Apart from `students.bases` so that looking a folder up costs no import of torch.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill.errors import CheckpointError, EnvironmentFault
+from distill.gguf import checkpoint_folder
 from distill.recipe import StudentConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -21,12 +22,12 @@ def locate(path: str) -> Path:
 
 
 def resolve_base(student: StudentConfig) -> Path:
-    """The base's checkpoint folder; a repository of the Hub is fetched into its cache first.
+    """The base's checkpoint folder; a GGUF file is converted first, a repository of the Hub fetched into its cache.
 
-    Raises CheckpointError where neither a folder nor a repository has that name, EnvironmentFault where the Hub cannot
-    be reached or refuses.
+    Raises CheckpointError where neither a folder nor a repository has that name and for a GGUF file that cannot be
+    read, EnvironmentFault where the Hub cannot be reached or refuses.
     """
-    folder = locate(student.base)
+    folder = checkpoint_folder(locate(student.base))
     if folder.is_dir():
         return folder
     if student.base.count("/") != 1 or student.base.startswith((".", "/", "~")):
