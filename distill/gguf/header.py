@@ -73,7 +73,8 @@ class GgufFile:
     tensors: dict[str, GgufTensor]
 
     def fault(self, message: str, field: str) -> CheckpointError:
-        return CheckpointError(message, where=self.path, field=field)
+        """The error for what is wrong with a field or a tensor, whose name is the file's own text."""
+        return CheckpointError(message, where=self.path, field=_shown(field)[1:-1])
 
     def integer(self, key: str, default: int | None = None, *, least: int = 0, most: int = 2**31 - 1) -> int:
         value = self.metadata.get(key, default)
@@ -267,8 +268,7 @@ class _Reader:
         return data
 
     def _fault(self, message: str, field: str) -> CheckpointError:
-        # A field's name is the file's own text: shown, but never at length.
-        return CheckpointError(message, where=self._path, field=field if len(field) < 80 else f"{field[:79]}…")
+        return GgufFile(self._path, {}, {}).fault(message, field)
 
 
 def _shown(value: object) -> str:

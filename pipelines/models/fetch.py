@@ -142,7 +142,7 @@ def _put_as_published(model: PublishedModel, made: Path) -> None:
     for key in (model.config.keys() & config.keys()) - _OTHER_WORDS:
         if model.config[key] != config[key]:
             message = f"is {config[key]!r} in the packages' file, published as {model.config[key]!r}"
-            raise CheckpointError(message, where=made / "config.json", field=key)
+            raise CheckpointError(message, where=model.repository, field=key)
     _write(made / "config.json", model.config)
     _write(made / "generation_config.json", model.generation_config)
     _write(made / "tokenizer_config.json", _read(made / "tokenizer_config.json") | model.tokenizer_config)
