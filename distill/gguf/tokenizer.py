@@ -27,7 +27,7 @@ _SPLITS = {
 _SINGLE_DIGITS = ("smollm",)
 _WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3")  # a word of the vocabulary is taken without merging
 _NFC = ("qwen2", "deepseek-r1-qwen")
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # llama.cpp's llama_token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)  # of llama.cpp's llama_token_type
 
 
 def build_tokenizer(file: GgufFile, vocab_size: int) -> Tokenizer:

@@ -141,7 +141,10 @@ def test_parts_that_make_another_file_are_refused(tmp_path: Path, model: Publish
     ("change", "message"),
     [
         ({"num_parameters": 7}, r"parameters, must have 7"),
-        ({"config": {"hidden_size": 128}}, r"makers/Tiny-Instruct: hidden_size: is 64 in the packages' file, published as 128"),
+        (
+            {"config": {"hidden_size": 128}},
+            r"makers/Tiny-Instruct: hidden_size: is 64 in the packages' file, published as 128",
+        ),
     ],
 )
 def test_a_model_that_is_not_the_published_one_is_refused(
