@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from distill.errors import CheckpointError
 from distill.gguf import checkpoint_folder
-from distill.recipe import NativeTeacher, load_recipe, parse
+from distill.recipe import NativeTeacher, VllmTeacher, load_recipe, parse
 from distill.recipe.students import StudentConfig
 from distill.records import Problem, Sampling, TraceRequest
 from pipelines.checks import check_weights, recipe_checks
@@ -21,6 +21,7 @@ from pipelines.doctor import examine_recipe
 from students.preflight import preflight
 from students.sft import train_student
 from teacher.backends import check_folder, open_student, open_teacher
+from teacher.backends.vllm.backend import located
 from tests.distill.gguf.tiny_files import make_model, qwen2_tokenizer, write_gguf
 from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, potstill, write_yaml
 from tests.repository import REPOSITORY
@@ -62,6 +63,11 @@ def test_a_teacher_in_a_file_is_the_teacher_in_its_folder(tmp_path: Path, file: 
     ]
     assert texts[0] == texts[1]
     assert of_file.identity.name == "tiny"
+
+
+def test_a_vllm_teacher_is_given_the_folder(tmp_path: Path, file: Path) -> None:
+    config = located(VllmTeacher(model="tiny.gguf"), tmp_path)
+    assert config.model == str(checkpoint_folder(file).resolve())
 
 
 def test_a_student_trains_on_a_base_in_a_file(tmp_path: Path, file: Path) -> None:
