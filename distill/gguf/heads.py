@@ -41,7 +41,9 @@ def better_matrix(file: GgufFile) -> str:
 def _loss(tensor: GgufTensor) -> float:
     """A bound on what a quantisation loses of a matrix, relative to its root mean square: 3 * 2^-bits.
 
-    Measured on normal weights the loss is 1.2 to 1.7 * 2^-bits for Q2_K to Q8_0; floats have their mantissa's bits.
+    Measured on normal weights: 1.4 * 2^-bits for Q4_0, Q5_0 and Q8_0, 2.5 for Q4_1 and Q5_1 (a bit of theirs goes to
+    the offset), 0.4 for floats by their mantissa. Qwen2.5-Coder's two matrices differ by 0.044 where they are Q5_0 and
+    Q8_0 (the bound is 0.105), by 0.075 where Q4_K and Q6_K (0.234); matrices trained apart by 1 or more.
     """
     floats = {"F32": 23, "F16": 11, "BF16": 8}
     return 3 * 2.0 ** -floats.get(tensor.type.name, int(tensor.bits_per_weight))

