@@ -41,6 +41,8 @@ def read_config(file: GgufFile) -> dict[str, Any]:
     hidden = file.integer(f"{family}.embedding_length", least=1)
     heads = file.integer(f"{family}.attention.head_count", least=1)
     head_dim = file.integer(f"{family}.attention.key_length", hidden // heads, least=2)
+    if head_dim % 2:
+        raise file.fault(f"is {head_dim}: heads are rotated in pairs", f"{family}.attention.key_length")
     layers = file.integer(f"{family}.block_count", least=1)
     positions = file.integer(f"{family}.context_length", least=1)
     if layers > len(file.tensors):

@@ -21,7 +21,7 @@ from distill.errors import CheckpointError
 Value = bool | int | float | str | list[str] | np.ndarray
 
 VERSIONS = (2, 3)
-MAX_METADATA_BYTES = 2**28  # the largest vocabularies known, with their merges, take 20 MB
+MAX_HEAD_BYTES = 2**28  # the largest vocabularies known, with their merges, take 20 MB
 MAX_ELEMENTS = 2**22  # of one array
 MAX_DIMENSIONS = 4
 
@@ -159,8 +159,6 @@ class _Reader:
             if key in metadata:
                 raise self._fault("occurs twice", key)
             metadata[key] = self._value(self._type(key), key)
-            if self._at > MAX_METADATA_BYTES:
-                raise self._fault(f"metadata goes on past {MAX_METADATA_BYTES:,} bytes", key)
         head = GgufFile(self._path, metadata, {})
         if (parts := head.integer("split.count", 1)) > 1:
             message = f"is one of {parts} parts; join them first (llama-gguf-split --merge)"
@@ -262,6 +260,8 @@ class _Reader:
         if length > self._size - self._at:
             raise self._fault(f"is truncated: {length} bytes wanted, {self._size - self._at} left", field)
         self._at += length
+        if self._at > MAX_HEAD_BYTES:
+            raise self._fault(f"ends past {MAX_HEAD_BYTES:,} bytes, where no head does", field)
         data = self._file.read(length)
         if len(data) != length:
             raise self._fault("is truncated while it is read", field)

@@ -152,6 +152,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "experts": ({"qwen2.expert_count": 8}, "qwen2.expert_count: is 8"),
     "partial rotation": ({"qwen2.rope.dimension_count": 8}, "qwen2.rope.dimension_count: is 8"),
     "a window": ({"qwen2.attention.sliding_window": 64}, "qwen2.attention.sliding_window: is 64"),
+    "odd heads": ({"qwen2.attention.key_length": 15}, "qwen2.attention.key_length: is 15: heads are rotated in pairs"),
     "values' width": ({"qwen2.attention.value_length": 8}, "qwen2.attention.value_length: is 8"),
     "a stretch": ({"qwen2.rope.scaling.type": "longrope"}, "qwen2.rope.scaling.type: must be none, linear or yarn"),
     "theta": ({"qwen2.rope.freq_base": float("nan")}, "qwen2.rope.freq_base: must be a positive number, got nan"),
@@ -220,6 +221,15 @@ def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
     wrong = {"blk.1.attn_output.weight": (matrix, Kind.F32)}
     fault = fault_of(make_file(tmp_path / "bad.gguf", extra=wrong))
     assert "blk.1.attn_output.weight: has values that are not finite" in fault
+
+
+def test_a_head_without_end(tmp_path: Path, whole: bytes) -> None:
+    """A sparse file: its bytes are there, so that only the bound stops a string of 300 MB."""
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(put(whole, b"tokenizer.chat_template", 4, "<Q", 300_000_000))
+    with path.open("r+b") as file:
+        file.truncate(2**30)
+    assert "tokenizer.chat_template: ends past 268,435,456 bytes" in fault_of(path)
 
 
 def test_another_architecture(tmp_path: Path, whole: bytes) -> None:
