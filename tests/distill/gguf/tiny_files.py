@@ -24,10 +24,14 @@ TEMPLATE = (
 )
 TEXTS = [
     "What is 12 * 345 + 6789? It's 4,210,929!\n\n  Then we're done.\t(x-1)^2",
-    "naïve café ½ ﬁ — 你好 世界\r\n\r\nemoji 🙂🙃 and  spaces   ",
+    "zebra nai\u0308ve café ½ ﬁ — 你好 世界\r\n\r\nemoji 🙂🙃 and  spaces   ",
     "<|im_start|>user\nHello<|im_end|>",
 ]
-CORPUS = [*TEXTS, "the question then is 1234 plus 5678 equals", "we add and we add and then we're there " * 4]
+CORPUS = [
+    *TEXTS,
+    "the question then is 1234 plus 1234 equals 12, 12, 12",
+    "we add and we add and then we're there " * 4,
+]
 
 
 def qwen2_tokenizer() -> Tokenizer:
@@ -48,6 +52,7 @@ def llama3_tokenizer() -> Tokenizer:
         ]
     )
     vocabulary, merges = _trained(Tokenizer(models.BPE()), split)
+    vocabulary["zebra"] = len(vocabulary)  # a word that no merges lead to
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
     tokenizer = _with_specials(tokenizer, vocabulary, LLAMA3)
@@ -61,7 +66,8 @@ def llama3_tokenizer() -> Tokenizer:
 def smollm_tokenizer() -> Tokenizer:
     """As published with SmolLM2: single digits, then GPT-2's split."""
     split = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    vocabulary, merges = _trained(Tokenizer(models.BPE()), split)
+    # Trained without the first, so that it has tokens of several digits to leave alone.
+    vocabulary, merges = _trained(Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False))
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
     return _with_specials(tokenizer, vocabulary, CHATML)
