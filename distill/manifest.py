@@ -84,8 +84,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(target: Path, *, within: Path | None = None) -> Iterator[Path]:
-    """A folder that appears whole or not at all: filled beside its place (or `within` another folder of that disk), its
-    files synced, renamed. Where another process was first, what it made stays.
+    """A folder that appears whole or not at all: filled beside its place, its files synced, renamed.
+
+    `within` is another folder of the same disk to fill it in. Where another process was first, what it made stays.
     """
     with environment_faults(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,7 @@ def atomic_folder(target: Path, *, within: Path | None = None) -> Iterator[Path]
             made.mkdir()
             yield made
             for path in made.rglob("*"):
-                _sync(path)
+                sync_folder(path)
             try:
                 made.rename(target)
             except OSError:
@@ -115,11 +116,8 @@ def require_space(folder: Path, size_bytes: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have the system write to the disk what it holds of a folder's entries (or of a file's bytes)."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

