@@ -28,7 +28,7 @@ INTERPRETED = if $(BIN)/python -c 'import triton' 2>/dev/null; \
 	then TRITON_INTERPRET=1 $(ON_CPU) $(SPREAD) tests/teacher/kernels; \
 	else echo 'no Triton here: the interpreted kernels are left out'; fi
 
-.PHONY: help setup setup-vllm lock demo generate distill eval compare push push-traces serve doctor zoo
+.PHONY: help setup setup-vllm lock models demo generate distill eval compare push push-traces serve doctor zoo
 .PHONY: bench bench-kernels bench-parallel tune bench-graders bench-ledger bench-serve bench-serving readme torture pico-teacher pico-bases check format test test-all test-gpu clean
 
 help: ## Show this list
@@ -76,6 +76,9 @@ doctor: $(STAMP) ## Check this machine and RECIPE before anything runs
 
 zoo: $(STAMP) ## List the students that potstill knows
 	@$(POTSTILL) zoo list
+
+models: $(STAMP) ## Fetch the three real models of the small scale into models/ (1.7 GB to download, 4.4 GB to keep)
+	@$(POTSTILL) models fetch small
 
 pico-teacher: $(STAMP) ## Train the bundled teacher again (minutes on a GPU)
 	@$(POTSTILL) pico teacher

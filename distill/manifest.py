@@ -15,7 +15,9 @@ import importlib.metadata
 import json
 import os
 import resource
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -80,7 +82,41 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
+@contextmanager
+def atomic_folder(target: Path, *, within: Path | None = None) -> Iterator[Path]:
+    """A folder that appears whole or not at all: filled beside its place, its files synced, renamed.
+
+    `within` is another folder of the same disk to fill it in. Where another process was first, what it made stays.
+    """
+    with environment_faults(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=within or target.parent, prefix=".") as temporary:
+            made = Path(temporary) / target.name
+            made.mkdir()
+            yield made
+            for path in made.rglob("*"):
+                sync_folder(path)
+            try:
+                made.rename(target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+        sync_folder(target.parent)
+
+
+def require_space(folder: Path, size_bytes: int) -> None:
+    """Raise EnvironmentFault unless the disk of `folder`, which need not exist yet, has room for so many bytes."""
+    there = folder.resolve()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if free < size_bytes:
+        message = f"{size_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+        raise EnvironmentFault(message, where=folder)
+
+
 def sync_folder(folder: Path) -> None:
+    """Have the system write to the disk what it holds of a folder's entries (or of a file's bytes)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

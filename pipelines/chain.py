@@ -100,7 +100,7 @@ def prepare(command: str, recipe: Recipe, run_dir: Path, context: Context) -> It
     Raises UserInputError for what the user gave, EnvironmentFault for what the machine lacks.
     """
     names = COMMANDS[command]
-    check_recipe(recipe, names, base_dir=context.base_dir)
+    check_recipe(recipe, names, base_dir=context.base_dir, progress=context.progress)
     for name in names:
         for needed in NEEDS[name]:
             if needed not in names:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from distill.errors import CheckpointError
+from distill.gguf import checkpoint_folder
 from distill.manifest import hash_file
+from distill.progress import Progress
 from distill.recipe import LocalSource, NativeTeacher, OpenAITeacher, RayTeacher, Recipe, VllmTeacher
 
 # Weights up to this size are read whole beforehand; larger ones show faults in their values only when they are loaded.
@@ -15,21 +17,21 @@ MAX_CHECKED_BYTES = 2 * 2**30
 Check = tuple[str, Callable[[], str]]
 
 
-def check_recipe(recipe: Recipe, stages: Collection[str], *, base_dir: Path) -> None:
+def check_recipe(recipe: Recipe, stages: Collection[str], *, base_dir: Path, progress: Progress | None = None) -> None:
     """Raise the first fault of `recipe_checks`; the suites' files matter only to the stages that read them."""
-    for name, check in recipe_checks(recipe, base_dir):
+    for name, check in recipe_checks(recipe, base_dir, progress):
         if name != "suites" or {"curate", "eval"} & set(stages):
             check()
 
 
-def recipe_checks(recipe: Recipe, base_dir: Path) -> Iterator[Check]:
+def recipe_checks(recipe: Recipe, base_dir: Path, progress: Progress | None = None) -> Iterator[Check]:
     """Named checks of the files and names in a recipe, whose relative paths start at `base_dir`.
 
-    Each returns what it found, or raises a UserInputError.
+    Each returns what it found, or raises a UserInputError. A GGUF file is converted where that has not been done.
     """
     yield "problems", lambda: _problems(recipe, base_dir)
-    yield "teacher", lambda: _teacher(recipe, base_dir)
-    yield "students", lambda: _students(recipe)
+    yield "teacher", lambda: _teacher(recipe, base_dir, progress)
+    yield "students", lambda: _students(recipe, progress)
     yield "suites", lambda: _suites(recipe)
 
 
@@ -39,13 +41,14 @@ def check_weights(recipe: Recipe, stages: Collection[str], *, known: Collection[
     Folders whose hash is in `known` have been opened before and are left alone. Raises CheckpointError.
     """
     if isinstance(recipe.teacher, NativeTeacher) and {"generate", "eval"} & set(stages):
-        folder = base_dir / recipe.teacher.model
+        folder = checkpoint_folder(base_dir / recipe.teacher.model)
         if _is_new(folder, known):
             from teacher.backends import check_folder
 
             check_folder(folder, speculate=recipe.teacher.speculate)
     if {"distill", "eval"} & set(stages):
-        new = [folder for folder in _local_bases(recipe) if _is_new(folder, known)]
+        folders = map(checkpoint_folder, _local_bases(recipe))
+        new = [folder for folder in folders if _is_new(folder, known)]
         for folder in new:
             from teacher.backends import check_folder
 
@@ -85,7 +88,7 @@ def _problems(recipe: Recipe, base_dir: Path) -> str:
     return ", ".join([*files, *([f"{count} local problems"] if local else [])]) or "no local file"
 
 
-def _teacher(recipe: Recipe, base_dir: Path) -> str:
+def _teacher(recipe: Recipe, base_dir: Path, progress: Progress | None) -> str:
     if isinstance(recipe.teacher, OpenAITeacher):
         return f"{recipe.teacher.model} at {recipe.teacher.base_url}"
     if isinstance(recipe.teacher, VllmTeacher):
@@ -95,7 +98,7 @@ def _teacher(recipe: Recipe, base_dir: Path) -> str:
     if isinstance(recipe.teacher, RayTeacher):
         where = ", ".join(recipe.teacher.base_urls) or f"{recipe.teacher.num_replicas} replicas"
         return f"{recipe.teacher.model} over Ray: {where}"  # its folder lies on the nodes
-    folder = base_dir / recipe.teacher.model
+    folder = checkpoint_folder(base_dir / recipe.teacher.model, progress=progress)
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", where=folder)
     if not (folder / "config.json").is_file():
@@ -103,19 +106,19 @@ def _teacher(recipe: Recipe, base_dir: Path) -> str:
     return str(folder)
 
 
-def _students(recipe: Recipe) -> str:
+def _students(recipe: Recipe, progress: Progress | None) -> str:
     """Every name is in the zoo (or is a file that validates), every local base has its weight files."""
     from students.zoo import find_student
 
     names = [find_student(name, recipe.distill.overrides).name for name in recipe.distill.students]
-    for folder in _local_bases(recipe):
-        if not (folder / "config.json").is_file():
-            raise CheckpointError("config.json is missing", where=folder)
+    for base in _local_bases(recipe):
+        if not (checkpoint_folder(base, progress=progress) / "config.json").is_file():
+            raise CheckpointError("config.json is missing", where=base)
     return ", ".join(names)
 
 
 def _local_bases(recipe: Recipe) -> list[Path]:
-    """Base folders on this machine. Raises CheckpointError for a base that is a path and not there."""
+    """Base folders and GGUF files on this machine. Raises CheckpointError for a base that is a path and not there."""
     from students.base_folder import is_repository, local_base
     from students.zoo import find_student
 

@@ -1,8 +1,8 @@
 """Checks of `potstill doctor`: the machine, and a recipe with everything that it names.
 
 Each check is one `Finding`. An error's exit code is that of the fault it stands for (2: the recipe or a file it names,
-3: the machine); a warning says what will not work and why, and does not change the exit code. Nothing is written and
-no model is loaded.
+3: the machine); a warning says what will not work and why, and does not change the exit code. Nothing is written but
+to the cache folder, and no model is loaded.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from distill.cores import num_cores
 from distill.errors import EnvironmentFault, PotstillError
 from distill.findings import Finding
+from distill.progress import Progress
 from distill.recipe import Recipe, load_recipe
 
 PACKAGES = ("transformers", "tokenizers", "datasets", "accelerate", "trl", "lm-eval", "math-verify", "reasoning-gym")
@@ -33,7 +34,9 @@ def examine_machine(base_dir: Path) -> list[Finding]:
     return [*(check() for check in before), _disk(base_dir), *(check() for check in after)]
 
 
-def examine_recipe(path: Path, overrides: Iterable[str], base_dir: Path) -> list[Finding]:
+def examine_recipe(
+    path: Path, overrides: Iterable[str], base_dir: Path, progress: Progress | None = None
+) -> list[Finding]:
     """The recipe, the files that it names, and the preflight of its students."""
     from pipelines.checks import recipe_checks
 
@@ -42,7 +45,7 @@ def examine_recipe(path: Path, overrides: Iterable[str], base_dir: Path) -> list
     except PotstillError as exc:
         return [_fault("recipe", exc)]
     findings = [Finding("recipe", "ok", f"{recipe.name} ({path})")]
-    for name, check in recipe_checks(recipe, base_dir):
+    for name, check in recipe_checks(recipe, base_dir, progress):
         findings.append(_outcome(name, check))
     if all(finding.state == "ok" for finding in findings):
         findings += _students(recipe)

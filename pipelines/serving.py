@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distill.errors import EnvironmentFault, Preempted, RecipeError
+from distill.gguf import is_gguf
 from distill.progress import Progress
 from distill.recipe import SERVER_KEY_ENV, NativeTeacher, Recipe, TeacherConfig, VllmTeacher
 from distill.records import Sampling
@@ -77,7 +78,8 @@ def serve_teacher(
     from teacher.engine.stopping import RepetitionLimit
     from teacher.http.app import build_app, serve
 
-    name = Path(config.model).name
+    path = Path(config.model)
+    name = path.stem if is_gguf(path) else path.name
     if speculate:
         config = config.model_copy(update={"speculate": True})
     teacher = open_teacher(config, base_dir=base_dir, progress=progress)

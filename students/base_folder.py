@@ -1,4 +1,4 @@
-"""The place of a student's base: a folder here, one bundled with these packages, one that was fetched, or the Hub.
+"""The place of a student's base: a folder or GGUF file here, bundled with these packages or fetched, or the Hub.
 
 Apart from `students.bases` so that looking a folder up costs no import of torch.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill.errors import CheckpointError, EnvironmentFault
+from distill.gguf import checkpoint_folder, is_gguf
 from distill.recipe import StudentConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -29,23 +30,23 @@ def is_repository(base: str) -> bool:
 
 
 def local_base(base: str) -> Path | None:
-    """The base's folder on this machine: a path, or where a repository of that name was fetched to."""
-    folder = locate(base)
-    if folder.is_dir():
-        return folder
+    """The base's folder or GGUF file on this machine: a path, or where a repository of that name was fetched to."""
+    path = locate(base)
+    if path.is_dir() or is_gguf(path):
+        return path
     fetched = locate(f"{FETCHED}/{base.rpartition('/')[2]}")
     return fetched if is_repository(base) and (fetched / "config.json").is_file() else None
 
 
 def resolve_base(student: StudentConfig) -> Path:
-    """The base's checkpoint folder; a repository that is not here is fetched from the Hub into its cache first.
+    """The base's checkpoint folder; a GGUF file is converted first, a repository that is not here fetched from the Hub.
 
-    Raises CheckpointError where neither a folder nor a repository has that name, EnvironmentFault where the Hub cannot
-    be reached or refuses.
+    Raises CheckpointError where neither a folder nor a repository has that name and for a GGUF file that cannot be
+    read, EnvironmentFault where the Hub cannot be reached or refuses.
     """
-    folder = local_base(student.base)
-    if folder is not None:
-        return folder
+    local = local_base(student.base)
+    if local is not None:
+        return checkpoint_folder(local)
     if not is_repository(student.base):
         raise CheckpointError("no such checkpoint folder", where=student.base)
     return _fetch(student)

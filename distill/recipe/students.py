@@ -47,7 +47,7 @@ class StudentConfig(Config):
     """One student of the zoo: a base and how it learns."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    base: str = Field(description="checkpoint folder, or a repository of the Hub")
+    base: str = Field(description="checkpoint folder, GGUF file, or a repository of the Hub")
     revision: str = "main"
     architecture: Literal["qwen2", "qwen3", "llama"]
     num_parameters: int = Field(ge=1, description="of the base, embeddings counted once where tied")

@@ -57,7 +57,7 @@ class NativeTeacher(OverNodes):
     """
 
     backend: Literal["native"] = "native"
-    model: str = Field(description="checkpoint folder")
+    model: str = Field(description="checkpoint folder, or GGUF file")
     batch_size: Annotated[int, Mark.SPEED] = Field(64, ge=1, description="sequences in progress together, on each rank")
     speculate: Annotated[bool, Mark.SPEED] = Field(
         False, description="draft a token a step with the MTP layer; same texts"
@@ -193,7 +193,7 @@ class VllmTeacher(ServedTeacher, VllmServing, OverNodes):
     """A vLLM server that potstill starts, watches and ends; over several nodes with data parallelism."""
 
     backend: Literal["vllm"] = "vllm"
-    model: str = Field(description="checkpoint folder, or a repository of the Hub")
+    model: str = Field(description="checkpoint folder, GGUF file, or a repository of the Hub")
     revision: str = Field("main", description="of a Hub repository")
 
     @model_validator(mode="after")

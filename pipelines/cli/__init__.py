@@ -3,7 +3,7 @@
     potstill run|generate|distill|eval|compare RECIPE [--set a.b=value] [--out runs]
     potstill push|push-traces|serve RECIPE [--dry-run]     potstill doctor [RECIPE]     potstill zoo list|show
     potstill pretrain RECIPE (under torchrun)     potstill launch JOB [--dry-run]     potstill pico teacher|bases
-    potstill ledger merge OUT IN...
+    potstill ledger merge OUT IN...     potstill models list|fetch NAME...
 
 Results go to standard output, progress and errors to standard error. A fault is one line and an exit code of
 `distill.errors`; Ctrl-C exits with 130 and SIGTERM with 75, both after what is done so far has been kept.
@@ -21,7 +21,7 @@ from typing import NoReturn
 import typer
 
 from distill.errors import EnvironmentFault, PotstillError
-from pipelines.cli import chain, doctor, ledger, serving, training, zoo
+from pipelines.cli import chain, doctor, ledger, models, serving, training, zoo
 from pipelines.preemption import preemptible
 
 INTERRUPTED = 130
@@ -33,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for commands in (chain.app, serving.app, doctor.app, zoo.app, training.app, training.pico, ledger.app):
+for commands in (chain.app, serving.app, doctor.app, zoo.app, training.app, training.pico, ledger.app, models.app):
     app.add_typer(commands)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.output import print_findings
+from pipelines.cli.output import command_progress, print_findings
 from pipelines.cli.recipes import Overrides
 
 app = typer.Typer()
@@ -24,6 +24,6 @@ def doctor(
     here = Path.cwd()
     findings = examine_machine(here)
     if recipe is not None:
-        findings += examine_recipe(recipe, set_, here)
+        findings += examine_recipe(recipe, set_, here, command_progress())
     print_findings(findings)
     raise typer.Exit(max(finding.exit_code for finding in findings))

@@ -20,7 +20,7 @@ app = typer.Typer()
 
 @app.command()
 def serve(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file, or a model's folder")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file, or a model's folder or GGUF file")],
     set_: Overrides = [],
     host: Annotated[str, typer.Option(help="address to bind; others need $POTSTILL_API_KEY")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free one")] = 8000,
@@ -37,7 +37,7 @@ def serve(
     node_rank: Annotated[int, typer.Option(min=0, help="which node this one is; others than 0 have ranks alone")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every node's vLLM command, start nothing")] = False,
 ) -> None:
-    """Serve the recipe's teacher, or the model in a folder, over an OpenAI-compatible HTTP API."""
+    """Serve the recipe's teacher, or the model in a folder or GGUF file, over an OpenAI-compatible HTTP API."""
     from pipelines.serving import launch_plan, serve_teacher
 
     with naming(recipe):
@@ -75,12 +75,13 @@ def launch(
 
 def _served_teacher(path: Path, overrides: list[str]) -> tuple[TeacherConfig, Sampling]:
     """The teacher to serve, and the sampling of requests that leave it open."""
+    from distill.gguf import is_gguf
     from distill.recipe import NativeTeacher
     from distill.records import Sampling as Settings
 
-    if not path.is_dir():
+    if not (path.is_dir() or is_gguf(path)):
         recipe = load(path, overrides)
         return recipe.teacher, recipe.generate.sampling
     if overrides:
-        raise RecipeError("overrides a field of a recipe; a model's folder has none", where="--set")
+        raise RecipeError("overrides a field of a recipe; a model has none", where="--set")
     return NativeTeacher(model=str(path)), Settings()

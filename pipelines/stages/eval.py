@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from distill.cores import num_cores
 from distill.errors import DataError
+from distill.gguf import checkpoint_folder
 from distill.manifest import current, read_manifest, run_stage
 from distill.problems import load_problems, normalise, source_files
 from distill.progress import Progress
@@ -58,7 +59,9 @@ class ScoringJob:
         """The model's folder; none for an endpoint."""
         if isinstance(self.model, Path):
             return self.model
-        return self.base_dir / self.model.model if isinstance(self.model, NativeTeacher) else None
+        if not isinstance(self.model, NativeTeacher):
+            return None
+        return checkpoint_folder(self.base_dir / self.model.model)
 
     @property
     def inputs(self) -> dict[str, Path]:

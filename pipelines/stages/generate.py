@@ -17,6 +17,7 @@ from typing import Any
 
 from distill.errors import CheckpointError, DataError, RecipeError
 from distill.export import export_traces
+from distill.gguf import checkpoint_folder
 from distill.ledger import Ledger
 from distill.manifest import StageRun
 from distill.problems import iterate_problems, source_files
@@ -44,7 +45,7 @@ def generate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     inputs = source_files(recipe.problems, base_dir=base_dir)
     if isinstance(recipe.teacher, NativeTeacher):
         inputs["teacher"] = _checkpoint_folder(base_dir / recipe.teacher.model)
-    elif isinstance(recipe.teacher, VllmServing) and (base_dir / recipe.teacher.model).is_dir():
+    elif isinstance(recipe.teacher, VllmServing) and (base_dir / recipe.teacher.model).exists():
         inputs["teacher"] = base_dir / recipe.teacher.model
     config = _what_matters(recipe)
     stage_run = StageRun("generate", inputs, config, out_dir)
@@ -72,9 +73,10 @@ def _what_matters(recipe: Recipe) -> dict[str, Any]:
 
 
 def _checkpoint_folder(path: Path) -> Path:
-    if not path.is_dir():
+    folder = checkpoint_folder(path)
+    if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", where=path, field="teacher.model")
-    return path
+    return folder
 
 
 def _backend(context: Context, log_dir: Path) -> OpenTeacher:

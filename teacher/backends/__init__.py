@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from distill.gguf import checkpoint_folder
 from distill.recipe import NativeTeacher, RayTeacher, TeacherConfig, VllmTeacher
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def open_teacher(
             from teacher.backends.native.fleet import open_fleet
 
             kind["over_ranks"] = partial(open_fleet, config=config, progress=progress)
-        return open_native(base_dir / config.model, batch_size=config.batch_size, **kind)
+        folder = checkpoint_folder(base_dir / config.model, progress=progress)
+        return open_native(folder, batch_size=config.batch_size, **kind)
     if isinstance(config, VllmTeacher):
         from teacher.backends.vllm.backend import open_vllm
 

@@ -6,12 +6,11 @@ hash of what they were made from.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from distill.errors import CheckpointError
 from distill.hash_cache import cache_folder
-from distill.manifest import environment_faults, hash_file, sync_folder
+from distill.manifest import atomic_folder, hash_file
 from distill.records import content_id
 from teacher.model.config import read_config_json
 
@@ -38,21 +37,8 @@ def readable_on_cpu(folder: Path) -> Path:
     # The last part is the name that the model is served under.
     copy = cache_folder() / "bf16" / made_from / folder.resolve().name
     if not copy.is_dir():
-        _write_copy(folder, copy)
+        from teacher.model.checkpoint import convert_checkpoint
+
+        with atomic_folder(copy) as made:
+            convert_checkpoint(folder, made)
     return copy
-
-
-def _write_copy(folder: Path, copy: Path) -> None:
-    """Whole or not at all: written beside its place and renamed."""
-    from teacher.model.checkpoint import convert_checkpoint
-
-    with environment_faults(copy):
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".") as temporary:
-            convert_checkpoint(folder, Path(temporary) / "copy")
-            try:
-                (Path(temporary) / "copy").rename(copy)
-            except OSError:
-                if not copy.is_dir():  # else another process was first, with the same content
-                    raise
-        sync_folder(copy.parent)

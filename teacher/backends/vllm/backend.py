@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from distill.errors import CheckpointError, EnvironmentFault
+from distill.gguf import checkpoint_folder, is_gguf
 from distill.progress import Progress
 from distill.recipe import OpenAITeacher, ServedTeacher, VllmTeacher
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest, content_id
@@ -55,8 +56,7 @@ def open_vllm(
 def check_vllm(config: VllmTeacher, *, base_dir: Path) -> str:
     """Say what the backend would serve, in a line; nothing is asked of the Hub. Raises as `open_vllm` does."""
     version = installed_version()
-    folder = base_dir / config.model
-    if folder.is_dir() or not is_repository(config.model, base_dir):
+    if (base_dir / config.model).is_dir() or not is_repository(config.model, base_dir):
         folder = _folder(config, base_dir)
         if is_cpu_build(version):
             check_cpu_sizes(folder)
@@ -201,11 +201,12 @@ def vllm_identity(config: VllmTeacher, version: str) -> TeacherIdentity:
 def is_repository(model: str, base_dir: Path) -> bool:
     """True where `model` is owner/name on the Hub, and not a folder that is missing (its parent is here)."""
     owner, _, name = model.partition("/")
-    return bool(name) and "/" not in name and owner not in ("", ".", "..", "~") and not (base_dir / owner).is_dir()
+    named = bool(name) and "/" not in name and not is_gguf(Path(model))
+    return named and owner not in ("", ".", "..", "~") and not (base_dir / owner).is_dir()
 
 
 def _folder(config: VllmTeacher, base_dir: Path) -> Path:
-    folder = base_dir / config.model
+    folder = checkpoint_folder(base_dir / config.model)
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", where=folder, field="teacher.model")
     if not (folder / "config.json").is_file():
