@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distill.errors import EnvironmentFault, Preempted, RecipeError
-from distill.gguf import is_gguf
+from distill.gguf import checkpoint_folder
 from distill.progress import Progress
 from distill.recipe import SERVER_KEY_ENV, NativeTeacher, Recipe, TeacherConfig, VllmTeacher
 from distill.records import Sampling
@@ -72,14 +72,13 @@ def serve_teacher(
             serve_node(config, node_rank, base_dir=base_dir, announce=announce)
         return
     key = _key(SERVER_KEY_ENV, host)
+    name = checkpoint_folder(base_dir / config.model, progress=progress).name
     listener = _bind(host, port)
 
     from teacher.backends import open_teacher
     from teacher.engine.stopping import RepetitionLimit
     from teacher.http.app import build_app, serve
 
-    path = Path(config.model)
-    name = path.stem if is_gguf(path) else path.name
     if speculate:
         config = config.model_copy(update={"speculate": True})
     teacher = open_teacher(config, base_dir=base_dir, progress=progress)

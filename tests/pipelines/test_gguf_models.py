@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -116,6 +117,14 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert failed.returncode == 2
     assert failed.stderr == f"potstill: {tmp_path / 'gone.gguf'}: no such file\n"
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_truncated_file_is_not_served(tmp_path: Path, file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+    failed = potstill("serve", file, "--port", "0", POTSTILL_CACHE=str(tmp_path / "cache"))
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert re.fullmatch(rf"potstill: {file}: \S+: is truncated: .* ends 1 bytes later\n", failed.stderr)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 @pytest.mark.slow
