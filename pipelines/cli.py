@@ -384,6 +384,7 @@ def _print_findings(findings: list[Finding]) -> None:
 def main() -> NoReturn:
     """Entry point of the `potstill` command. Ctrl-C ends it however it was started."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # behind `&` a shell has it ignored
+    _close_stdin()
     try:
         try:
             with preemptible():
@@ -404,6 +405,13 @@ def main() -> NoReturn:
         typer.echo(f"potstill: {fault}", err=True)
         sys.exit(fault.exit_code)
     sys.exit(0)
+
+
+def _close_stdin() -> None:
+    """No command reads standard input, so that no library can ask there what it may do, and take `y` from a pipe."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
 
 
 def _fault(exc: BaseException) -> PotstillError | None:
