@@ -1,0 +1,148 @@
+"""The box of hostile files (`tests.hostile`) through every command that opens their kind.
+
+One line, exit 2 or 3, no code run, nothing written, under 2 GB and 20 s each. The commands run as forks of a process
+that has imported what they need, but for doctor, which has a machine to look at as well; the slow test starts them all,
+each as a person does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import pytest
+
+from tests.hostile.box import CASES, DOCTOR, TRAP, Case
+from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, make_world, tree_of, write_yaml
+from tests.repository import REPOSITORY
+
+MOST_SECONDS, MOST_BYTES = 20.0, 2 * 10**9
+YES = "y\n" * 1_000
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+    seconds: float
+    peak_bytes: int
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("healthy") / "world"
+    folder.mkdir()
+    make_world(folder)
+    job = {"name": "job", "launcher": "torchrun", "job": "generate", "recipe": "recipe.yaml", "workdir": str(folder)}
+    write_yaml(folder / "job.yaml", job)
+    return folder
+
+
+@pytest.fixture
+def own_world(world: Path, tmp_path: Path) -> Path:
+    """A copy to harm, whose files name the copy's."""
+    folder = shutil.copytree(world, tmp_path / "world")
+    for name in ("recipe.yaml", "student.yaml", "job.yaml"):
+        text = (folder / name).read_text(encoding="utf-8")
+        (folder / name).write_text(text.replace(str(world), str(folder)), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "tests.pipelines.forked_commands"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=ENVIRONMENT
+    ) as process:
+        assert _pipe(process.stdout).readline() == '"ready"\n'
+        yield process
+        _pipe(process.stdin).close()
+
+
+def forked(forks: subprocess.Popen[str], arguments: tuple[str, ...], world: Path) -> Outcome:
+    _pipe(forks.stdin).write(json.dumps({"arguments": arguments, "cwd": str(world)}) + "\n")
+    _pipe(forks.stdin).flush()
+    outcome = json.loads(_pipe(forks.stdout).readline())
+    out, err = (Path(f"{world}.{name}").read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+    return Outcome(outcome["code"], out, err, outcome["seconds"], outcome["peak_bytes"])
+
+
+def started(arguments: tuple[str, ...], world: Path) -> Outcome:
+    """A process of its own, whose memory is asked of the kernel."""
+    with (
+        Path(f"{world}.stdout").open("w+", encoding="utf-8") as out,
+        Path(f"{world}.stderr").open("w+", encoding="utf-8") as err,
+    ):
+        begun = time.monotonic()
+        process = subprocess.Popen(
+            [*COMMAND, *arguments], cwd=world, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True
+        )
+        _pipe(process.stdin).write(YES)
+        _pipe(process.stdin).flush()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.monotonic() - begun
+        out.seek(0)
+        err.seek(0)
+        return Outcome(process.returncode, out.read(), err.read(), seconds, usage.ru_maxrss << 10)
+
+
+def assert_refused(case: Case, arguments: tuple[str, ...], outcome: Outcome) -> None:
+    said = outcome.out + outcome.err
+    assert outcome.code in (2, 3), said
+    assert "Traceback" not in said
+    assert case.says in said
+    if arguments == DOCTOR:
+        assert outcome.err == ""
+    else:
+        assert outcome.err.count("\n") == 1, outcome.err
+        assert outcome.err.startswith("potstill: ")
+    assert outcome.peak_bytes < MOST_BYTES
+    assert outcome.seconds < MOST_SECONDS
+
+
+def parameters() -> list[object]:
+    return [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else []) for case in CASES
+    ]  # fmt: skip
+
+
+def test_the_box_is_full() -> None:
+    assert len({case.name for case in CASES}) == len(CASES) >= 60
+
+
+def test_the_healthy_world_passes(forks: subprocess.Popen[str], own_world: Path) -> None:
+    """Else whatever is refused below might be refused for another reason."""
+    checked = forked(forks, DOCTOR, own_world)
+    assert checked.code == 0, checked.out + checked.err
+
+
+@pytest.mark.parametrize("case", parameters())
+def test_a_hostile_file_is_refused_in_one_line(forks: subprocess.Popen[str], own_world: Path, case: Case) -> None:
+    case.make(own_world)
+    before = tree_of(own_world)
+    for arguments in set(case.commands) - {DOCTOR}:
+        assert_refused(case, arguments, forked(forks, arguments, own_world))
+        assert not (own_world / TRAP).exists()
+    assert {name: seen for name, seen in tree_of(own_world).items() if not name.endswith(".lock")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+def test_it_is_so_in_processes_of_their_own(own_world: Path, case: Case) -> None:
+    case.make(own_world)
+    for arguments in case.commands:
+        assert_refused(case, arguments, started(arguments, own_world))
+        assert not (own_world / TRAP).exists()
+
+
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe
