@@ -7,18 +7,25 @@ is refused here, in one line that names file and field. Values of weights are fo
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, EnvironmentFault
+from distill.manifest import hash_file
 from distill.reading.files import SETTINGS_BYTES, kind_of
 from distill.reading.json_text import read_json
 from distill.weights import StoredTensor, stored_tensors
 
+TRIAL = Path(__file__).with_name("tokenizer_trial.py")
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 # What transformers reads of a folder beside config.json; each may name code.
@@ -63,11 +70,13 @@ _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(?:mlp\.experts\.(\d{1,9})\.)?")
 def check_model_folder(folder: Path) -> dict[str, Any]:
     """The content of config.json, once the folder has been judged, the weights by their headers.
 
-    Raises CheckpointError for code that the folder names, a file that is none, an absurd size, and weights that are
-    missing, not whole, or of other shapes than config.json says.
+    Raises CheckpointError for code that the folder names, a file that is none, an absurd size, weights that are missing,
+    not whole, or of other shapes than config.json says, and a tokenizer that cannot be used.
     """
     tree = read_config_json(folder)
     check_shapes(tree, stored_tensors(folder), folder)
+    if (tokenizer := folder / "tokenizer.json").exists() and (fault := _tried(hash_file(tokenizer), tokenizer)):
+        raise CheckpointError(fault, where=tokenizer)
     return tree
 
 
@@ -164,6 +173,23 @@ def _check_code(tree: Any, path: Path, *, passed_over: str | None = None) -> Non
             if name == "tokenizer_class" and not (inner is None or (isinstance(inner, str) and inner.isidentifier())):
                 raise CheckpointError(f"must be the name of a class, got {_short(inner)}", where=path, field=field)
             waiting.append((field, inner))
+
+
+@lru_cache(maxsize=64)
+def _tried(_content: str, tokenizer: Path) -> str:
+    """The fault of a tokenizer.json, tried in a process of its own; empty where there is none."""
+    library = importlib.util.find_spec("tokenizers")
+    assert library is not None
+    assert library.origin is not None
+    command = [sys.executable, "-I", "-S", str(TRIAL), str(tokenizer), str(Path(library.origin).parent.parent)]
+    try:
+        child = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env={}, check=False)
+    except OSError as exc:
+        raise EnvironmentFault(f"no process can be started to try it ({exc.strerror})", where=tokenizer) from exc
+    if child.returncode < 0:
+        return f"is not loaded and used within bounds ({signal.Signals(-child.returncode).name})"
+    said = child.stderr.decode(errors="replace").strip().splitlines()
+    return f"is not a usable tokenizer: {said[-1] if said else child.returncode}" if child.returncode else ""
 
 
 def _check_sizes(tree: dict[str, Any], path: Path) -> None:

@@ -86,8 +86,8 @@ HUGE = {
 }
 LONG = {
     "tojson": "{% for i in range(99999) %}{{ messages | tojson }}{% endfor %}",
-    "cycler": "{% set c = cycler('a' * 99, 'b' * 99) %}{% for i in range(9999) %}{% for j in range(9999) %}{{ c.next() }}"
-    "{% endfor %}{% endfor %}",
+    "cycler": "{% set c = cycler('a' * 99, 'b' * 99) %}{% for i in range(9999) %}"
+    "{% for j in range(9999) %}{{ c.next() }}{% endfor %}{% endfor %}",
 }
 BROKEN = {
     "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}": "recurses",

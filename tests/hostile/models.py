@@ -97,6 +97,13 @@ def _index(weight_map: str) -> Callable[[Path], None]:
     return make
 
 
+def _growing(field: str) -> Callable[[Path], None]:
+    """A tokenizer that makes ten characters of one, eight times over."""
+    steps = [{"type": "Replace", "pattern": {"String": letter}, "content": 10 * letter} for letter in "aaaaaaaa"]
+    kind = {"normalizer": "normalizers", "decoder": "decoders"}[field]
+    return _settings("base", "tokenizer.json", **{field: {"type": "Sequence", kind: steps}})
+
+
 def _template(source: str) -> Callable[[Path], None]:
     def make(world: Path) -> None:
         (world / "base/chat_template.jinja").write_text(source.replace("TRAP", str(world / TRAP)))
@@ -179,6 +186,8 @@ CASES = [
             "tokenizer-of-a-gigabyte": (instead("base/tokenizer.json", sparse(1 << 30)), "1024 MiB"),
             "tokenizer-without-end": (instead("base/tokenizer.json", without_end), "it is a device"),
             "deep-tokenizer": (content("base/tokenizer.json", f'{{"model": {deep_json()}}}'), "base"),
+            "a-tokenizer-that-grows": (_growing("normalizer"), "base/tokenizer.json"),
+            "a-tokenizer-that-grows-as-it-reads": (_growing("decoder"), "base/tokenizer.json"),
             "weights-as-a-pipe": (instead("base/model.safetensors", os.mkfifo), "it is a pipe"),
             "a-header-of-terabytes": (_header(b"{}", 1 << 40), "base/model.safetensors"),
             "a-deep-header": (_header(deep_json().encode()), "damaged header"),
