@@ -8,7 +8,6 @@ is refused here, in one line that names file and field. Values of weights are fo
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import signal
 import stat
@@ -70,8 +69,8 @@ _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(?:mlp\.experts\.(\d{1,9})\.)?")
 def check_model_folder(folder: Path) -> dict[str, Any]:
     """The content of config.json, once the folder has been judged, the weights by their headers.
 
-    Raises CheckpointError for code that the folder names, a file that is none, an absurd size, weights that are missing,
-    not whole, or of other shapes than config.json says, and a tokenizer that cannot be used.
+    Raises CheckpointError for code that the folder names, a file that is none, an absurd size, weights that are
+    missing, not whole, or of other shapes than config.json says, and a tokenizer that cannot be used.
     """
     tree = read_config_json(folder)
     check_shapes(tree, stored_tensors(folder), folder)
@@ -135,21 +134,19 @@ def _check_files(folder: Path) -> None:
     """Every entry is a file or a folder (a link may lead to one), and no settings are of absurd length."""
     if (folder / ADAPTER).exists():
         raise CheckpointError("is an adapter of another model; only whole models are read", where=folder / ADAPTER)
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        path = folder / entry.name
+    for path in sorted(folder.iterdir()):
+        is_read = path.name in (CONFIG, *OTHER_SETTINGS, *TOKENIZER_FILES)
         try:
             status = path.stat()
         except FileNotFoundError:
             continue  # a link to what is not there: whoever needs it says so
         except OSError as exc:
             raise CheckpointError(f"cannot be read ({exc.strerror})", where=path) from exc
-        kind = None if stat.S_ISDIR(status.st_mode) else kind_of(status.st_mode)
-        if kind is not None:
+        kind = kind_of(status.st_mode)
+        if kind is not None and (is_read or not stat.S_ISDIR(status.st_mode)):
             raise CheckpointError(f"cannot be read (it is {kind})", where=path)
-        if stat.S_ISDIR(status.st_mode) and path.name in (CONFIG, *OTHER_SETTINGS, *TOKENIZER_FILES):
-            raise CheckpointError("cannot be read (it is a folder)", where=path)
         most = TOKENIZER_BYTES if path.name in TOKENIZER_FILES else SETTINGS_BYTES
-        if path.name in (CONFIG, *OTHER_SETTINGS, *TOKENIZER_FILES) and status.st_size > most:
+        if is_read and status.st_size > most:
             raise CheckpointError(f"has {status.st_size >> 20} MiB; at most {most >> 20} are read", where=path)
 
 

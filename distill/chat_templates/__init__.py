@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from distill.chat_templates.room import Room, TemplateRefusal
 from distill.errors import DataError
 
-__all__ = ["TemplateOwner", "TemplateRefusal", "close", "render", "render_all"]
+__all__ = ["TemplateOwner", "TemplateRefusal", "render", "render_all"]
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -66,11 +66,6 @@ def render_all(
     settings = _json({**{name: str(token) for name, token in owner.special_tokens_map.items()}, **known, **variables})
     room = _room(os.getpid())
     return [text for batch in _batches(conversations) for text in room.render(source, settings, batch)]
-
-
-def close() -> None:
-    """End the child, where there is one; the next rendering starts another."""
-    _room(os.getpid()).close()
 
 
 @cache

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from distill import chat_templates
 from distill.chat_templates import TemplateRefusal, render, render_all
 from distill.errors import CheckpointError, DataError
 from tests.repository import REPOSITORY
@@ -110,12 +110,6 @@ class Owner:
 
     def get_chat_template(self, chat_template: str | None = None, tools: object = None) -> str:
         return self.template
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_child_stays() -> Iterator[None]:
-    yield
-    chat_templates.close()
 
 
 def by_transformers(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], **given: object) -> str | None:
@@ -239,7 +233,7 @@ def test_a_child_that_was_killed_is_replaced() -> None:
     render(owner, MESSAGE)
     (child,) = children()
     os.kill(child, 9)
-    while child in children():
+    while Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
     assert render(owner, MESSAGE) == "hi"
 
@@ -256,18 +250,25 @@ def test_a_fork_has_a_child_of_its_own() -> None:
     fork = os.fork()
     if fork == 0:
         os.write(writable, render(owner, [{"role": "user", "content": "fork"}]).encode())
-        chat_templates.close()
         os._exit(0)
     assert os.waitpid(fork, 0)[1] == 0
     assert os.read(readable, 10) == b"fork"
     assert render(owner, MESSAGE) == "hi"
 
 
-def test_close_leaves_no_process() -> None:
-    render(Owner("x"), MESSAGE)
-    assert children()
-    chat_templates.close()
-    assert not children()
+def test_the_child_ends_with_whoever_started_it() -> None:
+    """However that went: killed in the middle of a rendering, it is ended by its own clock and the end of its input."""
+    program = (
+        "import os; from distill.chat_templates import room; room = room.Room();"
+        "print(room.render('x', '{}', ['[]']), room._child.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert ran.returncode == -9
+    child = Path(f"/proc/{ran.stdout.split()[1]}/cmdline")
+    deadline = time.monotonic() + 60
+    while child.exists() and "worker.py" in child.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_what_is_no_json_is_refused() -> None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from tests.hostile.case import (
     DOCTOR,
     GENERATE,
+    TRAP,
     cases,
     content,
     deep_json,
@@ -95,6 +96,17 @@ def _broken_footer(path: Path) -> None:
     path.write_bytes(data)
 
 
+def _hub_folder(name: str, content: bytes) -> Callable[[Path], None]:
+    """A data set as `datasets` takes one, of one file."""
+
+    def change(world: Path) -> None:
+        (world / "set").mkdir()
+        (world / "set" / name).write_bytes(content.replace(b"TRAP", str(world / TRAP).encode()))
+        recipe(problems=[{"kind": "dataset", "repo": str(world / "set")}])(world)
+
+    return change
+
+
 def _suite(make: Callable[[Path], object]) -> Callable[[Path], None]:
     def change(world: Path) -> None:
         (world / "bench").mkdir()
@@ -159,6 +171,14 @@ CASES = [
             "a-page-of-a-gigabyte": (_problems("p.parquet", _page_bomb), "p.parquet: prompt: row group 0"),
         },
         slow=True,
+    ),
+    *cases(
+        (GENERATE,),
+        {
+            "a-data-set-of-code": (_hub_folder("set.py", b"open('TRAP', 'w')"), "names code, which is not run"),
+            "a-data-set-of-pickles": (_hub_folder("set.pkl", b"cos\nsystem\n(S'touch TRAP'\ntR."), "world/set"),
+            "a-data-set-that-is-none": (_hub_folder("set.parquet", b"PAR1"), "world/set"),
+        },
     ),
     *cases(
         OF_SUITE,

@@ -186,8 +186,6 @@ CASES = [
             "tokenizer-of-a-gigabyte": (instead("base/tokenizer.json", sparse(1 << 30)), "1024 MiB"),
             "tokenizer-without-end": (instead("base/tokenizer.json", without_end), "it is a device"),
             "deep-tokenizer": (content("base/tokenizer.json", f'{{"model": {deep_json()}}}'), "base"),
-            "a-tokenizer-that-grows": (_growing("normalizer"), "base/tokenizer.json"),
-            "a-tokenizer-that-grows-as-it-reads": (_growing("decoder"), "base/tokenizer.json"),
             "weights-as-a-pipe": (instead("base/model.safetensors", os.mkfifo), "it is a pipe"),
             "a-header-of-terabytes": (_header(b"{}", 1 << 40), "base/model.safetensors"),
             "a-deep-header": (_header(deep_json().encode()), "damaged header"),
@@ -222,6 +220,8 @@ CASES = [
     *cases(
         OF_BASE,
         {
+            "a-tokenizer-that-grows": (_growing("normalizer"), "base/tokenizer.json"),
+            "a-tokenizer-that-grows-as-it-reads": (_growing("decoder"), "base/tokenizer.json"),
             "a-loop": (
                 _template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
                 "not rendered within",
