@@ -62,6 +62,7 @@ SIZES = {
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), (1, 1 << 23)),
     **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), (-1, 1 << 22)),
 }
+MAX_EXPERTS_IN_ALL = 1 << 18  # over the layers; Kimi K2 has 23,424
 ROPE = ("rope_scaling", "rope_parameters")
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(?:mlp\.experts\.(\d{1,9})\.)?")
 
@@ -199,6 +200,10 @@ def _check_sizes(tree: dict[str, Any], path: Path) -> None:
                 if value is not None and (type(value) is not int or not least <= value <= most):
                     message = f"must be a whole number from {least} to {most}, got {_short(value)}"
                     raise CheckpointError(message, where=path, field=prefix + name)
+    experts = (tree.get("n_routed_experts") or 0) * (tree.get("num_hidden_layers") or 0)
+    if experts > MAX_EXPERTS_IN_ALL:
+        message = f"over all layers they are {experts}, at most {MAX_EXPERTS_IN_ALL} are read"
+        raise CheckpointError(message, where=path, field="n_routed_experts")
 
 
 def _short(value: Any) -> str:

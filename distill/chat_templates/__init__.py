@@ -28,6 +28,8 @@ BATCH_CONVERSATIONS = 256
 class TemplateOwner(Protocol):
     """What has a chat template and names special tokens: any tokenizer of transformers."""
 
+    name_or_path: str
+
     @property
     def special_tokens_map(self) -> Mapping[str, str]: ...
 
@@ -65,7 +67,8 @@ def render_all(
     known = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
     settings = _json({**{name: str(token) for name, token in owner.special_tokens_map.items()}, **known, **variables})
     room = _room(os.getpid())
-    return [text for batch in _batches(conversations) for text in room.render(source, settings, batch)]
+    where = f"{owner.name_or_path}: chat template"
+    return [text for batch in _batches(conversations) for text in room.render(source, settings, batch, where=where)]
 
 
 @cache

@@ -34,7 +34,6 @@ MAX_CHARACTERS, MAX_CHARACTERS_PER_CHARACTER = 1 << 20, 8
 MAX_TEMPLATE_CHARACTERS = 1 << 20
 MAX_TEMPLATES = 32  # that a child keeps compiled; then it makes room for another
 LENGTH_BYTES = 8
-WHERE = "chat template"
 
 
 class TemplateRefusal(DataError):
@@ -50,15 +49,18 @@ class Room:
         self._known: set[str] = set()
         atexit.register(self.close)
 
-    def render(self, source: str, settings: str, conversations: list[str]) -> list[str]:
-        """The texts of conversations, which are JSON as the `settings` are. Raises as `chat_templates.render` does."""
+    def render(self, source: str, settings: str, conversations: list[str], *, where: str) -> list[str]:
+        """The texts of conversations, which are JSON as the `settings` are. Raises as `chat_templates.render` does.
+
+        `where` is what a fault calls the template.
+        """
         if len(source) > MAX_TEMPLATE_CHARACTERS:
             message = f"has {len(source)} characters; at most {MAX_TEMPLATE_CHARACTERS} are rendered"
-            raise CheckpointError(message, where=WHERE)
+            raise CheckpointError(message, where=where)
         num_characters = len(settings) + sum(map(len, conversations))
         name = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
         with self._lock:
-            child = self._alive()
+            child = self._alive(where)
             head: dict[str, Any] = {
                 "template": name,
                 "source": None if name in self._known else source,
@@ -67,21 +69,21 @@ class Room:
             }
             answer = self._exchange(child, json.dumps(head), settings, f"[{','.join(conversations)}]")
             if answer is None:
-                raise self._post_mortem(child, head["cpu_s"])
+                raise self._post_mortem(child, head["cpu_s"], where)
             if "texts" in answer:
                 self._known.add(name)
         if "texts" in answer:
             texts: list[str] = answer["texts"]
             return texts
         kind = TemplateRefusal if answer["refused"] else CheckpointError
-        raise kind(answer["fault"], where=None if answer["refused"] else WHERE)
+        raise kind(answer["fault"], where=None if answer["refused"] else where)
 
     def close(self) -> None:
         """End the child and wait for it."""
         with self._lock:
             self._end()
 
-    def _alive(self) -> subprocess.Popen[bytes]:
+    def _alive(self, where: str) -> subprocess.Popen[bytes]:
         if self._child is not None and self._child.poll() is None and len(self._known) < MAX_TEMPLATES:
             return self._child
         self._end()
@@ -100,7 +102,7 @@ class Room:
                 start_new_session=True,
             )
         except OSError as exc:
-            raise EnvironmentFault(f"no process can be started to render it ({exc.strerror})", where=WHERE) from exc
+            raise EnvironmentFault(f"no process can be started to render it ({exc.strerror})", where=where) from exc
         return self._child
 
     def _end(self) -> None:
@@ -134,13 +136,15 @@ class Room:
         answer: dict[str, Any] | None = json.loads(data) if data else None
         return answer
 
-    def _post_mortem(self, child: subprocess.Popen[bytes], cpu_s: float) -> CheckpointError | EnvironmentFault:
+    def _post_mortem(
+        self, child: subprocess.Popen[bytes], cpu_s: float, where: str
+    ) -> CheckpointError | EnvironmentFault:
         self._end()
         if child.returncode in (-signal.SIGPROF, -signal.SIGALRM):
-            return CheckpointError(f"is not rendered within {cpu_s:.0f} s", where=WHERE)
+            return CheckpointError(f"is not rendered within {cpu_s:.0f} s", where=where)
         if child.returncode == -signal.SIGKILL:
-            return EnvironmentFault("the process that rendered it was killed", where=WHERE)
+            return EnvironmentFault("the process that rendered it was killed", where=where)
         if child.returncode < 0:
             signalled = signal.Signals(-child.returncode).name
-            return CheckpointError(f"breaks the process that renders it ({signalled})", where=WHERE)
-        return EnvironmentFault(f"the process that renders it ended with {child.returncode}", where=WHERE)
+            return CheckpointError(f"breaks the process that renders it ({signalled})", where=where)
+        return EnvironmentFault(f"the process that renders it ended with {child.returncode}", where=where)

@@ -14,7 +14,7 @@ from distill.reading.json_text import parse_json
 from distill.recipe.limits import ReadLimits
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# Nobody leaves so many; a compressed file has room for a milliard of them.
+# Nobody leaves so many; a compressed file has room for a billion of them.
 MAX_BLANK_LINES = 100_000
 
 

@@ -11,7 +11,7 @@ from distill.reading.files import Fault, read_text
 
 SETTINGS_YAML_BYTES = 1 << 20
 NESTING = 64
-# With every alias written out: ten lines of aliases of aliases stand for milliards of values.
+# With every alias written out: ten lines of aliases of aliases stand for billions of values.
 MAX_VALUES = 100_000
 MAX_SCALAR_CHARACTERS = 64 << 10
 INTEGER_BITS = 64

@@ -85,6 +85,9 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         return ends
     marker = "potstill"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
-    after = chat_templates.render(tokenizer, turns, add_generation_prompt=False).rpartition(marker)[2]
+    try:
+        after = chat_templates.render(tokenizer, turns, add_generation_prompt=False).rpartition(marker)[2]
+    except chat_templates.TemplateRefusal as exc:
+        raise CheckpointError(f"refuses a question and its answer: {exc}", where=tokenizer.name_or_path) from exc
     closing = tokenizer.encode(after, add_special_tokens=False)[:1]
     return ends | {token for token in closing if token in tokenizer.added_tokens_decoder}

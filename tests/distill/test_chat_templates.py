@@ -105,7 +105,7 @@ class Owner:
     """What has no more than a template."""
 
     def __init__(self, template: str) -> None:
-        self.template = template
+        self.template, self.name_or_path = template, "owner"
         self.special_tokens_map: dict[str, str] = {}
 
     def get_chat_template(self, chat_template: str | None = None, tools: object = None) -> str:
@@ -179,7 +179,7 @@ def test_what_the_template_refuses_is_told_in_its_words() -> None:
 
 @pytest.mark.parametrize("template", BROKEN, ids=BROKEN.values())
 def test_a_broken_template_is_one_line(template: str) -> None:
-    with pytest.raises(CheckpointError, match=f"chat template: .*{BROKEN[template]}"):
+    with pytest.raises(CheckpointError, match=f"owner: chat template: .*{BROKEN[template]}"):
         render(Owner(template), MESSAGE)
 
 
@@ -260,7 +260,7 @@ def test_the_child_ends_with_whoever_started_it() -> None:
     """However that went: killed in the middle of a rendering, it is ended by its own clock and the end of its input."""
     program = (
         "import os; from distill.chat_templates import room; room = room.Room();"
-        "print(room.render('x', '{}', ['[]']), room._child.pid, flush=True); os.kill(os.getpid(), 9)"
+        "print(room.render('x', '{}', ['[]'], where='x'), room._child.pid, flush=True); os.kill(os.getpid(), 9)"
     )
     ran = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert ran.returncode == -9

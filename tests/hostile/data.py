@@ -137,7 +137,7 @@ CASES = [
                 _problems("p.jsonl.gz", _members(b'{"prompt": "', b"x" * (16 << 20), 96)),
                 "p.jsonl.gz:1: is over 16 MiB long",
             ),
-            "a-milliard-blank-lines": (_problems("p.jsonl.gz", _members(b"", b"\n" * (16 << 20), 64)), "blank"),
+            "a-billion-blank-lines": (_problems("p.jsonl.gz", _members(b"", b"\n" * (16 << 20), 64)), "blank"),
             "a-long-plain-line": (_problems("p.jsonl", _line(_row(f'''"{"x" * (17 << 20)}"'''))), "p.jsonl:2: is over"),
             "half-of-a-gzip-file": (
                 _problems("p.jsonl.gz", lambda path: path.write_bytes(gzip.compress(os.urandom(9000))[:5000])),

@@ -111,9 +111,9 @@ FILES = [pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow 
 OF_DOCTOR = [pytest.param(case, id=case.name) for case in CASES if DOCTOR in case.commands]
 # One of each kind, and those that took memory or time.
 IN_EARNEST = {
-    *("auto-map", "auto-map-of-a-tokenizer", "pickled-weights", "a-milliard-layers", "config-without-end", "a-loop"),
+    *("auto-map", "auto-map-of-a-tokenizer", "pickled-weights", "a-billion-layers", "config-without-end", "a-loop"),
     *("a-long-text", "a-tokenizer-that-grows", "deep-recipe", "recipe-of-aliases", "deep-student", "job-as-a-pipe"),
-    *("a-line-of-gigabytes", "a-milliard-blank-lines", "a-text-named-often", "a-page-of-a-gigabyte"),
+    *("a-line-of-gigabytes", "a-billion-blank-lines", "a-text-named-often", "a-page-of-a-gigabyte"),
     *("a-benchmark-without-end", "a-ledger-with-a-view"),
 }
 
