@@ -24,10 +24,10 @@ from distill.errors import CheckpointError, DataError, EnvironmentFault
 
 WORKER = Path(__file__).with_name("worker.py")
 PACKAGES = ("jinja2", "markupsafe")
-# A conversation renders in well under a millisecond, one of a million tokens in a second.
-CPU_S, CPU_S_PER_CONVERSATION = 5.0, 0.01
+# A conversation renders in well under a millisecond, one of a million tokens in a tenth of a second.
+CPU_S, CPU_S_PER_CONVERSATION = 2.0, 0.01
 # The clock is for what takes no processor time; a machine that has much else to do must not end a rendering.
-CLOCK_PER_CPU = 12
+CLOCK_PER_CPU = 30
 MEMORY_BYTES = 512 << 20
 # A template writes its conversation once, or a few times, and some text of its own.
 MAX_CHARACTERS, MAX_CHARACTERS_PER_CHARACTER = 1 << 20, 8

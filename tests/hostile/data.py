@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import os
 import sqlite3
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +78,11 @@ def _nested_dictionary_bomb(path: Path) -> None:
 
 
 def _page_bomb(path: Path) -> None:
-    """One text of 1.1 GB, which packs to a few kilobytes."""
+    """One text of 1.1 GB, which packs to a few kilobytes; made by a process that has the memory for it."""
+    subprocess.run([sys.executable, "-m", __name__, str(path)], check=True)
+
+
+def _write_page_bomb(path: Path) -> None:
     text = pa.py_buffer(b"x" * 1_100_000_000)
     offsets = pa.py_buffer((0).to_bytes(4, "little") + text.size.to_bytes(4, "little"))
     column = pa.Array.from_buffers(pa.string(), 1, [None, offsets, text])
@@ -218,3 +224,6 @@ CASES = [
         },
     ),
 ]
+
+if __name__ == "__main__":
+    _write_page_bomb(Path(sys.argv[1]))

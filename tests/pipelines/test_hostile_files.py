@@ -7,11 +7,9 @@ that has imported what they need; a dozen of the files are given to commands tha
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -24,6 +22,15 @@ from tests.repository import REPOSITORY
 
 MOST_SECONDS, MOST_BYTES = 20.0, 2 * 10**9
 YES = "y\n" * 1_000
+# Starts a command and writes what it took: one that this process starts would be counted this process's pages too.
+MEASURED = """
+import json, os, subprocess, sys, time
+begun = time.monotonic()
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+took = [os.waitstatus_to_exitcode(status), time.monotonic() - begun, usage.ru_maxrss << 10]
+open(sys.argv[1], "w").write(json.dumps(took))
+"""
 
 
 class Outcome(NamedTuple):
@@ -75,22 +82,11 @@ def forked(forks: subprocess.Popen[str], arguments: tuple[str, ...], world: Path
 
 def started(arguments: tuple[str, ...], world: Path) -> Outcome:
     """A process of its own, whose memory is asked of the kernel."""
-    with (
-        Path(f"{world}.stdout").open("w+", encoding="utf-8") as out,
-        Path(f"{world}.stderr").open("w+", encoding="utf-8") as err,
-    ):
-        begun = time.monotonic()
-        process = subprocess.Popen(
-            [*COMMAND, *arguments], cwd=world, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True
-        )
-        _pipe(process.stdin).write(YES)
-        _pipe(process.stdin).flush()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.monotonic() - begun
-        out.seek(0)
-        err.seek(0)
-        return Outcome(process.returncode, out.read(), err.read(), seconds, usage.ru_maxrss << 10)
+    took = Path(f"{world}.took")
+    measured = [sys.executable, "-I", "-S", "-c", MEASURED, str(took), *COMMAND, *arguments]
+    ran = subprocess.run(measured, cwd=world, env=ENVIRONMENT, input=YES, capture_output=True, text=True, check=True)
+    code, seconds, peak_bytes = json.loads(took.read_text())
+    return Outcome(code, ran.stdout, ran.stderr, seconds, peak_bytes)
 
 
 def assert_refused(case: Case, arguments: tuple[str, ...], outcome: Outcome) -> None:
