@@ -15,7 +15,6 @@ from tests.hostile.case import (
     DEEP,
     DOCTOR,
     GENERATE,
-    RUN,
     TRAP,
     cases,
     content,
@@ -28,7 +27,7 @@ from tests.hostile.case import (
 
 SERVE_BASE = ("serve", "base", "--port", "0")
 SERVE_TEACHER = ("serve", "teacher", "--port", "0")
-OF_BASE = (DOCTOR, RUN, SERVE_BASE)
+OF_BASE = (DOCTOR, ("distill", "recipe.yaml", "--out", "runs"), SERVE_BASE)
 OF_TEACHER = (DOCTOR, GENERATE, SERVE_TEACHER)
 
 

@@ -1,6 +1,6 @@
 """Runs commands, each in a fork of a process that has imported what they need: they begin in milliseconds.
 
-    python -m tests.pipelines.forked_commands       lines of JSON: {"arguments", "cwd"} in; code, seconds and memory out
+    python -m tests.pipelines.forked_commands     lines of JSON: {"arguments", "cwd"} in; code, CPU seconds, memory out
 
 Whatever asks on standard input is told `y`. A command that is not done in time is killed.
 """
@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-TIMEOUT_S = 40.0
+TIMEOUT_S = 240.0
 YES = b"y\n" * 1_000
 
 
@@ -32,12 +32,11 @@ def main() -> None:
     _say("ready")
     for line in sys.stdin:
         request = json.loads(line)
-        started = time.monotonic()
         child = os.fork()
         if child == 0:
             _become(potstill, request["arguments"], Path(request["cwd"]))
-        code, usage = _wait(child, started + TIMEOUT_S)
-        _say({"code": code, "seconds": time.monotonic() - started, "peak_bytes": usage.ru_maxrss << 10})
+        code, usage = _wait(child, time.monotonic() + TIMEOUT_S)
+        _say({"code": code, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_bytes": usage.ru_maxrss << 10})
 
 
 def _become(potstill, arguments: list[str], cwd: Path) -> None:
