@@ -15,6 +15,7 @@ from tests.hostile.case import (
     DEEP,
     DOCTOR,
     GENERATE,
+    RUN,
     TRAP,
     cases,
     content,
@@ -28,6 +29,7 @@ from tests.hostile.case import (
 SERVE_BASE = ("serve", "base", "--port", "0")
 SERVE_TEACHER = ("serve", "teacher", "--port", "0")
 OF_BASE = (DOCTOR, ("distill", "recipe.yaml", "--out", "runs"), SERVE_BASE)
+OF_TEMPLATE = (DOCTOR, RUN, SERVE_BASE)
 OF_TEACHER = (DOCTOR, GENERATE, SERVE_TEACHER)
 
 
@@ -197,6 +199,11 @@ CASES = [
             ),
             "an-index-that-leads-out": (_index('{"weight_map": {"x": "../prompts.safetensors"}}'), "in this folder"),
             "a-deep-index": (_index(deep_json()), "index.json"),
+        },
+    ),
+    *cases(
+        OF_TEMPLATE,
+        {
             "a-long-text": (_template("{{ 'x' * 10**9 }}"), "chat"),
             "a-wide-text": (_template("{{ 'x'|center(10**10) }}"), "chat"),
             "a-text-that-doubles": (
@@ -217,7 +224,7 @@ CASES = [
         },
     ),
     *cases(
-        OF_BASE,
+        OF_TEMPLATE,
         {
             "a-tokenizer-that-grows": (_growing("normalizer"), "base/tokenizer.json"),
             "a-tokenizer-that-grows-as-it-reads": (_growing("decoder"), "base/tokenizer.json"),
