@@ -8,6 +8,7 @@ from pathlib import Path
 from distill.errors import CheckpointError
 from distill.gguf import checkpoint_folder
 from distill.manifest import hash_file
+from distill.model_folder import check_model_folder
 from distill.progress import Progress
 from distill.recipe import LocalSource, NativeTeacher, OpenAITeacher, RayTeacher, Recipe, VllmTeacher
 
@@ -78,13 +79,17 @@ def _is_new(folder: Path, known: Collection[str]) -> bool:
 
 
 def _problems(recipe: Recipe, base_dir: Path) -> str:
-    """Problem-set files are there, local files can be read to their last line; the Hub is not asked."""
+    """Problem-set files can be read, local files to their last line; the Hub is not asked."""
     from distill.problems import load_problems, source_files
+    from distill.problems.reasoning_gym import read_problem_set
 
     held_out = () if recipe.eval.held_out is None else (recipe.eval.held_out,)
     files = source_files([*recipe.problems, *held_out], base_dir=base_dir)
+    for path in files.values():
+        if path.suffix in (".yaml", ".yml"):
+            read_problem_set(path)
     local = [source for source in recipe.problems if isinstance(source, LocalSource)]
-    count = len(load_problems(local, base_dir=base_dir)) if local else 0
+    count = len(load_problems(local, base_dir=base_dir, limits=recipe.limits)) if local else 0
     return ", ".join([*files, *([f"{count} local problems"] if local else [])]) or "no local file"
 
 
@@ -101,8 +106,7 @@ def _teacher(recipe: Recipe, base_dir: Path, progress: Progress | None) -> str:
     folder = checkpoint_folder(base_dir / recipe.teacher.model, progress=progress)
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", where=folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError("config.json is missing", where=folder)
+    check_model_folder(folder)
     return str(folder)
 
 
@@ -112,8 +116,7 @@ def _students(recipe: Recipe, progress: Progress | None) -> str:
 
     names = [find_student(name, recipe.distill.overrides).name for name in recipe.distill.students]
     for base in _local_bases(recipe):
-        if not (checkpoint_folder(base, progress=progress) / "config.json").is_file():
-            raise CheckpointError("config.json is missing", where=base)
+        check_model_folder(checkpoint_folder(base, progress=progress))
     return ", ".join(names)
 
 
@@ -136,5 +139,5 @@ def _local_bases(recipe: Recipe) -> list[Path]:
 def _suites(recipe: Recipe) -> str:
     from eval.suites import check_suites
 
-    check_suites(recipe.eval.suites, bench_data=recipe.eval.bench_data)
+    check_suites(recipe.eval.suites, bench_data=recipe.eval.bench_data, limits=recipe.limits)
     return ", ".join(recipe.eval.suites)

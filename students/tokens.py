@@ -15,9 +15,10 @@ from typing import Any
 from unicodedata import normalize
 
 import pyarrow as pa
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from distill import chat_templates
+from distill.chat_templates import TemplateRefusal
 from distill.errors import CheckpointError, DataError, UserInputError
 from distill.progress import Progress
 from distill.reasoning import THINK_LINE
@@ -67,9 +68,10 @@ class TokenCounts:
         return cls(**{name: Fault(**value) if isinstance(value, dict) else value for name, value in tree.items()})
 
 
-def render_prompt(tokenizer: Tokenizer, question: str, history: Sequence[Message] = ()) -> str:
-    turns = [*_plain(history), {"role": "user", "content": question}]
-    return _render(tokenizer, turns, add_generation_prompt=True)
+def render_prompt(tokenizer: Tokenizer, question: str) -> str:
+    """The prompt of a question, its special tokens veiled. Raises DataError where the template refuses it."""
+    (prompt,) = _render(tokenizer, [[{"role": "user", "content": question}]], add_generation_prompt=True)
+    return prompt
 
 
 def render(tokenizer: Tokenizer, question: str, completion: str, history: Sequence[Message] = ()) -> tuple[str, str]:
@@ -79,12 +81,41 @@ def render(tokenizer: Tokenizer, question: str, completion: str, history: Sequen
     template does not give back what it was given: reasoning deleted or wrapped anew, or another token than EOS at the
     end of the turn; DataError for a completion that does not go on from the reasoning which the prompt opens.
     """
-    prompt = render_prompt(tokenizer, question, history)
+    (texts,) = _render_all(tokenizer, [_turns(question, completion, history)])
+    return texts
+
+
+def _render_each(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[tuple[str, str] | UserInputError]:
+    """What `render` gives or raises for each, all rendered together where none has a fault."""
+    conversations = [_turns(example.question, example.completion, example.history) for example in examples]
+    try:
+        return list(_render_all(tokenizer, conversations))
+    except UserInputError:
+        return [_rendered_or_fault(tokenizer, turns) for turns in conversations]
+
+
+def _rendered_or_fault(tokenizer: Tokenizer, turns: list[dict[str, str]]) -> tuple[str, str] | UserInputError:
+    try:
+        (texts,) = _render_all(tokenizer, [turns])
+    except UserInputError as exc:
+        return exc
+    return texts
+
+
+def _render_all(tokenizer: Tokenizer, conversations: Sequence[list[dict[str, str]]]) -> list[tuple[str, str]]:
+    prompts = _render(tokenizer, [turns[:-1] for turns in conversations], add_generation_prompt=True)
+    wholes = _render(tokenizer, conversations, add_generation_prompt=False)
+    return [
+        (prompt, _rest(tokenizer, prompt, whole, turns[-1]["content"]))
+        for prompt, whole, turns in zip(prompts, wholes, conversations, strict=True)
+    ]
+
+
+def _rest(tokenizer: Tokenizer, prompt: str, whole: str, completion: str) -> str:
+    """What of the training text `whole` stands behind the prompt, up to and with the end of turn."""
     opened = prompt.endswith(THINK_LINE)
     if opened and not completion.startswith(THINK_LINE):
         raise DataError(f"begins with {completion[:20]!r}, not with {THINK_LINE!r}, which the prompt ends with")
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": completion}]
-    whole = _render(tokenizer, [*_plain(history), *turns])
     if not whole.startswith(prompt):
         raise CheckpointError(
             f"the training text does not begin with the inference prompt {prompt[-40:]!r}", where="chat template"
@@ -98,19 +129,24 @@ def render(tokenizer: Tokenizer, question: str, completion: str, history: Sequen
             f"ends a turn with {rest[len(answer) :][:20]!r}, not with the EOS token {tokenizer.eos_token!r}",
             where="chat template",
         )
-    return prompt, answer + str(tokenizer.eos_token)
+    return answer + str(tokenizer.eos_token)
 
 
-def _plain(history: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.content} for turn in history]
+def _turns(question: str, completion: str, history: Sequence[Message]) -> list[dict[str, str]]:
+    spoken = [("user", question), ("assistant", completion)]
+    return [
+        {"role": role, "content": text} for role, text in (*((turn.role, turn.content) for turn in history), *spoken)
+    ]
 
 
-def _render(tokenizer: Tokenizer, turns: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-    """The turns as the template writes them. Raises DataError where it refuses them, as some do a system turn."""
-    veiled = special_tokens(tokenizer).veil_within(turns)
+def _render(
+    tokenizer: Tokenizer, conversations: Sequence[list[dict[str, str]]], *, add_generation_prompt: bool
+) -> list[str]:
+    """The conversations as the template writes them. Raises DataError where it refuses one (some do a system turn)."""
+    veiled = special_tokens(tokenizer).veil_within(conversations)
     try:
-        return str(tokenizer.apply_chat_template(veiled, add_generation_prompt=add_generation_prompt, tokenize=False))
-    except TemplateError as exc:
+        return chat_templates.render_all(tokenizer, veiled, add_generation_prompt=add_generation_prompt)
+    except TemplateRefusal as exc:
         raise DataError(f"the chat template refuses it ({exc})") from exc
 
 
@@ -136,16 +172,14 @@ def write_tokens(
 def _tokenise(examples: Sequence[Example], tokenizer: Tokenizer, sft: SFTConfig, counts: TokenCounts) -> pa.RecordBatch:
     specials = special_tokens(tokenizer)
     texts = []
-    for example in examples:
-        try:
-            prompt, answer = render(tokenizer, example.question, example.completion, example.history)
-        except UserInputError as exc:
+    for example, rendered in zip(examples, _render_each(tokenizer, examples), strict=True):
+        if isinstance(rendered, UserInputError):
             # The template gave back the preflight's own text: what it does not give back has a fault of its own.
-            counts.unfitting.add(example, str(exc))
+            counts.unfitting.add(example, str(rendered))
             continue
         if sft.special_tokens_in_text == "refuse":
             _refuse_special_tokens(example, specials, counts)
-        texts.append((example, prompt, answer))
+        texts.append((example, *rendered))
     prompts = _encode([prompt for _, prompt, _ in texts], tokenizer, specials)
     answers = _encode([answer for _, _, answer in texts], tokenizer, specials)
     rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from distill import chat_templates
 from distill.errors import CheckpointError
+from distill.reading.json_text import read_json
 from distill.special_tokens import special_tokens
 from teacher.models.gqa.config import FAMILIES
 from teacher.models.load import ModelFacts
@@ -27,7 +28,7 @@ def load_tokenizer(folder: Path, facts: ModelFacts, *, of_base: bool = False) ->
     try:
         # AutoTokenizer would put the pre-tokenizer of a family in the place of the file's own.
         reader = AutoTokenizer if converted else PreTrainedTokenizerFast
-        tokenizer = reader.from_pretrained(folder, local_files_only=True)
+        tokenizer = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as exc:
         raise CheckpointError(f"is not a usable tokenizer: {exc}", where=path) from exc
     if not tokenizer.chat_template and not of_base:
@@ -46,8 +47,7 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     veiled = special_tokens(tokenizer).veil(question)
     if not tokenizer.chat_template:
         return veiled + "\n"
-    message = [{"role": "user", "content": veiled}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return chat_templates.render(tokenizer, [{"role": "user", "content": veiled}])
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -77,9 +77,9 @@ def _of_generation_config(folder: Path) -> tuple[int, ...]:
     if not path.exists():
         return ()
     try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (UnicodeDecodeError, ValueError, AttributeError) as exc:
-        raise CheckpointError(f"is not a JSON object: {exc}", where=path) from exc
+        value = read_json(path, CheckpointError).get("eos_token_id")
+    except AttributeError as exc:
+        raise CheckpointError("is not a JSON object", where=path) from exc
     tokens = value if isinstance(value, list) else [value]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens if token is not None):
         raise CheckpointError(f"must be token ids, got {value!r}", where=path, field="eos_token_id")
@@ -94,6 +94,9 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         return ends
     marker = "potstill"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)[2]
+    try:
+        after = chat_templates.render(tokenizer, turns, add_generation_prompt=False).rpartition(marker)[2]
+    except chat_templates.TemplateRefusal as exc:
+        raise CheckpointError(f"refuses a question and its answer: {exc}", where=tokenizer.name_or_path) from exc
     closing = tokenizer.encode(after, add_special_tokens=False)[:1]
     return ends | {token for token in closing if token in tokenizer.added_tokens_decoder}
