@@ -36,12 +36,16 @@ from starlette.routing import Route
 from distill.errors import PotstillError, Preempted
 from distill.records import Sampling
 from teacher.engine.stopping import RepetitionLimit
+from teacher.http.chat_form import ChatForm, ReasoningPlace
+from teacher.http.chat_request import ChatRequest
+from teacher.http.completion_form import TextForm
+from teacher.http.completion_request import CompletionRequest, TokenizeRequest
 from teacher.http.feed import SampleFeed, SampleFuture
-from teacher.http.forms import ChatForm, Form, ReasoningPlace, TextForm, error_body
+from teacher.http.form import Form, error_body
 from teacher.http.guard import GuardedProtocol, KeyMiddleware
-from teacher.http.messages import ChatRequest, CompletionRequest, Request, TokenizeRequest
 from teacher.http.metrics import Metrics
 from teacher.http.refusal import APIError
+from teacher.http.request import Request
 from teacher.http.stream import Stream, Wake, cancel, left
 from teacher.live import GeneratedSample, LiveTeacher
 

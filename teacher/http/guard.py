@@ -15,7 +15,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from teacher.http.forms import error_body
+from teacher.http.form import error_body
 
 OPEN_ROUTES = {"/health"}
 # Clients on a bad line need seconds for a head of a few hundred bytes; nobody needs a minute.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.responses import JSONResponse, Response
 
 from distill.errors import PotstillError, UserInputError
-from teacher.http.forms import error_body
+from teacher.http.form import error_body
 
 RETRY_AFTER_S = 1
 

@@ -20,7 +20,7 @@ from distill.errors import PotstillError
 from teacher.engine.detokenizer import Detokenizer
 from teacher.engine.stopping import StopStrings
 from teacher.http.feed import SampleFuture
-from teacher.http.forms import Form, Offsets, scored, usage
+from teacher.http.form import Form, Offsets, scored, usage
 from teacher.http.refusal import APIError
 from teacher.live import GeneratedSample
 

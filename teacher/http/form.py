@@ -1,8 +1,7 @@
-"""The shapes of an answer: whole or in pieces, as a chat message or as text, with logprobs and token ids.
+"""What the answers of both endpoints have in common: whole or in pieces, with logprobs and token ids.
 
 The shapes are OpenAI's, the token ids vLLM's (`return_token_ids`). Where `return_tokens_as_token_ids` is asked for, a
-token is called `token_id:17` instead of by its text, which may stand for several. Reasoning that is told apart from
-the answer is `reasoning_content`, as with DeepSeek's own API.
+token is called `token_id:17` instead of by its text, which may stand for several.
 """
 
 from __future__ import annotations
@@ -11,18 +10,16 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 from distill.logprobs import Scored, TokenLogprobs
 from teacher.engine.detokenizer import UNSPELLABLE
 from teacher.engine.sequence import Logprobs
-from teacher.http.messages import ChatRequest, CompletionRequest, Request
 from teacher.http.reasoning import Reasoning
+from teacher.http.request import Request
 from teacher.live import GeneratedSample
 
 Spell = Callable[..., str]
-# What becomes of the reasoning in a chat message: a part of its content, a field of its own, or nothing.
-ReasoningPlace = Literal["content", "apart", "out"]
 RequestType = TypeVar("RequestType", bound=Request)
 MAX_CHARACTER_BYTES = 4  # UTF-8
 
@@ -74,7 +71,7 @@ class Form(ABC, Generic[RequestType]):
             "index": index,
             **self.content(reasoning, text),
             "logprobs": logprobs,
-            **_end(answer),
+            **ending(answer),
             **self.ids(answer.prompt_ids, answer.token_ids),
         }
 
@@ -138,93 +135,7 @@ class Offsets:
         self._start, self._whole, self._pending = self._start + len(text), 0, []
 
 
-class TextForm(Form[CompletionRequest]):
-    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
-
-    def logprobs(self, kept: TokenLogprobs, offsets: Offsets) -> dict[str, Any]:
-        tokens = [token for token, _ in kept.sampled]
-        return {
-            "tokens": [self._named(token) for token in tokens],
-            "token_logprobs": [logprob for _, logprob in kept.sampled],
-            "top_logprobs": [{self._named(token): value for token, value in self._top(top)} for top in kept.top],
-            "text_offset": [offsets.next(token) for token in tokens],
-        }
-
-    def content(self, reasoning: str, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def deltas(
-        self,
-        index: int,
-        parts: tuple[str, str],
-        logprobs: dict[str, Any] | None,
-        ids: dict[str, Any],
-        *,
-        first: bool,
-        answer: GeneratedSample | None,
-    ) -> list[dict[str, Any]]:
-        if not (parts[1] or logprobs or ids or answer):
-            return []
-        return [{"index": index, "text": parts[1], "logprobs": logprobs, **_end(answer), **ids}]
-
-
-class ChatForm(Form[ChatRequest]):
-    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, request: ChatRequest, spell: Spell, *, reasoning: ReasoningPlace = "content") -> None:
-        """`reasoning` is its place where the request does not say."""
-        super().__init__(request, spell)
-        said: dict[bool | None, ReasoningPlace] = {None: reasoning, True: "apart", False: "out"}
-        self._placing = said[request.include_reasoning]
-
-    def splitter(self) -> Reasoning:
-        return Reasoning(has_ended=self._placing == "content" or self.request.has_thought)
-
-    def logprobs(self, kept: TokenLogprobs, offsets: Offsets) -> dict[str, Any]:
-        entries = zip(kept.sampled, kept.top, strict=True)
-        return {
-            "content": [
-                {**self._entry(pair), "top_logprobs": [self._entry(other) for other in self._top(top)]}
-                for pair, top in entries
-            ]
-        }
-
-    def _entry(self, pair: Scored) -> dict[str, Any]:
-        name = self._named(pair[0])
-        return {"token": name, "logprob": pair[1], "bytes": None if UNSPELLABLE in name else list(name.encode())}
-
-    def content(self, reasoning: str, text: str) -> dict[str, Any]:
-        """A text that ended within the reasoning has no answer: null, as with vLLM."""
-        message: dict[str, Any] = {"role": "assistant"}
-        if self._placing == "apart":
-            message["reasoning_content"] = reasoning or None
-        return {"message": {**message, "content": text if self._placing == "content" else text or None}}
-
-    def deltas(
-        self,
-        index: int,
-        parts: tuple[str, str],
-        logprobs: dict[str, Any] | None,
-        ids: dict[str, Any],
-        *,
-        first: bool,
-        answer: GeneratedSample | None,
-    ) -> list[dict[str, Any]]:
-        reasoning, text = parts
-        delta: dict[str, Any] = {"role": "assistant"} if first else {}
-        if reasoning and self._placing == "apart":
-            delta["reasoning_content"] = reasoning
-        if text or (first and self._placing == "content"):
-            delta["content"] = text
-        entries = []
-        if delta or logprobs or ids:
-            entries.append({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None, **ids})
-        if answer is not None:
-            entries.append({"index": index, "delta": {}, "logprobs": None, **_end(answer)})
-        return entries
-
-
-def _end(answer: GeneratedSample | None) -> dict[str, Any]:
+def ending(answer: GeneratedSample | None) -> dict[str, Any]:
     """The reason why a choice ends; a piece that is not the last does not say."""
     if answer is None:
         return {"finish_reason": None}
