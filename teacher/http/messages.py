@@ -89,7 +89,6 @@ class Message(Body):
             if (value := getattr(self, field)) is not None:
                 message[field] = value
         if self.tool_calls:
-            message["content"] = self.text or None
             message["tool_calls"] = [
                 {
                     "id": call.id,
