@@ -96,6 +96,11 @@ class LiveTeacher(Teacher, Protocol):
         """
         ...
 
+    @property
+    def max_characters(self) -> int | None:
+        """The length beyond which no text can be a prompt, whatever its tokens are; None: not known."""
+        ...
+
     def gauges(self) -> dict[str, float]:
         """Numbers of its own for `/metrics`, by name."""
         ...
