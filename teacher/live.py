@@ -5,11 +5,11 @@ The native backend is one: a request joins the batch that is running, streams it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-from distill.errors import PotstillError
+from distill.errors import DataError, PotstillError
 from distill.protocols import Teacher
 from distill.records import Completion, Sampling, TraceRequest
 from teacher.engine.sequence import Logprobs
@@ -17,6 +17,9 @@ from teacher.engine.stopping import RepetitionLimit
 
 # The stop reason of a text that repeats itself, in vLLM's word.
 REPETITION = "repetition_detected"
+# How a model writes the calls of tools, under the names of vLLM's parsers: as Hermes and Qwen
+# (`<tool_call>{"name": ..., "arguments": ...}</tool_call>`), or as Llama 3 (`{"name": ..., "parameters": ...}` alone).
+CallFormat = Literal["hermes", "llama3_json"]
 
 
 @dataclass(frozen=True)
@@ -33,21 +36,34 @@ class RequestOptions:
     repetition_detection: RepetitionLimit | None = None
 
 
-class GenerationRequest(NamedTuple):
-    """One sample that is wanted: the answer to a question, or the continuation of a text.
+@dataclass(frozen=True)
+class Conversation:
+    """Turns and offered tools, in the form in which chat templates take them: a call's arguments are an object."""
 
-    `partial_answer` is what the answer says already; `prompt_ids`, where there are any, are all that stands before the
-    completion, and the question is not read.
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text to go on from as it is; `add_special_tokens`: behind what the tokenizer puts in front of any text."""
+
+    text: str
+    add_special_tokens: bool = True
+
+
+class GenerationRequest(NamedTuple):
+    """One sample that is wanted: the answer to a question or in a conversation, or the continuation of a text.
+
+    `prompt` is what is asked, where that is not the question of `request`, whose problem then stands for the sample's
+    identity alone; token ids are all that stands before the completion. `partial_answer` is what the answer already
+    says.
     """
 
     request: TraceRequest
+    prompt: Conversation | PlainText | tuple[int, ...] | None = None
     partial_answer: str = ""
-    prompt_ids: tuple[int, ...] = ()
     options: RequestOptions = RequestOptions()
-
-    @property
-    def is_continuation(self) -> bool:
-        return bool(self.partial_answer or self.prompt_ids)
 
 
 class GeneratedSample(NamedTuple):
@@ -64,6 +80,14 @@ class GeneratedSample(NamedTuple):
     stop_reason: str | None = None
     num_drafts: int = 0
     num_accepted: int = 0
+
+
+class PromptTooLong(DataError):
+    """`num_tokens` of a prompt are more than the `limit` that the model takes."""
+
+    def __init__(self, num_tokens: int, limit: int, *, where: str, field: str) -> None:
+        self.num_tokens, self.limit = num_tokens, limit
+        super().__init__(f"has {num_tokens} tokens; the model takes {limit}", where=where, field=field)
 
 
 class StreamHandle(NamedTuple):
@@ -105,8 +129,13 @@ class LiveTeacher(Teacher, Protocol):
         """Numbers of its own for `/metrics`, by name."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """The text's tokens, with none added for its beginning or end."""
+    @property
+    def call_format(self) -> CallFormat | None:
+        """The way in which the model writes calls of tools; None: it has none, or none that can be read."""
+        ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """The text's tokens; on demand with those that the tokenizer puts around any text."""
         ...
 
     def spell(self, *token_ids: int) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, UserInputError
 from teacher.models.gqa.config import FAMILIES
 from teacher.models.load import ModelFacts
 
@@ -37,12 +40,28 @@ def load_tokenizer(folder: Path, facts: ModelFacts, *, of_base: bool = False) ->
     return tokenizer
 
 
-def render(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+def render_question(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """Text of the prompt, up to where the answer begins; without a chat template the question and a line break."""
     if not tokenizer.chat_template:
         return question + "\n"
-    message = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return render(tokenizer, [{"role": "user", "content": question}])
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+) -> str:
+    """Text of a conversation, up to where the answer begins. Raises UserInputError where the template refuses it."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    except (TemplateError, LookupError, TypeError, ValueError) as exc:
+        message = f"the chat template of this model refuses them: {exc}"
+        raise UserInputError(message, field="messages") from exc
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -1,6 +1,6 @@
 """An OpenAI-compatible HTTP server over a `LiveTeacher`, which the native one is.
 
-    GET  /health   /version   /v1/models   /metrics
+    GET  /health   /version   /v1/models   /v1/models/{id}   /metrics
     POST /v1/completions   /v1/chat/completions      (streaming and not)
     POST /tokenize
 
@@ -26,7 +26,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -40,6 +40,7 @@ from teacher.admission.bodies import GONE, read_body
 from teacher.admission.reader import SMALL_BYTES, Reader
 from teacher.admission.refusals import Refused, error_body
 from teacher.engine.stopping import RepetitionLimit
+from teacher.http.body import Body
 from teacher.http.chat_form import ChatForm, ReasoningPlace
 from teacher.http.chat_request import ChatRequest
 from teacher.http.completion_form import TextForm
@@ -52,7 +53,8 @@ from teacher.http.metrics import Metrics
 from teacher.http.refusal import APIError, refusal_response
 from teacher.http.request import Request
 from teacher.http.stream import Stream, Wake, cancel, left
-from teacher.live import GeneratedSample, LiveTeacher
+from teacher.http.wording import refusal_of
+from teacher.live import CallFormat, GeneratedSample, LiveTeacher
 
 # Prompts that may wait for their turn to be split into tokens: of a large body each, or of any.
 MAX_LONG, MAX_SHORT = 16, 4_096
@@ -61,7 +63,7 @@ FEW_SAMPLES = 64
 # An answer of so many tokens, logprobs and token ids is put together on the event loop.
 SMALL_ANSWER = 4_096
 
-Body = TypeVar("Body", bound=BaseModel)
+BodyType = TypeVar("BodyType", bound=Body)
 
 
 class Endpoints:
@@ -103,8 +105,15 @@ class Endpoints:
         return JSONResponse({"version": importlib.metadata.version("potstill")})
 
     async def models(self, _: HTTPRequest) -> Response:
-        entry = {"id": self.model, "object": "model", "created": self.started, "owned_by": "potstill"}
-        return JSONResponse({"object": "list", "data": [entry]})
+        return JSONResponse({"object": "list", "data": [self._entry]})
+
+    async def one_model(self, http: HTTPRequest) -> Response:
+        self._check_model(http.path_params["name"])
+        return JSONResponse(self._entry)
+
+    @property
+    def _entry(self) -> dict[str, Any]:
+        return {"id": self.model, "object": "model", "created": self.started, "owned_by": "potstill"}
 
     async def metrics_text(self, _: HTTPRequest) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -115,13 +124,22 @@ class Endpoints:
 
     async def chat_completions(self, http: HTTPRequest) -> Response:
         request = await self._read(http, ChatRequest)
-        return await self._answer(http, request, ChatForm(request, self.teacher.spell, reasoning=self.reasoning))
+        calls = await asyncio.to_thread(self._call_format) if request.function_names else None
+        form = ChatForm(request, self.teacher.spell, reasoning=self.reasoning, call_format=calls)
+        return await self._answer(http, request, form)
+
+    def _call_format(self) -> CallFormat:
+        calls = self.teacher.call_format
+        if calls is None:
+            message = "Unsupported parameter: 'tools' is not supported with this model: its chat template has none."
+            raise APIError(400, message, param="tools", code="unsupported_parameter")
+        return calls
 
     async def tokenize(self, http: HTTPRequest) -> Response:
         request = await self._read(http, TokenizeRequest)
 
         def answer() -> str:
-            tokens = self.teacher.encode(request.prompt)
+            tokens = self.teacher.encode(request.prompt, add_special_tokens=request.add_special_tokens)
             return dumps_in_turns({"count": len(tokens), "tokens": tokens})
 
         try:
@@ -131,21 +149,21 @@ class Endpoints:
         except queue.Full as exc:
             raise _full() from exc
 
-    async def _read(self, http: HTTPRequest, form: type[Body]) -> Body:
+    async def _read(self, http: HTTPRequest, form: type[BodyType]) -> BodyType:
         body = await read_body(http.headers.raw, http.receive)
         tree = await self._reader.loads(body, max_characters=self.teacher.max_characters)
         http.state.size = len(body)
         try:
             request = form.model_validate(tree)
         except ValidationError as exc:
-            fault = exc.errors(include_url=False, include_input=False)[0]
-            param = ".".join(str(part) for part in fault["loc"]) or None
-            raise APIError(400, f"{param}: {fault['msg']}" if param else fault["msg"], param=param) from exc
-        model: str = request.model  # type: ignore[attr-defined]  # every form has it
-        if model != self.model:
-            message = f"model: {model!r} is not served, {self.model!r} is"
-            raise APIError(404, message, param="model", code="model_not_found")
+            raise refusal_of(exc, form) from exc
+        self._check_model(request.model)  # type: ignore[attr-defined]  # every form has it
         return request
+
+    def _check_model(self, name: str) -> None:
+        if name != self.model:
+            message = f"The model '{name}' does not exist; '{self.model}' does."
+            raise APIError(404, message, param="model", code="model_not_found")
 
     async def _answer(self, http: HTTPRequest, request: Request, form: Form[Any]) -> Response:
         wake = Wake() if request.stream else None
@@ -175,7 +193,8 @@ class Endpoints:
 
     async def _submit(self, request: Request, wake: Wake | None, size_bytes: int) -> list[SampleFuture]:
         if (num_samples := request.num_samples()) > self.most_samples:
-            raise APIError(400, f"n: {num_samples} samples are more than the {self.most_samples} that fit", param="n")
+            message = f"Invalid 'n': {num_samples} samples are more than the {self.most_samples} that fit."
+            raise APIError(400, message, param="n", code="integer_above_max_value")
         first = 0
         if request.seed is None:
             first, *_ = itertools.islice(self._indices, num_samples)
@@ -261,6 +280,7 @@ def build_app(
         Route("/version", routes.version),
         Route("/metrics", routes.metrics_text),
         Route("/v1/models", routes.models),
+        Route("/v1/models/{name:path}", routes.one_model),
         Route("/tokenize", routes.tokenize, methods=["POST"]),
         Route("/v1/completions", routes.completions, methods=["POST"]),
         Route("/v1/chat/completions", routes.chat_completions, methods=["POST"]),

@@ -6,8 +6,8 @@ from typing import Any
 
 from distill.logprobs import TokenLogprobs
 from teacher.http.completion_request import CompletionRequest
-from teacher.http.form import Form, Offsets, ending
-from teacher.live import GeneratedSample
+from teacher.http.form import UNFINISHED, Form, Offsets
+from teacher.http.parts import Parts
 
 
 class TextForm(Form[CompletionRequest]):
@@ -22,19 +22,19 @@ class TextForm(Form[CompletionRequest]):
             "text_offset": [offsets.next(token) for token in tokens],
         }
 
-    def content(self, reasoning: str, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def content(self, parts: Parts) -> dict[str, Any]:
+        return {"text": parts.text}
 
     def deltas(
         self,
         index: int,
-        parts: tuple[str, str],
+        parts: Parts,
         logprobs: dict[str, Any] | None,
         ids: dict[str, Any],
         *,
         first: bool,
-        answer: GeneratedSample | None,
+        end: dict[str, Any] | None,
     ) -> list[dict[str, Any]]:
-        if not (parts[1] or logprobs or ids or answer):
+        if not (parts.text or logprobs or ids or end):
             return []
-        return [{"index": index, "text": parts[1], "logprobs": logprobs, **ending(answer), **ids}]
+        return [{"index": index, "text": parts.text, "logprobs": logprobs, **(end or UNFINISHED), **ids}]

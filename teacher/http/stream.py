@@ -21,7 +21,7 @@ from distill.errors import PotstillError
 from teacher.engine.detokenizer import Detokenizer
 from teacher.engine.stopping import StopStrings
 from teacher.http.feed import SampleFuture
-from teacher.http.form import Form, Offsets, scored, usage
+from teacher.http.form import Form, Offsets, ending, scored, usage
 from teacher.http.lane import dumps_in_turns
 from teacher.http.refusal import APIError
 from teacher.live import GeneratedSample
@@ -75,6 +75,7 @@ class _Choice:
         self._stops = StopStrings(form.request.stops())
         self._text = Detokenizer(lambda token_ids: form.spell(*token_ids))
         self._splitter = form.splitter()
+        self._has_called = False
         self._offsets: Offsets | None = None
 
     def num_values(self) -> int:
@@ -126,9 +127,11 @@ class _Choice:
         )
         parts = self._splitter.feed(text)
         if answer is not None:
-            parts = tuple(a + b for a, b in zip(parts, self._splitter.rest(), strict=True))
+            parts = parts.then(self._splitter.rest())
+        self._has_called |= bool(parts.calls)
+        end = None if answer is None else ending(answer, has_called=self._has_called)
         ids = form.ids(prompt_ids if first else None, token_ids)
-        yield from form.deltas(self._index, parts, logprobs, ids, first=first, answer=answer)
+        yield from form.deltas(self._index, parts, logprobs, ids, first=first, end=end)
 
 
 class Stream(Response):

@@ -23,10 +23,11 @@ from distill.logprobs import TokenLogprobs
 from distill.reasoning import END_OF_THINKING, FORCED_END, THINK_LINE
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
 from distill.weights import folder_identity
+from teacher.backends.chat_template import ChatTemplate
 from teacher.backends.native.fleet import Fleet
 from teacher.backends.native.live import LiveEngine, LocalEngine, WorkerEngines, generate_in_workers
 from teacher.backends.native.workers import EngineSettings
-from teacher.backends.tokenizer import encode_prompt, end_tokens, load_tokenizer, render
+from teacher.backends.tokenizer import encode_prompt, end_tokens, load_tokenizer, render_question
 from teacher.engine.detokenizer import decode_by
 from teacher.engine.engine import Engine
 from teacher.engine.sampler import SamplingParams
@@ -34,10 +35,14 @@ from teacher.engine.sequence import Sequence, ThinkingLimit
 from teacher.engine.stopping import cut
 from teacher.live import (
     REPETITION,
+    CallFormat,
+    Conversation,
     GeneratedSample,
     GenerationRequest,
     OnDone,
     OnTokens,
+    PlainText,
+    PromptTooLong,
     RequestOptions,
     StreamHandle,
 )
@@ -158,11 +163,8 @@ class NativeBackend:
         of such tokens.
         """
         number = next(self._numbers)
-        if request.is_continuation:
-            prefix, sequence = "", self._continuation(number, request, sampling)
-        else:
-            prefix, prompt_ids = self._prompt(request.request)
-            sequence = self._begin(number, request.request, sampling, prefix, prompt_ids)
+        prefix, prompt_ids = self._wanted_prompt(request)
+        sequence = self._begin(number, request.request, sampling, prefix, prompt_ids)
         self._apply(request.options, sequence)
         sequence.streamed = on_tokens is not None
 
@@ -178,8 +180,12 @@ class NativeBackend:
         self._live.submit(sequence, finished, on_tokens)
         return StreamHandle(lambda: self._live.cancel(number), sequence.prompt_ids, prefix)
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    @cached_property
+    def call_format(self) -> CallFormat | None:
+        return self._template.call_format
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def spell(self, *token_ids: int) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -202,39 +208,47 @@ class NativeBackend:
             self._alive = WorkerEngines.started(settings, num_workers=self.max_workers)
         return self._alive
 
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
+
+    def _wanted_prompt(self, wanted: GenerationRequest) -> tuple[str, list[int]]:
+        """As `_prompt`, for all that can be asked; the continuation of a text opens nothing."""
+        if isinstance(wanted.prompt, tuple):
+            return "", list(wanted.prompt)
+        if isinstance(wanted.prompt, PlainText):
+            return "", self.encode(wanted.prompt.text, add_special_tokens=wanted.prompt.add_special_tokens)
+        if wanted.prompt is None and not wanted.partial_answer:
+            return self._prompt(wanted.request)
+        asked = Conversation(({"role": "user", "content": wanted.request.problem.prompt},))
+        prompt, written = self._template.render(wanted.prompt or asked), wanted.partial_answer
+        if not prompt.endswith(THINK_LINE):
+            return "", self.encode(prompt + written)
+        return "" if written else THINK_LINE, self.encode(prompt + written.removeprefix(THINK_LINE))
+
     def _prompt(self, request: TraceRequest) -> tuple[str, list[int]]:
         """Opening of the answer that the prompt has already written, and the prompt's tokens."""
-        prompt = render(self.tokenizer, request.problem.prompt)
+        prompt = render_question(self.tokenizer, request.problem.prompt)
         return THINK_LINE if prompt.endswith(THINK_LINE) else "", encode_prompt(self.tokenizer, prompt)
 
     def _begin(
         self, number: int, request: TraceRequest, sampling: Sampling, prefix: str, prompt_ids: list[int]
     ) -> Sequence[int]:
         """The sequence that writes what follows `prefix`."""
-        self._checked(prompt_ids, request)
+        self._check(prompt_ids, request)
         limit = self._thinking_limit(sampling) if prefix else None
         seed, draw = request.seed(sampling), _draw(sampling)
         return Sequence(number, prompt_ids, sampling.max_tokens, seed, draw, thinking=limit)
 
-    def _continuation(self, number: int, wanted: GenerationRequest, sampling: Sampling) -> Sequence[int]:
-        request, prompt_ids = wanted.request, list(wanted.prompt_ids)
-        if not prompt_ids:
-            prompt, written = render(self.tokenizer, request.problem.prompt), wanted.partial_answer
-            if prompt.endswith(THINK_LINE):
-                written = written.removeprefix(THINK_LINE)
-            prompt_ids = self.encode(prompt + written)
-        self._checked(prompt_ids, request)
-        return Sequence(number, prompt_ids, sampling.max_tokens, request.seed(sampling), _draw(sampling))
-
-    def _checked(self, prompt_ids: list[int], request: TraceRequest) -> list[int]:
+    def _check(self, prompt_ids: list[int], request: TraceRequest) -> None:
         where, field = request.problem.source, f"prompt {request.problem.prompt[:40]!r}"
+        if not prompt_ids:
+            raise DataError("has no tokens", where=where, field=field)
         if len(prompt_ids) >= self.engine.max_positions:
-            message = f"has {len(prompt_ids)} tokens; the model takes {self.engine.max_positions - 1}"
-            raise DataError(message, where=where, field=field)
+            raise PromptTooLong(len(prompt_ids), self.engine.max_positions - 1, where=where, field=field)
         if max(prompt_ids) >= len(self.tokenizer):
             message = f"has the token {max(prompt_ids)}; the model has {len(self.tokenizer)} tokens"
             raise DataError(message, where=where, field=field)
-        return prompt_ids
 
     def _apply(self, options: RequestOptions, sequence: Sequence[int]) -> None:
         """Apply what HTTP can say beyond a Sampling."""
