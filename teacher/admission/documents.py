@@ -26,12 +26,13 @@ _HALF = re.compile("[\ud800-\udfff]")
 
 
 class DocumentError(ValueError):
-    """What is wrong with a document, and the path to it where that is known."""
+    """What is wrong with a document, the path to it where that is known, and OpenAI's code where there is one."""
 
-    def __init__(self, message: str, path: str | None = None) -> None:
-        super().__init__(message, path)
+    def __init__(self, message: str, path: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, path, code)
         self.message = message
         self.path = path
+        self.code = code
 
 
 def loads(data: bytes, *, max_characters: int | None = None) -> Any:
@@ -55,7 +56,7 @@ def loads(data: bytes, *, max_characters: int | None = None) -> Any:
     for path, string in _strings(tree) if may_have_halves or max_characters is not None else ():
         if max_characters is not None and len(string) > max_characters:
             message = f"has {len(string)} characters; at most {max_characters} can fit into the model's context"
-            raise DocumentError(message, _named(path))
+            raise DocumentError(message, _named(path), "context_length_exceeded")
         if may_have_halves and (half := _HALF.search(string)):
             raise DocumentError(f"has \\u{ord(half[0]):04x}, which is half a character", _named(path))
     return tree

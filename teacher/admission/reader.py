@@ -40,8 +40,8 @@ class Reader:
             if fault is not None:
                 raise DocumentError(*fault)
         except DocumentError as exc:
-            message = exc.message if exc.path is None else f"{exc.path}: {exc.message}"
-            raise Refused(400, message, param=exc.path) from None
+            message = exc.message if exc.path is None else f"Invalid '{exc.path}': it {exc.message}."
+            raise Refused(400, message, param=exc.path, code=exc.code) from None
         return tree
 
     async def close(self) -> None:
