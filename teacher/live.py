@@ -83,11 +83,12 @@ class GeneratedSample(NamedTuple):
 
 
 class PromptTooLong(DataError):
-    """`num_tokens` of a prompt are more than the `limit` that the model takes."""
+    """`num_tokens` of a prompt are more than the `limit` that the model takes; `is_least`: there are more of them."""
 
-    def __init__(self, num_tokens: int, limit: int, *, where: str, field: str) -> None:
-        self.num_tokens, self.limit = num_tokens, limit
-        super().__init__(f"has {num_tokens} tokens; the model takes {limit}", where=where, field=field)
+    def __init__(self, num_tokens: int, limit: int, *, is_least: bool = False, where: str, field: str) -> None:
+        self.limit = limit
+        self.num_tokens = f"at least {num_tokens}" if is_least else str(num_tokens)
+        super().__init__(f"has {self.num_tokens} tokens; the model takes {limit}", where=where, field=field)
 
 
 class StreamHandle(NamedTuple):
@@ -118,6 +119,11 @@ class LiveTeacher(Teacher, Protocol):
 
         Where the sample is cancelled, `on_done` hears that it was, and what it holds is freed.
         """
+        ...
+
+    @property
+    def max_characters(self) -> int | None:
+        """The length beyond which no text can be a prompt, whatever its tokens are; None: not known."""
         ...
 
     def gauges(self) -> dict[str, float]:

@@ -49,6 +49,16 @@ class Form(ABC, Generic[RequestType]):
         choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
         return {**self.head(chunk=False), "choices": choices, "usage": usage(answers, n=self.request.n)}
 
+    def num_values(self, answer: GeneratedSample) -> int:
+        """Roughly, how much is to be put together for it: tokens, logprobs, token ids."""
+        prompt = len(answer.prompt_ids) if self.request.return_token_ids else 0
+        return self.values_per_token * answer.completion.num_tokens + prompt
+
+    @property
+    def values_per_token(self) -> int:
+        num_logprobs = self.request.num_logprobs()
+        return 1 if num_logprobs is None else 2 + num_logprobs
+
     def kept(self, answer: GeneratedSample) -> TokenLogprobs | None:
         """Its logprobs, where they were asked for."""
         packed = answer.completion.logprobs
@@ -158,7 +168,3 @@ def usage(answers: Sequence[GeneratedSample], *, n: int) -> dict[str, int]:
     prompt = sum(answer.completion.num_prompt_tokens for answer in answers[::n])
     written = sum(answer.completion.num_tokens for answer in answers)
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
-
-
-def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

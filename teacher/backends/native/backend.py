@@ -8,7 +8,7 @@ there `max_thinking_tokens` holds, all tokens before `</think>` counted.
 from __future__ import annotations
 
 import contextlib
-import itertools
+import threading
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
@@ -27,7 +27,7 @@ from teacher.backends.chat_template import ChatTemplate
 from teacher.backends.native.fleet import Fleet
 from teacher.backends.native.live import LiveEngine, LocalEngine, WorkerEngines, generate_in_workers
 from teacher.backends.native.workers import EngineSettings
-from teacher.backends.tokenizer import encode_prompt, end_tokens, load_tokenizer, render_question
+from teacher.backends.tokenizer import encode_prompt, encode_text, end_tokens, load_tokenizer, most_characters, render_question
 from teacher.engine.detokenizer import decode_by
 from teacher.engine.engine import Engine
 from teacher.engine.sampler import SamplingParams
@@ -125,7 +125,8 @@ class NativeBackend:
         self.max_workers = max_workers
         self._as_student = as_student
         self._alive: LiveEngine | None = engine if isinstance(engine, Fleet) else None
-        self._numbers = itertools.count()
+        self._starting = threading.Lock()
+        self._last_prompt: tuple[GenerationRequest, tuple[str, list[int]]] | None = None
 
     @cached_property
     def identity(self) -> TeacherIdentity:
@@ -162,9 +163,8 @@ class NativeBackend:
         Raises DataError for a prompt too long, or with tokens that the model does not have, UserInputError for a bias
         of such tokens.
         """
-        number = next(self._numbers)
         prefix, prompt_ids = self._wanted_prompt(request)
-        sequence = self._begin(number, request.request, sampling, prefix, prompt_ids)
+        sequence = self._begin(0, request.request, sampling, prefix, prompt_ids)
         self._apply(request.options, sequence)
         sequence.streamed = on_tokens is not None
 
@@ -177,15 +177,26 @@ class NativeBackend:
             drafts = outcome.num_drafts, outcome.num_accepted
             on_done(GeneratedSample(completion, *tokens, prefix, stop_reason, *drafts))
 
-        self._live.submit(sequence, finished, on_tokens)
-        return StreamHandle(lambda: self._live.cancel(number), sequence.prompt_ids, prefix)
+        return StreamHandle(self._live.submit(sequence, finished, on_tokens), sequence.prompt_ids, prefix)
 
     @cached_property
     def call_format(self) -> CallFormat | None:
         return self._template.call_format
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        """Raises PromptTooLong for a text whose length alone says that it cannot be a prompt."""
+        if len(text) > self.max_characters:
+            least, limit = -(-len(text) // self._most_characters), self.engine.max_positions - 1
+            raise PromptTooLong(least, limit, is_least=True, where="http", field="prompt")
+        return encode_text(self.tokenizer, text, add_special_tokens=add_special_tokens)
+
+    @property
+    def max_characters(self) -> int:
+        return (self.engine.max_positions - 1) * self._most_characters
+
+    @cached_property
+    def _most_characters(self) -> int:
+        return most_characters(self.tokenizer)
 
     def spell(self, *token_ids: int) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -200,19 +211,27 @@ class NativeBackend:
 
     @property
     def _live(self) -> LiveEngine:
-        if self._alive is None and self.max_workers < 2:
-            self._alive = LocalEngine(self.engine)
-        elif self._alive is None:
-            tokenizer = self.tokenizer.backend_tokenizer.to_str()
-            settings = replace(self._worker_engine, tokenizer=tokenizer)
-            self._alive = WorkerEngines.started(settings, num_workers=self.max_workers)
-        return self._alive
+        with self._starting:
+            if self._alive is None and self.max_workers < 2:
+                self._alive = LocalEngine(self.engine)
+            elif self._alive is None:
+                tokenizer = self.tokenizer.backend_tokenizer.to_str()
+                settings = replace(self._worker_engine, tokenizer=tokenizer)
+                self._alive = WorkerEngines.started(settings, num_workers=self.max_workers)
+            return self._alive
 
     @cached_property
     def _template(self) -> ChatTemplate:
         return ChatTemplate(self.tokenizer)
 
     def _wanted_prompt(self, wanted: GenerationRequest) -> tuple[str, list[int]]:
+        """As `_rendered`, once for all samples of one request: they come one behind the other."""
+        last = self._last_prompt
+        if last is None or not _ask_the_same(last[0], wanted):
+            self._last_prompt = last = wanted, self._rendered(wanted)
+        return last[1]
+
+    def _rendered(self, wanted: GenerationRequest) -> tuple[str, list[int]]:
         """As `_prompt`, for all that can be asked; the continuation of a text opens nothing."""
         if isinstance(wanted.prompt, tuple):
             return "", list(wanted.prompt)
@@ -304,6 +323,12 @@ class NativeBackend:
         if self._alive is not None:
             self._alive.close()
         del self.engine
+
+
+def _ask_the_same(one: GenerationRequest, other: GenerationRequest) -> bool:
+    """Tell samples of one request: what they are asked is one object."""
+    same = one.prompt is other.prompt and one.request.problem is other.request.problem
+    return same and one.partial_answer == other.partial_answer
 
 
 def _draw(sampling: Sampling) -> SamplingParams:

@@ -32,6 +32,7 @@ class SpellingTeacher:
         self.hold.set()
         self.closed = False
         self.fault = None
+        self.max_characters: int | None = None
         self._vocabulary: list[str] = []
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(64)
