@@ -13,7 +13,7 @@ import pytest
 from tests.leftovers import _is_alive
 from tests.repository import REPOSITORY
 
-TESTS = '''
+TESTS = """
 import subprocess, sys, time
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
 
@@ -31,7 +31,7 @@ def test_orphan():
 def note(pid):
     with open("PIDS", "a") as file:
         file.write(f"{int(pid)}\\n")
-'''
+"""
 
 
 @pytest.fixture
