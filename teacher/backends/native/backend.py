@@ -27,7 +27,14 @@ from teacher.backends.chat_template import ChatTemplate
 from teacher.backends.native.fleet import Fleet
 from teacher.backends.native.live import LiveEngine, LocalEngine, WorkerEngines, generate_in_workers
 from teacher.backends.native.workers import EngineSettings
-from teacher.backends.tokenizer import encode_prompt, encode_text, end_tokens, load_tokenizer, most_characters, render_question
+from teacher.backends.tokenizer import (
+    encode_prompt,
+    encode_text,
+    end_tokens,
+    load_tokenizer,
+    most_characters,
+    render_question,
+)
 from teacher.engine.detokenizer import decode_by
 from teacher.engine.engine import Engine
 from teacher.engine.sampler import SamplingParams
