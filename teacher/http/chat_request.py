@@ -69,6 +69,8 @@ class ChatRequest(Request):
             raise ValueError("top_logprobs: needs logprobs to be true")
         if self.continue_final_message and self.thinking_token_budget is not None:
             raise ValueError("thinking_token_budget: cannot be counted in a message that goes on")
+        if self.continue_final_message and self.grammar() is not None:
+            raise ValueError(f"{self.grammar().field}: cannot be kept by a message that goes on")
         return self
 
     def prompts(self) -> list[GenerationRequest]:

@@ -8,12 +8,14 @@ forcing and logit distillation use, `thinking_token_budget`, `return_token_ids` 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from distill.records import Problem, Sampling, TraceRequest
 from teacher.engine.stopping import RepetitionLimit
+from teacher.http.structured import StructuredFields
 from teacher.live import GenerationRequest, RequestOptions
 
 MAX_LOGPROBS = 20
@@ -25,7 +27,9 @@ StopString = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 StopStrings = StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[int, Field(ge=0)]
-Zero = Annotated[float, Field(ge=0, le=0)] | None
+# OpenAI's bounds; vLLM has none for the third, and 1 is none.
+Penalty = Annotated[float, Field(ge=-2, le=2)] | None
+RepetitionPenalty = Annotated[float, Field(gt=0, le=10)] | None
 
 
 class StreamOptions(BaseModel):
@@ -59,7 +63,7 @@ class RepetitionDetection(BaseModel):
         return self
 
 
-class Request(BaseModel, ABC):
+class Request(StructuredFields, ABC):
     """The fields that both kinds of request share."""
 
     model_config = ConfigDict(extra="forbid")
@@ -78,8 +82,9 @@ class Request(BaseModel, ABC):
     stream: bool = False
     stream_options: StreamOptions | None = None
     stream_interval: int = Field(1, ge=1, description="tokens that a piece of a stream has at least")
-    presence_penalty: Zero = None
-    frequency_penalty: Zero = None
+    presence_penalty: Penalty = None
+    frequency_penalty: Penalty = None
+    repetition_penalty: RepetitionPenalty = None
     user: str | None = None
     thinking_token_budget: int | None = Field(None, ge=1)
     return_token_ids: bool = False
@@ -92,6 +97,10 @@ class Request(BaseModel, ABC):
     @abstractmethod
     def num_logprobs(self) -> int | None:
         """The number of likeliest tokens told at every position; None: no logprobs at all."""
+
+    def num_prompt_logprobs(self) -> int | None:
+        """The number of likeliest tokens told at every position of the prompt; None: no logprobs of it at all."""
+        return None
 
     def num_samples(self) -> int:
         """Count the answers that are asked for, without making any of them."""
@@ -122,15 +131,24 @@ class Request(BaseModel, ABC):
             top_k=max(0, self.top_k or 0),
             min_p=self.min_p or 0.0,
             logit_bias=tuple(sorted((self.logit_bias or {}).items())),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            prompt_logprobs=self.num_prompt_logprobs(),
             repetition_detection=repetition if detection is None else detection.limit(),
+            grammar=self.grammar(),
         )
 
     def generation_requests(self, first_index: int, options: RequestOptions) -> list[GenerationRequest]:
         """`n` samples a prompt. A seeded request starts at index 0, so that it can be repeated; one without a seed
-        gets indices of its own, so that it differs from every other and still shares their batch."""
-        start = 0 if self.seed is not None else first_index
+        gets indices of its own, so that it differs from every other and still shares their batch. The first of a
+        prompt's samples scores the prompt, where that is wanted."""
+        start, others = 0 if self.seed is not None else first_index, replace(options, prompt_logprobs=None)
         return [
-            one._replace(request=TraceRequest(problem=one.request.problem, sample_index=start + index), options=options)
+            one._replace(
+                request=TraceRequest(problem=one.request.problem, sample_index=start + index),
+                options=others if index % self.n else options,
+            )
             for number, one in enumerate(self.prompts())
             for index in range(number * self.n, (number + 1) * self.n)
         ]
