@@ -83,7 +83,7 @@ class Guides:
     def _beginning(self, grammar: Grammar) -> Iterable[str]:
         """The rules that `Grammar` promises: where the text starts, and its tags."""
         # As the text goes on behind a forced end of the thinking, and as models go on by themselves.
-        yield r'start: thinking "\n"~0..2 answer' if grammar.thinks else "start: answer"
+        yield r'start: thinking "\n"{0,2} answer' if grammar.thinks else "start: answer"
         tags = {f"tag_{number}": tag for number, tag in enumerate(grammar.tags)}
         if grammar.thinks:
             if self._token_of(END_OF_THINKING) is None:

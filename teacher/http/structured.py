@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from teacher.engine.sequence import Grammar
 
 MAX_CHOICES, MAX_REGEX_CHARACTERS = 1_024, 4_096
-# As much as indenting takes. JSON allows any amount, and a small model that has begun with it may not find out again.
-WHITE_SPACE = r"[ \n\r\t]{1,40}"
+# One line, as `json.dumps` writes it. JSON allows any white space, and a small model may not find out of it again.
+LAYOUT = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 
 
 class JSONSchemaFormat(BaseModel):
@@ -91,5 +91,5 @@ class StructuredFields(BaseModel):
 
 
 def json_rule(schema: dict[str, Any]) -> str:
-    """The right side of a rule that derives JSON of a schema, with little white space."""
-    return "%json " + json.dumps({"x-guidance": {"whitespace_pattern": WHITE_SPACE}, **schema})
+    """The right side of a rule that derives JSON of a schema, on one line."""
+    return "%json " + json.dumps({"x-guidance": LAYOUT, **schema})
