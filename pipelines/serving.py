@@ -75,7 +75,8 @@ def serve_teacher(
 
     from teacher.backends import open_teacher
     from teacher.engine.stopping import RepetitionLimit
-    from teacher.http.app import build_app, serve
+    from teacher.http.app import build_app
+    from teacher.http.server import serve
 
     name = Path(config.model).name
     if speculate:

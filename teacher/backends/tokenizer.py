@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, UserInputError
 from teacher.models.gqa.config import FAMILIES
 from teacher.models.load import ModelFacts
 
@@ -29,6 +32,9 @@ def load_tokenizer(folder: Path, facts: ModelFacts, *, of_base: bool = False) ->
         tokenizer = reader.from_pretrained(folder, local_files_only=True)
     except Exception as exc:
         raise CheckpointError(f"is not a usable tokenizer: {exc}", where=path) from exc
+    # Whatever the file says: a prompt that is too long is refused, not cut.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     if not tokenizer.chat_template and not of_base:
         raise CheckpointError("no chat template", where=folder / "chat_template.jinja")
     if len(tokenizer) > facts.vocab_size:
@@ -37,17 +43,50 @@ def load_tokenizer(folder: Path, facts: ModelFacts, *, of_base: bool = False) ->
     return tokenizer
 
 
-def render(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+def render_question(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """Text of the prompt, up to where the answer begins; without a chat template the question and a line break."""
     if not tokenizer.chat_template:
         return question + "\n"
-    message = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return render(tokenizer, [{"role": "user", "content": question}])
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+) -> str:
+    """Text of a conversation, up to where the answer begins. Raises UserInputError where the template refuses it."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    except (TemplateError, LookupError, TypeError, ValueError) as exc:
+        message = f"the chat template of this model refuses them: {exc}"
+        raise UserInputError(message, field="messages") from exc
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a rendered prompt. A template writes the special tokens itself; without one they are added."""
-    return tokenizer.encode(prompt, add_special_tokens=not tokenizer.chat_template)
+    return encode_text(tokenizer, prompt, add_special_tokens=not tokenizer.chat_template)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> list[int]:
+    """As `tokenizer.encode`, which keeps other threads from running for as long as it takes; this does not."""
+    (encoding,) = tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    return encoding.ids
+
+
+def most_characters(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of characters that one token stands for at the most.
+
+    Its own text has as many: in byte-level vocabularies a byte is written as a character. A normaliser may have joined
+    up to four before (Unicode's NFC: the longest canonical decomposition has four). A text can do better only where the
+    tokenizer drops some of it: characters that it does not know, blanks beside special tokens.
+    """
+    longest = max(map(len, tokenizer.get_vocab()))
+    return longest if tokenizer.backend_tokenizer.normalizer is None else 4 * longest
 
 
 def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, facts: ModelFacts) -> tuple[int, ...]:

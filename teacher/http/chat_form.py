@@ -10,25 +10,60 @@ from typing import Any, Literal
 from distill.logprobs import Scored, TokenLogprobs
 from teacher.engine.detokenizer import UNSPELLABLE
 from teacher.http.chat_request import ChatRequest
-from teacher.http.form import Form, Offsets, Spell, ending
-from teacher.http.reasoning import Reasoning
-from teacher.live import GeneratedSample
+from teacher.http.form import Form, Offsets, Spell
+from teacher.http.parts import Call, Parts, Splitter, Undivided
+from teacher.http.reasoning import Beginning, Reasoning
+from teacher.http.tool_calls import CallReader, call_reader
+from teacher.live import CallFormat
 
 # What becomes of the reasoning in a chat message: a part of its content, a field of its own, or nothing.
 ReasoningPlace = Literal["content", "apart", "out"]
 
 
+class ChatSplitter:
+    """Tells reasoning, words and calls apart; no call is looked for in the reasoning."""
+
+    def __init__(self, reasoning: Reasoning, reader: CallReader | None = None) -> None:
+        self._reasoning, self._reader = reasoning, reader
+
+    def feed(self, piece: str) -> Parts:
+        return self._parts(*self._reasoning.feed(piece))
+
+    def rest(self) -> Parts:
+        parts = self._parts(*self._reasoning.rest())
+        return parts if self._reader is None else parts.then(Parts("", *self._reader.rest()))
+
+    def _parts(self, thought: str, answer: str) -> Parts:
+        return Parts(thought, answer) if self._reader is None else Parts(thought, *self._reader.feed(answer))
+
+
 class ChatForm(Form[ChatRequest]):
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, request: ChatRequest, spell: Spell, *, reasoning: ReasoningPlace = "content") -> None:
-        """`reasoning` is its place where the request does not say."""
+    def __init__(
+        self,
+        request: ChatRequest,
+        spell: Spell,
+        *,
+        reasoning: ReasoningPlace = "content",
+        call_format: CallFormat | None = None,
+    ) -> None:
+        """`reasoning` is its place where the request does not say; `call_format` is needed where tools are offered."""
         super().__init__(request, spell)
+        self._call_format = call_format
         said: dict[bool | None, ReasoningPlace] = {None: reasoning, True: "apart", False: "out"}
         self._placing = said[request.include_reasoning]
 
-    def splitter(self) -> Reasoning:
-        return Reasoning(has_ended=self._placing == "content" or self.request.has_thought)
+    def splitter(self) -> Splitter:
+        request, form = self.request, self._call_format
+        together = self._placing == "content"
+        if not request.function_names or form is None:
+            return Undivided() if together else ChatSplitter(Reasoning("ended" if request.has_thought else "open"))
+        begins: Beginning = "ended" if request.has_thought else "marked"
+        if not request.has_thought and (request.is_thinking or not together):
+            begins = "open"
+        reader = call_reader(form, request.function_names, parallel=request.parallel_tool_calls)
+        return ChatSplitter(Reasoning(begins, keeps_tags=together), reader)
 
     def logprobs(self, kept: TokenLogprobs, offsets: Offsets) -> dict[str, Any]:
         entries = zip(kept.sampled, kept.top, strict=True)
@@ -43,32 +78,45 @@ class ChatForm(Form[ChatRequest]):
         name = self._named(pair[0])
         return {"token": name, "logprob": pair[1], "bytes": None if UNSPELLABLE in name else list(name.encode())}
 
-    def content(self, reasoning: str, text: str) -> dict[str, Any]:
-        """A text that ended within the reasoning has no answer: null, as with vLLM."""
+    def content(self, parts: Parts) -> dict[str, Any]:
+        """An answer that is calls alone, or ended within the reasoning, has no content: null, as with vLLM."""
         message: dict[str, Any] = {"role": "assistant"}
         if self._placing == "apart":
-            message["reasoning_content"] = reasoning or None
-        return {"message": {**message, "content": text if self._placing == "content" else text or None}}
+            message["reasoning_content"] = parts.reasoning or None
+        text = self._text(parts)
+        message["content"] = text or (None if parts.calls or self._placing != "content" else "")
+        if parts.calls:
+            message["tool_calls"] = [_told(call) for call in parts.calls]
+        return {"message": message}
+
+    def _text(self, parts: Parts) -> str:
+        return parts.reasoning + parts.text if self._placing == "content" else parts.text
 
     def deltas(
         self,
         index: int,
-        parts: tuple[str, str],
+        parts: Parts,
         logprobs: dict[str, Any] | None,
         ids: dict[str, Any],
         *,
         first: bool,
-        answer: GeneratedSample | None,
+        end: dict[str, Any] | None,
     ) -> list[dict[str, Any]]:
-        reasoning, text = parts
+        text = self._text(parts)
         delta: dict[str, Any] = {"role": "assistant"} if first else {}
-        if reasoning and self._placing == "apart":
-            delta["reasoning_content"] = reasoning
+        if parts.reasoning and self._placing == "apart":
+            delta["reasoning_content"] = parts.reasoning
         if text or (first and self._placing == "content"):
             delta["content"] = text
+        if parts.calls:
+            delta["tool_calls"] = [{"index": call.number, **_told(call)} for call in parts.calls]
         entries = []
         if delta or logprobs or ids:
             entries.append({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None, **ids})
-        if answer is not None:
-            entries.append({"index": index, "delta": {}, "logprobs": None, **ending(answer)})
+        if end is not None:
+            entries.append({"index": index, "delta": {}, "logprobs": None, **end})
         return entries
+
+
+def _told(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -1,86 +1,100 @@
-"""The request of `/v1/chat/completions`: a conversation, and how its answer is told.
+"""The request of `/v1/chat/completions`: a conversation, the tools that are offered, and how the answer is told.
 
 With `continue_final_message`, as in vLLM, the answer goes on from the assistant message that ends the conversation.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from distill.reasoning import END_OF_THINKING
+from distill.reasoning import END_OF_THINKING, THINK
+from distill.records import content_id
+from teacher.http.body import ChatServiceFields, Integer
+from teacher.http.messages import MAX_MESSAGES, Message, check_order
 from teacher.http.request import MAX_LOGPROBS, Request, sample_of
-from teacher.live import GenerationRequest
+from teacher.http.tools import MAX_TOOLS, NamedTool, Tool
+from teacher.live import Conversation, GenerationRequest
+
+Choice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("(word)")] | Annotated[NamedTool, Tag("(function)")],
+    Discriminator(lambda given: "(function)" if isinstance(given, dict | NamedTool) else "(word)"),
+]
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class ChatRequest(Request, ChatServiceFields):
+    """`/v1/chat/completions`."""
 
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    role: Literal["user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Message:
-        if not self.text:
-            raise ValueError("content: must not be empty")
-        return self
-
-
-class ChatRequest(Request):
-    """`/v1/chat/completions`. A teacher answers one question: one user message, no system message; behind it, with
-    `continue_final_message`, what the assistant has written so far."""
-
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     continue_final_message: bool = False
     add_generation_prompt: bool | None = None
-    messages: list[Message] = Field(min_length=1, max_length=2)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool = True
+    max_completion_tokens: Integer | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
     include_reasoning: bool | None = None
-
-    @field_validator("messages")
-    @classmethod
-    def _one_question_and_what_is_written(cls, messages: list[Message], info: ValidationInfo) -> list[Message]:
-        continued = bool(info.data.get("continue_final_message"))
-        wanted = ["user", "assistant"] if continued else ["user"]
-        if [message.role for message in messages] != wanted:
-            allowed = "a user message, then the assistant message to continue" if continued else "one user message"
-            raise ValueError(f"must be {allowed}, got {', '.join(message.role for message in messages)}")
-        return messages
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
+        check_order(self.messages)
         if self.add_generation_prompt is not None and self.add_generation_prompt == self.continue_final_message:
             raise ValueError("add_generation_prompt: must be the opposite of continue_final_message")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs to be true")
-        if self.continue_final_message and self.thinking_token_budget is not None:
-            raise ValueError("thinking_token_budget: cannot be counted in a message that goes on")
-        if self.continue_final_message and self.grammar() is not None:
-            raise ValueError(f"{self.grammar().field}: cannot be kept by a message that goes on")
+        if self.continue_final_message:
+            self._check_continued(self.messages[-1])
+        self._check_choice()
         return self
 
+    def _check_continued(self, last: Message) -> None:
+        if len(self.messages) < 2 or last.role != "assistant" or not last.text or last.tool_calls:
+            raise ValueError(
+                "messages: continue_final_message needs an assistant message with words to go on from, last"
+            )
+        if self.thinking_token_budget is not None:
+            raise ValueError("thinking_token_budget: cannot be counted in a message that goes on")
+        if (grammar := self.grammar()) is not None:
+            raise ValueError(f"{grammar.field}: cannot be kept by a message that goes on")
+
+    def _check_choice(self) -> None:
+        choice = self.tool_choice
+        if choice in (None, "none"):
+            return
+        if not self.tools:
+            raise ValueError("tool_choice: is only allowed when 'tools' are specified")
+        if isinstance(choice, NamedTool) and choice.function.name not in self.function_names:
+            raise ValueError(f"tool_choice: the function {choice.function.name!r} is not among the 'tools'")
+        if choice != "auto":
+            raise ValueError("tool_choice: must be 'none' or 'auto'; this server cannot make a model call")
+
+    @property
+    def function_names(self) -> frozenset[str]:
+        """The functions that may be called."""
+        return frozenset() if self.tool_choice == "none" else frozenset(tool.function.name for tool in self.tools)
+
     def prompts(self) -> list[GenerationRequest]:
-        partial_answer = self.messages[1].text if self.continue_final_message else ""
-        return [GenerationRequest(sample_of(self.messages[0].text), partial_answer)]
+        turns = self.messages[:-1] if self.continue_final_message else self.messages
+        written = self.messages[-1].text if self.continue_final_message else ""
+        rendered = tuple(message.rendered() for message in turns)
+        tools = tuple(tool.given for tool in self.tools) if self.function_names else ()
+        question = self.messages[0].text
+        if question and not tools and rendered == ({"role": "user", "content": question},):
+            return [GenerationRequest(sample_of(question), partial_answer=written)]
+        told = content_id([rendered, tools])
+        return [GenerationRequest(sample_of(f"conversation {told}"), Conversation(rendered, tools), written)]
 
     @property
     def has_thought(self) -> bool:
         """True where the answer goes on behind its reasoning."""
-        return self.continue_final_message and END_OF_THINKING in self.messages[1].text
+        return self.continue_final_message and END_OF_THINKING in self.messages[-1].text
+
+    @property
+    def is_thinking(self) -> bool:
+        """True where the answer goes on within its reasoning."""
+        return self.continue_final_message and not self.has_thought and self.messages[-1].text.startswith(THINK)
 
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None

@@ -8,7 +8,8 @@ from typing import Any
 from distill.logprobs import TokenLogprobs
 from teacher.engine.sequence import Logprobs
 from teacher.http.completion_request import CompletionRequest
-from teacher.http.form import Form, Offsets, ending, scored
+from teacher.http.form import UNFINISHED, Form, Offsets, scored
+from teacher.http.parts import Parts
 from teacher.live import GeneratedSample
 
 
@@ -65,22 +66,22 @@ class TextForm(Form[CompletionRequest]):
             "text_offset": [offsets.next(token) for token in tokens],
         }
 
-    def content(self, reasoning: str, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def content(self, parts: Parts) -> dict[str, Any]:
+        return {"text": parts.text}
 
     def deltas(
         self,
         index: int,
-        parts: tuple[str, str],
+        parts: Parts,
         logprobs: dict[str, Any] | None,
         ids: dict[str, Any],
         *,
         first: bool,
-        answer: GeneratedSample | None,
+        end: dict[str, Any] | None,
     ) -> list[dict[str, Any]]:
-        if not (parts[1] or logprobs or ids or answer):
+        if not (parts.text or logprobs or ids or end):
             return []
-        return [{"index": index, "text": parts[1], "logprobs": logprobs, **ending(answer), **ids}]
+        return [{"index": index, "text": parts.text, "logprobs": logprobs, **(end or UNFINISHED), **ids}]
 
 
 def _scored_prompt(answer: GeneratedSample) -> TokenLogprobs:

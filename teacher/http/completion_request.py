@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from distill.records import content_id
+from teacher.http.body import Body, Integer
 from teacher.http.request import MAX_LOGPROBS, Request, sample_of
-from teacher.live import GenerationRequest
+from teacher.live import GenerationRequest, PlainText
 
 MAX_PROMPTS, MAX_PROMPT_TOKENS = 1_024, 2**18
 
@@ -35,19 +36,28 @@ def _is_tokens(prompt: Any) -> bool:
 
 
 class CompletionRequest(Request):
-    """`/v1/completions`. A prompt of text is a question: the teacher's own chat template is put around it. A prompt of
-    token ids is taken as it is, and its completion goes on from there."""
+    """`/v1/completions`: what goes on from a text or from token ids, as they are; no chat template is put around them.
+
+    As with vLLM, special tokens in a text are tokens, and those that the tokenizer puts in front of any text are added
+    unless `add_special_tokens` is false.
+    """
 
     prompt: Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: Integer | None = Field(None, ge=0)
     echo: bool = False
     best_of: Literal[1] | None = None
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    suffix: Literal[""] | None = None
+    add_special_tokens: bool = True
+    logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     def prompts(self) -> list[GenerationRequest]:
         prompts: list[Any] = [self.prompt] if self._is_single else list(self.prompt)
-        return [GenerationRequest(sample_of(one)) if isinstance(one, str) else _tokens(one) for one in prompts]
+        return [self._text(one) if isinstance(one, str) else _tokens(one) for one in prompts]
+
+    def _text(self, text: str) -> GenerationRequest:
+        prompt = PlainText(text, self.add_special_tokens)
+        return GenerationRequest(sample_of(f"text {content_id([text, self.add_special_tokens])}"), prompt)
 
     def num_samples(self) -> int:
         return self.n if self._is_single else self.n * len(self.prompt)
@@ -83,21 +93,18 @@ class CompletionRequest(Request):
 
     @model_validator(mode="after")
     def _a_budget_needs_a_question(self) -> CompletionRequest:
-        if self.thinking_token_budget is not None and any(one.prompt_ids for one in self.prompts()):
-            raise ValueError("thinking_token_budget: where a prompt of token ids thinks cannot be seen")
+        if self.thinking_token_budget is not None:
+            raise ValueError("thinking_token_budget: is for chat completions; where a plain text thinks cannot be seen")
         return self
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Body):
     """`/tokenize`, as vLLM has it, for text. A chat template, if it is wanted, must be in the text already."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str
     prompt: str
-    add_special_tokens: Literal[False]
+    add_special_tokens: bool = True
 
 
 def _tokens(ids: list[int]) -> GenerationRequest:
-    """The problem stands for the seed alone, which every prompt must have to itself."""
-    return GenerationRequest(sample_of(f"tokens {content_id(ids)}"), prompt_ids=tuple(ids))
+    return GenerationRequest(sample_of(f"tokens {content_id(ids)}"), tuple(ids))

@@ -15,19 +15,20 @@ from typing import Any, Generic, TypeVar
 from distill.logprobs import Scored, TokenLogprobs
 from teacher.engine.detokenizer import UNSPELLABLE
 from teacher.engine.sequence import Logprobs
-from teacher.http.reasoning import Reasoning
+from teacher.http.parts import Parts, Splitter, Undivided
 from teacher.http.request import Request
 from teacher.live import GeneratedSample
 
 Spell = Callable[..., str]
 RequestType = TypeVar("RequestType", bound=Request)
 MAX_CHARACTER_BYTES = 4  # UTF-8
+UNFINISHED: dict[str, Any] = {"finish_reason": None}
 
 
 class Form(ABC, Generic[RequestType]):
     """The two endpoints differ in the shape of a choice. `spell` says the text of tokens.
 
-    Where text is in two parts, they are reasoning and answer; the first is empty where they are not told apart.
+    An answer is all text where its parts are not told apart.
     """
 
     prefix: str
@@ -48,6 +49,16 @@ class Form(ABC, Generic[RequestType]):
         choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
         return {**self.head(chunk=False), "choices": choices, "usage": usage(answers, n=self.request.n)}
 
+    def num_values(self, answer: GeneratedSample) -> int:
+        """Roughly, how much is to be put together for it: tokens, logprobs, token ids."""
+        prompt = len(answer.prompt_ids) if self.request.return_token_ids else 0
+        return self.values_per_token * answer.completion.num_tokens + prompt
+
+    @property
+    def values_per_token(self) -> int:
+        num_logprobs = self.request.num_logprobs()
+        return 1 if num_logprobs is None else 2 + num_logprobs
+
     def kept(self, answer: GeneratedSample) -> TokenLogprobs | None:
         """Its logprobs, where they were asked for."""
         packed = answer.completion.logprobs
@@ -66,12 +77,12 @@ class Form(ABC, Generic[RequestType]):
     def _whole_choice(self, index: int, answer: GeneratedSample) -> dict[str, Any]:
         kept, splitter = self.kept(answer), self.splitter()
         logprobs = None if kept is None else self.logprobs(kept, self.offsets(len(answer.opening)))
-        reasoning, text = (a + b for a, b in zip(splitter.feed(answer.completion.text), splitter.rest(), strict=True))
+        parts = splitter.feed(answer.completion.text).then(splitter.rest())
         return {
             "index": index,
-            **self.content(reasoning, text),
+            **self.content(parts),
             "logprobs": logprobs,
-            **ending(answer),
+            **ending(answer, has_called=bool(parts.calls)),
             **self.ids(answer.prompt_ids, answer.token_ids),
         }
 
@@ -82,30 +93,30 @@ class Form(ABC, Generic[RequestType]):
     def _top(self, pairs: list[Scored]) -> list[Scored]:
         return pairs[: self.request.num_logprobs() or 0]
 
-    def splitter(self) -> Reasoning:
-        """The splitter of reasoning and answer for one choice."""
-        return Reasoning(has_ended=True)
+    def splitter(self) -> Splitter:
+        """The splitter of the parts of one choice."""
+        return Undivided()
 
     @abstractmethod
     def logprobs(self, kept: TokenLogprobs, offsets: Offsets) -> dict[str, Any]:
         """`logprobs` of a choice, or of the next piece of it."""
 
     @abstractmethod
-    def content(self, reasoning: str, text: str) -> dict[str, Any]:
+    def content(self, parts: Parts) -> dict[str, Any]:
         """The text of a whole choice."""
 
     @abstractmethod
     def deltas(
         self,
         index: int,
-        parts: tuple[str, str],
+        parts: Parts,
         logprobs: dict[str, Any] | None,
         ids: dict[str, Any],
         *,
         first: bool,
-        answer: GeneratedSample | None,
+        end: dict[str, Any] | None,
     ) -> list[dict[str, Any]]:
-        """The entries of `choices` that a stream sends for a piece, one chunk each; `answer`: it is the last."""
+        """The entries of `choices` that a stream sends for a piece, one chunk each; `end`: it is the last, and why."""
 
 
 class Offsets:
@@ -135,11 +146,12 @@ class Offsets:
         self._start, self._whole, self._pending = self._start + len(text), 0, []
 
 
-def ending(answer: GeneratedSample | None) -> dict[str, Any]:
-    """The reason why a choice ends; a piece that is not the last does not say."""
-    if answer is None:
-        return {"finish_reason": None}
-    return {"finish_reason": answer.completion.finish_reason, "stop_reason": answer.stop_reason}
+def ending(answer: GeneratedSample, *, has_called: bool) -> dict[str, Any]:
+    """The reason why a choice ends."""
+    reason: str = answer.completion.finish_reason
+    if has_called and reason == "stop":
+        reason = "tool_calls"
+    return {"finish_reason": reason, "stop_reason": answer.stop_reason}
 
 
 def scored(token_ids: Sequence[int], logprobs: Sequence[Logprobs]) -> TokenLogprobs | None:
@@ -156,7 +168,3 @@ def usage(answers: Sequence[GeneratedSample], *, n: int) -> dict[str, int]:
     prompt = sum(answer.completion.num_prompt_tokens for answer in answers[::n])
     written = sum(answer.completion.num_tokens for answer in answers)
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
-
-
-def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from distill.records import Problem, Sampling, TraceRequest
 from teacher.engine.stopping import RepetitionLimit
+from teacher.http.body import Body, Integer, Number, ServiceFields, one_or_list
 from teacher.http.structured import StructuredFields
 from teacher.live import GenerationRequest, RequestOptions
 
@@ -24,29 +25,29 @@ MAX_STOPS, MAX_STOP_CHARACTERS = 16, 1_024
 MAX_BIASES = 1_024
 MAX_PATTERN = 512
 StopString = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
-StopStrings = StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None
-Bias = Annotated[float, Field(ge=-100, le=100)]
+StopStrings = one_or_list(StopString, Annotated[list[StopString], Field(max_length=MAX_STOPS)])
+Bias = Annotated[Number, Field(ge=-100, le=100)]
 TokenId = Annotated[int, Field(ge=0)]
 # OpenAI's bounds; vLLM has none for the third, and 1 is none.
-Penalty = Annotated[float, Field(ge=-2, le=2)] | None
-RepetitionPenalty = Annotated[float, Field(gt=0, le=10)] | None
+Penalty = Annotated[Number, Field(ge=-2, le=2)] | None
+RepetitionPenalty = Annotated[Number, Field(gt=0, le=10)] | None
+MAX_SEED = 2**63 - 1
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+class StreamOptions(Body):
+    """`include_obfuscation` is for networks that others listen to; the length of our pieces is not hidden."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
-class RepetitionDetection(BaseModel):
+class RepetitionDetection(Body):
     """vLLM's, and `min_tokens`: how many tokens the repeated stretch has at least (there it is none)."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    max_pattern_size: int = Field(0, ge=0, le=MAX_PATTERN, description="0: off")
-    min_pattern_size: int = Field(0, ge=0, le=MAX_PATTERN, description="0: as 1")
-    min_count: int = Field(0, ge=0)
-    min_tokens: int = Field(0, ge=0)
+    max_pattern_size: Integer = Field(0, ge=0, le=MAX_PATTERN, description="0: off")
+    min_pattern_size: Integer = Field(0, ge=0, le=MAX_PATTERN, description="0: as 1")
+    min_count: Integer = Field(0, ge=0)
+    min_tokens: Integer = Field(0, ge=0)
 
     def limit(self) -> RepetitionLimit | None:
         if not self.max_pattern_size:
@@ -63,30 +64,27 @@ class RepetitionDetection(BaseModel):
         return self
 
 
-class Request(StructuredFields, ABC):
+class Request(ServiceFields, StructuredFields, ABC):
     """The fields that both kinds of request share."""
 
-    model_config = ConfigDict(extra="forbid")
-
     model: str
-    n: int = Field(1, ge=1, le=128)
-    temperature: float | None = Field(None, ge=0, le=5)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, description="0 and -1: all")
-    min_p: float | None = Field(None, ge=0, le=1)
+    n: Integer = Field(1, ge=1, le=128)
+    temperature: Number | None = Field(None, ge=0, le=5)
+    top_p: Number | None = Field(None, gt=0, le=1)
+    top_k: Integer | None = Field(None, ge=-1, description="0 and -1: all")
+    min_p: Number | None = Field(None, ge=0, le=1)
     logit_bias: dict[TokenId, Bias] | None = Field(None, max_length=MAX_BIASES)
     repetition_detection: RepetitionDetection | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=0)
-    stop: StopStrings = None
+    max_tokens: Integer | None = Field(None, ge=1)
+    seed: Integer | None = Field(None, ge=0, le=MAX_SEED)
+    stop: StopStrings | None = None  # type: ignore[valid-type]
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stream_interval: int = Field(1, ge=1, description="tokens that a piece of a stream has at least")
+    stream_interval: Integer = Field(1, ge=1, description="tokens that a piece of a stream has at least")
     presence_penalty: Penalty = None
     frequency_penalty: Penalty = None
     repetition_penalty: RepetitionPenalty = None
-    user: str | None = None
-    thinking_token_budget: int | None = Field(None, ge=1)
+    thinking_token_budget: Integer | None = Field(None, ge=1)
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
 
@@ -163,7 +161,13 @@ class Request(StructuredFields, ABC):
             raise ValueError("stop: cuts the text, not its tokens; it goes with neither logprobs nor return_token_ids")
         return self
 
+    @model_validator(mode="after")
+    def _only_a_stream_has_options(self) -> Request:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: is only allowed when 'stream' is enabled")
+        return self
+
 
 def sample_of(text: str) -> TraceRequest:
-    """Sample 0 of the question `text`."""
+    """Sample 0 of the question `text`, or of what it stands for: its seed must be no other prompt's."""
     return TraceRequest(problem=Problem(prompt=text, answer=None, grader="math", source="http"), sample_index=0)

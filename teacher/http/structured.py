@@ -6,19 +6,18 @@ import json
 from typing import Any, Literal
 
 from llguidance import regex_to_lark
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from teacher.engine.sequence import Grammar
+from teacher.http.body import Body
 
 MAX_CHOICES, MAX_REGEX_CHARACTERS = 1_024, 4_096
 # One line, as `json.dumps` writes it. JSON allows any white space, and a small model may not find out of it again.
 LAYOUT = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 
 
-class JSONSchemaFormat(BaseModel):
+class JSONSchemaFormat(Body):
     """A schema that is followed to the letter, `strict` or not: what it leaves open, the model may add."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str = Field(max_length=64)
     description: str | None = None
@@ -26,9 +25,7 @@ class JSONSchemaFormat(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchemaFormat | None = None
 
@@ -45,10 +42,8 @@ class ResponseFormat(BaseModel):
         return None if self.type == "text" else json_rule({"type": "object"})
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(Body):
     """One of the four, as in vLLM."""
-
-    model_config = ConfigDict(extra="forbid")
 
     json_: dict[str, Any] | None = Field(None, alias="json")
     json_object: bool = False
@@ -70,7 +65,7 @@ class StructuredOutputs(BaseModel):
         return json_rule({"type": "object"} if self.json_ is None else self.json_)
 
 
-class StructuredFields(BaseModel):
+class StructuredFields(Body):
     """The fields of a request that say what its answer must look like."""
 
     response_format: ResponseFormat | None = None

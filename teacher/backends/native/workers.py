@@ -115,9 +115,10 @@ class WorkerProcess:
 END_LINE = "[]"
 
 
-def begin_line(sequences: Iterable[Sequence[int]]) -> str:
-    """Sequences to begin. They join the engine together: a batch does not depend on when each was read."""
-    return json.dumps({"begin": [packed(sequence) for sequence in sequences]})
+def begin_line(sequences: Iterable[tuple[int, Sequence[int]]]) -> str:
+    """Sequences to begin, each with the key that it has in the worker. They join the engine together: a batch does not
+    depend on when each was read."""
+    return json.dumps({"begin": [[key, *packed(sequence)] for key, sequence in sequences]})
 
 
 def cancel_line(keys: Iterable[int]) -> str:
@@ -132,7 +133,7 @@ def take_generated(sequence: Sequence[int], generated: list[Any]) -> None:
 
 
 def packed(sequence: Sequence[int]) -> list[Any]:
-    """Pack what the caller has set of it; `_unpacked` makes it again."""
+    """Pack what the caller has set of it but its key; `_unpacked` makes it again."""
     limit, repetition, grammar = sequence.thinking, sequence.repetition, sequence.grammar
     settings = {
         "max_tokens": sequence.max_tokens,
@@ -144,7 +145,7 @@ def packed(sequence: Sequence[int]) -> list[Any]:
         "grammar": None if grammar is None else asdict(grammar),
         "streamed": sequence.streamed,
     }
-    return [sequence.key, list(sequence.prompt_ids), settings]
+    return [list(sequence.prompt_ids), settings]
 
 
 def _unpacked(row: list[Any], guides: Guides | None) -> Sequence[int]:

@@ -1,0 +1,148 @@
+"""JSON as a server takes it: UTF-8, no key twice, finite numbers, 64-bit integers, whole characters, bounded in size.
+
+Python's own reader takes NaN, keeps the last of two values of a key, and makes strings of half surrogate pairs, which no
+encoder takes afterwards. Run as a program (by its path, with the standard library alone, so that it costs ten megabytes)
+it reads for `teacher.admission.reader`: each document that comes on standard input as a frame is answered by a frame.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import struct
+import sys
+from collections.abc import Iterator
+from typing import IO, Any, NoReturn
+
+MAX_DEPTH = 64
+# Of a request with two thousand messages and a hundred tools; a list of integers, as of a prompt's tokens, is one.
+MAX_VALUES = 2**15
+LENGTH = struct.Struct(">Q")
+_SHOWN = 60
+_HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+class DocumentError(ValueError):
+    """What is wrong with a document, the path to it where that is known, and OpenAI's code where there is one."""
+
+    def __init__(self, message: str, path: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, path, code)
+        self.message = message
+        self.path = path
+        self.code = code
+
+
+def loads(data: bytes, *, max_characters: int | None = None) -> Any:
+    """The value of a document. Raises DocumentError, also for a string of more than `max_characters`."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        raise DocumentError(f"the body is not UTF-8, at byte {exc.start}") from None
+    try:
+        tree = json.loads(
+            text, object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_no_number
+        )
+    except json.JSONDecodeError as exc:
+        raise DocumentError(f"the body is not JSON: {exc}") from None
+    except RecursionError:
+        raise DocumentError(_TOO_DEEP) from None
+    _check_size(tree)
+    if max_characters is not None and len(text) <= max_characters:
+        max_characters = None
+    may_have_halves = _HALF_ESCAPED.search(text) is not None
+    for path, string in _strings(tree) if may_have_halves or max_characters is not None else ():
+        if max_characters is not None and len(string) > max_characters:
+            message = f"has {len(string)} characters; at most {max_characters} can fit into the model's context"
+            raise DocumentError(message, _named(path), "context_length_exceeded")
+        if may_have_halves and (half := _HALF.search(string)):
+            raise DocumentError(f"has \\u{ord(half[0]):04x}, which is half a character", _named(path))
+    return tree
+
+
+_TOO_DEEP = f"the body is nested too deeply; allowed: {MAX_DEPTH} levels"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise DocumentError(f"the body has the key {ascii(twice[:_SHOWN])} twice in one object")
+    return tree
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+        raise DocumentError(f"the body has an integer of {len(digits.lstrip('-'))} digits; allowed: 64 bits")
+    return int(digits)
+
+
+def _number(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise DocumentError(f"the body has the number {digits[:_SHOWN]}, which is too large")
+    return value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise DocumentError(f"the body is not JSON: {name} is no number")
+
+
+def _check_size(tree: Any) -> None:
+    """Level by level: the values that lie at one depth, then those within them."""
+    num_values = 0
+    level = [tree]
+    for _ in range(MAX_DEPTH):
+        num_values += len(level)
+        if num_values > MAX_VALUES:
+            raise DocumentError(f"the body has too many values; allowed: {MAX_VALUES}, lists of integers aside")
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value.values()
+            elif isinstance(value, list) and set(map(type, value)) != {int}:
+                below += value
+        if not below:
+            return
+        level = below
+    raise DocumentError(_TOO_DEEP)
+
+
+def _strings(tree: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Every string, keys among them, and the path to it."""
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), tree)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, str):
+            yield path, value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                yield (*path, key), key
+                waiting.append(((*path, key), inner))
+        elif isinstance(value, list) and set(map(type, value)) != {int}:
+            waiting += [((*path, number), inner) for number, inner in enumerate(value)]
+
+
+def _named(path: tuple[str | int, ...]) -> str | None:
+    return ".".join(ascii(part)[1:-1][:_SHOWN] if isinstance(part, str) else str(part) for part in path) or None
+
+
+# --- as a program -----------------------------------------------------------------------------------------------------
+
+
+def _answer_all(source: IO[bytes], output: IO[bytes]) -> None:
+    while head := source.read(LENGTH.size):
+        (length,) = LENGTH.unpack(head)
+        max_characters, data = pickle.loads(source.read(length))
+        try:
+            answer = pickle.dumps((loads(data, max_characters=max_characters), None))
+        except DocumentError as exc:
+            answer = pickle.dumps((None, exc.args))
+        output.write(LENGTH.pack(len(answer)) + answer)
+        output.flush()
+
+
+if __name__ == "__main__":
+    _answer_all(sys.stdin.buffer, sys.stdout.buffer)
