@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -36,7 +37,7 @@ class Guide:
     @property
     def fault(self) -> str | None:
         """Why it cannot go on: a token that the grammar does not admit, or a limit that was reached."""
-        return f"its grammar ended: {_reason(self._matcher)}" if self._matcher.is_error() else None
+        return f"the answer's grammar could not be kept: {_reason(self._matcher)}" if self._matcher.is_error() else None
 
     def push(self, token: int) -> None:
         if token not in self._eos_token_ids:
@@ -72,6 +73,8 @@ class Guides:
     def _matcher(self, grammar: Grammar) -> LLMatcher:
         if len(grammar.lark) > MAX_GRAMMAR_CHARACTERS:
             raise ValueError(f"must have at most {MAX_GRAMMAR_CHARACTERS} characters, has {len(grammar.lark)}")
+        if grammar.thinks:
+            self._read(replace(grammar, thinks=False))  # what is wrong with the answer shows before it is thought about
         lark = LLMatcher.grammar_from_lark("\n".join([*self._beginning(grammar), grammar.lark]))
         matcher = LLMatcher(self._vocabulary, lark, log_level=0, limits=LIMITS)
         trial = matcher.deep_copy()

@@ -86,9 +86,8 @@ class CompletionRequest(Request):
     def _prompts_are_told_whole(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise ValueError("max_tokens: 0 leaves nothing to answer without echo or prompt_logprobs")
-        for name in ("echo", "prompt_logprobs"):
-            if self.stream and getattr(self, name) not in (None, False):
-                raise ValueError(f"{name}: is not streamed")
+        if self.stream and (self.echo or self.prompt_logprobs is not None):
+            raise ValueError(f"{'echo' if self.echo else 'prompt_logprobs'}: is not streamed")
         return self
 
     @model_validator(mode="after")
