@@ -23,8 +23,10 @@ from teacher.engine.sequence import Grammar, Sequence, ThinkingLimit
 from teacher.http.structured import ResponseFormat, StructuredOutputs
 from teacher.model.checkpoint import load_checkpoint
 from teacher.models.latent.model import LatentModel
+from teacher.models.latent.weights import fuse_weights
 from teacher.models.load import load_model
 from tests.repository import REPOSITORY
+from tests.teacher.engine.test_speculation import Planned
 
 TEACHER = REPOSITORY / "teacher" / "pico"
 STUDENT = REPOSITORY / "students" / "pico" / "qwen2-0.2m"
@@ -145,7 +147,7 @@ def mixed(guides: Guides) -> list[Sequence[int]]:
         Sequence(
             n,
             [1, 3, *range(20, 24 + 13 * n), 4],
-            max_tokens=80,
+            max_tokens=50,
             seed=n,
             sampling_params=draws[n % 3],
             guide=guides.guide(grammar) if n % 2 else None,
@@ -154,33 +156,46 @@ def mixed(guides: Guides) -> list[Sequence[int]]:
     ]
 
 
+def written(guides: Guides, *, in_graphs: bool = False, **features: Any) -> dict[int, Sequence[int]]:
+    weights = fuse_weights(load_checkpoint(TEACHER), with_mtp=True)
+    served = LatentModel(weights, Planned(weights) if in_graphs else None)
+    engine = Engine(served, eos_token_ids=[TEACHER_END], **features)
+    return {sequence.key: sequence for sequence in engine.run(mixed(guides))}
+
+
+@pytest.fixture(scope="module")
+def teacher_guides() -> Guides:
+    return Guides(tokenizer_of(TEACHER), [TEACHER_END])
+
+
+@pytest.fixture(scope="module")
+def alone(teacher_guides: Guides) -> dict[int, list[int]]:
+    done = written(teacher_guides, batch_size=1, prefix_caching=False)
+    return {key: sequence.generated_ids for key, sequence in done.items()}
+
+
 @pytest.mark.parametrize(
     "features",
     [
         {"batch_size": 8},
-        {"batch_size": 8, "num_pages": 9},
-        {"batch_size": 8, "run_ahead": True},
+        {"batch_size": 8, "num_pages": 9, "run_ahead": True},
         {"batch_size": 8, "speculate": True},
-        {"batch_size": 3, "speculate": True, "run_ahead": True},
+        {"batch_size": 8, "speculate": True, "run_ahead": True, "in_graphs": True},
     ],
     ids=str,
 )
-def test_every_way_of_computing_writes_the_same(features: dict[str, Any]) -> None:
-    guides, decode = Guides(tokenizer_of(TEACHER), [TEACHER_END]), decode_by(tokenizer_of(TEACHER))
-    model = LatentModel.of(load_checkpoint(TEACHER), with_mtp=True)
-    texts = []
-    for settings_ in ({"batch_size": 1, "prefix_caching": False}, features):
-        engine = Engine(model, eos_token_ids=[TEACHER_END], **settings_)
-        done = {sequence.key: sequence for sequence in engine.run(mixed(guides))}
-        texts.append({key: text_of(sequence, decode, (TEACHER_END,)) for key, sequence in done.items()})
-        for key, sequence in done.items():
-            if key % 2 and sequence.finish_reason == "stop":
-                json.loads(texts[-1][key])
-    assert texts[0] == texts[1]
-    assert any(key % 2 and sequence.finish_reason == "stop" for key, sequence in done.items())
+def test_every_way_of_computing_writes_the_same(
+    teacher_guides: Guides, alone: dict[int, list[int]], features: dict[str, Any]
+) -> None:
+    decode = decode_by(tokenizer_of(TEACHER))
+    done = written(teacher_guides, **features)
+    assert {key: sequence.generated_ids for key, sequence in done.items()} == alone
+    ended = [sequence for key, sequence in done.items() if key % 2 and sequence.finish_reason == "stop"]
+    assert ended
+    for sequence in ended:
+        json.loads(text_of(sequence, decode, (TEACHER_END,)))
     if "speculate" in features:
-        drafts = [sequence.num_drafts for key, sequence in done.items() if key % 2]
-        assert all(drafts), "the guided are drafted for too"
+        assert all(sequence.num_drafts for sequence in done.values()), "the guided are drafted for too"
 
 
 def test_logprobs_are_those_of_what_may_come(student: tuple[Engine, Guides, Any]) -> None:

@@ -18,6 +18,8 @@ from teacher.engine.sequence import Sequence
 from teacher.engine.token_counts import TokenCounts
 from teacher.model.transformer import DeepseekV3
 from teacher.models.latent.model import LatentModel
+from teacher.models.latent.weights import fuse_weights
+from tests.teacher.engine.test_speculation import Planned
 from tests.teacher.v3_models import random_model, tiny_config
 
 END = 5
@@ -110,8 +112,10 @@ def requests() -> list[Sequence[int]]:
     ]
 
 
-def written(model: DeepseekV3, **features: Any) -> tuple[dict[int, list[int]], Engine]:
-    engine = Engine(LatentModel.of(model, with_mtp=True), **{"batch_size": 16, "eos_token_ids": [END]} | features)
+def written(model: DeepseekV3, *, in_graphs: bool = False, **features: Any) -> tuple[dict[int, list[int]], Engine]:
+    weights = fuse_weights(model, with_mtp=True)
+    served = LatentModel(weights, Planned(weights) if in_graphs else None)
+    engine = Engine(served, **{"batch_size": 16, "eos_token_ids": [END]} | features)
     done = {sequence.key: sequence.generated_ids for sequence in engine.run(requests())}
     return done, engine
 
@@ -131,6 +135,8 @@ def alone(model: DeepseekV3) -> dict[int, list[int]]:
         {"run_ahead": True, "num_pages": 6},
         {"speculate": True},
         {"speculate": True, "run_ahead": True, "num_pages": 6},
+        {"in_graphs": True, "run_ahead": True},
+        {"in_graphs": True, "run_ahead": True, "speculate": True, "num_pages": 6},
     ],
     ids=str,
 )
