@@ -1,8 +1,9 @@
 """Who may ask a server that asks for no key: programs of this machine, and no web page.
 
 A page that somebody has open can send requests to ports of this machine. Under a name of its own that it points here
-(DNS rebinding) it could even read the answers: the Host header tells. Without that, browsers send only what a form could
-(no JSON) before they have asked for permission, which is never given; and they name the page in the Origin header.
+(DNS rebinding) it could even read the answers: the Host header tells. Without that, browsers send only what a form
+could (no JSON) before they have asked for permission, which is never given; and they name the page in the Origin
+header.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """JSON as a server takes it: UTF-8, no key twice, finite numbers, 64-bit integers, whole characters, bounded in size.
 
-Python's own reader takes NaN, keeps the last of two values of a key, and makes strings of half surrogate pairs, which no
-encoder takes afterwards. Run as a program (by its path, with the standard library alone, so that it costs ten megabytes)
-it reads for `teacher.admission.reader`: each document that comes on standard input as a frame is answered by a frame.
+Python's own reader takes NaN, keeps the last of two values of a key, and makes strings of half surrogate pairs, which
+no encoder takes afterwards. Run as a program (by its path, with the standard library alone, so that it costs ten
+megabytes) it reads for `teacher.admission.reader`: each document that comes on standard input as a frame is answered by
+a frame.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(tree) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise DocumentError(f"the body has the key {ascii(twice[:_SHOWN])} twice in one object")
+        raise DocumentError(f"the body has the key {twice[:_SHOWN]!a} twice in one object")
     return tree
 
 

@@ -22,6 +22,7 @@ def guarded(app: Starlette) -> uvicorn.Config:
     return uvicorn.Config(
         app if app.state.asks_for_key else LoopbackMiddleware(app),
         log_level="error",
+        proxy_headers=False,
         http=GuardedProtocol,
         ws="none",
         timeout_graceful_shutdown=SHUTDOWN_S,

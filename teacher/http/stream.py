@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -198,7 +197,7 @@ class Stream(Response):
         """Put together what is new: on a thread where that is much, as when a client has not read for long."""
         if sum(choice.num_values() for choice in self._pending) <= SMALL_PIECE:
             return "".join(map(_event, self._events()))
-        return await asyncio.to_thread(lambda: "".join(_event(tree, dumps_in_turns) for tree in self._events()))
+        return await asyncio.to_thread(lambda: "".join(f"data: {dumps_in_turns(tree)}\n\n" for tree in self._events()))
 
     def _events(self) -> Iterator[dict[str, Any]]:
         for choice in tuple(self._pending):
@@ -220,8 +219,8 @@ class Stream(Response):
         return _event({**self._form.head(chunk=True), "choices": [], "usage": counts})
 
 
-def _event(tree: dict[str, Any], dumps: Callable[[Any], str] = partial(json.dumps, ensure_ascii=False)) -> str:
-    return f"data: {dumps(tree)}\n\n"
+def _event(tree: dict[str, Any]) -> str:
+    return f"data: {json.dumps(tree, ensure_ascii=False)}\n\n"
 
 
 def cancel(futures: Sequence[asyncio.Future[GeneratedSample]]) -> None:

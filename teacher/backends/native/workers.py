@@ -282,5 +282,5 @@ if __name__ == "__main__":
         sys.exit(exc.exit_code)
     except (BrokenPipeError, KeyboardInterrupt):
         pass
-    # Nothing is left to flush; skips the interpreter's complaint about a closed pipe.
-    sys.stderr.close()
+    # Every answer was flushed; to take the interpreter apart, with torch in it, would cost who waits a second.
+    os._exit(0)

@@ -12,8 +12,8 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from teacher.http import guard
 from teacher.admission.bodies import MAX_BODY_BYTES
+from teacher.http import guard
 from teacher.http.app import build_app
 from tests.teacher.http.listening import is_openai_error, listening, said
 from tests.teacher.http.test_http_server import DEFAULTS, SpellingTeacher, chat, wait_until
