@@ -56,6 +56,8 @@ class ChatRequest(Request, ChatServiceFields):
             )
         if self.thinking_token_budget is not None:
             raise ValueError("thinking_token_budget: cannot be counted in a message that goes on")
+        if (grammar := self.grammar()) is not None:
+            raise ValueError(f"{grammar.field}: cannot be kept by a message that goes on")
 
     def _check_choice(self) -> None:
         choice = self.tool_choice
