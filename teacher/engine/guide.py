@@ -9,6 +9,7 @@ what it does: a grammar that would take long, or much memory, is refused, when i
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -86,17 +87,18 @@ class Guides:
     def _beginning(self, grammar: Grammar) -> Iterable[str]:
         """The rules that `Grammar` promises: where the text starts, and its tags."""
         # As the text goes on behind a forced end of the thinking, and as models go on by themselves.
-        yield r'start: thinking "\n"{0,2} answer' if grammar.thinks else "start: answer"
+        yield r'start: to_thinking "\n"{0,2} answer' if grammar.thinks else "start: answer"
         tags = {f"tag_{number}": tag for number, tag in enumerate(grammar.tags)}
         if grammar.thinks:
-            if self._token_of(END_OF_THINKING) is None:
-                yield r"thinking[lazy]: /(.|\n)*" + END_OF_THINKING.replace("/", r"\/") + "/"
-            else:
-                yield r"thinking: /(.|\n)*/ end_of_thinking"
-                tags["end_of_thinking"] = END_OF_THINKING
+            tags["thinking"] = END_OF_THINKING
         for name, tag in tags.items():
             token = self._token_of(tag)
-            yield f"{name}: {json.dumps(tag)}" if token is None else f"{name}: <[{token}]>"
+            if token is None:
+                yield f"{name}: {json.dumps(tag)}"
+                yield rf"to_{name}[lazy]: /(.|\n)*{_literal(tag)}/"
+            else:
+                yield f"{name}: <[{token}]>"
+                yield rf"to_{name}: /(.|\n)*/ {name}"
 
     def _token_of(self, tag: str) -> int | None:
         """The token of a tag that text cannot spell otherwise; None: it is text like any other."""
@@ -107,6 +109,11 @@ class Guides:
     def _vocabulary(self) -> LLTokenizer:
         # About a second for 150,000 tokens.
         return LLTokenizer(self._tokenizer.to_str(), eos_token=sorted(self._eos_token_ids))
+
+
+def _literal(text: str) -> str:
+    """A regular expression of this text alone."""
+    return re.escape(text).replace("/", r"\/")
 
 
 def _reason(matcher: LLMatcher) -> str:
