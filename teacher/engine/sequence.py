@@ -37,8 +37,8 @@ class Grammar:
 
     `tags` are texts that are one token in some vocabularies, text in others: `lark` has them as `tag_0`, `tag_1` and so
     on, and as `to_tag_0` any text that ends with the first such tag in it. With `thinks` the answer begins behind the
-    end of the reasoning, and up to two line breaks. `field` is the request's, for whoever must be told that something is
-    wrong.
+    end of the reasoning, and up to two line breaks. `field` is the request's, for whoever must be told that something
+    is wrong.
     """
 
     lark: str
