@@ -22,8 +22,15 @@ from teacher.engine.sequence import Grammar
 
 # A grammar of this length is read in some 0.5 s at worst (a schema of thousands of optional properties), most in 10 ms.
 MAX_GRAMMAR_CHARACTERS = 2**16
-# About 1 kB a state of the lexer; steps take 15 ms at the most by the library's own limits.
-LIMITS = LLParserLimits(max_lexer_states=20_000, max_grammar_size=100_000, verbose_errors=False)
+# About 1 kB a state of the lexer, 4 ms a step at worst for either of the others: sequences have their own, and share a
+# step's time. The library's defaults are four times as much; schemas of every kind that were tried need less than this.
+LIMITS = LLParserLimits(
+    max_lexer_states=8_000,
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
 _KEPT = 32  # grammars that were read last: `n` samples of a request have one, and clients ask again
 
 
