@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from distill.reasoning import END_OF_THINKING, THINK
 from distill.records import content_id
-from teacher.engine.sequence import Grammar
+from teacher.engine.guide import Grammar
 from teacher.http.body import ChatServiceFields, Integer
 from teacher.http.messages import MAX_MESSAGES, Message, check_order
 from teacher.http.request import MAX_LOGPROBS, Request, sample_of

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from llguidance import regex_to_lark
 from pydantic import Field, model_validator
 
-from teacher.engine.sequence import Grammar
+from teacher.engine.guide import Grammar
 from teacher.http.body import Body
 
 MAX_CHOICES, MAX_REGEX_CHARACTERS = 1_024, 4_096
