@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from distill.errors import DataError, PotstillError
 from distill.protocols import Teacher
 from distill.records import Completion, Sampling, TraceRequest
-from teacher.engine.sequence import Logprobs
+from teacher.engine.sequence import Grammar, Logprobs
 from teacher.engine.stopping import RepetitionLimit
 
 # The stop reason of a text that repeats itself, in vLLM's word.
@@ -33,7 +33,12 @@ class RequestOptions:
     top_k: int = 0
     min_p: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    prompt_logprobs: int | None = None
     repetition_detection: RepetitionLimit | None = None
+    grammar: Grammar | None = None  # behind the reasoning, where the prompt opens it
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class GeneratedSample(NamedTuple):
 
     `opening` is what of the text stands in the prompt: the tokens are the rest. `stop_reason` is the stop string that
     ended it, or `REPETITION`. `num_accepted` of `num_drafts` tokens that a teacher drafted came true.
+    `prompt_logprobs`, where they are wanted, are those of each token of the prompt but the first.
     """
 
     completion: Completion
@@ -80,6 +86,7 @@ class GeneratedSample(NamedTuple):
     stop_reason: str | None = None
     num_drafts: int = 0
     num_accepted: int = 0
+    prompt_logprobs: Sequence[Logprobs] = ()
 
 
 class PromptTooLong(DataError):

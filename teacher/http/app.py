@@ -123,13 +123,13 @@ class Endpoints:
 
     async def completions(self, http: HTTPRequest) -> Response:
         request = await self._read(http, CompletionRequest)
-        return await self._answer(http, request, TextForm(request, self.teacher.spell))
+        return await self._answer(http, TextForm(request, self.teacher.spell))
 
     async def chat_completions(self, http: HTTPRequest) -> Response:
         request = await self._read(http, ChatRequest)
-        calls = await asyncio.to_thread(self._call_format) if request.function_names else None
+        calls = await asyncio.to_thread(self._call_format) if request.offered else None
         form = ChatForm(request, self.teacher.spell, reasoning=self.reasoning, call_format=calls)
-        return await self._answer(http, request, form)
+        return await self._answer(http, form)
 
     def _call_format(self) -> CallFormat:
         calls = self.teacher.call_format
@@ -168,9 +168,9 @@ class Endpoints:
             message = f"The model '{name}' does not exist; '{self.model}' does."
             raise APIError(404, message, param="model", code="model_not_found")
 
-    async def _answer(self, http: HTTPRequest, request: Request, form: Form[Any]) -> Response:
-        wake = Wake() if request.stream else None
-        samples = await self._submit(request, wake, http.state.size)
+    async def _answer(self, http: HTTPRequest, form: Form[Any]) -> Response:
+        wake = Wake() if form.request.stream else None
+        samples = await self._submit(form, wake, http.state.size)
         if wake is not None:
             return Stream(form, samples, wake, self._count)
         futures = [asyncio.wrap_future(sample) for sample in samples]
@@ -194,7 +194,8 @@ class Endpoints:
         self._count(done)
         return response
 
-    async def _submit(self, request: Request, wake: Wake | None, size_bytes: int) -> list[SampleFuture]:
+    async def _submit(self, form: Form[Any], wake: Wake | None, size_bytes: int) -> list[SampleFuture]:
+        request: Request = form.request
         if (num_samples := request.num_samples()) > self.most_samples:
             message = f"Invalid 'n': {num_samples} samples are more than the {self.most_samples} that fit."
             raise APIError(400, message, param="n", code="integer_above_max_value")
@@ -203,7 +204,7 @@ class Endpoints:
             first, *_ = itertools.islice(self._indices, num_samples)
 
         def begin() -> list[SampleFuture]:
-            wanted = request.generation_requests(first, request.options(self.repetition))
+            wanted = request.generation_requests(first, form.options(self.repetition))
             return self.feed.submit(wanted, request.sampling(self.sampling), wake)
 
         try:

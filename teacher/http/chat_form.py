@@ -5,16 +5,18 @@ Reasoning that is told apart from the answer is `reasoning_content`, as with Dee
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from distill.logprobs import Scored, TokenLogprobs
 from teacher.engine.detokenizer import UNSPELLABLE
+from teacher.engine.stopping import RepetitionLimit
 from teacher.http.chat_request import ChatRequest
 from teacher.http.form import Form, Offsets, Spell
 from teacher.http.parts import Call, Parts, Splitter, Undivided
 from teacher.http.reasoning import Beginning, Reasoning
 from teacher.http.tool_calls import CallReader, call_reader
-from teacher.live import CallFormat
+from teacher.live import CallFormat, RequestOptions
 
 # What becomes of the reasoning in a chat message: a part of its content, a field of its own, or nothing.
 ReasoningPlace = Literal["content", "apart", "out"]
@@ -48,21 +50,28 @@ class ChatForm(Form[ChatRequest]):
         reasoning: ReasoningPlace = "content",
         call_format: CallFormat | None = None,
     ) -> None:
-        """`reasoning` is its place where the request does not say; `call_format` is needed where tools are offered."""
+        """`reasoning` is its place where the request does not say. `call_format` is there where calls may come."""
         super().__init__(request, spell)
         self._call_format = call_format
         said: dict[bool | None, ReasoningPlace] = {None: reasoning, True: "apart", False: "out"}
         self._placing = said[request.include_reasoning]
 
+    def options(self, repetition: RepetitionLimit | None) -> RequestOptions:
+        options = super().options(repetition)
+        if self._call_format is None:
+            return options
+        return replace(options, grammar=self.request.call_grammar(self._call_format))
+
     def splitter(self) -> Splitter:
         request, form = self.request, self._call_format
         together = self._placing == "content"
-        if not request.function_names or form is None:
+        if form is None:
             return Undivided() if together else ChatSplitter(Reasoning("ended" if request.has_thought else "open"))
         begins: Beginning = "ended" if request.has_thought else "marked"
         if not request.has_thought and (request.is_thinking or not together):
             begins = "open"
-        reader = call_reader(form, request.function_names, parallel=request.parallel_tool_calls)
+        names = [tool.function.name for tool in request.offered]
+        reader = call_reader(form, names, parallel=request.parallel_tool_calls)
         return ChatSplitter(Reasoning(begins, keeps_tags=together), reader)
 
     def logprobs(self, kept: TokenLogprobs, offsets: Offsets) -> dict[str, Any]:

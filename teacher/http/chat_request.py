@@ -11,11 +11,13 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from distill.reasoning import END_OF_THINKING, THINK
 from distill.records import content_id
+from teacher.engine.sequence import Grammar
 from teacher.http.body import ChatServiceFields, Integer
 from teacher.http.messages import MAX_MESSAGES, Message, check_order
 from teacher.http.request import MAX_LOGPROBS, Request, sample_of
+from teacher.http.tool_grammar import call_grammar
 from teacher.http.tools import MAX_TOOLS, NamedTool, Tool
-from teacher.live import Conversation, GenerationRequest
+from teacher.live import CallFormat, Conversation, GenerationRequest
 
 Choice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("(word)")] | Annotated[NamedTool, Tag("(function)")],
@@ -56,6 +58,8 @@ class ChatRequest(Request, ChatServiceFields):
             )
         if self.thinking_token_budget is not None:
             raise ValueError("thinking_token_budget: cannot be counted in a message that goes on")
+        if (grammar := self.grammar()) is not None:
+            raise ValueError(f"{grammar.field}: cannot be kept by a message that goes on")
 
     def _check_choice(self) -> None:
         choice = self.tool_choice
@@ -63,21 +67,42 @@ class ChatRequest(Request, ChatServiceFields):
             return
         if not self.tools:
             raise ValueError("tool_choice: is only allowed when 'tools' are specified")
-        if isinstance(choice, NamedTool) and choice.function.name not in self.function_names:
+        if isinstance(choice, NamedTool) and not self.offered:
             raise ValueError(f"tool_choice: the function {choice.function.name!r} is not among the 'tools'")
-        if choice != "auto":
-            raise ValueError("tool_choice: must be 'none' or 'auto'; this server cannot make a model call")
+        if self.continue_final_message and self.must_call:
+            raise ValueError("tool_choice: cannot be kept by a message that goes on")
 
     @property
-    def function_names(self) -> frozenset[str]:
-        """The functions that may be called."""
-        return frozenset() if self.tool_choice == "none" else frozenset(tool.function.name for tool in self.tools)
+    def offered(self) -> list[Tool]:
+        """The tools that may be called."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice not in (None, "none", "auto")
+
+    def call_grammar(self, form: CallFormat) -> Grammar | None:
+        """The grammar of the answer, where `form` is how it calls; None: it may be any text."""
+        grammar = self.grammar()
+        is_strict = any(tool.function.strict for tool in self.offered)
+        if not self.offered or not (self.must_call or is_strict or grammar is not None):
+            return grammar
+        return call_grammar(
+            form,
+            self.offered,
+            must_call=self.must_call,
+            parallel=self.parallel_tool_calls,
+            said=None if grammar is None else grammar.lark.removeprefix("answer: "),
+            field="tool_choice" if self.must_call else "tools",
+        )
 
     def prompts(self) -> list[GenerationRequest]:
         turns = self.messages[:-1] if self.continue_final_message else self.messages
         written = self.messages[-1].text if self.continue_final_message else ""
         rendered = tuple(message.rendered() for message in turns)
-        tools = tuple(tool.given for tool in self.tools) if self.function_names else ()
+        tools = tuple(tool.given for tool in self.tools) if self.offered else ()
         question = self.messages[0].text
         if question and not tools and rendered == ({"role": "user", "content": question},):
             return [GenerationRequest(sample_of(question), partial_answer=written)]

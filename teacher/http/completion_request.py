@@ -43,11 +43,13 @@ class CompletionRequest(Request):
     """
 
     prompt: Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
-    echo: Literal[False] = False
+    max_tokens: Integer | None = Field(None, ge=0)
+    echo: bool = False
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
     add_special_tokens: bool = True
     logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     def prompts(self) -> list[GenerationRequest]:
         prompts: list[Any] = [self.prompt] if self._is_single else list(self.prompt)
@@ -66,6 +68,27 @@ class CompletionRequest(Request):
 
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    def num_prompt_logprobs(self) -> int | None:
+        echoed = self.logprobs if self.echo else None
+        return max((number for number in (echoed, self.prompt_logprobs) if number is not None), default=None)
+
+    def limit(self) -> int | None:
+        # Who wants nothing written gets nothing (`TextForm`); a sample has a token at least.
+        return 1 if self.max_tokens == 0 else self.max_tokens
+
+    def text_of(self, index: int) -> str | None:
+        """The text of the prompt that an answer belongs to; None: it was given as tokens."""
+        prompt = self.prompt if self._is_single else self.prompt[index // self.n]
+        return prompt if isinstance(prompt, str) else None
+
+    @model_validator(mode="after")
+    def _prompts_are_told_whole(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise ValueError("max_tokens: 0 leaves nothing to answer without echo or prompt_logprobs")
+        if self.stream and (self.echo or self.prompt_logprobs is not None):
+            raise ValueError(f"{'echo' if self.echo else 'prompt_logprobs'}: is not streamed")
+        return self
 
     @model_validator(mode="after")
     def _a_budget_needs_a_question(self) -> CompletionRequest:

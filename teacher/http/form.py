@@ -15,9 +15,10 @@ from typing import Any, Generic, TypeVar
 from distill.logprobs import Scored, TokenLogprobs
 from teacher.engine.detokenizer import UNSPELLABLE
 from teacher.engine.sequence import Logprobs
+from teacher.engine.stopping import RepetitionLimit
 from teacher.http.parts import Parts, Splitter, Undivided
 from teacher.http.request import Request
-from teacher.live import GeneratedSample
+from teacher.live import GeneratedSample, RequestOptions
 
 Spell = Callable[..., str]
 RequestType = TypeVar("RequestType", bound=Request)
@@ -92,6 +93,10 @@ class Form(ABC, Generic[RequestType]):
 
     def _top(self, pairs: list[Scored]) -> list[Scored]:
         return pairs[: self.request.num_logprobs() or 0]
+
+    def options(self, repetition: RepetitionLimit | None) -> RequestOptions:
+        """Options of the request's samples; `repetition` is the limit where it says nothing of one."""
+        return self.request.options(repetition)
 
     def splitter(self) -> Splitter:
         """The splitter of the parts of one choice."""

@@ -89,7 +89,6 @@ class Message(Body):
             if (value := getattr(self, field)) is not None:
                 message[field] = value
         if self.tool_calls:
-            message["content"] = self.text or None
             message["tool_calls"] = [
                 {
                     "id": call.id,
@@ -109,7 +108,7 @@ def check_order(messages: Iterable[Message]) -> None:
             called = {call.id for call in message.tool_calls or ()}
         elif message.tool_call_id not in called:
             text = "messages with role 'tool' must be a response to a preceding message with 'tool_calls'"
-            raise ValueError(f"[{place}].tool_call_id: {text}, got {message.tool_call_id!r}")
+            raise ValueError(f"messages[{place}].tool_call_id: {text}, got {message.tool_call_id!r}")
 
 
 def _no_json(name: str) -> NoReturn:

@@ -8,6 +8,7 @@ forcing and logit distillation use, `thinking_token_budget`, `return_token_ids` 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -15,6 +16,7 @@ from pydantic import Field, model_validator
 from distill.records import Problem, Sampling, TraceRequest
 from teacher.engine.stopping import RepetitionLimit
 from teacher.http.body import Body, Integer, Number, ServiceFields, one_or_list
+from teacher.http.structured import StructuredFields
 from teacher.live import GenerationRequest, RequestOptions
 
 MAX_LOGPROBS = 20
@@ -26,7 +28,9 @@ StopString = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 StopStrings = one_or_list(StopString, Annotated[list[StopString], Field(max_length=MAX_STOPS)])
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 TokenId = Annotated[int, Field(ge=0)]
-Zero = Annotated[Number, Field(ge=0, le=0)] | None
+# OpenAI's bounds; vLLM has none for the third, and 1 is none.
+Penalty = Annotated[Number, Field(ge=-2, le=2)] | None
+RepetitionPenalty = Annotated[Number, Field(gt=0, le=10)] | None
 MAX_SEED = 2**63 - 1
 
 
@@ -60,7 +64,7 @@ class RepetitionDetection(Body):
         return self
 
 
-class Request(ServiceFields, ABC):
+class Request(ServiceFields, StructuredFields, ABC):
     """The fields that both kinds of request share."""
 
     model: str
@@ -77,8 +81,9 @@ class Request(ServiceFields, ABC):
     stream: bool = False
     stream_options: StreamOptions | None = None
     stream_interval: Integer = Field(1, ge=1, description="tokens that a piece of a stream has at least")
-    presence_penalty: Zero = None
-    frequency_penalty: Zero = None
+    presence_penalty: Penalty = None
+    frequency_penalty: Penalty = None
+    repetition_penalty: RepetitionPenalty = None
     thinking_token_budget: Integer | None = Field(None, ge=1)
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
@@ -90,6 +95,10 @@ class Request(ServiceFields, ABC):
     @abstractmethod
     def num_logprobs(self) -> int | None:
         """The number of likeliest tokens told at every position; None: no logprobs at all."""
+
+    def num_prompt_logprobs(self) -> int | None:
+        """The number of likeliest tokens told at every position of the prompt; None: no logprobs of it at all."""
+        return None
 
     def num_samples(self) -> int:
         """Count the answers that are asked for, without making any of them."""
@@ -120,15 +129,24 @@ class Request(ServiceFields, ABC):
             top_k=max(0, self.top_k or 0),
             min_p=self.min_p or 0.0,
             logit_bias=tuple(sorted((self.logit_bias or {}).items())),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            prompt_logprobs=self.num_prompt_logprobs(),
             repetition_detection=repetition if detection is None else detection.limit(),
+            grammar=self.grammar(),
         )
 
     def generation_requests(self, first_index: int, options: RequestOptions) -> list[GenerationRequest]:
         """`n` samples a prompt. A seeded request starts at index 0, so that it can be repeated; one without a seed
-        gets indices of its own, so that it differs from every other and still shares their batch."""
-        start = 0 if self.seed is not None else first_index
+        gets indices of its own, so that it differs from every other and still shares their batch. The first of a
+        prompt's samples scores the prompt, where that is wanted."""
+        start, others = 0 if self.seed is not None else first_index, replace(options, prompt_logprobs=None)
         return [
-            one._replace(request=TraceRequest(problem=one.request.problem, sample_index=start + index), options=options)
+            one._replace(
+                request=TraceRequest(problem=one.request.problem, sample_index=start + index),
+                options=others if index % self.n else options,
+            )
             for number, one in enumerate(self.prompts())
             for index in range(number * self.n, (number + 1) * self.n)
         ]

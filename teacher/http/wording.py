@@ -55,7 +55,7 @@ def refusal_of(fault: ValidationError, form: type[BaseModel]) -> APIError:
     else:
         message, code = f"Invalid {_quoted(param)}: {_lowered(error['msg'])}.", "invalid_value"
     if kind == "value_error" and (named := OWN_FIELD.fullmatch(str(error["ctx"]["error"]))):
-        param = f"{param}.{named[1]}".removeprefix(".").replace(".[", "[")
+        param = f"{param}.{named[1]}" if param else named[1]
         message = f"Invalid {_quoted(param)}: {named[2]}."
     if kind == "extra_forbidden" and len(error["loc"]) == 1 and (near := _nearest(param, form.model_fields)):
         message += f" Did you mean '{near}'?"

@@ -37,6 +37,7 @@ from teacher.backends.tokenizer import (
 )
 from teacher.engine.detokenizer import decode_by
 from teacher.engine.engine import Engine
+from teacher.engine.guide import Guides
 from teacher.engine.sampler import SamplingParams
 from teacher.engine.sequence import Sequence, ThinkingLimit
 from teacher.engine.stopping import cut
@@ -168,11 +169,11 @@ class NativeBackend:
         before it `on_tokens` with the tokens of each step.
 
         Raises DataError for a prompt too long, or with tokens that the model does not have, UserInputError for a bias
-        of such tokens.
+        of such tokens, and for a grammar that cannot be kept.
         """
         prefix, prompt_ids = self._wanted_prompt(request)
         sequence = self._begin(0, request.request, sampling, prefix, prompt_ids)
-        self._apply(request.options, sequence)
+        self._apply(request.options, sequence, thinks=bool(prefix))
         sequence.streamed = on_tokens is not None
 
         def finished(outcome: Sequence[int] | PotstillError) -> None:
@@ -182,7 +183,7 @@ class NativeBackend:
             completion, stop_reason = self._completion(request.request, prefix, outcome)
             tokens = outcome.prompt_ids, outcome.generated_ids
             drafts = outcome.num_drafts, outcome.num_accepted
-            on_done(GeneratedSample(completion, *tokens, prefix, stop_reason, *drafts))
+            on_done(GeneratedSample(completion, *tokens, prefix, stop_reason, *drafts, outcome.prompt_logprobs))
 
         return StreamHandle(self._live.submit(sequence, finished, on_tokens), sequence.prompt_ids, prefix)
 
@@ -215,6 +216,10 @@ class NativeBackend:
 
     def gauges(self) -> dict[str, float]:
         return self.engine.gauges if isinstance(self.engine, Fleet) else {}
+
+    @cached_property
+    def _guides(self) -> Guides:
+        return Guides(self.tokenizer.backend_tokenizer, self._eos_token_ids)
 
     @property
     def _live(self) -> LiveEngine:
@@ -276,14 +281,28 @@ class NativeBackend:
             message = f"has the token {max(prompt_ids)}; the model has {len(self.tokenizer)} tokens"
             raise DataError(message, where=where, field=field)
 
-    def _apply(self, options: RequestOptions, sequence: Sequence[int]) -> None:
-        """Apply what HTTP can say beyond a Sampling."""
+    def _apply(self, options: RequestOptions, sequence: Sequence[int], *, thinks: bool) -> None:
+        """Apply what HTTP can say beyond a Sampling. `thinks`: the sequence begins within its reasoning."""
         if unknown := [token for token, _ in options.logit_bias if token >= len(self.tokenizer)]:
             message = f"there is no token {unknown[0]}; the model has {len(self.tokenizer)} tokens"
             raise UserInputError(message, field="logit_bias")
-        drawn = {"top_k": options.top_k, "min_p": options.min_p, "logit_bias": options.logit_bias}
-        sequence.sampling_params = replace(sequence.sampling_params, **drawn)
+        sequence.sampling_params = replace(
+            sequence.sampling_params,
+            top_k=options.top_k,
+            min_p=options.min_p,
+            logit_bias=options.logit_bias,
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            repetition_penalty=options.repetition_penalty,
+            prompt_logprobs=options.prompt_logprobs,
+        )
         sequence.stops, sequence.repetition = options.stop, options.repetition_detection
+        if options.grammar is not None:
+            sequence.grammar = grammar = replace(options.grammar, thinks=thinks)
+            try:
+                sequence.guide = self._guides.guide(grammar)
+            except ValueError as exc:
+                raise UserInputError(str(exc), field=grammar.field) from exc
 
     def _completion(self, request: TraceRequest, prefix: str, done: Sequence[int]) -> tuple[Completion, str | None]:
         """Make the completion, and say what ended it, if that is neither its end token nor its length.

@@ -283,8 +283,8 @@ class WorkerEngines:
             if isinstance(news, dict):
                 self._tell(number, news)
             else:
-                number, *generated = news
-                in_flight.finish(number, partial(take_generated, generated=generated))
+                finished, *generated = news
+                in_flight.finish(finished, partial(take_generated, generated=generated))
         try:
             worker.check()
         except PotstillError as exc:

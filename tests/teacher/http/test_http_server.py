@@ -215,7 +215,8 @@ def test_requests_that_come_together_are_under_way_together(client: TestClient, 
         ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
         ({"continue_final_message": True}, "messages"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
-        ({"presence_penalty": 1.0}, "presence_penalty"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
     ],
 )
 def test_bad_fields_are_named(client: TestClient, teacher: SpellingTeacher, fields: dict, param: str) -> None:
