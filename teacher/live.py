@@ -131,7 +131,9 @@ class LiveTeacher(Teacher, Protocol):
 
     @property
     def max_characters(self) -> int | None:
-        """The length beyond which no text can be a prompt, whatever its tokens are; None: not known."""
+        """The number of characters beyond which no text can be a prompt, whatever its tokens are; None: not known.
+
+        No prompt has more tokens either."""
         ...
 
     def gauges(self) -> dict[str, float]:

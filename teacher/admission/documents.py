@@ -20,8 +20,10 @@ from typing import IO, Any, NoReturn
 MAX_DEPTH = 64
 # Of a request with two thousand messages and a hundred tools; a list of integers, as of a prompt's tokens, is one.
 MAX_VALUES = 2**15
+Path = tuple[str | int, ...]
 LENGTH = struct.Struct(">Q")
 _SHOWN = 60
+_LONG = re.compile(r"\d{19}")
 _HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -36,29 +38,35 @@ class DocumentError(ValueError):
         self.code = code
 
 
-def loads(data: bytes, *, max_characters: int | None = None) -> Any:
-    """The value of a document. Raises DocumentError, also for a string of more than `max_characters`."""
+def loads(data: bytes, *, max_length: int | None = None) -> Any:
+    """The value of a document. Raises DocumentError, also for a string of more than `max_length` characters, and for a
+    list of more integers."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         raise DocumentError(f"the body is not UTF-8, at byte {exc.start}") from None
     try:
         tree = json.loads(
-            text, object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_no_number
+            text,
+            object_pairs_hook=_object,
+            parse_int=_integer if _LONG.search(text) else None,  # calling it for a million tokens takes a while
+            parse_float=_number,
+            parse_constant=_no_number,
         )
     except json.JSONDecodeError as exc:
         raise DocumentError(f"the body is not JSON: {exc}") from None
     except RecursionError:
         raise DocumentError(_TOO_DEEP) from None
     _check_size(tree)
-    if max_characters is not None and len(text) <= max_characters:
-        max_characters = None
+    if max_length is not None and len(text) <= max_length:
+        max_length = None
     may_have_halves = _HALF_ESCAPED.search(text) is not None
-    for path, string in _strings(tree) if may_have_halves or max_characters is not None else ():
-        if max_characters is not None and len(string) > max_characters:
-            message = f"has {len(string)} characters; at most {max_characters} can fit into the model's context"
+    for path, leaf in _leaves(tree) if may_have_halves or max_length is not None else ():
+        if max_length is not None and len(leaf) > max_length:
+            what = "characters" if isinstance(leaf, str) else "tokens"
+            message = f"has {len(leaf)} {what}; at most {max_length} can fit into the model's context"
             raise DocumentError(message, _named(path), "context_length_exceeded")
-        if may_have_halves and (half := _HALF.search(string)):
+        if may_have_halves and isinstance(leaf, str) and (half := _HALF.search(leaf)):
             raise DocumentError(f"has \\u{ord(half[0]):04x}, which is half a character", _named(path))
     return tree
 
@@ -103,7 +111,7 @@ def _check_size(tree: Any) -> None:
         for value in level:
             if isinstance(value, dict):
                 below += value.values()
-            elif isinstance(value, list) and set(map(type, value)) != {int}:
+            elif isinstance(value, list) and not _is_integers(value):
                 below += value
         if not below:
             return
@@ -111,23 +119,29 @@ def _check_size(tree: Any) -> None:
     raise DocumentError(_TOO_DEEP)
 
 
-def _strings(tree: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Every string, keys among them, and the path to it."""
-    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), tree)]
+def _leaves(tree: Any) -> Iterator[tuple[Path, str | list[int]]]:
+    """Every string, keys among them, every list of integers, and the path to it."""
+    waiting: list[tuple[Path, Any]] = [((), tree)]
     while waiting:
         path, value = waiting.pop()
-        if isinstance(value, str):
-            yield path, value
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             for key, inner in value.items():
                 yield (*path, key), key
                 waiting.append(((*path, key), inner))
-        elif isinstance(value, list) and set(map(type, value)) != {int}:
+        elif isinstance(value, str) or _is_integers(value):
+            yield path, value
+        elif isinstance(value, list):
             waiting += [((*path, number), inner) for number, inner in enumerate(value)]
 
 
-def _named(path: tuple[str | int, ...]) -> str | None:
-    return ".".join(ascii(part)[1:-1][:_SHOWN] if isinstance(part, str) else str(part) for part in path) or None
+def _is_integers(value: Any) -> bool:
+    return isinstance(value, list) and set(map(type, value)) == {int}
+
+
+def _named(path: Path) -> str | None:
+    """As OpenAI writes it: messages[0].content."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{ascii(part)[1:-1][:_SHOWN]}" for part in path)
+    return "".join(parts).removeprefix(".") or None
 
 
 # --- as a program -----------------------------------------------------------------------------------------------------
@@ -136,9 +150,9 @@ def _named(path: tuple[str | int, ...]) -> str | None:
 def _answer_all(source: IO[bytes], output: IO[bytes]) -> None:
     while head := source.read(LENGTH.size):
         (length,) = LENGTH.unpack(head)
-        max_characters, data = pickle.loads(source.read(length))
+        max_length, data = pickle.loads(source.read(length))
         try:
-            answer = pickle.dumps((loads(data, max_characters=max_characters), None))
+            answer = pickle.dumps((loads(data, max_length=max_length), None))
         except DocumentError as exc:
             answer = pickle.dumps((None, exc.args))
         output.write(LENGTH.pack(len(answer)) + answer)

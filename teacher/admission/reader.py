@@ -1,7 +1,7 @@
 """Documents read beside the event loop: small ones at once, large ones in a process of its own.
 
 Four megabytes of brackets take Python's reader hundreds of milliseconds, in which no other thread of the process runs;
-a thread is no help. The process is started with the first large document and lives until `close`.
+a thread is no help. The process lives from `start`, or else from the first large document, until `close`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,23 @@ class Reader:
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
 
-    async def loads(self, data: bytes, *, max_characters: int | None = None) -> Any:
+    async def loads(self, data: bytes, *, max_length: int | None = None) -> Any:
         """As `documents.loads`. Raises Refused where the document is wrong, or cannot be read for now."""
         try:
             if len(data) <= SMALL_BYTES:
-                return documents.loads(data, max_characters=max_characters)
+                return documents.loads(data, max_length=max_length)
             async with self._turn:
-                tree, fault = await self._asked(data, max_characters)
+                tree, fault = await self._asked(data, max_length)
             if fault is not None:
                 raise DocumentError(*fault)
         except DocumentError as exc:
             message = exc.message if exc.path is None else f"Invalid '{exc.path}': it {exc.message}."
             raise Refused(400, message, param=exc.path, code=exc.code) from None
         return tree
+
+    async def start(self) -> None:
+        """Start the process now: the loop is held up until it runs, which on a busy machine takes a moment."""
+        await self._running()
 
     async def close(self) -> None:
         if self._process is not None:
@@ -51,13 +55,13 @@ class Reader:
                 process.kill()
             await process.wait()
 
-    async def _asked(self, data: bytes, max_characters: int | None) -> Any:
+    async def _asked(self, data: bytes, max_length: int | None) -> Any:
         try:
             async with asyncio.timeout(READ_S):
                 process = await self._running()
                 assert process.stdin is not None
                 assert process.stdout is not None
-                question = pickle.dumps((max_characters, data))
+                question = pickle.dumps((max_length, data))
                 process.stdin.write(LENGTH.pack(len(question)) + question)
                 await process.stdin.drain()
                 (length,) = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))

@@ -93,6 +93,9 @@ class Endpoints:
         self._reader = Reader()
         self._short, self._long = Lane("potstill-prompts", MAX_SHORT), Lane("potstill-long-prompts", MAX_LONG)
 
+    async def start(self) -> None:
+        await self._reader.start()
+
     async def close(self) -> None:
         """Finish what was begun, and let go of the teacher."""
         await self._reader.close()
@@ -151,7 +154,7 @@ class Endpoints:
 
     async def _read(self, http: HTTPRequest, form: type[BodyType]) -> BodyType:
         body = await read_body(http.headers.raw, http.receive)
-        tree = await self._reader.loads(body, max_characters=self.teacher.max_characters)
+        tree = await self._reader.loads(body, max_length=self.teacher.max_characters)
         http.state.size = len(body)
         try:
             request = form.model_validate(tree)
@@ -260,6 +263,7 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await routes.start()
         try:
             yield
         finally:

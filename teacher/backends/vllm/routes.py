@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from teacher.admission.bodies import Receive, read_body
+from teacher.admission.bodies import TOO_LARGE, Receive, drain, read_body
 from teacher.admission.callers import check_caller
 from teacher.admission.reader import Reader
 from teacher.admission.refusals import Refused, Send
@@ -40,6 +40,7 @@ class AllowList:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
+            await self._reader.start()
             try:
                 await self.app(scope, receive, send)
             finally:
@@ -48,11 +49,13 @@ class AllowList:
             await send({"type": "websocket.close", "code": 1008})
         else:
             try:
-                receive = await self._checked(scope, receive)
+                checked = await self._checked(scope, receive)
             except Refused as refused:
+                if refused.status == TOO_LARGE:
+                    await drain(receive)
                 await refused.answer(send)
             else:
-                await self.app(scope, receive, send)
+                await self.app(scope, checked, send)
 
     async def _checked(self, scope: Scope, receive: Receive) -> Receive:
         """What the application is to receive, once all of it is known to be fit."""

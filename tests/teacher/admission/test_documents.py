@@ -95,9 +95,9 @@ def test_what_is_hostile_is_refused_alike_here_and_in_the_process_beside(loop: a
     ("document", "path"),
     [
         (r'{"model": "\ud800"}', "model"),
-        (r'{"messages": [{"role": "user", "content": "a\udfffb"}]}', "messages.0.content"),
-        (r'{"stop": ["x", "\udc00\ud800"]}', "stop.1"),
-        (r'{"tools": [{"function": {"parameters": {"\ud83d": 1}}}]}', r"tools.0.function.parameters.\ud83d"),
+        (r'{"messages": [{"role": "user", "content": "a\udfffb"}]}', "messages[0].content"),
+        (r'{"stop": ["x", "\udc00\ud800"]}', "stop[1]"),
+        (r'{"tools": [{"function": {"parameters": {"\ud83d": 1}}}]}', r"tools[0].function.parameters.\ud83d"),
         (r'"\ud800"', None),
     ],
 )
@@ -116,12 +116,13 @@ def test_a_byte_order_mark_is_passed_over() -> None:
     assert loads(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
 
 
-def test_a_text_longer_than_any_prompt_is_named() -> None:
-    document = json.dumps({"messages": [{"content": "x" * 11}], "user": "y" * 10}).encode()
-    assert loads(document, max_characters=11)
-    with pytest.raises(DocumentError, match="11 characters; at most 10") as caught:
-        loads(document, max_characters=10)
-    assert (caught.value.path, caught.value.code) == ("messages.0.content", "context_length_exceeded")
+@pytest.mark.parametrize(("long", "what"), [("x" * 11, "characters"), ([7] * 11, "tokens")])
+def test_what_is_longer_than_any_prompt_is_named(long: Any, what: str) -> None:
+    document = json.dumps({"messages": [{"content": long}], "user": "y" * 10}).encode()
+    assert loads(document, max_length=11)
+    with pytest.raises(DocumentError, match=f"11 {what}; at most 10") as caught:
+        loads(document, max_length=10)
+    assert (caught.value.path, caught.value.code) == ("messages[0].content", "context_length_exceeded")
 
 
 def test_a_prompt_of_many_tokens_is_one_value() -> None:

@@ -89,7 +89,7 @@ def test_who_sends_on_and_on_after_a_refusal_is_cut_off(address: Address, monkey
     monkeypatch.setattr(guard, "MAX_LINGER_BYTES", 2**20)
     with socket.create_connection(address, timeout=20) as connection:
         connection.sendall(f"{POST}content-length: {10**12}\r\n\r\n".encode())
-        with pytest.raises(OSError, match="reset|Broken pipe"):
+        with pytest.raises(OSError, match=r"reset|Broken pipe"):
             send_for_ever(connection, b"x" * 2**20, every_s=0)
 
 
@@ -98,7 +98,7 @@ def test_who_stays_after_a_refusal_is_cut_off(address: Address, monkeypatch: pyt
     with socket.create_connection(address, timeout=20) as connection:
         connection.sendall(f"{POST}content-length: {10**12}\r\n\r\n".encode())
         assert said(connection)[0] == 413
-        with pytest.raises(OSError, match="reset|Broken pipe"):
+        with pytest.raises(OSError, match=r"reset|Broken pipe"):
             send_for_ever(connection, b"x", every_s=0.05)
 
 
