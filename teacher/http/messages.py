@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import Field, model_validator
 
-from teacher.http.body import Body, one_or_list
+from teacher.admission.fields import Body, one_or_list
 
 MAX_MESSAGES = 4_096
 MAX_CALLS = 128

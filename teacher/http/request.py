@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from distill.records import Problem, Sampling, TraceRequest
+from teacher.admission.fields import Body, Integer, Number, ServiceFields, one_or_list
 from teacher.engine.stopping import RepetitionLimit
-from teacher.http.body import Body, Integer, Number, ServiceFields, one_or_list
 from teacher.http.structured import StructuredFields
 from teacher.live import GenerationRequest, RequestOptions
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from teacher.admission.wording import refusal_of
 from teacher.http.chat_request import ChatRequest
 from teacher.http.completion_request import CompletionRequest
-from teacher.http.wording import refusal_of
 
 QUESTION = {"role": "user", "content": "?"}
 TOOL = {"type": "function", "function": {"name": "add"}}

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from teacher.http.refusal import APIError
+from teacher.admission.refusals import Refused
 
 MAX_SHOWN = 60
 JSON_NAMES = {
@@ -43,7 +43,7 @@ BOUNDS = {
 }
 
 
-def refusal_of(fault: ValidationError, form: type[BaseModel]) -> APIError:
+def refusal_of(fault: ValidationError, form: type[BaseModel]) -> Refused:
     """The 400 for the first thing that is wrong with a body that should have been a `form`."""
     error = fault.errors(include_url=False)[0]
     param = _path(error["loc"])
@@ -57,9 +57,16 @@ def refusal_of(fault: ValidationError, form: type[BaseModel]) -> APIError:
     if kind == "value_error" and (named := OWN_FIELD.fullmatch(str(error["ctx"]["error"]))):
         param = f"{param}.{named[1]}" if param else named[1]
         message = f"Invalid {_quoted(param)}: {named[2]}."
-    if kind == "extra_forbidden" and len(error["loc"]) == 1 and (near := _nearest(param, form.model_fields)):
-        message += f" Did you mean '{near}'?"
-    return APIError(400, message, param=param or None, code=code)
+    if kind == "extra_forbidden" and len(error["loc"]) == 1:
+        return unknown_parameter(param, form.model_fields)
+    return Refused(400, message, param=param or None, code=code)
+
+
+def unknown_parameter(name: str, known: Iterable[str]) -> Refused:
+    """The 400 for a field that is not among `known`."""
+    near = difflib.get_close_matches(name, known, n=1)
+    message = f"Unknown parameter: '{name}'." + (f" Did you mean '{near[0]}'?" if near else "")
+    return Refused(400, message, param=name, code="unknown_parameter")
 
 
 def _path(loc: Iterable[int | str]) -> str:
@@ -156,7 +163,3 @@ def _plain(value: Any) -> Any:
 
 def _lowered(text: str) -> str:
     return text[:1].lower() + text[1:]
-
-
-def _nearest(name: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
