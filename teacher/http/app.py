@@ -56,6 +56,8 @@ from teacher.http.request import Request
 from teacher.http.stream import Stream, Wake, cancel, left
 from teacher.live import CallFormat, GeneratedSample, LiveTeacher
 
+# The validator looks at every field that it does not know before it says so of the first.
+MAX_FIELDS = 256
 # Prompts that may wait for their turn to be split into tokens: of a large body each, or of any.
 MAX_LONG, MAX_SHORT = 16, 4_096
 # More samples than these take milliseconds to begin.
@@ -156,6 +158,8 @@ class Endpoints:
         body = await read_body(http.headers.raw, http.receive)
         tree = await self._reader.loads(body, max_length=self.teacher.max_characters)
         http.state.size = len(body)
+        if isinstance(tree, dict) and len(tree) > MAX_FIELDS:
+            raise APIError(400, f"the body has {len(tree)} fields; no request has more than {MAX_FIELDS}")
         try:
             request = form.model_validate(tree)
         except ValidationError as exc:

@@ -53,7 +53,8 @@ class Form(ABC, Generic[RequestType]):
     def num_values(self, answer: GeneratedSample) -> int:
         """Roughly, how much is to be put together for it: tokens, logprobs, token ids."""
         prompt = len(answer.prompt_ids) if self.request.return_token_ids else 0
-        return self.values_per_token * answer.completion.num_tokens + prompt
+        scored_prompt = len(answer.prompt_logprobs) * (2 + (self.request.num_prompt_logprobs() or 0))
+        return self.values_per_token * answer.completion.num_tokens + prompt + scored_prompt
 
     @property
     def values_per_token(self) -> int:

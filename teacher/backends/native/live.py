@@ -97,12 +97,20 @@ class _InFlight:
                 on_tokens(token_ids, logprobs)
 
     def finish(self, number: int, take: Callable[[Sequence[int]], object] = lambda _: None) -> None:
-        """Settle a sequence, unless it was cancelled, once `take` has written into it what was generated."""
+        """Settle a sequence, unless it was cancelled, once `take` has written into it what was generated.
+
+        Raises what goes wrong in that, which is told to whoever waits for it first.
+        """
         with self._lock:
             sequence, on_done, _ = self._by_number.pop(number, (None, None, None))
-        if sequence is not None and on_done is not None:
+        if sequence is None or on_done is None:
+            return
+        try:
             take(sequence)
             on_done(sequence if sequence.fault is None else DataError(sequence.fault))
+        except Exception as exc:
+            on_done(EnvironmentFault(f"the answer could not be put together: {type(exc).__name__}: {exc}"))
+            raise
 
     def cancel(self, number: int) -> bool:
         with self._lock:
@@ -278,19 +286,23 @@ class WorkerEngines:
 
     def _read(self, number: int) -> None:
         worker, in_flight = self._crew[number], self._in_flight[number]
-        for line in worker.lines():
-            news = json.loads(line)
-            if isinstance(news, dict):
-                self._tell(number, news)
-            else:
-                finished, *generated = news
-                in_flight.finish(finished, partial(take_generated, generated=generated))
         try:
+            for line in worker.lines():
+                self._hear(number, json.loads(line))
             worker.check()
         except PotstillError as exc:
             self._lose(exc)
+        except Exception as exc:  # noqa: BLE001 - whoever waits for a sequence must hear of it
+            self._lose(EnvironmentFault(f"{ENDED}: {type(exc).__name__}: {exc}"))
         else:
             in_flight.fail(EnvironmentFault(ENDED))
+
+    def _hear(self, number: int, news: Any) -> None:
+        if isinstance(news, dict):
+            self._tell(number, news)
+        else:
+            finished, *generated = news
+            self._in_flight[number].finish(finished, partial(take_generated, generated=generated))
 
     def _tell(self, number: int, news: dict[str, Any]) -> None:
         self._in_flight[number].stream(news["deltas"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import queue
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from distill.errors import EnvironmentFault
 from teacher.backends.native.live import LocalEngine, WorkerEngines
+from teacher.backends.native.workers import _write
 from teacher.engine.sequence import Sequence
 from tests.teacher.http.test_http_server import wait_until
 
@@ -37,7 +40,13 @@ class Worker:
         return iter(self._lines.get, None)
 
     def finish(self, key: int, token: int) -> None:
-        self._lines.put(json.dumps([key, [token], "stop", [], None, 0, 0]))
+        done = Sequence(key, [1, 2], max_tokens=3, seed=0, generated_ids=[token], finish_reason="stop")
+        written = io.StringIO()
+        _write(done, written)
+        self._lines.put(written.getvalue())
+
+    def say(self, line: str) -> None:
+        self._lines.put(line)
 
     def check(self) -> None:
         pass
@@ -99,6 +108,15 @@ def test_a_run_and_what_is_submitted_beside_it_may_have_one_key(worker: Worker, 
     assert beside[0].generated_ids == [10]
     assert beside[1].generated_ids == []
     assert sorted((one.key, *one.generated_ids) for one in rest) == [(0, 20), (1, 21)]
+
+
+@pytest.mark.parametrize("line", ["[0, 1]", "{", '{"unheard": 1}'])
+def test_what_cannot_be_read_ends_all_and_says_so(worker: Worker, engines: WorkerEngines, line: str) -> None:
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    engines.submit(sequence(0), outcomes.put)
+    worker.say(line)
+    assert isinstance(outcomes.get(timeout=20), EnvironmentFault)
+    assert engines.fault is not None
 
 
 class Never:
