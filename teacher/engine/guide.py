@@ -86,18 +86,20 @@ class Guides:
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._read = lru_cache(_KEPT)(self._matcher)
+        self._compiled = lru_cache(_KEPT)(self._compile)
 
     def guide(self, grammar: Grammar) -> Guide:
         """Raises ValueError, saying why, for a grammar that is wrong, too large or admits no text, and where the
         tokenizer is of a kind that llguidance does not know."""
-        return Guide(self._read(grammar).deep_copy(), self._eos_token_ids)
+        return Guide(self._compiled(grammar).deep_copy(), self._eos_token_ids)
 
-    def _matcher(self, grammar: Grammar) -> LLMatcher:
+    def _compile(self, grammar: Grammar) -> LLMatcher:
         if len(grammar.lark) > MAX_GRAMMAR_CHARACTERS:
             raise ValueError(f"must have at most {MAX_GRAMMAR_CHARACTERS} characters, has {len(grammar.lark)}")
         if grammar.thinks:
-            self._read(replace(grammar, thinks=False))  # what is wrong with the answer shows before it is thought about
+            self._compiled(
+                replace(grammar, thinks=False)
+            )  # what is wrong with the answer shows before it is thought about
         lark = LLMatcher.grammar_from_lark("\n".join([*self._beginning(grammar), grammar.lark]))
         matcher = LLMatcher(self._vocabulary, lark, log_level=0, limits=LIMITS)
         trial = matcher.deep_copy()

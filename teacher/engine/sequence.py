@@ -141,8 +141,8 @@ class Sequence(Generic[Key]):
     @property
     def may_run_ahead(self) -> bool:
         """Tell whether the step after the next token can begin before it is known here."""
-        is_host_s = self.thinking is not None or self.counts is not None or self.guide is not None
-        return not is_host_s and not self._forced and not self.sampling_params.top_logprobs
+        depends = self.thinking is not None or self._forced or self.counts is not None or self.guide is not None
+        return not (depends or self.sampling_params.top_logprobs)
 
     @property
     def is_plain(self) -> bool:

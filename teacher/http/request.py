@@ -1,8 +1,9 @@
 """The fields that both kinds of request share: OpenAI's, as far as a Teacher can honour them, and vLLM's.
 
 A field that would change the answer and is not honoured is refused with 400, never ignored. Beside OpenAI's fields
-there are vLLM's, under its names: `top_k`, `min_p`, `repetition_detection`, `stream_interval`, and those that budget
-forcing and logit distillation use, `thinking_token_budget`, `return_token_ids` and `return_tokens_as_token_ids`.
+there are vLLM's, under its names: `top_k`, `min_p`, `repetition_penalty`, `repetition_detection`, `structured_outputs`,
+`stream_interval`, and those that budget forcing and logit distillation use, `thinking_token_budget`, `return_token_ids`
+and `return_tokens_as_token_ids`.
 """
 
 from __future__ import annotations
