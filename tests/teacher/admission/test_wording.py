@@ -122,6 +122,13 @@ def refused(form: type[ChatRequest | CompletionRequest], **fields: Any) -> tuple
             "invalid_value",
         ),
         (
+            {"messages": [QUESTION, call('{"a": "\\ud800"}')]},
+            "Invalid 'messages[1].tool_calls[0].function.arguments': must be the text of a JSON object; "
+            "has \\ud800, which is half a character.",
+            "messages[1].tool_calls[0].function.arguments",
+            "invalid_value",
+        ),
+        (
             {"messages": [QUESTION, call("{}"), {"role": "tool", "tool_call_id": "d", "content": "4"}]},
             "Invalid 'messages[2].tool_call_id': messages with role 'tool' must be a response to a preceding message "
             "with 'tool_calls', got 'd'.",
