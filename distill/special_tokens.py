@@ -82,7 +82,9 @@ class SpecialTokens:
         yield self._plain_ids(rendered[start:])
 
     def _plain_ids(self, text: str) -> list[int]:
-        return list(self._plain.encode(self.unveil(text), add_special_tokens=False).ids)
+        # Of a batch, since that lets other threads run meanwhile.
+        (encoding,) = self._plain.encode_batch_fast([self.unveil(text)], add_special_tokens=False)
+        return list(encoding.ids)
 
     @cached_property
     def _plain(self) -> Tokenizer:

@@ -77,11 +77,12 @@ def serve_teacher(
 
     from teacher.backends import open_teacher
     from teacher.engine.stopping import RepetitionLimit
-    from teacher.http.app import build_app, serve
+    from teacher.http.app import build_app
+    from teacher.http.server import serve
 
     if speculate:
         config = config.model_copy(update={"speculate": True})
-    teacher = open_teacher(config, base_dir=base_dir, progress=progress)
+    teacher = open_teacher(config, base_dir=base_dir, progress=progress, needs_template=False)
     limits = {} if max_waiting is None else {"max_waiting": max_waiting}
     app = build_app(
         teacher,

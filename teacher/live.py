@@ -5,18 +5,22 @@ The native backend is one: a request joins the batch that is running, streams it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-from distill.errors import PotstillError
+from distill.errors import DataError, PotstillError
 from distill.protocols import Teacher
 from distill.records import Completion, Sampling, TraceRequest
+from teacher.engine.guide import Grammar
 from teacher.engine.sequence import Logprobs
 from teacher.engine.stopping import RepetitionLimit
 
 # The stop reason of a text that repeats itself, in vLLM's word.
 REPETITION = "repetition_detected"
+# How a model writes the calls of tools, under the names of vLLM's parsers: as Hermes and Qwen
+# (`<tool_call>{"name": ..., "arguments": ...}</tool_call>`), or as Llama 3 (`{"name": ..., "parameters": ...}` alone).
+CallFormat = Literal["hermes", "llama3_json"]
 
 
 @dataclass(frozen=True)
@@ -30,24 +34,42 @@ class RequestOptions:
     top_k: int = 0
     min_p: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    prompt_logprobs: int | None = None
     repetition_detection: RepetitionLimit | None = None
+    grammar: Grammar | None = None  # behind the reasoning, where the prompt opens it
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns and offered tools, in the form in which chat templates take them: a call's arguments are an object."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text to go on from as it is; `add_special_tokens`: behind what the tokenizer puts in front of any text."""
+
+    text: str
+    add_special_tokens: bool = True
 
 
 class GenerationRequest(NamedTuple):
-    """One sample that is wanted: the answer to a question, or the continuation of a text.
+    """One sample that is wanted: the answer to a question or in a conversation, or the continuation of a text.
 
-    `partial_answer` is what the answer says already; `prompt_ids`, where there are any, are all that stands before the
-    completion, and the question is not read.
+    `prompt` is what is asked, where that is not the question of `request`, whose problem then stands for the sample's
+    identity alone; token ids are all that stands before the completion. `partial_answer` is what the answer already
+    says.
     """
 
     request: TraceRequest
+    prompt: Conversation | PlainText | tuple[int, ...] | None = None
     partial_answer: str = ""
-    prompt_ids: tuple[int, ...] = ()
     options: RequestOptions = RequestOptions()
-
-    @property
-    def is_continuation(self) -> bool:
-        return bool(self.partial_answer or self.prompt_ids)
 
 
 class GeneratedSample(NamedTuple):
@@ -55,6 +77,7 @@ class GeneratedSample(NamedTuple):
 
     `opening` is what of the text stands in the prompt: the tokens are the rest. `stop_reason` is the stop string that
     ended it, or `REPETITION`. `num_accepted` of `num_drafts` tokens that a teacher drafted came true.
+    `prompt_logprobs`, where they are wanted, are those of each token of the prompt but the first.
     """
 
     completion: Completion
@@ -64,6 +87,16 @@ class GeneratedSample(NamedTuple):
     stop_reason: str | None = None
     num_drafts: int = 0
     num_accepted: int = 0
+    prompt_logprobs: Sequence[Logprobs] = ()
+
+
+class PromptTooLong(DataError):
+    """`num_tokens` of a prompt are more than the `limit` that the model takes; `is_least`: there are more of them."""
+
+    def __init__(self, num_tokens: int, limit: int, *, is_least: bool = False, where: str, field: str) -> None:
+        self.limit = limit
+        self.num_tokens = f"at least {num_tokens}" if is_least else str(num_tokens)
+        super().__init__(f"has {self.num_tokens} tokens; the model takes {limit}", where=where, field=field)
 
 
 class StreamHandle(NamedTuple):
@@ -96,12 +129,24 @@ class LiveTeacher(Teacher, Protocol):
         """
         ...
 
+    @property
+    def max_characters(self) -> int | None:
+        """The number of characters beyond which no text can be a prompt, whatever its tokens are; None: not known.
+
+        No prompt has more tokens either."""
+        ...
+
     def gauges(self) -> dict[str, float]:
         """Numbers of its own for `/metrics`, by name."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """The text's tokens, with none added for its beginning or end."""
+    @property
+    def call_format(self) -> CallFormat | None:
+        """The way in which the model writes calls of tools; None: it has none, or none that can be read."""
+        ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """The text's tokens; on demand with those that the tokenizer puts around any text."""
         ...
 
     def spell(self, *token_ids: int) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -58,6 +60,7 @@ def serve(
                 end_loops=end_loops,
                 progress=command_progress(),
             )
+            _end_at_once()
 
 
 @app.command()
@@ -71,6 +74,14 @@ def launch(
     from pipelines.launch.start import start
 
     raise typer.Exit(start(job, set_, out=out, dry_run=dry_run, announce=typer.echo))
+
+
+def _end_at_once() -> NoReturn:
+    """End the process as it is: all is closed, and to take the interpreter apart, with torch and transformers in it,
+    would cost more than a second."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 def _served_teacher(path: Path, overrides: list[str]) -> tuple[TeacherConfig, Sampling]:

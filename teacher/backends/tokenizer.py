@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distill import chat_templates
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, UserInputError
 from distill.reading.json_text import read_json
 from distill.special_tokens import special_tokens
 from teacher.models.gqa.config import FAMILIES
@@ -31,6 +33,9 @@ def load_tokenizer(folder: Path, facts: ModelFacts, *, of_base: bool = False) ->
         tokenizer = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as exc:
         raise CheckpointError(f"is not a usable tokenizer: {exc}", where=path) from exc
+    # Whatever the file says: a prompt that is too long is refused, not cut.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     if not tokenizer.chat_template and not of_base:
         raise CheckpointError("no chat template", where=folder / "chat_template.jinja")
     if len(tokenizer) > facts.vocab_size:
@@ -39,25 +44,58 @@ def load_tokenizer(folder: Path, facts: ModelFacts, *, of_base: bool = False) ->
     return tokenizer
 
 
-def render(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """Text of the prompt, up to where the answer begins; without a chat template the question and a line break.
-
-    Special tokens that the question spells out are veiled: they end no turn, and begin none (`encode_prompt`).
-    """
-    veiled = special_tokens(tokenizer).veil(question)
+def render_question(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    """Text of the prompt, up to where the answer begins; without a chat template the question and a line break."""
     if not tokenizer.chat_template:
-        return veiled + "\n"
-    return chat_templates.render(tokenizer, [{"role": "user", "content": veiled}])
+        return special_tokens(tokenizer).veil(question) + "\n"
+    return render(tokenizer, [{"role": "user", "content": question}])
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    add_generation_prompt: bool = True,
+) -> str:
+    """Text of a conversation, up to where the answer begins.
+
+    Special tokens that its texts spell out are veiled: they end no turn, and begin none (`encode_prompt`). Raises
+    UserInputError where the template refuses it, CheckpointError for a template that is broken or has no end.
+    """
+    specials = special_tokens(tokenizer)
+    veiled, offered = specials.veil_within(messages), specials.veil_within(tools) or None
+    try:
+        return chat_templates.render(tokenizer, veiled, tools=offered, add_generation_prompt=add_generation_prompt)
+    except chat_templates.TemplateRefusal as exc:
+        message = f"the chat template of this model refuses them: {exc}"
+        raise UserInputError(message, field="messages") from exc
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a rendered prompt. A template writes the special tokens itself; without one they are added."""
     specials = special_tokens(tokenizer)
-    if tokenizer.chat_template:
-        return specials.encode(prompt)
     if not specials.is_veiled(prompt):
-        return tokenizer.encode(prompt)
-    return tokenizer.encode("") + specials.encode(prompt)  # models of these families begin with BOS, if with anything
+        return encode_text(tokenizer, prompt, add_special_tokens=not tokenizer.chat_template)
+    begin = [] if tokenizer.chat_template else encode_text(tokenizer, "", add_special_tokens=True)
+    return begin + specials.encode(prompt)  # models without a template begin with BOS, if with anything
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> list[int]:
+    """As `tokenizer.encode`, which keeps other threads from running for as long as it takes; this does not."""
+    (encoding,) = tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    return encoding.ids
+
+
+def most_characters(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of characters that one token stands for at the most.
+
+    Its own text has as many: in byte-level vocabularies a byte is written as a character. A normaliser may have joined
+    up to four before (Unicode's NFC: the longest canonical decomposition has four). A text can do better only where the
+    tokenizer drops some of it: characters that it does not know, blanks beside special tokens.
+    """
+    longest = max(map(len, tokenizer.get_vocab()))
+    return longest if tokenizer.backend_tokenizer.normalizer is None else 4 * longest
 
 
 def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, facts: ModelFacts) -> tuple[int, ...]:

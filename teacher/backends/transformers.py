@@ -24,7 +24,7 @@ from distill.errors import CheckpointError
 from distill.reasoning import THINK_LINE
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest, content_id
 from distill.weights import folder_identity
-from teacher.backends.tokenizer import encode_prompt, end_tokens, load_tokenizer, render
+from teacher.backends.tokenizer import encode_prompt, end_tokens, load_tokenizer, render_question
 from teacher.models.load import check_weights, read_facts
 
 
@@ -75,7 +75,7 @@ class TransformersBackend:
 
     def generate(self, requests: Sequence[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
         """Yield completions batch by batch. A prompt that fills the model's context ends at once, by length."""
-        prompts = [render(self.tokenizer, request.problem.prompt) for request in requests]
+        prompts = [render_question(self.tokenizer, request.problem.prompt) for request in requests]
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         openings = [THINK_LINE if prompt.endswith(THINK_LINE) else "" for prompt in prompts]
         fitting = [number for number, prompt_ids in enumerate(ids) if len(prompt_ids) < self._context]

@@ -94,11 +94,16 @@ class DecodeGraphs:
 
     def fit(self, chunks: list[Chunk[Any]]) -> bool:
         """Tell whether a graph of decoding sequences computes these."""
-        return all(chunk.count == 1 and chunk.num_rows == self._num_queries for chunk in chunks)
+        return all(
+            chunk.count == 1 and chunk.num_rows == self._num_queries and (chunk.ends_text or not chunk.scored)
+            for chunk in chunks
+        )
 
     def fit_prompt(self, chunks: list[Chunk[Any]]) -> bool:
         """Tell whether this is what is left of one short prompt."""
         if len(chunks) != 1 or chunks[0].count == 1 or not chunks[0].ends_text or not self._model.reads_in_graphs:
+            return False
+        if chunks[0].scored:
             return False
         num_rows = padded_prompt(chunks[0].count)
         places = min(self._inputs.num_pages * PAGE, self._model.max_positions)
@@ -106,9 +111,7 @@ class DecodeGraphs:
 
     def may_sample(self, chunks: list[Chunk[Any]]) -> bool:
         """Tell whether a graph can say all that is wanted of these, which fit one: the host has no say in tokens."""
-        plain = all(
-            not (c.sequence.sampling_params.logit_bias or c.sequence.sampling_params.top_logprobs) for c in chunks
-        )
+        plain = all(chunk.sequence.is_plain for chunk in chunks)
         return plain and (self._num_queries == 1 or all(chunk.sequence.may_run_ahead for chunk in chunks))
 
     def num_warm_ups(self, chunks: list[Chunk[Any]]) -> int:

@@ -20,6 +20,7 @@ from teacher.engine.sequence import Key, Sequence
 from teacher.engine.speculation import draft, take
 from teacher.engine.step import in_order
 from teacher.engine.stopping import Watch
+from teacher.engine.token_counts import TokenCounts
 from teacher.kernels.attention.mla_cache import PAGE
 
 # Tokens a step: enough to keep matrix products busy, few enough that others' prompts do not delay who decodes.
@@ -125,8 +126,13 @@ class Engine:
             sequence.fault = "the prompt has no tokens"
         elif sequence.stops and self._decode is None:
             sequence.fault = "this engine knows no text, and stop strings are text"
+        elif sequence.grammar is not None and sequence.guide is None:
+            sequence.fault = "this engine has no vocabulary, and a grammar needs one"
         elif sequence.stops or sequence.repetition is not None:
             sequence.watch = Watch(sequence.stops, sequence.repetition, self._decode)
+        if sequence.sampling_params.penalises:
+            repeated = sequence.sampling_params.repetition_penalty != 1
+            sequence.counts = TokenCounts(sequence.prompt_ids if repeated else ())
         sequence.max_tokens = min(sequence.max_tokens, room + 1)  # the last token needs no place of its own
         (self.scheduler.waiting if sequence.fault is None else self._ended).append(sequence)
 

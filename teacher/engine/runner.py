@@ -16,10 +16,13 @@ from teacher.engine.block_manager import Copy
 from teacher.engine.cache import CacheShape, PagedCache
 from teacher.engine.decode_graph import DecodeGraphs, GraphRun
 from teacher.engine.placeholders import resolve_placeholders
-from teacher.engine.sampler import choose
+from teacher.engine.sampler import choose, masked, score
 from teacher.engine.scheduler import Chunk
 from teacher.engine.sequence import Sequence
 from teacher.engine.step import Step, build_step
+
+# Rows of logits that are there at once while prompts are scored: 77 MB, some three times, of 150,000 tokens.
+SCORED_ROWS = 128
 
 
 class ForwardPass(NamedTuple):
@@ -89,9 +92,16 @@ class ModelRunner:
                 graph = graphs.sample(chunks, before_Z) if decodes else graphs.read(chunks[0])
                 return SampledTokens(graph.rows, graph.drafts_B, graph=graph)
         forward = self.forward(chunks, copies, before_Z, graphed)
-        places = [(chunk.sequence, ahead) for chunk in chunks for ahead in range(chunk.num_sampled)]
-        uniform = [sequence.uniform(ahead + sequence.num_placeholders) for sequence, ahead in places]
-        tokens_Z = choose(forward.logits_ZV, uniform, [sequence.sampling_params for sequence, _ in places])
+        # Each row behind which a token is drawn, and the draft among its tokens that the sequence does not have yet.
+        places = [(chunk.sequence, [chunk.draft][:ahead]) for chunk in chunks for ahead in range(chunk.num_sampled)]
+        uniform = [sequence.uniform(len(drafts) + sequence.num_placeholders) for sequence, drafts in places]
+        if any(sequence.guide is not None for sequence, _ in places):
+            masks = [None if sequence.guide is None else sequence.guide.mask(drafts) for sequence, drafts in places]
+            forward = forward._replace(logits_ZV=masked(forward.logits_ZV, masks))
+        seen = None
+        if any(sequence.counts is not None for sequence, _ in places):
+            seen = [None if sequence.counts is None else sequence.counts.seen(drafts) for sequence, drafts in places]
+        tokens_Z = choose(forward.logits_ZV, uniform, [sequence.sampling_params for sequence, _ in places], seen)
         return SampledTokens(tokens_Z, forward=forward)
 
     @torch.inference_mode()
@@ -120,7 +130,25 @@ class ModelRunner:
         self.cache.clear(step.num_pages)
         step = replace(step, decodes=[replace(group, plan=self.model.plan(group)) for group in step.decodes])
         x_MD = self.model.hidden(step, self._entries)
+        self._score_prompts(chunks, x_MD)
         return ForwardPass(self.model.logits(x_MD[step.sampled]), (step, x_MD) if self._drafts else None)
+
+    def _score_prompts(self, chunks: list[Chunk[Any]], x_MD: Tensor) -> None:
+        """Keep the logprobs of prompts' tokens, where they are wanted, from the states behind the tokens before them.
+
+        A few rows at a time: logits of a whole prompt would be gigabytes.
+        """
+        row = 0
+        for chunk in chunks:
+            sequence, places = chunk.sequence, chunk.scored
+            for start in range(places.start, places.stop, SCORED_ROWS):
+                end = min(start + SCORED_ROWS, places.stop)
+                logits_NV = self.model.logits(x_MD[row + start - chunk.start : row + end - chunk.start])
+                following = list(sequence.prompt_ids[start + 1 : end + 1])
+                most = sequence.sampling_params.prompt_logprobs
+                assert most is not None
+                sequence.prompt_logprobs += score(logits_NV, following, most)
+            row += chunk.num_rows
 
     @torch.inference_mode()
     def draft(self, forward: ForwardPass, next_ids: list[int], rows: list[int]) -> Tensor:

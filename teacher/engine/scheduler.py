@@ -54,6 +54,15 @@ class Chunk(Generic[Key]):
         return self.start + self.num_rows
 
     @property
+    def scored(self) -> range:
+        """Places of its tokens behind which a token of the prompt stands that waits for its logprob."""
+        sequence = self.sequence
+        if not sequence.is_unscored:
+            return range(0)
+        first = max(self.start, len(sequence.prompt_logprobs))  # more are there where it had to wait, and starts again
+        return range(first, max(first, min(self.start + self.count, len(sequence.prompt_ids) - 1)))
+
+    @property
     def token_ids(self) -> list[int]:
         draft = [] if self.draft is None else [self.draft]
         return self.sequence.tokens(self.start, self.start + self.count) + draft
@@ -197,7 +206,7 @@ class Scheduler(Generic[Key]):
 
         The last token is left out: its logits are wanted, so it is computed again, in a page of the sequence's own.
         """
-        if not self.blocks.caching:
+        if not self.blocks.caching or sequence.is_unscored:
             return [], []
         num_full = (sequence.num_tokens - 1) // PAGE
         shared: list[int] = []
@@ -207,7 +216,8 @@ class Scheduler(Generic[Key]):
         return shared, [] if last is None else [last]
 
     def _is_being_computed(self, sequence: Sequence[Key], num_shared: int) -> bool:
-        return self.blocks.caching and self._key(sequence, num_shared) in self._being_computed
+        is_shared = self.blocks.caching and not sequence.is_unscored
+        return is_shared and self._key(sequence, num_shared) in self._being_computed
 
     def _fits(self, sequence: Sequence[Key], found: list[int]) -> bool:
         """Tell whether pages it does not share can be had, and one for each that runs, beside those that were found."""

@@ -7,11 +7,15 @@ from collections import deque
 from collections.abc import Hashable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from teacher.engine.placeholders import placeholder
 from teacher.engine.sampler import SamplingParams
 from teacher.engine.stopping import RepetitionLimit, Watch
+from teacher.engine.token_counts import TokenCounts
+
+if TYPE_CHECKING:
+    from teacher.engine.guide import Grammar, Guide
 
 Key = TypeVar("Key", bound=Hashable)
 # One token's: its own, and the likeliest ones with theirs.
@@ -48,9 +52,13 @@ class Sequence(Generic[Key]):
     # Texts that end it (in the tokens that it writes, not in its prompt), and how long it may loop; None: as it likes.
     stops: tuple[str, ...] = ()
     repetition: RepetitionLimit | None = None
+    grammar: Grammar | None = None  # for who makes the guide where the engine is
+    guide: Guide | None = None
     streamed: bool = False  # whether each step's tokens are told, not only the last
     logprobs: list[Logprobs] = field(default_factory=list)  # one entry a generated token, where they are wanted
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # one a token of the prompt but the first, likewise
     watch: Watch | None = None  # the engine's, for stops and repetition
+    counts: TokenCounts | None = None  # the engine's, for penalties
     # The engine's: pages of the cache in order, how many tokens have their latents there, the keys of full pages, and
     # that of the prompt's last one where it is not full.
     pages: list[int] = field(default_factory=list)
@@ -98,8 +106,13 @@ class Sequence(Generic[Key]):
             self.num_placeholders -= 1
         else:
             self.generated_ids.append(token)
+        if self.counts is not None:
+            self.counts.push(token)
+        if self.guide is not None:
+            self.guide.push(token)
+            self.fault = self.guide.fault
         seen = None if self.watch is None else self.watch.ends_with(token)
-        if token in eos_token_ids:
+        if token in eos_token_ids or self.fault is not None:
             self.finish_reason = "stop"
         elif seen is not None:
             self.finish_reason = seen
@@ -128,7 +141,20 @@ class Sequence(Generic[Key]):
     @property
     def may_run_ahead(self) -> bool:
         """Tell whether the step after the next token can begin before it is known here."""
-        return self.thinking is None and not self._forced and not self.sampling_params.top_logprobs
+        depends = self.thinking is not None or self._forced or self.counts is not None or self.guide is not None
+        return not (depends or self.sampling_params.top_logprobs)
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether a graph can draw its tokens: the logits are not changed before it, and not kept."""
+        params = self.sampling_params
+        return self.counts is None and self.guide is None and not params.logit_bias and not params.top_logprobs
+
+    @property
+    def is_unscored(self) -> bool:
+        """Tell whether logprobs of its prompt are wanted and not there yet: all of it must be computed for them."""
+        wanted = self.sampling_params.prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < len(self.prompt_ids) - 1
 
     @property
     def is_ended(self) -> bool:

@@ -1,58 +1,71 @@
 """An OpenAI-compatible HTTP server over a `LiveTeacher`, which the native one is.
 
-    GET  /health   /version   /v1/models   /metrics
+    GET  /health   /version   /v1/models   /v1/models/{id}   /metrics
     POST /v1/completions   /v1/chat/completions      (streaming and not)
     POST /tokenize
 
 A stream carries each token when it is there (`teacher.http.stream`). While nothing comes there is a comment now and
 then, so that whoever waits can tell a long answer from a dead server. The text keeps the opening `<think>` that the
 chat template wrote, unless reasoning is told apart. Errors have OpenAI's shape.
-With a key, every route but `/health` asks for it (`teacher.http.guard`).
+With a key, every route but `/health` asks for it; without one only programs of this machine are answered
+(`teacher.http.guard`, which `teacher.http.server` puts in front).
+
+Nothing that grows with a request's size happens on the event loop: large bodies are read in a process of their own
+(`teacher.admission.reader`), prompts are rendered and split into tokens on a thread (`teacher.http.lane`), as are large
+answers put together.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import importlib.metadata
 import itertools
-import json
 import queue
-import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
-from typing import Any, NoReturn, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from distill.errors import PotstillError, Preempted
+from distill.errors import PotstillError
 from distill.records import Sampling
+from teacher.admission.bodies import GONE, read_body
+from teacher.admission.fields import Body
+from teacher.admission.reader import SMALL_BYTES, Reader
+from teacher.admission.refusals import Refused, error_body
+from teacher.admission.wording import refusal_of
 from teacher.engine.stopping import RepetitionLimit
+from teacher.http.chat_form import ChatForm, ReasoningPlace
+from teacher.http.chat_request import ChatRequest
+from teacher.http.completion_form import TextForm
+from teacher.http.completion_request import CompletionRequest, TokenizeRequest
 from teacher.http.feed import SampleFeed, SampleFuture
-from teacher.http.forms import ChatForm, Form, ReasoningPlace, TextForm, error_body
-from teacher.http.guard import GuardedProtocol, KeyMiddleware
-from teacher.http.messages import ChatRequest, CompletionRequest, Request, TokenizeRequest
+from teacher.http.form import Form
+from teacher.http.guard import KeyMiddleware
+from teacher.http.lane import Lane, dumps_in_turns
 from teacher.http.metrics import Metrics
-from teacher.http.refusal import APIError
+from teacher.http.refusal import APIError, refusal_response
+from teacher.http.request import Request
 from teacher.http.stream import Stream, Wake, cancel, left
-from teacher.live import GeneratedSample, LiveTeacher
+from teacher.live import CallFormat, GeneratedSample, LiveTeacher
 
-# A prompt of 128k token ids is one megabyte of JSON.
-MAX_BODY_BYTES = 4 * 2**20
-BODY_S = 60.0
-SHUTDOWN_S = 60
-# What nginx writes down where the client has closed the connection; nobody reads it.
-GONE = 499
+# The validator looks at every field that it does not know before it says so of the first.
+MAX_FIELDS = 256
+# Prompts that may wait for their turn to be split into tokens: of a large body each, or of any.
+MAX_LONG, MAX_SHORT = 16, 4_096
+# More samples than these take milliseconds to begin.
+FEW_SAMPLES = 64
+# An answer of so many tokens, logprobs and token ids is put together on the event loop.
+SMALL_ANSWER = 4_096
 
-Body = TypeVar("Body", bound=BaseModel)
+BodyType = TypeVar("BodyType", bound=Body)
 
 
 class Endpoints:
@@ -79,6 +92,16 @@ class Endpoints:
         self.metrics = Metrics(self.feed.num_unfinished, teacher.gauges)
         self.started = int(time.time())
         self._indices = itertools.count()
+        self._reader = Reader()
+        self._short, self._long = Lane("potstill-prompts", MAX_SHORT), Lane("potstill-long-prompts", MAX_LONG)
+
+    async def start(self) -> None:
+        await self._reader.start()
+
+    async def close(self) -> None:
+        """Finish what was begun, and let go of the teacher."""
+        await self._reader.close()
+        await asyncio.to_thread(self.feed.close)
 
     async def health(self, _: HTTPRequest) -> Response:
         return Response(status_code=200 if self.feed.fault is None else 503)
@@ -87,53 +110,82 @@ class Endpoints:
         return JSONResponse({"version": importlib.metadata.version("potstill")})
 
     async def models(self, _: HTTPRequest) -> Response:
-        entry = {"id": self.model, "object": "model", "created": self.started, "owned_by": "potstill"}
-        return JSONResponse({"object": "list", "data": [entry]})
+        return JSONResponse({"object": "list", "data": [self._entry]})
+
+    async def one_model(self, http: HTTPRequest) -> Response:
+        self._check_model(http.path_params["name"])
+        return JSONResponse(self._entry)
+
+    @property
+    def _entry(self) -> dict[str, Any]:
+        return {"id": self.model, "object": "model", "created": self.started, "owned_by": "potstill"}
 
     async def metrics_text(self, _: HTTPRequest) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def completions(self, http: HTTPRequest) -> Response:
         request = await self._read(http, CompletionRequest)
-        return await self._answer(http, request, TextForm(request, self.teacher.spell))
+        return await self._answer(http, TextForm(request, self.teacher.spell))
 
     async def chat_completions(self, http: HTTPRequest) -> Response:
         request = await self._read(http, ChatRequest)
-        return await self._answer(http, request, ChatForm(request, self.teacher.spell, reasoning=self.reasoning))
+        calls = await asyncio.to_thread(self._call_format) if request.offered else None
+        form = ChatForm(request, self.teacher.spell, reasoning=self.reasoning, call_format=calls)
+        return await self._answer(http, form)
+
+    def _call_format(self) -> CallFormat:
+        calls = self.teacher.call_format
+        if calls is None:
+            message = "Unsupported parameter: 'tools' is not supported with this model: its chat template has none."
+            raise APIError(400, message, param="tools", code="unsupported_parameter")
+        return calls
 
     async def tokenize(self, http: HTTPRequest) -> Response:
         request = await self._read(http, TokenizeRequest)
-        tokens = self.teacher.encode(request.prompt)
-        return JSONResponse({"count": len(tokens), "tokens": tokens})
 
-    async def _read(self, http: HTTPRequest, form: type[Body]) -> Body:
-        body = await _body(http)
+        def answer() -> str:
+            tokens = self.teacher.encode(request.prompt, add_special_tokens=request.add_special_tokens)
+            return dumps_in_turns({"count": len(tokens), "tokens": tokens})
+
         try:
-            request = form.model_validate(json.loads(body, parse_constant=_no_number))
-        except RecursionError as exc:
-            raise APIError(400, "the body is nested too deeply") from exc
-        except (ValueError, UnicodeDecodeError) as exc:
-            if not isinstance(exc, ValidationError):
-                raise APIError(400, f"the body is not JSON: {exc}") from exc
-            fault = exc.errors(include_url=False, include_input=False)[0]
-            param = ".".join(str(part) for part in fault["loc"]) or None
-            raise APIError(400, f"{param}: {fault['msg']}" if param else fault["msg"], param=param) from exc
-        model: str = request.model  # type: ignore[attr-defined]  # every form has it
-        if model != self.model:
-            message = f"model: {model!r} is not served, {self.model!r} is"
-            raise APIError(404, message, param="model", code="model_not_found")
+            return _json(await self._lane(http.state.size).run(answer))
+        except PotstillError as exc:
+            raise APIError.because_of(exc) from exc
+        except queue.Full as exc:
+            raise _full() from exc
+
+    async def _read(self, http: HTTPRequest, form: type[BodyType]) -> BodyType:
+        body = await read_body(http.headers.raw, http.receive)
+        tree = await self._reader.loads(body, max_length=self.teacher.max_characters)
+        http.state.size = len(body)
+        if isinstance(tree, dict) and len(tree) > MAX_FIELDS:
+            raise APIError(400, f"the body has {len(tree)} fields; no request has more than {MAX_FIELDS}")
+        try:
+            request = form.model_validate(tree)
+        except ValidationError as exc:
+            raise refusal_of(exc, form) from exc
+        self._check_model(request.model)  # type: ignore[attr-defined]  # every form has it
         return request
 
-    async def _answer(self, http: HTTPRequest, request: Request, form: Form[Any]) -> Response:
-        if request.stream:
-            wake = Wake()
-            return Stream(form, self._submit(request, wake), wake, self._count)
-        futures = [asyncio.wrap_future(sample) for sample in self._submit(request)]
+    def _check_model(self, name: str) -> None:
+        if name != self.model:
+            message = f"The model '{name}' does not exist; '{self.model}' does."
+            raise APIError(404, message, param="model", code="model_not_found")
+
+    async def _answer(self, http: HTTPRequest, form: Form[Any]) -> Response:
+        wake = Wake() if form.request.stream else None
+        samples = await self._submit(form, wake, http.state.size)
+        if wake is not None:
+            return Stream(form, samples, wake, self._count)
+        futures = [asyncio.wrap_future(sample) for sample in samples]
         gone = asyncio.ensure_future(left(http.receive))
         gone.add_done_callback(lambda _: cancel(futures))
         try:
             done = await asyncio.gather(*futures)
-            whole = form.whole(done)
+            if sum(map(form.num_values, done)) <= SMALL_ANSWER:
+                response = JSONResponse(form.whole(done))
+            else:
+                response = _json(await asyncio.to_thread(lambda: dumps_in_turns(form.whole(done))))
         except PotstillError as exc:
             raise APIError.because_of(exc) from exc
         except asyncio.CancelledError:
@@ -144,22 +196,28 @@ class Endpoints:
             gone.cancel()
             cancel(futures)
         self._count(done)
-        return JSONResponse(whole)
+        return response
 
-    def _submit(self, request: Request, wake: Wake | None = None) -> list[SampleFuture]:
+    async def _submit(self, form: Form[Any], wake: Wake | None, size_bytes: int) -> list[SampleFuture]:
+        request: Request = form.request
         if (num_samples := request.num_samples()) > self.most_samples:
-            raise APIError(400, f"n: {num_samples} samples are more than the {self.most_samples} that fit", param="n")
-        options = request.options(self.repetition)
-        wanted = request.generation_requests(0, options)
+            message = f"Invalid 'n': {num_samples} samples are more than the {self.most_samples} that fit."
+            raise APIError(400, message, param="n", code="integer_above_max_value")
+        first = 0
         if request.seed is None:
-            first = next(self._indices)
-            for _ in wanted[1:]:
-                next(self._indices)
-            wanted = request.generation_requests(first, options)
-        try:
+            first, *_ = itertools.islice(self._indices, num_samples)
+
+        def begin() -> list[SampleFuture]:
+            wanted = request.generation_requests(first, form.options(self.repetition))
             return self.feed.submit(wanted, request.sampling(self.sampling), wake)
+
+        try:
+            return await self._lane(size_bytes, num_samples).run(begin)
         except queue.Full as exc:
-            raise APIError(429, "too many requests are waiting; try again later") from exc
+            raise _full() from exc
+
+    def _lane(self, size_bytes: int, num_samples: int = 1) -> Lane:
+        return self._short if size_bytes <= SMALL_BYTES and num_samples <= FEW_SAMPLES else self._long
 
     def _count(self, answers: Sequence[GeneratedSample]) -> None:
         completions = [answer.completion for answer in answers]
@@ -171,26 +229,12 @@ class Endpoints:
             self.metrics.count_drafts(accepted=sum(answer.num_accepted for answer in answers), drafted=drafted)
 
 
-async def _body(http: HTTPRequest) -> bytes:
-    if int(http.headers.get("content-length", "0")) > MAX_BODY_BYTES:
-        raise APIError(413, f"the body is over {MAX_BODY_BYTES} bytes")
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for piece in http.stream():
-                body += piece
-                if len(body) > MAX_BODY_BYTES:
-                    raise APIError(413, f"the body is over {MAX_BODY_BYTES} bytes")
-    except ClientDisconnect as exc:
-        raise APIError(GONE, "the client has left") from exc
-    except TimeoutError as exc:
-        raise APIError(408, f"the body took over {BODY_S:g} s") from exc
-    return bytes(body)
+def _full() -> APIError:
+    return APIError(429, "too many requests are waiting; try again later")
 
 
-def _no_number(name: str) -> NoReturn:
-    """JSON has no NaN and no Infinity; Python's reader takes them unless it is told."""
-    raise ValueError(f"{name} is no number")
+def _json(body: str) -> Response:
+    return Response(body, media_type="application/json")
 
 
 def build_app(
@@ -223,27 +267,29 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await routes.start()
         try:
             yield
         finally:
-            await asyncio.to_thread(routes.feed.close)
+            await routes.close()
 
     async def refused(_: HTTPRequest, exc: Exception) -> Response:
-        assert isinstance(exc, APIError)
-        return exc.response
+        assert isinstance(exc, Refused)
+        return refusal_response(exc)
 
     async def not_found(_: HTTPRequest, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
-        return JSONResponse(error_body(exc.detail, kind="invalid_request_error"), exc.status_code, exc.headers)
+        return JSONResponse(error_body(exc.detail, status=exc.status_code), exc.status_code, exc.headers)
 
     async def failed(_: HTTPRequest, exc: Exception) -> Response:
-        return JSONResponse(error_body(f"{type(exc).__name__} in the server", kind="server_error"), 500)
+        return JSONResponse(error_body(f"{type(exc).__name__} in the server", status=500), 500)
 
     table = [
         Route("/health", routes.health),
         Route("/version", routes.version),
         Route("/metrics", routes.metrics_text),
         Route("/v1/models", routes.models),
+        Route("/v1/models/{name:path}", routes.one_model),
         Route("/tokenize", routes.tokenize, methods=["POST"]),
         Route("/v1/completions", routes.completions, methods=["POST"]),
         Route("/v1/chat/completions", routes.chat_completions, methods=["POST"]),
@@ -255,43 +301,9 @@ def build_app(
     app = Starlette(
         routes=table,
         middleware=middleware,
-        exception_handlers={APIError: refused, HTTPException: not_found, Exception: failed},
+        exception_handlers={Refused: refused, HTTPException: not_found, Exception: failed},
         lifespan=lifespan,
     )
     app.state.feed, app.state.metrics = routes.feed, routes.metrics
+    app.state.asks_for_key = bool(api_key)
     return app
-
-
-def serve(app: Starlette, listener: socket.socket, *, ready: Callable[[], object]) -> None:
-    """Serve on a bound socket until SIGINT or SIGTERM, calling `ready` once requests are taken.
-
-    Requests that are under way when the signal comes are finished first; then this returns. Raises what ended the
-    teacher, if something did, or why it is to be given no more.
-    """
-    import uvicorn
-
-    class Ready(uvicorn.Server):
-        fault: PotstillError | None = None
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            # What has been imported and loaded stays: every full collection would look through it all again, which
-            # is 0.3 s with torch and transformers.
-            gc.collect()
-            gc.freeze()
-            ready()
-
-        async def on_tick(self, counter: int) -> bool:
-            self.fault = app.state.feed.fault
-            return await super().on_tick(counter) or self.fault is not None
-
-    server = Ready(
-        uvicorn.Config(app, log_level="error", http=GuardedProtocol, ws="none", timeout_graceful_shutdown=SHUTDOWN_S)
-    )
-    try:
-        with suppress(KeyboardInterrupt, Preempted):  # uvicorn raises the signal again after its orderly end
-            server.run([listener])
-    finally:
-        gc.unfreeze()
-    if server.fault is not None:
-        raise server.fault

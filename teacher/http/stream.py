@@ -20,7 +20,8 @@ from distill.errors import PotstillError
 from teacher.engine.detokenizer import Detokenizer
 from teacher.engine.stopping import StopStrings
 from teacher.http.feed import SampleFuture
-from teacher.http.forms import Form, Offsets, scored, usage
+from teacher.http.form import Form, Offsets, ending, scored, usage
+from teacher.http.lane import dumps_in_turns
 from teacher.http.refusal import APIError
 from teacher.live import GeneratedSample
 
@@ -30,6 +31,8 @@ UNREAD_S = 60.0
 KEEP_ALIVE_S = 15.0
 # uvicorn waits for a client to read before a part is sent, not within one.
 SEND_BYTES = 2**18
+# Tokens and logprobs that are made into a piece on the event loop.
+SMALL_PIECE = 4_096
 # The eye sees no difference below it; a piece a token would cost a core at some 10,000 tokens a second.
 PIECE_S = 0.02
 
@@ -71,7 +74,16 @@ class _Choice:
         self._stops = StopStrings(form.request.stops())
         self._text = Detokenizer(lambda token_ids: form.spell(*token_ids))
         self._splitter = form.splitter()
+        self._has_called = False
         self._offsets: Offsets | None = None
+
+    def num_values(self) -> int:
+        """Roughly, how much there is to tell: at the end all logprobs are looked at again."""
+        if not self.future.done() or self.future.cancelled() or self.future.exception() is not None:
+            return self._sample.num_new_tokens() * self._form.values_per_token
+        scores_all = self._form.request.num_logprobs() is not None
+        num_told = 0 if scores_all else self._num_tokens
+        return (self.future.result().completion.num_tokens - num_told) * self._form.values_per_token
 
     def deltas(self) -> Iterator[dict[str, Any]]:
         """Entries of `choices` for the tokens that have come since."""
@@ -114,9 +126,11 @@ class _Choice:
         )
         parts = self._splitter.feed(text)
         if answer is not None:
-            parts = tuple(a + b for a, b in zip(parts, self._splitter.rest(), strict=True))
+            parts = parts.then(self._splitter.rest())
+        self._has_called |= bool(parts.calls)
+        end = None if answer is None else ending(answer, has_called=self._has_called)
         ids = form.ids(prompt_ids if first else None, token_ids)
-        yield from form.deltas(self._index, parts, logprobs, ids, first=first, answer=answer)
+        yield from form.deltas(self._index, parts, logprobs, ids, first=first, end=end)
 
 
 class Stream(Response):
@@ -169,7 +183,7 @@ class Stream(Response):
             if any(future.cancelled() for future in self._futures):
                 return
             try:
-                piece = "".join(self._events()) if heard else ": keep-alive\n\n"
+                piece = await self._piece() if heard else ": keep-alive\n\n"
             except PotstillError as exc:
                 yield f"{_event(APIError.because_of(exc).body)}data: [DONE]\n\n", False
                 return
@@ -179,7 +193,13 @@ class Stream(Response):
             if piece:
                 yield piece, True
 
-    def _events(self) -> Iterator[str]:
+    async def _piece(self) -> str:
+        """Put together what is new: on a thread where that is much, as when a client has not read for long."""
+        if sum(choice.num_values() for choice in self._pending) <= SMALL_PIECE:
+            return "".join(map(_event, self._events()))
+        return await asyncio.to_thread(lambda: "".join(f"data: {dumps_in_turns(tree)}\n\n" for tree in self._events()))
+
+    def _events(self) -> Iterator[dict[str, Any]]:
         for choice in tuple(self._pending):
             if not choice.future.done():
                 entries = choice.deltas()
@@ -189,7 +209,7 @@ class Stream(Response):
                 self._finished([answer])
                 entries = choice.last_deltas(answer)
             for entry in entries:
-                yield _event({**self._form.head(chunk=True), "choices": [entry]})
+                yield {**self._form.head(chunk=True), "choices": [entry]}
 
     def _usage(self) -> str:
         options = self._form.request.stream_options

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from tests.lateness import seconds_to_end
 from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, potstill
 from tests.repository import REPOSITORY
 
@@ -42,8 +43,10 @@ def test_the_bundled_teacher_answers(server: subprocess.Popen[str]) -> None:
     (choice,) = answer["choices"]
     assert choice["message"]["content"] == ("<think>\n12 + 34 = 46\n46 - 5 = 41\n41 + 20 = 61\n</think>\n\n\\boxed{61}")
     assert choice["finish_reason"] == "stop"
-    server.send_signal(signal.SIGTERM)
-    assert server.wait(30) == 0
+    with httpx.Client() as idle:
+        assert idle.get(f"{address}/models").status_code == 200  # and its connection stays
+        assert seconds_to_end(server, signal=signal.SIGTERM) < 1
+    assert server.returncode == 0
     assert server.stderr.read() == ""
 
 

@@ -24,6 +24,7 @@ from tests.repository import REPOSITORY
 pytestmark = [pytest.mark.torture, pytest.mark.timeout(1_200)]
 QUESTION = "State the final answer to the following arithmetic problem: 12 + 34 - 5 + 20 ="
 QUEUE, BATCH = 32, 16
+JSON = {"content-type": "application/json"}
 # What the asking side's own event loop may be late by, on a machine that also runs the engines.
 LATE_S = 0.1
 
@@ -113,7 +114,7 @@ def test_five_hundred_slow_sockets(server: Running) -> None:
         ended = 0
         while not stop.is_set():
             reader, writer = await asyncio.open_connection(server.host, server.port)
-            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx-slow: ")
+            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nx-slow: ")
             answer = asyncio.ensure_future(reader.read(64))
             while not stop.is_set() and not answer.done():
                 with contextlib.suppress(ConnectionError):
@@ -177,7 +178,7 @@ def test_a_thousand_disconnects(server: Running, stream: bool) -> None:
 
     async def attack(session: aiohttp.ClientSession) -> None:
         sent = json.dumps(body(stream=stream, n=4, temperature=5, max_tokens=500)).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(sent)}\r\n\r\n".encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(sent)}\r\n\r\n".encode()
 
         async def leave(number: int) -> None:
             _, writer = await asyncio.open_connection(server.host, server.port)
@@ -212,7 +213,7 @@ def test_errors_come_at_once_and_look_like_openai_s(server: Running) -> None:
         for name, (sent, status) in cases.items():
             for _ in range(5):
                 begun = time.monotonic()
-                async with session.post("/v1/chat/completions", data=sent) as answer:
+                async with session.post("/v1/chat/completions", data=sent, headers=JSON) as answer:
                     error = await answer.json()
                 took = time.monotonic() - begun
                 assert answer.status == status, name

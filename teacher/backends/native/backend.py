@@ -8,7 +8,7 @@ there `max_thinking_tokens` holds, all tokens before `</think>` counted.
 from __future__ import annotations
 
 import contextlib
-import itertools
+import threading
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
@@ -25,21 +25,34 @@ from distill.reasoning import END_OF_THINKING, FORCED_END, THINK_LINE
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
 from distill.special_tokens import special_tokens
 from distill.weights import folder_identity
+from teacher.backends.chat_template import ChatTemplate
 from teacher.backends.native.fleet import Fleet
 from teacher.backends.native.live import LiveEngine, LocalEngine, WorkerEngines, generate_in_workers
 from teacher.backends.native.workers import EngineSettings
-from teacher.backends.tokenizer import encode_prompt, end_tokens, load_tokenizer, render
+from teacher.backends.tokenizer import (
+    encode_prompt,
+    encode_text,
+    end_tokens,
+    load_tokenizer,
+    most_characters,
+    render_question,
+)
 from teacher.engine.detokenizer import decode_by
 from teacher.engine.engine import Engine
+from teacher.engine.guide import Guides
 from teacher.engine.sampler import SamplingParams
 from teacher.engine.sequence import Sequence, ThinkingLimit
 from teacher.engine.stopping import cut
 from teacher.live import (
     REPETITION,
+    CallFormat,
+    Conversation,
     GeneratedSample,
     GenerationRequest,
     OnDone,
     OnTokens,
+    PlainText,
+    PromptTooLong,
     RequestOptions,
     StreamHandle,
 )
@@ -123,7 +136,8 @@ class NativeBackend:
         self.max_workers = max_workers
         self._as_student = as_student
         self._alive: LiveEngine | None = engine if isinstance(engine, Fleet) else None
-        self._numbers = itertools.count()
+        self._starting = threading.Lock()
+        self._last_prompt: tuple[GenerationRequest, tuple[str, list[int]]] | None = None
 
     @cached_property
     def identity(self) -> TeacherIdentity:
@@ -158,15 +172,11 @@ class NativeBackend:
         before it `on_tokens` with the tokens of each step.
 
         Raises DataError for a prompt too long, or with tokens that the model does not have, UserInputError for a bias
-        of such tokens.
+        of such tokens, and for a grammar that cannot be kept.
         """
-        number = next(self._numbers)
-        if request.is_continuation:
-            prefix, sequence = "", self._continuation(number, request, sampling)
-        else:
-            prefix, prompt_ids = self._prompt(request.request)
-            sequence = self._begin(number, request.request, sampling, prefix, prompt_ids)
-        self._apply(request.options, sequence)
+        prefix, prompt_ids = self._wanted_prompt(request)
+        sequence = self._begin(0, request.request, sampling, prefix, prompt_ids)
+        self._apply(request.options, sequence, thinks=bool(prefix))
         sequence.streamed = on_tokens is not None
 
         def finished(outcome: Sequence[int] | PotstillError) -> None:
@@ -176,13 +186,36 @@ class NativeBackend:
             completion, stop_reason = self._completion(request.request, prefix, outcome)
             tokens = outcome.prompt_ids, outcome.generated_ids
             drafts = outcome.num_drafts, outcome.num_accepted
-            on_done(GeneratedSample(completion, *tokens, prefix, stop_reason, *drafts))
+            on_done(GeneratedSample(completion, *tokens, prefix, stop_reason, *drafts, outcome.prompt_logprobs))
 
-        self._live.submit(sequence, finished, on_tokens)
-        return StreamHandle(lambda: self._live.cancel(number), sequence.prompt_ids, prefix)
+        return StreamHandle(self._live.submit(sequence, finished, on_tokens), sequence.prompt_ids, prefix)
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    @cached_property
+    def call_format(self) -> CallFormat | None:
+        return self._template.call_format
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Raises PromptTooLong for a text whose length alone says that it cannot be a prompt."""
+        self._check_length(text)
+        return encode_text(self.tokenizer, text, add_special_tokens=add_special_tokens)
+
+    def _encode_rendered(self, prompt: str) -> list[int]:
+        """As `encode`, for what the chat template wrote."""
+        self._check_length(prompt)
+        return encode_prompt(self.tokenizer, prompt)
+
+    def _check_length(self, text: str) -> None:
+        if len(text) > self.max_characters:
+            least, limit = -(-len(text) // self._most_characters), self.engine.max_positions - 1
+            raise PromptTooLong(least, limit, is_least=True, where="http", field="prompt")
+
+    @property
+    def max_characters(self) -> int:
+        return (self.engine.max_positions - 1) * self._most_characters
+
+    @cached_property
+    def _most_characters(self) -> int:
+        return most_characters(self.tokenizer)
 
     def spell(self, *token_ids: int) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -195,58 +228,96 @@ class NativeBackend:
     def gauges(self) -> dict[str, float]:
         return self.engine.gauges if isinstance(self.engine, Fleet) else {}
 
+    @cached_property
+    def _guides(self) -> Guides:
+        return Guides(self.tokenizer.backend_tokenizer, self._eos_token_ids)
+
     @property
     def _live(self) -> LiveEngine:
-        if self._alive is None and self.max_workers < 2:
-            self._alive = LocalEngine(self.engine)
-        elif self._alive is None:
-            tokenizer = self.tokenizer.backend_tokenizer.to_str()
-            settings = replace(self._worker_engine, tokenizer=tokenizer)
-            self._alive = WorkerEngines.started(settings, num_workers=self.max_workers)
-        return self._alive
+        with self._starting:
+            if self._alive is None and self.max_workers < 2:
+                self._alive = LocalEngine(self.engine)
+            elif self._alive is None:
+                tokenizer = self.tokenizer.backend_tokenizer.to_str()
+                settings = replace(self._worker_engine, tokenizer=tokenizer)
+                self._alive = WorkerEngines.started(settings, num_workers=self.max_workers)
+            return self._alive
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
+
+    def _wanted_prompt(self, wanted: GenerationRequest) -> tuple[str, list[int]]:
+        """As `_rendered`, once for all samples of one request: they come one behind the other."""
+        last = self._last_prompt
+        if last is None or not _ask_the_same(last[0], wanted):
+            self._last_prompt = last = wanted, self._rendered(wanted)
+        return last[1]
+
+    def _rendered(self, wanted: GenerationRequest) -> tuple[str, list[int]]:
+        """As `_prompt`, for all that can be asked; the continuation of a text opens nothing."""
+        if isinstance(wanted.prompt, tuple):
+            return "", list(wanted.prompt)
+        if isinstance(wanted.prompt, PlainText):
+            return "", self.encode(wanted.prompt.text, add_special_tokens=wanted.prompt.add_special_tokens)
+        if not self.tokenizer.chat_template:
+            message = "this model has no chat template; /v1/completions goes on with its texts"
+            raise UserInputError(message, field="messages")
+        if wanted.prompt is None and not wanted.partial_answer:
+            return self._prompt(wanted.request)
+        asked = Conversation(({"role": "user", "content": wanted.request.problem.prompt},))
+        prompt = self._template.render(wanted.prompt or asked)
+        written = special_tokens(self.tokenizer).veil(wanted.partial_answer)
+        if not prompt.endswith(THINK_LINE):
+            return "", self._encode_rendered(prompt + written)
+        return "" if written else THINK_LINE, self._encode_rendered(prompt + written.removeprefix(THINK_LINE))
 
     def _prompt(self, request: TraceRequest) -> tuple[str, list[int]]:
         """Opening of the answer that the prompt has already written, and the prompt's tokens."""
-        prompt = render(self.tokenizer, request.problem.prompt)
+        prompt = render_question(self.tokenizer, request.problem.prompt)
         return THINK_LINE if prompt.endswith(THINK_LINE) else "", encode_prompt(self.tokenizer, prompt)
 
     def _begin(
         self, number: int, request: TraceRequest, sampling: Sampling, prefix: str, prompt_ids: list[int]
     ) -> Sequence[int]:
         """The sequence that writes what follows `prefix`."""
-        self._checked(prompt_ids, request)
+        self._check(prompt_ids, request)
         limit = self._thinking_limit(sampling) if prefix else None
         seed, draw = request.seed(sampling), _draw(sampling)
         return Sequence(number, prompt_ids, sampling.max_tokens, seed, draw, thinking=limit)
 
-    def _continuation(self, number: int, wanted: GenerationRequest, sampling: Sampling) -> Sequence[int]:
-        request, prompt_ids = wanted.request, list(wanted.prompt_ids)
-        if not prompt_ids:
-            prompt, written = render(self.tokenizer, request.problem.prompt), wanted.partial_answer
-            if prompt.endswith(THINK_LINE):
-                written = written.removeprefix(THINK_LINE)
-            prompt_ids = encode_prompt(self.tokenizer, prompt + special_tokens(self.tokenizer).veil(written))
-        self._checked(prompt_ids, request)
-        return Sequence(number, prompt_ids, sampling.max_tokens, request.seed(sampling), _draw(sampling))
-
-    def _checked(self, prompt_ids: list[int], request: TraceRequest) -> list[int]:
+    def _check(self, prompt_ids: list[int], request: TraceRequest) -> None:
         where, field = request.problem.source, f"prompt {request.problem.prompt[:40]!r}"
+        if not prompt_ids:
+            raise DataError("has no tokens", where=where, field=field)
         if len(prompt_ids) >= self.engine.max_positions:
-            message = f"has {len(prompt_ids)} tokens; the model takes {self.engine.max_positions - 1}"
-            raise DataError(message, where=where, field=field)
+            raise PromptTooLong(len(prompt_ids), self.engine.max_positions - 1, where=where, field=field)
         if max(prompt_ids) >= len(self.tokenizer):
             message = f"has the token {max(prompt_ids)}; the model has {len(self.tokenizer)} tokens"
             raise DataError(message, where=where, field=field)
-        return prompt_ids
 
-    def _apply(self, options: RequestOptions, sequence: Sequence[int]) -> None:
-        """Apply what HTTP can say beyond a Sampling."""
+    def _apply(self, options: RequestOptions, sequence: Sequence[int], *, thinks: bool) -> None:
+        """Apply what HTTP can say beyond a Sampling. `thinks`: the sequence begins within its reasoning."""
         if unknown := [token for token, _ in options.logit_bias if token >= len(self.tokenizer)]:
             message = f"there is no token {unknown[0]}; the model has {len(self.tokenizer)} tokens"
             raise UserInputError(message, field="logit_bias")
-        drawn = {"top_k": options.top_k, "min_p": options.min_p, "logit_bias": options.logit_bias}
-        sequence.sampling_params = replace(sequence.sampling_params, **drawn)
+        sequence.sampling_params = replace(
+            sequence.sampling_params,
+            top_k=options.top_k,
+            min_p=options.min_p,
+            logit_bias=options.logit_bias,
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            repetition_penalty=options.repetition_penalty,
+            prompt_logprobs=options.prompt_logprobs,
+        )
         sequence.stops, sequence.repetition = options.stop, options.repetition_detection
+        if options.grammar is not None:
+            sequence.grammar = grammar = replace(options.grammar, thinks=thinks)
+            try:
+                sequence.guide = self._guides.guide(grammar)
+            except ValueError as exc:
+                raise UserInputError(str(exc), field=grammar.field) from exc
 
     def _completion(self, request: TraceRequest, prefix: str, done: Sequence[int]) -> tuple[Completion, str | None]:
         """Make the completion, and say what ended it, if that is neither its end token nor its length.
@@ -293,6 +364,12 @@ class NativeBackend:
         if self._alive is not None:
             self._alive.close()
         del self.engine
+
+
+def _ask_the_same(one: GenerationRequest, other: GenerationRequest) -> bool:
+    """Tell samples of one request: what they are asked is one object."""
+    same = one.prompt is other.prompt and one.request.problem is other.request.problem
+    return same and one.partial_answer == other.partial_answer
 
 
 def _draw(sampling: Sampling) -> SamplingParams:

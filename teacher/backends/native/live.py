@@ -8,6 +8,7 @@ theirs.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import queue
 import threading
@@ -31,6 +32,7 @@ from teacher.engine.sequence import Logprobs, Sequence
 from teacher.live import OnTokens
 
 OnFinished = Callable[[Sequence[int] | PotstillError], None]
+Cancel = Callable[[], None]
 ENDED = "the engine has ended"
 CANCELLED = "the request was withdrawn"
 # Sequences of a run that travel in one line, several full batches: a whole run may be gigabytes, and with a line each
@@ -48,13 +50,12 @@ class LiveEngine(Protocol):
         """The reason why it takes no more sequences, or should be given none: those under way may end yet."""
         ...
 
-    def submit(self, sequence: Sequence[int], on_done: OnFinished, on_tokens: OnTokens | None = None) -> None:
+    def submit(self, sequence: Sequence[int], on_done: OnFinished, on_tokens: OnTokens | None = None) -> Cancel:
         """Begin a sequence. `on_done` is called once, with it when it is finished, or with what went wrong; before
-        that, if the sequence is streamed, `on_tokens` with the tokens of each step but the last."""
-        ...
+        that, if the sequence is streamed, `on_tokens` with the tokens of each step but the last.
 
-    def cancel(self, key: int) -> None:
-        """Nobody wants the sequence any more: its `on_done` hears so now, unless it is finished, and it ends."""
+        What is returned is to be called when nobody wants it any more: its `on_done` hears so, unless it is finished.
+        """
         ...
 
     def close(self) -> None:
@@ -63,42 +64,57 @@ class LiveEngine(Protocol):
 
 
 class _InFlight:
-    """Sequences under way, each with its callbacks; settled once, whoever comes first."""
+    """Sequences under way, each with its callbacks; settled once, whoever comes first.
+
+    They are known by numbers that are never used again: what an engine still says of one that was given up is of no
+    other, whatever keys its callers give.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._by_key: dict[int, tuple[Sequence[int], OnFinished, OnTokens | None]] = {}
+        self._numbers = itertools.count()
+        self._by_number: dict[int, tuple[Sequence[int], OnFinished, OnTokens | None]] = {}
         self.fault: PotstillError | None = None
 
     def __len__(self) -> int:
-        return len(self._by_key)
+        return len(self._by_number)
 
-    def begin(self, sequence: Sequence[int], on_done: OnFinished, on_tokens: OnTokens | None = None) -> bool:
+    def begin(self, sequence: Sequence[int], on_done: OnFinished, on_tokens: OnTokens | None = None) -> int | None:
+        """Its number; None where nothing is begun any more, which `on_done` has heard."""
         with self._lock:
             if self.fault is None:
-                self._by_key[sequence.key] = sequence, on_done, on_tokens
-                return True
+                number = next(self._numbers)
+                self._by_number[number] = sequence, on_done, on_tokens
+                return number
         on_done(self.fault)
-        return False
+        return None
 
     def stream(self, deltas: Iterable[tuple[int, list[int], list[Logprobs]]]) -> None:
-        for key, token_ids, logprobs in deltas:
+        for number, token_ids, logprobs in deltas:
             with self._lock:
-                _, _, on_tokens = self._by_key.get(key, (None, None, None))
+                _, _, on_tokens = self._by_number.get(number, (None, None, None))
             if on_tokens is not None:
                 on_tokens(token_ids, logprobs)
 
-    def finish(self, key: int, take: Callable[[Sequence[int]], object] = lambda _: None) -> None:
-        """Settle a sequence, unless it was cancelled, once `take` has written into it what was generated."""
+    def finish(self, number: int, take: Callable[[Sequence[int]], object] = lambda _: None) -> None:
+        """Settle a sequence, unless it was cancelled, once `take` has written into it what was generated.
+
+        Raises what goes wrong in that, which is told to whoever waits for it first.
+        """
         with self._lock:
-            sequence, on_done, _ = self._by_key.pop(key, (None, None, None))
-        if sequence is not None and on_done is not None:
+            sequence, on_done, _ = self._by_number.pop(number, (None, None, None))
+        if sequence is None or on_done is None:
+            return
+        try:
             take(sequence)
             on_done(sequence if sequence.fault is None else DataError(sequence.fault))
+        except Exception as exc:
+            on_done(EnvironmentFault(f"the answer could not be put together: {type(exc).__name__}: {exc}"))
+            raise
 
-    def cancel(self, key: int) -> bool:
+    def cancel(self, number: int) -> bool:
         with self._lock:
-            _, on_done, _ = self._by_key.pop(key, (None, None, None))
+            _, on_done, _ = self._by_number.pop(number, (None, None, None))
         if on_done is not None:
             on_done(EnvironmentFault(CANCELLED))
         return on_done is not None
@@ -107,7 +123,7 @@ class _InFlight:
         """Settle everything under way with a fault, and all that is begun from now on."""
         with self._lock:
             self.fault = self.fault or fault
-            left, self._by_key = list(self._by_key.values()), {}
+            left, self._by_number = list(self._by_number.values()), {}
         for _, on_done, _ in left:
             on_done(fault)
 
@@ -126,13 +142,17 @@ class LocalEngine:
     def fault(self) -> PotstillError | None:
         return self._in_flight.fault
 
-    def submit(self, sequence: Sequence[int], on_done: OnFinished, on_tokens: OnTokens | None = None) -> None:
-        if self._in_flight.begin(sequence, on_done, on_tokens):
-            self._jobs.put([sequence])
+    def submit(self, sequence: Sequence[int], on_done: OnFinished, on_tokens: OnTokens | None = None) -> Cancel:
+        number = self._in_flight.begin(sequence, on_done, on_tokens)
+        if number is None:
+            return lambda: None
+        sequence.key = number
+        self._jobs.put([sequence])
+        return lambda: self._cancel(number)
 
-    def cancel(self, key: int) -> None:
-        if self._in_flight.cancel(key):
-            self._jobs.put(Cancelled(key))
+    def _cancel(self, number: int) -> None:
+        if self._in_flight.cancel(number):
+            self._jobs.put(Cancelled(number))
 
     def close(self) -> None:
         self._jobs.put(None)
@@ -181,14 +201,14 @@ class WorkerEngines:
     def fault(self) -> PotstillError | None:
         return self._fault
 
-    def submit(self, sequence: Sequence[int], on_done: OnFinished, on_tokens: OnTokens | None = None) -> None:
+    def submit(self, sequence: Sequence[int], on_done: OnFinished, on_tokens: OnTokens | None = None) -> Cancel:
         with self._lock:
-            number = min(range(len(self._crew)), key=lambda n: len(self._in_flight[n]))
-            if self._in_flight[number].begin(sequence, on_done, on_tokens):
-                self._crew[number].write(begin_line([sequence]))
-
-    def cancel(self, key: int) -> None:
-        self._cancel([key])
+            place = min(range(len(self._crew)), key=lambda n: len(self._in_flight[n]))
+            number = self._in_flight[place].begin(sequence, on_done, on_tokens)
+            if number is None:
+                return lambda: None
+            self._crew[place].write(begin_line([(number, sequence)]))
+        return lambda: self._cancel([(place, number)])
 
     def run(self, sequences: Many[Sequence[int]], *, last: bool = False) -> Generator[Sequence[int], None, None]:
         """Yield each sequence once it is finished, with its `fault` where it has one, as `Engine.run`.
@@ -201,17 +221,18 @@ class WorkerEngines:
         def settles(sequence: Sequence[int]) -> OnFinished:
             return lambda outcome: outcomes.put((sequence, outcome if isinstance(outcome, PotstillError) else None))
 
-        left = {sequence.key for sequence in sequences}
+        begun: list[tuple[int, int]] = []
+        num_left = len(sequences)
         try:
             most = LINE_SEQUENCES * len(self._crew)
             for start in range(0, len(sequences), most):
-                self._hand_out(sequences[start : start + most], settles)
-            while left:
+                begun += self._hand_out(sequences[start : start + most], settles)
+            while num_left:
                 if self.fault is not None:
                     raise self.fault
                 with contextlib.suppress(queue.Empty):
                     sequence, problem = outcomes.get(timeout=POLL_S)
-                    left.remove(sequence.key)
+                    num_left -= 1
                     if problem is not None and sequence.fault is None:
                         raise problem
                     yield sequence
@@ -219,21 +240,32 @@ class WorkerEngines:
             if last:
                 self.abort()
             else:
-                self._cancel(left)
+                self._cancel(begun)
 
-    def _hand_out(self, sequences: Many[Sequence[int]], settles: Callable[[Sequence[int]], OnFinished]) -> None:
+    def _hand_out(
+        self, sequences: Many[Sequence[int]], settles: Callable[[Sequence[int]], OnFinished]
+    ) -> list[tuple[int, int]]:
+        """The worker and the number of each that was begun."""
+        handed = []
         with self._lock:
-            for number, (worker, in_flight) in enumerate(zip(self._crew, self._in_flight, strict=True)):
-                share = sequences[number :: len(self._crew)]
-                if begun := [sequence for sequence in share if in_flight.begin(sequence, settles(sequence))]:
+            for place, (worker, in_flight) in enumerate(zip(self._crew, self._in_flight, strict=True)):
+                share = sequences[place :: len(self._crew)]
+                numbers = [in_flight.begin(sequence, settles(sequence)) for sequence in share]
+                begun = [(number, one) for number, one in zip(numbers, share, strict=True) if number is not None]
+                if begun:
                     worker.write(begin_line(begun))
+                handed += [(place, number) for number, _ in begun]
+        return handed
 
-    def _cancel(self, keys: Iterable[int]) -> None:
-        keys = list(keys)
+    def _cancel(self, begun: Iterable[tuple[int, int]]) -> None:
+        """Give up those that are not finished, by worker and number."""
         with self._lock:
-            for worker, in_flight in zip(self._crew, self._in_flight, strict=True):
-                if cancelled := [key for key in keys if in_flight.cancel(key)]:
-                    worker.write(cancel_line(cancelled))
+            cancelled: dict[int, list[int]] = {}
+            for place, number in begun:
+                if self._in_flight[place].cancel(number):
+                    cancelled.setdefault(place, []).append(number)
+            for place, numbers in cancelled.items():
+                self._crew[place].write(cancel_line(numbers))
 
     def close(self) -> None:
         with self._lock:
@@ -254,19 +286,23 @@ class WorkerEngines:
 
     def _read(self, number: int) -> None:
         worker, in_flight = self._crew[number], self._in_flight[number]
-        for line in worker.lines():
-            news = json.loads(line)
-            if isinstance(news, dict):
-                self._tell(number, news)
-            else:
-                key, *generated = news
-                in_flight.finish(key, partial(take_generated, generated=generated))
         try:
+            for line in worker.lines():
+                self._hear(number, json.loads(line))
             worker.check()
         except PotstillError as exc:
             self._lose(exc)
+        except Exception as exc:  # noqa: BLE001 - whoever waits for a sequence must hear of it
+            self._lose(EnvironmentFault(f"{ENDED}: {type(exc).__name__}: {exc}"))
         else:
             in_flight.fail(EnvironmentFault(ENDED))
+
+    def _hear(self, number: int, news: Any) -> None:
+        if isinstance(news, dict):
+            self._tell(number, news)
+        else:
+            finished, *generated = news
+            self._in_flight[number].finish(finished, partial(take_generated, generated=generated))
 
     def _tell(self, number: int, news: dict[str, Any]) -> None:
         self._in_flight[number].stream(news["deltas"])

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from distill.errors import EnvironmentFault, PotstillError, UserInputError
+from teacher.engine.guide import Grammar, Guides
 from teacher.engine.sampler import SamplingParams
 from teacher.engine.sequence import Sequence, ThinkingLimit
 from teacher.engine.stopping import RepetitionLimit
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 class EngineSettings:
     """The engine that a worker makes: a checkpoint folder, and how to run it.
 
-    `tokenizer` is one of the tokenizers library, serialised; None: the engine gets no stop strings. `place`: it is a
+    `tokenizer` is one of the tokenizers library, serialised; None: the engine gets no stop strings and no grammars.
+    `place`: it is a
     rank among others, in FP8.
     """
 
@@ -113,9 +115,10 @@ class WorkerProcess:
 END_LINE = "[]"
 
 
-def begin_line(sequences: Iterable[Sequence[int]]) -> str:
-    """Sequences to begin. They join the engine together: a batch does not depend on when each was read."""
-    return json.dumps({"begin": [packed(sequence) for sequence in sequences]})
+def begin_line(sequences: Iterable[tuple[int, Sequence[int]]]) -> str:
+    """Sequences to begin, each with the key that it has in the worker. They join the engine together: a batch does not
+    depend on when each was read."""
+    return json.dumps({"begin": [[key, *packed(sequence)] for key, sequence in sequences]})
 
 
 def cancel_line(keys: Iterable[int]) -> str:
@@ -125,13 +128,13 @@ def cancel_line(keys: Iterable[int]) -> str:
 
 def take_generated(sequence: Sequence[int], generated: list[Any]) -> None:
     """Write into a sequence what a worker made of it."""
-    sequence.generated_ids, sequence.finish_reason, sequence.logprobs, sequence.fault, *drafts = generated
-    sequence.num_drafts, sequence.num_accepted = drafts
+    sequence.generated_ids, sequence.finish_reason, sequence.logprobs, sequence.fault, *others = generated
+    sequence.num_drafts, sequence.num_accepted, sequence.prompt_logprobs = others
 
 
 def packed(sequence: Sequence[int]) -> list[Any]:
-    """Pack what the caller has set of it; `_unpacked` makes it again."""
-    limit, repetition = sequence.thinking, sequence.repetition
+    """Pack what the caller has set of it but its key; `_unpacked` makes it again."""
+    limit, repetition, grammar = sequence.thinking, sequence.repetition, sequence.grammar
     settings = {
         "max_tokens": sequence.max_tokens,
         "seed": sequence.seed,
@@ -139,23 +142,29 @@ def packed(sequence: Sequence[int]) -> list[Any]:
         "thinking": None if limit is None else asdict(limit),
         "stops": sequence.stops,
         "repetition": None if repetition is None else asdict(repetition),
+        "grammar": None if grammar is None else asdict(grammar),
         "streamed": sequence.streamed,
     }
-    return [sequence.key, list(sequence.prompt_ids), settings]
+    return [list(sequence.prompt_ids), settings]
 
 
-def _unpacked(row: list[Any]) -> Sequence[int]:
+def _unpacked(row: list[Any], guides: Guides | None) -> Sequence[int]:
     key, prompt_ids, settings = row
-    draw, thinking, repetition = (settings.pop(name) for name in ("draw", "thinking", "repetition"))
+    kinds = ("draw", "thinking", "repetition", "grammar")
+    draw, thinking, repetition, grammar = (settings.pop(name) for name in kinds)
     draw["logit_bias"] = tuple((token, value) for token, value in draw["logit_bias"])
     if thinking is not None:
         thinking = ThinkingLimit(**thinking | {"forced_ids": tuple(thinking["forced_ids"])})
+    if grammar is not None:
+        grammar = Grammar(**grammar | {"tags": tuple(grammar["tags"])})
     return Sequence(
         key,
         prompt_ids,
         sampling_params=SamplingParams(**draw),
         thinking=thinking,
         repetition=None if repetition is None else RepetitionLimit(**repetition),
+        grammar=grammar,
+        guide=None if grammar is None or guides is None else guides.guide(grammar),
         **settings,
     )
 
@@ -182,6 +191,13 @@ def _decode(settings: dict[str, Any]) -> Decode | None:
     return decode_by(Tokenizer.from_str(settings["tokenizer"])) if settings["tokenizer"] else None
 
 
+def _guides(settings: dict[str, Any]) -> Guides | None:
+    from tokenizers import Tokenizer
+
+    tokenizer = settings["tokenizer"]
+    return Guides(Tokenizer.from_str(tokenizer), settings["eos_token_ids"]) if tokenizer else None
+
+
 @contextlib.contextmanager
 def _opened_engine(
     settings: dict[str, Any], tell: Callable[[dict[str, Any]], object]
@@ -205,8 +221,8 @@ def _opened_engine(
 
 
 def _write(done: Sequence[int], output: IO[str]) -> None:
-    drafts = done.num_drafts, done.num_accepted
-    row = [done.key, done.generated_ids, done.finish_reason, done.logprobs, done.fault, *drafts]
+    others = done.num_drafts, done.num_accepted, done.prompt_logprobs
+    row = [done.key, done.generated_ids, done.finish_reason, done.logprobs, done.fault, *others]
     output.write(json.dumps(row) + "\n")
     output.flush()
 
@@ -217,12 +233,13 @@ def _work(lines: IO[str], output: IO[str]) -> None:
     from teacher.engine.loop import Cancelled, EngineJob, EngineLoop, TokenDelta
 
     jobs: queue.SimpleQueue[EngineJob[int] | None] = queue.SimpleQueue()
+    guides = _guides(settings)
 
     def read() -> None:
         for line in lines:
             match json.loads(line):
                 case {"begin": rows}:
-                    jobs.put([_unpacked(row) for row in rows])
+                    jobs.put([_unpacked(row, guides) for row in rows])
                 case {"cancel": keys}:
                     for key in keys:
                         jobs.put(Cancelled(key))
@@ -263,5 +280,5 @@ if __name__ == "__main__":
         sys.exit(exc.exit_code)
     except (BrokenPipeError, KeyboardInterrupt):
         pass
-    # Nothing is left to flush; skips the interpreter's complaint about a closed pipe.
-    sys.stderr.close()
+    # Every answer was flushed; to take the interpreter apart, with torch in it, would cost who waits a second.
+    os._exit(0)

@@ -1,13 +1,20 @@
 """What only a GPU can show: BF16 grouped experts forward and backward, a compiled training step, the engine on CUDA."""
 
+import json
+
 import pytest
+import tokenizers
 import torch
 
+from teacher.engine.detokenizer import decode_by
 from teacher.engine.engine import Engine
+from teacher.engine.guide import Grammar, Guides
 from teacher.engine.runner import ModelRunner
+from teacher.engine.sampler import SamplingParams
 from teacher.engine.scheduler import Chunk
 from teacher.engine.sequence import Sequence
 from teacher.engine.step import in_order
+from teacher.http.structured import json_rule
 from teacher.model.balance import update_bias
 from teacher.model.block_checkpoint import load_blocks
 from teacher.model.checkpoint import load_checkpoint
@@ -113,6 +120,56 @@ def test_graphs_write_what_kernel_by_kernel_launches_write(fp8: bool, features: 
     assert waiting == with_graphs
     drafting = written_on_cuda(model, speculate=True, **features)
     assert sum(drafting[key] == without[key] for key in without) >= len(without) - 4  # two rows: other products again
+
+
+def shaped_and_plain(guides: Guides) -> list[Sequence[int]]:
+    """Of three sequences one is penalised, one guided, one neither."""
+    rule = json_rule({"type": "array", "items": {"enum": ["red", 7, None]}, "minItems": 1, "maxItems": 3})
+    penalised = SamplingParams(0.8, presence_penalty=0.5, frequency_penalty=0.2, repetition_penalty=1.2)
+    return [
+        Sequence(
+            n,
+            [1, 3, *range(20, 40 + 3 * n), 4],
+            max_tokens=100,
+            seed=n,
+            sampling_params=penalised if n % 3 == 0 else SamplingParams(0.8),
+            guide=guides.guide(Grammar(f"answer: {rule}")) if n % 3 == 1 else None,
+        )
+        for n in range(12)
+    ]
+
+
+@pytest.mark.parametrize("features", [{}, {"run_ahead": False}, {"num_pages": 10}, {"speculate": True}], ids=str)
+def test_penalties_and_grammars_beside_who_has_none(features: dict[str, int]) -> None:
+    """The host shapes some rows' logits of a graph; what is drawn is what launches kernel by kernel draw."""
+    model = LatentModel.of(load_checkpoint(PICO, torch.bfloat16).to("cuda"), with_mtp=True)
+    tokenizer = tokenizers.Tokenizer.from_file(str(PICO / "tokenizer.json"))
+    guides, decode = Guides(tokenizer, [2]), decode_by(tokenizer)
+    texts = []
+    for settings in ({"cuda_graphs": False, "run_ahead": False}, features):
+        engine = Engine(model, batch_size=8, eos_token_ids=(2,), **settings)
+        done = {sequence.key: sequence for sequence in engine.run(shaped_and_plain(guides))}
+        texts.append({key: sequence.generated_ids for key, sequence in done.items()})
+        for key in range(1, 12, 3):
+            assert (done[key].finish_reason, done[key].fault) == ("stop", None)
+            assert 1 <= len(json.loads(decode(done[key].generated_ids[:-1]))) <= 3
+    # Padding, and two rows a sequence, take other products: near ties may turn.
+    assert sum(texts[0][key] == texts[1][key] for key in texts[0]) >= 8
+
+
+def test_logprobs_of_a_prompt_on_cuda_are_those_on_the_cpu() -> None:
+    prompts = [[1, 3, *range(20, 30 + 50 * n), 4] for n in range(5)]
+    found = []
+    for device in ("cpu", "cuda"):
+        model = LatentModel.of(load_checkpoint(PICO).to(device))
+        engine = Engine(model, batch_size=4, eos_token_ids=(2,), max_chunk=64)
+        scored = SamplingParams(prompt_logprobs=3)
+        sequences = [Sequence(n, ids, 4, seed=n, sampling_params=scored) for n, ids in enumerate(prompts)]
+        done = {sequence.key: sequence.prompt_logprobs for sequence in engine.run(sequences)}
+        found.append([own for n in range(5) for own, _ in done[n]])
+    assert len(found[0]) == sum(len(ids) - 1 for ids in prompts)
+    # FP32 products on both, summed in other orders; what is unlikely has large logits to be off by.
+    assert found[1] == pytest.approx(found[0], abs=1e-2, rel=1e-3)
 
 
 def test_fp8_on_cuda_writes_what_its_twins_write() -> None:

@@ -7,8 +7,8 @@ from itertools import accumulate
 import pytest
 
 from distill.logprobs import TokenLogprobs
-from teacher.http.forms import TextForm
-from teacher.http.messages import CompletionRequest
+from teacher.http.completion_form import TextForm
+from teacher.http.completion_request import CompletionRequest
 
 OPENING = "<think>\n"
 

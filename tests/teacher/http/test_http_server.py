@@ -17,7 +17,7 @@ from distill.reasoning import THINK_LINE
 from distill.records import Completion, Sampling
 from teacher.engine.stopping import cut
 from teacher.http.app import build_app
-from teacher.live import GeneratedSample, GenerationRequest, StreamHandle
+from teacher.live import Conversation, GeneratedSample, GenerationRequest, PlainText, StreamHandle
 
 DEFAULTS = Sampling(temperature=0.6, top_p=0.95, max_tokens=100, seed=3)
 
@@ -32,6 +32,7 @@ class SpellingTeacher:
         self.hold.set()
         self.closed = False
         self.fault = None
+        self.max_characters: int | None = None
         self._vocabulary: list[str] = []
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(64)
@@ -48,7 +49,7 @@ class SpellingTeacher:
             raise DataError("the prompt is too long", field="prompt")
         cancelled = threading.Event()
         self._pool.submit(self._write, wanted, sampling, cancelled, on_done, on_tokens)
-        return StreamHandle(cancelled.set, [1] * 5, THINK_LINE)
+        return StreamHandle(cancelled.set, [1] * 5, _opening(wanted))
 
     def _write(self, wanted, sampling, cancelled, on_done, on_tokens) -> None:
         assert self.hold.wait(30)
@@ -58,17 +59,18 @@ class SpellingTeacher:
         elif request.problem.prompt == "out of memory":
             on_done(EnvironmentFault("no memory is left"))
         else:
-            written = f"{request.problem.prompt}\n</think>\n\n\\boxed{{{request.seed(sampling)}}}"
+            written = f"{_asked(wanted)}\n</think>\n\n\\boxed{{{request.seed(sampling)}}}"
             text, stopped = cut(written, wanted.options.stop)
             tokens = self._tokens(text)
             if on_tokens is not None:
                 for token in tokens[:-1]:
                     on_tokens([token], [])
             counts = {"num_prompt_tokens": 5, "num_tokens": 7}
-            completion = Completion(request=request, text=THINK_LINE + text, finish_reason="stop", **counts)
+            opening = _opening(wanted)
+            completion = Completion(request=request, text=opening + text, finish_reason="stop", **counts)
             with self._lock:
                 self.num_finished += 1
-            on_done(GeneratedSample(completion, [1] * 5, tokens, THINK_LINE, stopped))
+            on_done(GeneratedSample(completion, [1] * 5, tokens, opening, stopped))
 
     def _tokens(self, text: str) -> list[int]:
         """Seven new words of the vocabulary that make up the text."""
@@ -87,6 +89,18 @@ class SpellingTeacher:
     def close(self) -> None:
         self._pool.shutdown()
         self.closed = True
+
+
+def _asked(wanted: GenerationRequest) -> str:
+    if isinstance(wanted.prompt, PlainText):
+        return wanted.prompt.text
+    if isinstance(wanted.prompt, Conversation):
+        return wanted.prompt.messages[-1]["content"]
+    return wanted.request.problem.prompt
+
+
+def _opening(wanted: GenerationRequest) -> str:
+    return "" if isinstance(wanted.prompt, PlainText) else THINK_LINE
 
 
 @pytest.fixture
@@ -156,7 +170,7 @@ def test_fields_reach_the_sampling(client: TestClient, teacher: SpellingTeacher)
 def test_completions_take_several_prompts(client: TestClient) -> None:
     body = {"model": "pico", "prompt": ["one", "two"], "n": 2, "stop": ["</think>", "zzz"]}
     answer = client.post("/v1/completions", json=body).json()
-    assert [choice["text"] for choice in answer["choices"]] == ["<think>\none\n"] * 2 + ["<think>\ntwo\n"] * 2
+    assert [choice["text"] for choice in answer["choices"]] == ["one\n"] * 2 + ["two\n"] * 2
     assert answer["usage"]["prompt_tokens"] == 10
 
 
@@ -196,14 +210,13 @@ def test_requests_that_come_together_are_under_way_together(client: TestClient, 
         ({"max_tokens": 0}, "max_tokens"),
         ({"n": 1000}, "n"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "system", "content": "be brief"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": ""}]}, "messages.0"),
-        ({"messages": [{"role": "assistant", "content": "4"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "2"}] * 2}, "messages"),
+        ({"messages": [{"role": "owner", "content": "be brief"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
         ({"continue_final_message": True}, "messages"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
-        ({"tools": []}, "tools"),
-        ({"presence_penalty": 1.0}, "presence_penalty"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
     ],
 )
 def test_bad_fields_are_named(client: TestClient, teacher: SpellingTeacher, fields: dict, param: str) -> None:
@@ -221,12 +234,12 @@ BOTH = [{"role": "user", "content": "what is 2 + 2"}, {"role": "assistant", "con
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"top_logprobs": 2}, "top_logprobs: needs logprobs"),
-        ({"logprobs": True, "stop": "x"}, "stop: cuts the text, not its tokens"),
-        ({"add_generation_prompt": False}, "add_generation_prompt: must be the opposite"),
+        ({"top_logprobs": 2}, "Invalid 'top_logprobs': needs logprobs"),
+        ({"logprobs": True, "stop": "x"}, "Invalid 'stop': cuts the text, not its tokens"),
+        ({"add_generation_prompt": False}, "Invalid 'add_generation_prompt': must be the opposite"),
         (
             {"messages": BOTH, "continue_final_message": True, "thinking_token_budget": 3},
-            "thinking_token_budget: cannot be counted",
+            "Invalid 'thinking_token_budget': cannot be counted",
         ),
     ],
 )

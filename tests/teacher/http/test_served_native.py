@@ -121,19 +121,18 @@ def test_every_way_of_budget_forcing_says_what_the_engine_says(
 
 @pytest.mark.parametrize("names", [{}, {"return_tokens_as_token_ids": True}])
 def test_offsets_say_where_in_the_text_each_token_stands(folder: Path, url: str, names: dict[str, bool]) -> None:
-    """The text of an answer to a question begins with what the prompt opened, which none of the tokens wrote."""
     spell = open_it(folder).spell
-    ids = open_it(folder).encode("<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n<think>\n")
-    for prompt, opening in ("1?", THINK_LINE), (ids, ""):
-        body = {"model": "tiny", "prompt": prompt, "logprobs": 1, "max_tokens": 30, "return_token_ids": True, **names}
+    text = "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    for prompt in text, open_it(folder).encode(text):
+        asked = {"prompt": prompt, "logprobs": 1, "max_tokens": 30, "return_token_ids": True, "seed": 1}
+        body = {"model": "tiny", **asked, **names}
         choice = httpx.post(f"{url}/completions", json=body).json()["choices"][0]
         text, offsets = choice["text"], choice["logprobs"]["text_offset"]
         tokens = [spell(token) for token in choice["token_ids"]]
         if choice["finish_reason"] == "stop":
             assert offsets.pop() == len(text)
             tokens.pop()
-        assert text.startswith(opening)
-        assert offsets[0] == len(opening)
+        assert offsets[0] == 0
         assert [text[offset : offset + len(token)] for offset, token in zip(offsets, tokens, strict=True)] == tokens
         assert len(tokens) > 5
 
@@ -157,6 +156,6 @@ def test_tokens_go_in_and_out(folder: Path, url: str) -> None:
         assert rest["text"] == tokenizer.decode(rest["token_ids"])
     two = httpx.post(f"{url}/completions", json={**settings, "prompt": [ids, ids], "n": 2}).json()
     assert [choice["token_ids"] for choice in two["choices"]] == [asked["token_ids"]] * 4
-    for prompt in ([10**6], [0] * 128):
+    for prompt, said in ([10**6], "the model has 101 tokens"), ([0] * 128, "maximum context length is 127 tokens"):
         refused = httpx.post(f"{url}/completions", json={**settings, "prompt": prompt})
-        assert (refused.status_code, "the model" in refused.text) == (400, True)
+        assert (refused.status_code, said in refused.text) == (400, True), refused.text
