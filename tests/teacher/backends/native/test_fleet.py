@@ -7,6 +7,7 @@ import queue
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from teacher.backends.native import fleet as fleets
 from teacher.backends.native.backend import NativeBackend
 from teacher.engine.engine import Engine
 from teacher.http.app import build_app
-from teacher.live import GeneratedSample, GenerationRequest
+from teacher.live import GeneratedSample, GenerationRequest, RequestOptions
 from teacher.model.block_checkpoint import load_blocks
 from teacher.models.latent.model import LatentModel
 from teacher.models.latent.weights import fuse_entries
@@ -118,6 +119,32 @@ def test_requests_come_at_any_time_and_are_streamed(teacher: NativeBackend) -> N
         assert all(isinstance(answer, GeneratedSample) for answer in answers)
         assert 0 < len(grown) <= sum(len(answer.token_ids) for answer in answers)
         time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_penalties_and_scored_prompts_reach_every_rank(folder: Path, teacher: NativeBackend) -> None:
+    """Greedy; a penalty of two for each token that is there already leaves few that come twice."""
+    greedy = SAMPLING.model_copy(update={"temperature": 0.0, "max_tokens": 40})
+    plain = RequestOptions(prompt_logprobs=2)
+    told, alone = {}, in_one_process(folder)
+    for name, backend, options in (
+        ("alone", alone, plain),
+        ("plain", teacher, plain),
+        ("penalised", teacher, replace(plain, frequency_penalty=2.0, repetition_penalty=10.0)),
+    ):
+        outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for request in requests(count=3, samples=1):
+            backend.submit(GenerationRequest(request, options=options), greedy, outcomes.put)
+        answers = [outcomes.get(timeout=100) for _ in range(3)]
+        told[name] = sorted(answers, key=lambda answer: answer.completion.request.problem.prompt)
+    alone.close()
+    num_distinct = {name: sum(len(set(answer.token_ids)) for answer in answers) for name, answers in told.items()}
+    assert num_distinct["penalised"] > num_distinct["plain"]
+    for one, other in zip(told["alone"], told["plain"], strict=True):
+        values = [[own for own, _ in answer.prompt_logprobs] for answer in (one, other)]
+        assert len(values[0]) == len(one.prompt_ids) - 1
+        # Sums of FP8 products in another order.
+        assert values[1] == pytest.approx(values[0], rel=0.05, abs=0.2)
 
 
 @pytest.mark.slow
