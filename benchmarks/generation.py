@@ -108,7 +108,9 @@ def random_weights(folder: Path) -> Path:
 def transformers_model(model: DeepseekV3, folder: Path) -> transformers.PreTrainedModel:
     """transformers' model with the very same FP32 weights (it cannot read ragged FP8 blocks itself)."""
     save_checkpoint(model, folder, dtype=torch.float32)
-    return transformers.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return transformers.DeepseekV3ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
 
 
 def tokenised_prompts(folder: Path, config: DeepseekV3Config | ModelFacts, count: int) -> list[list[int]]:
@@ -126,7 +128,7 @@ def held_out_problems(count: int) -> list[Problem]:
 
 def asked(folder: Path, problems: list[Problem]) -> list[list[int]]:
     """Token ids of the problems as prompts."""
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
     messages = [[{"role": "user", "content": problem.prompt}] for problem in problems]
     texts = [tokenizer.apply_chat_template(each, add_generation_prompt=True, tokenize=False) for each in messages]
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]

@@ -10,7 +10,8 @@
     └── Preempted                     75  stopped from outside; the same command resumes
 
 A message is one line: where (file, then field), what is wrong, what was got, what is allowed.
-The command line prints that line and exits with the class's code; a traceback means a defect of ours.
+The command line prints that line and exits with the class's code; a traceback means a defect of ours. What was got may
+be megabytes: a longer line is cut.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import difflib
 from collections.abc import Iterable
 from os import PathLike
 from typing import ClassVar
+
+MAX_CHARACTERS = 2_000
 
 
 class PotstillError(Exception):
@@ -36,7 +39,8 @@ class PotstillError(Exception):
         self.where = None if where is None else str(where)
         self.field = field
         parts = [part for part in (self.where, self.field) if part]
-        super().__init__(" ".join(": ".join([*parts, message]).split()))
+        line = " ".join(": ".join([*parts, message[:MAX_CHARACTERS]]).split())
+        super().__init__(line if len(line) <= MAX_CHARACTERS else f"{line[: MAX_CHARACTERS - 3]}...")
 
 
 class UserInputError(PotstillError):

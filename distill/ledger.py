@@ -33,6 +33,7 @@ from distill.records import Trace, Verdict
 COLUMNS = ("key", "problem_id", "sample_index", "text", "finish_reason", "num_prompt_tokens", "num_tokens", "teacher")
 Row = tuple[Any, ...]
 KEYS_A_QUERY = 500
+MAX_VALUE_BYTES = 256 << 20  # of one text; twenty logprobs at each of 100,000 tokens have 40 MB
 ENVIRONMENT = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_NOMEM", "SQLITE_PERM")
 
 
@@ -53,6 +54,7 @@ class Ledger:
         try:
             with _sqlite_faults(path):
                 connection = sqlite3.connect(path, isolation_level=None)
+                connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
                 try:
                     prepare(connection, path)
                 except BaseException:
@@ -184,7 +186,7 @@ class Ledger:
     def _check(self, row: Row) -> Row:
         *values, digest, packed = row
         try:
-            logprobs = None if packed is None else zlib.decompress(packed).decode()
+            logprobs = None if packed is None else _unpacked(packed).decode()
         except (zlib.error, UnicodeDecodeError) as exc:
             raise self._altered_row(row) from exc
         if _digest(values if logprobs is None else [*values, logprobs]) != digest:
@@ -260,6 +262,15 @@ def _row(trace: Trace) -> Row:
     if trace.logprobs is None:
         return (*values, _digest(values), None)
     return (*values, _digest([*values, trace.logprobs]), zlib.compress(trace.logprobs.encode()))
+
+
+def _unpacked(packed: bytes) -> bytes:
+    """Raises zlib.error for what is not whole, and for a row that would fill the memory."""
+    unpacking = zlib.decompressobj()
+    text = unpacking.decompress(packed, MAX_VALUE_BYTES)
+    if not unpacking.eof:
+        raise zlib.error("not whole, or too large")
+    return text
 
 
 def _digest(values: Sequence[Any]) -> str:

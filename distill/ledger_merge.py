@@ -9,6 +9,7 @@ batch by batch; a merge that is killed is run again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def merge_ledgers(target: Path, sources: Sequence[Path], progress: Progress | No
     """Add what `sources` hold to the ledger `target`, which is made if need be; the sources stay as they are.
 
     Returns `samples` and `verdicts` (in the target now), `new` samples and `conflicts` (keys with two different ones).
-    Raises DataError for a ledger that is not there (before anything is done), not sound, or being written.
+    Raises DataError for a ledger that is not there, not sound, or being written, before anything is done.
     """
     for source in sources:
         if not source.is_file():
@@ -32,19 +33,21 @@ def merge_ledgers(target: Path, sources: Sequence[Path], progress: Progress | No
         if source.resolve() == target.resolve():
             raise DataError("is the ledger to merge into", where=source)
     counts = {"new": 0, "conflicts": 0}
-    with Ledger.open(target) as ledger:
-        for source in dict.fromkeys(path.resolve() for path in sources):
-            with Ledger.open(source) as other:
-                task_of = (progress or silent()).task(f"merge {source.name}", total=len(other), unit="samples")
-                with task_of as task:
-                    for batch in _batches(other.scan()):
-                        new, conflicts = _merge_samples(ledger, batch)
-                        counts["new"] += new
-                        counts["conflicts"] += conflicts
-                        failpoint("merge.batch")
-                        task.advance(len(batch))
-                for batch in _batches(other.scan_verdicts()):
-                    ledger.add_verdict_rows(batch, least=True)
+    with ExitStack() as stack:
+        # All are judged before the target is made.
+        others = [stack.enter_context(Ledger.open(path)) for path in dict.fromkeys(map(Path.resolve, sources))]
+        ledger = stack.enter_context(Ledger.open(target))
+        for other in others:
+            task_of = (progress or silent()).task(f"merge {other.path.name}", total=len(other), unit="samples")
+            with task_of as task:
+                for batch in _batches(other.scan()):
+                    new, conflicts = _merge_samples(ledger, batch)
+                    counts["new"] += new
+                    counts["conflicts"] += conflicts
+                    failpoint("merge.batch")
+                    task.advance(len(batch))
+            for batch in _batches(other.scan_verdicts()):
+                ledger.add_verdict_rows(batch, least=True)
         return {"samples": len(ledger), "verdicts": ledger.num_verdicts(), **counts}
 
 

@@ -47,6 +47,7 @@ MIGRATIONS = {1: f"ALTER TABLE traces ADD COLUMN logprobs BLOB; {VERDICTS}"}
 def prepare(connection: sqlite3.Connection, path: Path) -> None:
     """Set the durability, check that the file is sound and ours, and give it the tables of this version."""
     connection.execute("PRAGMA synchronous = FULL")
+    _refuse_programs(connection, path)
     (fault,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if fault != "ok":
         raise DataError(f"the file is damaged ({fault})", where=path)
@@ -65,6 +66,18 @@ def prepare(connection: sqlite3.Connection, path: Path) -> None:
         return
     for old in range(version, SCHEMA_VERSION):
         _in_one_transaction(connection, MIGRATIONS[old], old + 1)
+
+
+def _refuse_programs(connection: sqlite3.Connection, path: Path) -> None:
+    """Views, triggers and generated columns are programs, which a merge would run; a ledger has none."""
+    connection.execute("PRAGMA trusted_schema = OFF")
+    programs = connection.execute("SELECT type, name FROM sqlite_schema WHERE type IN ('view', 'trigger')").fetchall()
+    for table in ("traces", "verdicts"):
+        columns = connection.execute("SELECT name FROM pragma_table_xinfo(?) WHERE hidden", (table,)).fetchall()
+        programs += [("generated column", f"{table}.{name}") for (name,) in columns]
+    if programs:
+        kind, name = programs[0]
+        raise DataError(f"has a {kind}, which a ledger has not", where=path, field=str(name))
 
 
 def _in_one_transaction(connection: sqlite3.Connection, statements: str, version: int) -> None:

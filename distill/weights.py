@@ -7,7 +7,7 @@ torch; values are for whoever reads them to judge.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
@@ -15,19 +15,24 @@ from typing import Any, NamedTuple
 
 from distill.errors import CheckpointError
 from distill.manifest import hash_file
+from distill.reading.files import open_file, read_text
+from distill.reading.json_text import parse_json
 from distill.records import TeacherIdentity, content_id
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _CONFIG_FILES = ("config.json", "generation_config.json")  # the latter says where an answer ends
 _TEMPLATE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
 }
-_MAX_HEADER_BYTES = 100_000_000
+# DeepSeek-R1's largest shard has a header of 300 kB, one file of all its tensors would have one of 13 MB.
+_MAX_HEADER_BYTES = 32 << 20
+_MAX_DIMENSIONS = 8
 
 
 class StoredTensor(NamedTuple):
@@ -105,16 +110,16 @@ def _single(folder: Path) -> Path:
         raise CheckpointError("no such folder", where=folder)
     path = folder / SINGLE
     if not path.exists():
-        raise CheckpointError(f"no such file, and no {INDEX} either", where=path)
+        pickled = sorted(inner.name for inner in folder.iterdir() if inner.suffix in PICKLED)
+        why = f"; {pickled[0]} is a pickle, which can run code and is not read" if pickled else ""
+        raise CheckpointError(f"no such file, and no {INDEX} either{why}", where=path)
     return path
 
 
 def _index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
-    except (OSError, UnicodeDecodeError, ValueError) as exc:
-        raise CheckpointError(f"is not a readable index: {exc}", where=path) from exc
+    text = read_text(path, CheckpointError)
+    tree = parse_json(text, where=path, fault=CheckpointError, what="is not a readable index")
     weight_map = tree.get("weight_map") if isinstance(tree, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("must be an object of tensor names and files", where=path, field="weight_map")
@@ -130,15 +135,16 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path, CheckpointError) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
             raise CheckpointError("is truncated or not a safetensors file", where=path)
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
-        except ValueError as exc:
-            raise CheckpointError(f"has a damaged header: {exc}", where=path) from exc
+        text = file.read(length)
+    try:
+        header = parse_json(text.decode(), where=path, fault=CheckpointError, what="has a damaged header")
+    except UnicodeDecodeError as exc:
+        raise CheckpointError("has a damaged header: not UTF-8", where=path) from exc
     if not isinstance(header, dict):
         raise CheckpointError("has a damaged header: not an object", where=path)
     for name, entry in header.items():
@@ -149,6 +155,8 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
 def _checked(path: Path, name: str, entry: Any, num_data_bytes: int) -> StoredTensor:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if len(shape) > _MAX_DIMENSIONS or any(type(size) is not int or size < 0 for size in shape):
+            raise ValueError("no shape")
         num_bytes = prod(shape) * _BYTES.get(dtype, 0)
         in_order = 0 <= begin <= end
     except (TypeError, KeyError, ValueError) as exc:
@@ -161,12 +169,3 @@ def _checked(path: Path, name: str, entry: Any, num_data_bytes: int) -> StoredTe
         missing = end - num_data_bytes
         raise CheckpointError(f"is truncated: {missing} bytes are missing at the end", where=path, field=name)
     return StoredTensor(path, dtype, shape)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} occurs twice")
-    return result

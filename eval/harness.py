@@ -21,6 +21,7 @@ from distill.errors import EnvironmentFault
 from distill.manifest import write_atomically
 from distill.progress import Progress, silent
 from distill.protocols import Teacher, Verifier
+from distill.recipe import DEFAULT_LIMITS, ReadLimits
 from distill.records import Role, Sampling, ScoreCard
 from eval.statistics import Estimate, consensus, mean_estimate, pass_at_1
 from eval.suites import TASKS
@@ -54,6 +55,7 @@ def score_model(
     limit: int | None = None,
     held_out: Path | None = None,
     bench_data: str | None = None,
+    limits: ReadLimits = DEFAULT_LIMITS,
     progress: Progress | None = None,
 ) -> list[ScoreCard]:
     """Write samples.parquet and scores.json to `out_dir` and return the ScoreCards.
@@ -63,7 +65,7 @@ def score_model(
     """
     rows: list[dict[str, Any]] = []
     cards: list[ScoreCard] = []
-    metadata = {"held_out": str(held_out or ""), "bench_data": bench_data}
+    metadata = {"held_out": str(held_out or ""), "bench_data": bench_data, "limits": limits.model_dump()}
     for suite in suites:
         config = task_config(suite, num_samples=num_samples, sampling=sampling)
         samples, results = _run_task(model, verifier, config, seed, limit, metadata, subject, progress or silent())

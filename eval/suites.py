@@ -6,15 +6,16 @@ files from one folder: `eval.bench_data` of the recipe, else the environment var
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from distill.errors import DataError, RecipeError, nearest
+from distill.reading.lines import json_rows
+from distill.recipe import DEFAULT_LIMITS, ReadLimits
 from distill.records import Problem
 
 TASKS = Path(__file__).parent / "tasks"
@@ -51,8 +52,8 @@ def bench_folder(configured: str | None) -> Path:
     return Path(name)
 
 
-def check_suites(names: tuple[str, ...], *, bench_data: str | None) -> None:
-    """Raise RecipeError or DataError for a suite that is unknown or whose file is not there."""
+def check_suites(names: tuple[str, ...], *, bench_data: str | None, limits: ReadLimits = DEFAULT_LIMITS) -> None:
+    """Raise RecipeError or DataError for a suite that is unknown, or whose file is not there or not as it should be."""
     for name in names:
         if name not in SUITES:
             raise RecipeError(f"unknown suite {name!r}; {nearest(name, SUITES)}", where="recipe", field="eval.suites")
@@ -60,37 +61,21 @@ def check_suites(names: tuple[str, ...], *, bench_data: str | None) -> None:
             path = bench_folder(bench_data) / BENCHMARKS[name][0]
             if not path.is_file():
                 raise DataError(f"missing benchmark file of suite {name!r}", where=path)
+            read_benchmark(name, path.parent, limits)
 
 
-def read_benchmark(suite: str, folder: Path) -> list[Problem]:
+def read_benchmark(suite: str, folder: Path, limits: ReadLimits = DEFAULT_LIMITS) -> list[Problem]:
     """A public benchmark's questions, without any instruction (the task file adds it). Raises DataError."""
     name, question, answer = BENCHMARKS[suite]
     problems = []
-    for number, row in _json_lines(folder / name):
+    for where, row in json_rows(folder / name, limits):
         try:
             problem = Problem(prompt=row[question], answer=answer(row), grader="math", source=suite)
         except KeyError as exc:
-            raise DataError("missing", where=f"{folder / name}:{number}", field=str(exc.args[0])) from exc
+            raise DataError("missing", where=where, field=str(exc.args[0])) from exc
         except (ValidationError, ValueError, AttributeError) as exc:
-            raise DataError(f"not a question with an answer: {exc}", where=f"{folder / name}:{number}") from exc
+            raise DataError(f"not a question with an answer: {exc}", where=where) from exc
         problems.append(problem)
     if not problems:
         raise DataError("holds no question", where=folder / name)
     return problems
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028
-    except (OSError, UnicodeDecodeError) as exc:
-        raise DataError(f"cannot be read ({getattr(exc, 'strerror', None) or exc})", where=path) from exc
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as exc:
-            raise DataError(f"not valid JSON: {exc}", where=f"{path}:{number}") from exc
-        if not isinstance(row, dict):
-            raise DataError(f"must be a mapping, got {type(row).__name__}", where=f"{path}:{number}")
-        yield number, row

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distill.errors import CheckpointError
 from distill.manifest import hash_file
+from distill.model_folder import check_model_folder
 from distill.recipe import LocalSource, NativeTeacher, OpenAITeacher, RayTeacher, Recipe, VllmTeacher
 
 # Weights up to this size are read whole beforehand; larger ones show faults in their values only when they are loaded.
@@ -75,13 +76,17 @@ def _is_new(folder: Path, known: Collection[str]) -> bool:
 
 
 def _problems(recipe: Recipe, base_dir: Path) -> str:
-    """Problem-set files are there, local files can be read to their last line; the Hub is not asked."""
+    """Problem-set files can be read, local files to their last line; the Hub is not asked."""
     from distill.problems import load_problems, source_files
+    from distill.problems.reasoning_gym import read_problem_set
 
     held_out = () if recipe.eval.held_out is None else (recipe.eval.held_out,)
     files = source_files([*recipe.problems, *held_out], base_dir=base_dir)
+    for path in files.values():
+        if path.suffix in (".yaml", ".yml"):
+            read_problem_set(path)
     local = [source for source in recipe.problems if isinstance(source, LocalSource)]
-    count = len(load_problems(local, base_dir=base_dir)) if local else 0
+    count = len(load_problems(local, base_dir=base_dir, limits=recipe.limits)) if local else 0
     return ", ".join([*files, *([f"{count} local problems"] if local else [])]) or "no local file"
 
 
@@ -98,8 +103,7 @@ def _teacher(recipe: Recipe, base_dir: Path) -> str:
     folder = base_dir / recipe.teacher.model
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", where=folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError("config.json is missing", where=folder)
+    check_model_folder(folder)
     return str(folder)
 
 
@@ -109,8 +113,7 @@ def _students(recipe: Recipe) -> str:
 
     names = [find_student(name, recipe.distill.overrides).name for name in recipe.distill.students]
     for folder in _local_bases(recipe):
-        if not (folder / "config.json").is_file():
-            raise CheckpointError("config.json is missing", where=folder)
+        check_model_folder(folder)
     return ", ".join(names)
 
 
@@ -133,5 +136,5 @@ def _local_bases(recipe: Recipe) -> list[Path]:
 def _suites(recipe: Recipe) -> str:
     from eval.suites import check_suites
 
-    check_suites(recipe.eval.suites, bench_data=recipe.eval.bench_data)
+    check_suites(recipe.eval.suites, bench_data=recipe.eval.bench_data, limits=recipe.limits)
     return ", ".join(recipe.eval.suites)

@@ -81,7 +81,7 @@ def serve_teacher(
     name = Path(config.model).name
     if speculate:
         config = config.model_copy(update={"speculate": True})
-    teacher = open_teacher(config, base_dir=base_dir, progress=progress)
+    teacher = open_teacher(config, base_dir=base_dir, progress=progress, needs_template=False)
     limits = {} if max_waiting is None else {"max_waiting": max_waiting}
     app = build_app(
         teacher,

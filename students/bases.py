@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from distill.errors import CheckpointError, RecipeError
+from distill.model_folder import check_model_folder
+from distill.reading.files import read_text
 from distill.recipe import StudentConfig
-from distill.weights import stored_tensors, template_hash, weights_hash
+from distill.weights import template_hash, weights_hash
 from students.base_folder import locate, resolve_base
 
 __all__ = ["Method", "check_folder", "locate", "open_config", "open_model", "open_tokenizer", "resolve_base"]
@@ -28,16 +30,14 @@ RESERVED_PADS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<
 
 
 def check_folder(folder: Path) -> None:
-    """Raise CheckpointError unless config.json is there and every weight file is whole and inside the folder."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError("config.json is missing", where=folder)
-    stored_tensors(folder)
+    """Raise CheckpointError for what `distill.model_folder` refuses: code, absurd sizes, weights that are not whole."""
+    check_model_folder(folder)
 
 
 def open_config(folder: Path) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as exc:  # the folder's values may bring out anything
         raise CheckpointError(f"not a readable model config ({exc})", where=folder / "config.json") from exc
 
 
@@ -48,8 +48,8 @@ def open_tokenizer(student: StudentConfig, method: Method, folder: Path) -> Toke
     plain twin of the student's (`chatml_think.jinja` -> `chatml_plain.jinja`).
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as exc:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as exc:  # `tokenizers` raises nothing more precise
         raise CheckpointError(f"not a readable tokenizer ({exc})", where=folder) from exc
     if student.eos_token is not None:
         if student.eos_token not in tokenizer.get_vocab():
@@ -77,7 +77,13 @@ def open_model(student: StudentConfig, folder: Path, tokenizer: Tokenizer) -> Pr
     adapt_config(config, student, tokenizer)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as exc:
         raise CheckpointError(f"the weights cannot be loaded ({exc})", where=folder) from exc
@@ -113,8 +119,8 @@ def _template(student: StudentConfig, method: Method, own: str | None) -> str | 
     name = student.chat_template
     path = locate(name.replace("_think", "_plain") if method == "direct" else name)
     try:
-        return path.read_text(encoding="utf-8").removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as exc:
+        return read_text(path, RecipeError).removesuffix("\n")
+    except RecipeError as exc:
         raise RecipeError(
             f"chat template {str(path)!r} cannot be read", where=student.name, field="chat_template"
         ) from exc

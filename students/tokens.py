@@ -8,7 +8,7 @@ are made here, -100 over the prompt, and not by the trainer: nothing later can m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from distill import chat_templates
 from distill.errors import CheckpointError, DataError
 from distill.progress import Progress
 from distill.reasoning import THINK_LINE
@@ -75,11 +76,7 @@ def read_examples(path: Path) -> Iterator[list[Example]]:
 
 
 def render_prompt(tokenizer: Tokenizer, question: str) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-        )
-    )
+    return chat_templates.render(tokenizer, _turns(question))
 
 
 def render(tokenizer: Tokenizer, question: str, completion: str) -> tuple[str, str]:
@@ -88,9 +85,26 @@ def render(tokenizer: Tokenizer, question: str, completion: str) -> tuple[str, s
     Raises CheckpointError where the template does not give back what it was given: reasoning deleted or wrapped anew,
     or another token than EOS at the end of the turn.
     """
-    prompt = render_prompt(tokenizer, question)
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": completion}]
-    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    (texts,) = render_all(tokenizer, [(question, completion)])
+    return texts
+
+
+def render_all(tokenizer: Tokenizer, examples: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The same for many pairs of question and completion."""
+    prompts = chat_templates.render_all(tokenizer, (_turns(question) for question, _ in examples))
+    wholes = chat_templates.render_all(tokenizer, (_turns(*pair) for pair in examples), add_generation_prompt=False)
+    return [
+        (prompt, _rest(tokenizer, prompt, whole, completion))
+        for prompt, whole, (_, completion) in zip(prompts, wholes, examples, strict=True)
+    ]
+
+
+def _turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=False)]
+
+
+def _rest(tokenizer: Tokenizer, prompt: str, whole: str, completion: str) -> str:
+    """What of the training text `whole` stands behind the prompt, up to and with the end of turn."""
     if not whole.startswith(prompt):
         raise CheckpointError(
             f"the training text does not begin with the inference prompt {prompt[-40:]!r}", where="chat template"
@@ -104,7 +118,7 @@ def render(tokenizer: Tokenizer, question: str, completion: str) -> tuple[str, s
             f"ends a turn with {rest[len(answer) :][:20]!r}, not with the EOS token {tokenizer.eos_token!r}",
             where="chat template",
         )
-    return prompt, answer + str(tokenizer.eos_token)
+    return answer + str(tokenizer.eos_token)
 
 
 def write_tokens(
@@ -133,7 +147,7 @@ def _num_rows(path: Path) -> int:
 
 
 def _tokenise(examples: list[Example], tokenizer: Tokenizer, max_length: int, counts: TokenCounts) -> pa.RecordBatch:
-    texts = [render(tokenizer, example.question, example.completion) for example in examples]
+    texts = render_all(tokenizer, [(example.question, example.completion) for example in examples])
     prompts = tokenizer([prompt for prompt, _ in texts], add_special_tokens=False)["input_ids"]
     answers = tokenizer([answer for _, answer in texts], add_special_tokens=False)["input_ids"]
     for example, prompt, answer in zip(examples, prompts, answers, strict=True):

@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 from distill.errors import DataError, PotstillError
 from distill.protocols import Teacher
 from distill.records import Completion, Sampling, TraceRequest
-from teacher.engine.sequence import Grammar, Logprobs
+from teacher.engine.guide import Grammar
+from teacher.engine.sequence import Logprobs
 from teacher.engine.stopping import RepetitionLimit
 
 # The stop reason of a text that repeats itself, in vLLM's word.

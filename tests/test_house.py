@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import re
@@ -128,6 +129,21 @@ def test_documents_link_to_what_exists(path: Path) -> None:
             assert (path.parent / target).exists(), target
     for name in re.findall(r"`((?:pipelines|distill|docs|students|teacher|eval)/[\w./-]+\.(?:py|yaml|md|sh))`", text):
         assert (REPOSITORY / name).is_file(), name
+
+
+def test_nothing_is_opened_that_may_bring_code_along() -> None:
+    """transformers asks on standard input where it is not told that a folder's code is not to be run."""
+    rooms = ("distill", "teacher", "students", "eval", "pipelines", "benchmarks")
+    trusting = [
+        f"{path.relative_to(REPOSITORY)}:{call.lineno}"
+        for room in rooms
+        for path in (REPOSITORY / room).rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        and getattr(call.func, "attr", "") in ("from_pretrained", "from_config")
+        and "trust_remote_code=False" not in map(ast.unparse, call.keywords)
+    ]
+    assert trusting == []
 
 
 def test_citation_and_package_agree() -> None:

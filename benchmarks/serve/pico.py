@@ -71,7 +71,9 @@ def transformers(folder: Path, scale: Scale) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         if latent := read_facts(folder).model_type == LATENT:  # it reads no ragged blocks of FP8
             convert_checkpoint(folder, scratch, torch.float32)
-        model = AutoModelForCausalLM.from_pretrained(scratch if latent else folder, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            scratch if latent else folder, dtype=torch.float32, trust_remote_code=False
+        ).eval()
 
     def generate(prompts: list[list[int]], num_tokens: int) -> None:
         longest = max(len(ids) for ids in prompts)

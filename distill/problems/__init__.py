@@ -11,28 +11,33 @@ from pathlib import Path
 
 from distill.problems import hub, local, reasoning_gym
 from distill.problems.split import normalise, split_of
-from distill.recipe import LocalSource, ProblemSource, ReasoningGymSource
+from distill.recipe import DEFAULT_LIMITS, LocalSource, ProblemSource, ReadLimits, ReasoningGymSource
 from distill.records import Problem
 
 __all__ = ["iterate_problems", "load_problems", "normalise", "source_files", "split_of"]
 
 
-def load_problems(sources: Iterable[ProblemSource], *, base_dir: Path) -> list[Problem]:
+def load_problems(
+    sources: Iterable[ProblemSource], *, base_dir: Path, limits: ReadLimits = DEFAULT_LIMITS
+) -> list[Problem]:
     """Read all sources, in order; of questions that occur twice (same id) the first stays.
 
-    Relative paths are resolved against `base_dir`. Raises RecipeError (a source that cannot give what is asked),
-    DataError (a file that is not what it should be), EnvironmentFault (the Hub cannot be reached).
+    Relative paths are resolved against `base_dir`; `limits` bound what is read of local files. Raises RecipeError (a
+    source that cannot give what is asked), DataError (a file that is not what it should be), EnvironmentFault (the Hub
+    cannot be reached).
     """
     problems: dict[str, Problem] = {}
-    for problem in iterate_problems(sources, base_dir=base_dir):
+    for problem in iterate_problems(sources, base_dir=base_dir, limits=limits):
         problems.setdefault(problem.id, problem)
     return list(problems.values())
 
 
-def iterate_problems(sources: Iterable[ProblemSource], *, base_dir: Path) -> Iterator[Problem]:
+def iterate_problems(
+    sources: Iterable[ProblemSource], *, base_dir: Path, limits: ReadLimits = DEFAULT_LIMITS
+) -> Iterator[Problem]:
     """Yield what `load_problems` loads, one by one, and those that occur twice, twice."""
     for source in sources:
-        yield from _read(source, base_dir)
+        yield from _read(source, base_dir, limits)
 
 
 def source_files(sources: Iterable[ProblemSource], *, base_dir: Path) -> dict[str, Path]:
@@ -46,9 +51,9 @@ def source_files(sources: Iterable[ProblemSource], *, base_dir: Path) -> dict[st
     return files
 
 
-def _read(source: ProblemSource, base_dir: Path) -> Iterable[Problem]:
+def _read(source: ProblemSource, base_dir: Path, limits: ReadLimits) -> Iterable[Problem]:
     if isinstance(source, ReasoningGymSource):
         return reasoning_gym.read(source, base_dir)
     if isinstance(source, LocalSource):
-        return local.read(source, base_dir)
+        return local.read(source, base_dir, limits)
     return hub.read(source)

@@ -29,7 +29,7 @@ def read(source: DatasetSource) -> Iterator[Problem]:
 def _load(source: DatasetSource) -> Any:
     import datasets
     import httpx
-    from datasets.exceptions import DatasetNotFoundError, DefunctDatasetError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DefunctDatasetError
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -38,5 +38,10 @@ def _load(source: DatasetSource) -> Any:
         raise RecipeError(f"no such data set ({exc})", where=source.repo, field="problems.repo") from exc
     except (ConnectionError, httpx.TransportError, HfHubHTTPError) as exc:
         raise EnvironmentFault(f"cannot be fetched ({exc})", where=source.repo) from exc
+    except DatasetGenerationError as exc:
+        kind = EnvironmentFault if isinstance(exc.__cause__, OSError) else DataError
+        raise kind(f"cannot be read ({exc.__cause__ or exc})", where=source.repo) from exc
+    except RuntimeError as exc:  # of a data set that is a Python script
+        raise RecipeError(f"names code, which is not run ({exc})", where=source.repo, field="problems.repo") from exc
     except ValueError as exc:  # what `datasets` raises for an unknown configuration or split
         raise RecipeError(str(exc), where=source.repo, field="problems.split") from exc

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from distill.errors import DataError
-from distill.problems.rows import problem_of
-from distill.recipe import LocalSource
+from distill.problems.rows import fields_of, problem_of
+from distill.reading.lines import json_rows
+from distill.reading.parquet import parquet_rows
+from distill.recipe import LocalSource, ReadLimits
 from distill.records import Problem
 
 
@@ -22,12 +21,11 @@ def file_path(source: LocalSource, base_dir: Path) -> Path:
     return path
 
 
-def read(source: LocalSource, base_dir: Path) -> Iterator[Problem]:
+def read(source: LocalSource, base_dir: Path, limits: ReadLimits) -> Iterator[Problem]:
     """Yield the file's problems. Raises DataError naming the file, the line (counted from 1) and the field."""
     path = file_path(source, base_dir)
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     number = 0
-    for number, (where, row) in enumerate(rows, start=1):
+    for number, (where, row) in enumerate(_rows(path, source, limits), start=1):
         yield problem_of(row, source, name=path.name.removesuffix(".gz").rpartition(".")[0], where=where)
         if number == source.limit:
             return
@@ -35,39 +33,9 @@ def read(source: LocalSource, base_dir: Path) -> Iterator[Problem]:
         raise DataError("holds no questions", where=path)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(path: Path, source: LocalSource, limits: ReadLimits) -> Iterator[tuple[str, dict[str, Any]]]:
+    if path.suffix == ".parquet":
+        return parquet_rows(path, limits, fields_of(source))
     if not path.name.endswith((".jsonl", ".json", ".jsonl.gz")):
         raise DataError(f"must end in .jsonl, .json, .jsonl.gz or .parquet, got {path.suffix!r}", where=path)
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(_lines(file, path), start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as exc:  # also UnicodeDecodeError: a line torn inside a character
-                raise DataError(f"not a JSON line ({exc})", where=where) from exc
-            if not isinstance(row, dict):
-                raise DataError(f"must be a JSON object, got {type(row).__name__}", where=where)
-            yield where, row
-
-
-def _lines(file: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    try:
-        yield from file
-    except (EOFError, gzip.BadGzipFile, zlib.error) as exc:
-        raise DataError(f"not a whole gzip file ({exc})", where=path) from exc
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(1_024):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}: row {number}", row
-    except (pa.ArrowException, OSError, ValueError) as exc:
-        raise DataError(f"not a readable Parquet file ({exc})", where=path) from exc
+    return json_rows(path, limits)

@@ -24,10 +24,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from distill.errors import RecipeError, nearest
 from distill.problems.split import normalise, split_of
+from distill.reading.yaml_text import read_yaml
 from distill.recipe import ReasoningGymSource
 from distill.records import Problem, content_id
 
@@ -51,7 +50,7 @@ def read(source: ReasoningGymSource, base_dir: Path) -> list[Problem]:
     """
     if isinstance(source.families, str):
         where: str = str(problem_set_path(source.families, base_dir))
-        families = _read_problem_set(Path(where))
+        families = read_problem_set(Path(where))
     else:
         where, families = "problems.families", source.families
     if not families:
@@ -135,11 +134,9 @@ def from_json(value: Any) -> Any:
     return {key: from_json(item) for key, item in value.items()}
 
 
-def _read_problem_set(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        raise RecipeError(f"not valid YAML: {exc}", where=path) from exc
+def read_problem_set(path: Path) -> dict[str, dict[str, Any]]:
+    """Family -> parameters, as they stand there. Raises RecipeError for a file that is no problem set."""
+    tree = read_yaml(path, RecipeError)
     if not isinstance(tree, dict):
         raise RecipeError(f"must be a mapping with the key 'families', got {type(tree).__name__}", where=path)
     for key in tree:

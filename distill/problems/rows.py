@@ -35,6 +35,12 @@ def problem_of(row: Mapping[str, Any], source: LocalSource | DatasetSource, *, n
     return Problem(prompt=prompt, answer=text or None, grader=source.grader, source=name)
 
 
+def fields_of(source: LocalSource | DatasetSource) -> list[str]:
+    """The fields of a row that are read."""
+    optional = (source.choices_field, source.tests_field, source.setup_field, source.entry_point_field)
+    return [source.prompt_field, source.answer_field, *filter(None, optional)]
+
+
 def _field(row: Mapping[str, Any], field: str, where: str) -> Any:
     if field not in row:
         raise DataError(f"missing; {nearest(field, map(str, row))}", where=where, field=field)

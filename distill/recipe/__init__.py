@@ -15,6 +15,7 @@ from distill.recipe.curation import (
     NearDuplicates,
     VerifyConfig,
 )
+from distill.recipe.limits import DEFAULT_LIMITS, ReadLimits
 from distill.recipe.problems import DatasetSource, LocalSource, ProblemSource, ReasoningGymSource
 from distill.recipe.reading import load_recipe, load_settings, load_student, parse
 from distill.recipe.results import EvalConfig
@@ -35,6 +36,7 @@ from distill.recipe.teachers import (
 from distill.recipe.whole import Recipe
 
 __all__ = [
+    "DEFAULT_LIMITS",
     "SERVER_KEY_ENV",
     "AdaptiveSampling",
     "BestOfN",
@@ -55,6 +57,7 @@ __all__ = [
     "OpenAITeacher",
     "ProblemSource",
     "RayTeacher",
+    "ReadLimits",
     "ReasoningGymSource",
     "Recipe",
     "SFTConfig",

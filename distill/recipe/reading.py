@@ -11,14 +11,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from distill.errors import RecipeError, nearest
+from distill.reading.yaml_text import parse_yaml, read_yaml
 from distill.recipe.students import StudentConfig
 from distill.recipe.whole import Recipe
 
 M = TypeVar("M", bound=BaseModel)
+MAX_PARENTS = 16
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -50,27 +51,9 @@ def parse(model: type[M], tree: Any, *, where: Path | str) -> M:
         raise _recipe_error(exc, model, where) from exc
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML as usual, but a key that is given twice is a fault: the first value would be lost in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1 and key != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = path.resolve() if seen else path
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise RecipeError(f"cannot be read ({getattr(exc, 'strerror', None) or exc})", where=path) from exc
-    try:
-        tree = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as exc:
-        raise RecipeError(f"not valid YAML: {exc}", where=path) from exc
+    tree = read_yaml(path, RecipeError)
     if not isinstance(tree, dict):
         raise RecipeError(f"must be a mapping, got {type(tree).__name__}", where=path)
     parent = tree.pop("extends", None)
@@ -79,6 +62,8 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise RecipeError(f"must be a path, got {parent!r}", where=path, field="extends")
     parent_path = (path.parent / parent).resolve()
+    if len(seen) >= MAX_PARENTS:
+        raise RecipeError(f"is the parent of the parent of ... of {MAX_PARENTS} files", where=path)
     if parent_path in (*seen, path.resolve()):
         raise RecipeError(f"{parent!r} extends this file again", where=path, field="extends")
     return _merge(_read_tree(parent_path, (*seen, path.resolve())), tree)
@@ -101,10 +86,7 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     dotted, equals, raw = text.partition("=")
     if not equals or not dotted:
         raise RecipeError(f"must be a.b=value, got {text!r}", where="--set")
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError as exc:
-        raise RecipeError(f"{raw!r} is not valid YAML", where="--set", field=dotted) from exc
+    value = parse_yaml(raw, where="--set", fault=RecipeError, field=dotted)
     *parents, last = dotted.split(".")
     node: Any = tree
     for name in parents:

@@ -186,6 +186,8 @@ class VllmServing(Config):
                 raise ValueError(f"{name!r} is not a flag's name (written without dashes in front: max-model-len)")
             if name in RESERVED_FLAGS:
                 raise ValueError(f"{name!r} is set by potstill")
+            if name == "trust-remote-code" and flags[name] is not False:
+                raise ValueError(f"{name!r} would run Python code of the model's folder, which potstill never does")
         return flags
 
 

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from distill.recipe.config import Config
 from distill.recipe.curation import CurateConfig, VerifyConfig
+from distill.recipe.limits import ReadLimits
 from distill.recipe.problems import ProblemSource
 from distill.recipe.results import EvalConfig, PushConfig, PushTracesConfig
 from distill.recipe.students import DistillConfig
@@ -15,6 +16,7 @@ from distill.recipe.teachers import GenerateConfig, TeacherConfig
 class Recipe(Config):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     problems: tuple[ProblemSource, ...] = Field(min_length=1)
+    limits: ReadLimits = ReadLimits()
     teacher: TeacherConfig
     generate: GenerateConfig = GenerateConfig()
     verify: VerifyConfig = VerifyConfig()

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.recipe import ReadLimits
 from distill.records import Problem, Verdict
 from distill.tables import read_records
 from eval.statistics import consensus
@@ -53,20 +54,26 @@ def pico(held_out: str = "", **_: Any) -> dict[str, Any]:
     return documents(read_records(Path(held_out), Problem))
 
 
-def gsm8k(bench_data: str | None = None, **_: Any) -> dict[str, Any]:
-    return documents(read_benchmark("gsm8k", bench_folder(bench_data)))
+def gsm8k(**settings: Any) -> dict[str, Any]:
+    return _benchmark("gsm8k", **settings)
 
 
-def math500(bench_data: str | None = None, **_: Any) -> dict[str, Any]:
-    return documents(read_benchmark("math500", bench_folder(bench_data)))
+def math500(**settings: Any) -> dict[str, Any]:
+    return _benchmark("math500", **settings)
 
 
-def aime24(bench_data: str | None = None, **_: Any) -> dict[str, Any]:
-    return documents(read_benchmark("aime24", bench_folder(bench_data)))
+def aime24(**settings: Any) -> dict[str, Any]:
+    return _benchmark("aime24", **settings)
 
 
-def aime25(bench_data: str | None = None, **_: Any) -> dict[str, Any]:
-    return documents(read_benchmark("aime25", bench_folder(bench_data)))
+def aime25(**settings: Any) -> dict[str, Any]:
+    return _benchmark("aime25", **settings)
+
+
+def _benchmark(
+    suite: str, *, bench_data: str | None = None, limits: Mapping[str, int] | None = None, **_: Any
+) -> dict[str, Any]:
+    return documents(read_benchmark(suite, bench_folder(bench_data), ReadLimits(**(limits or {}))))
 
 
 def reference(doc: Mapping[str, Any]) -> str:

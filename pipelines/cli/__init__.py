@@ -25,6 +25,7 @@ from pipelines.cli import chain, doctor, ledger, serving, training, zoo
 from pipelines.preemption import preemptible
 
 INTERRUPTED = 130
+ASKS = "init"  # the one command that asks a person anything
 
 app = typer.Typer(
     help="Distil a reasoning teacher into small models.",
@@ -40,6 +41,8 @@ for commands in (chain.app, serving.app, doctor.app, zoo.app, training.app, trai
 def main() -> NoReturn:
     """Entry point of the `potstill` command. Ctrl-C ends it however it was started."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # behind `&` a shell has it ignored
+    if sys.argv[1:2] != [ASKS]:
+        _close_stdin()
     try:
         try:
             with preemptible():
@@ -60,6 +63,13 @@ def main() -> NoReturn:
         typer.echo(f"potstill: {fault}", err=True)
         sys.exit(fault.exit_code)
     sys.exit(0)
+
+
+def _close_stdin() -> None:
+    """Leave standard input empty, so that no library can ask there what it may do, and take `y` from a pipe."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
 
 
 def _fault(exc: BaseException) -> PotstillError | None:

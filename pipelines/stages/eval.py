@@ -20,7 +20,7 @@ from distill.manifest import current, read_manifest, run_stage
 from distill.problems import load_problems, normalise, source_files
 from distill.progress import Progress
 from distill.protocols import Teacher
-from distill.recipe import EvalConfig, NativeTeacher, Recipe, ServedTeacher, TeacherConfig, VerifyConfig
+from distill.recipe import EvalConfig, NativeTeacher, ReadLimits, Recipe, ServedTeacher, TeacherConfig, VerifyConfig
 from distill.records import Example, Problem, Role, Sampling, StageManifest
 from distill.tables import read_records, write_records
 from eval.harness import SAMPLES, SCORES, Subject, score_model
@@ -50,6 +50,7 @@ class ScoringJob:
     verify: VerifyConfig
     held_out: Path | None
     bench_data: str | None
+    limits: ReadLimits
     out_dir: Path
     base_dir: Path
 
@@ -89,7 +90,7 @@ def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     held-out question occurs among the training examples."""
     base_dir = context.base_dir
     config, out_dir = recipe.eval, run_dir / "eval"
-    check_suites(config.suites, bench_data=config.bench_data)
+    check_suites(config.suites, bench_data=config.bench_data, limits=recipe.limits)
     jobs = _jobs(recipe, run_dir, base_dir)
     examples = run_dir / "curate" / "examples.parquet"
     inputs = {f"model:{job.name}": path for job in jobs if (path := job.weights) is not None}
@@ -144,6 +145,7 @@ def score(job: ScoringJob, progress: Progress) -> None:
                     limit=job.limit,
                     held_out=job.held_out,
                     bench_data=job.bench_data,
+                    limits=job.limits,
                     progress=progress,
                 )
         finally:
@@ -210,6 +212,7 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
             verify=recipe.verify.model_copy(update={"num_workers": 1}),
             held_out=None if config.held_out is None else run_dir / "eval" / HELD_OUT,
             bench_data=config.bench_data,
+            limits=recipe.limits,
             out_dir=run_dir / "eval" / name,
             base_dir=base_dir,
         )

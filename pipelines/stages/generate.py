@@ -88,7 +88,7 @@ def _backend(context: Context, log_dir: Path) -> OpenTeacher:
 
 def _problems(recipe: Recipe, base_dir: Path) -> PackedProblems:
     """The recipe's problems, or this machine's part of them: a problem's own id says which part it belongs to."""
-    problems = iterate_problems(recipe.problems, base_dir=base_dir)
+    problems = iterate_problems(recipe.problems, base_dir=base_dir, limits=recipe.limits)
     if recipe.generate.part is None:
         return PackedProblems(problems)
     number, count = map(int, recipe.generate.part.split("/"))

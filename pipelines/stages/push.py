@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from distill.errors import DataError, RecipeError, nearest
 from distill.manifest import read_manifest, run_stage
+from distill.model_folder import read_config_json
 from distill.recipe import Recipe, StudentConfig, parse
 from distill.records import ScoreCard, StageManifest
 from pipelines.context import Context
@@ -39,6 +40,7 @@ def push(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
             where="recipe",
             field="push.student",
         )
+    read_config_json(folder)  # what names code is not handed on either
     card, student, repo = _card(recipe, run_dir, folder, scores)
     inputs = {"model": folder, **{f"scores {path.parent.name}": path for path in _score_files(run_dir)}}
     config = {"push": recipe.push.model_dump(mode="json"), "repo": repo, "student": student.name}

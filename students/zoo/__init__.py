@@ -10,9 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from distill.errors import RecipeError, nearest
+from distill.reading.yaml_text import parse_yaml
 from distill.recipe import StudentConfig, load_student
 
 ZOO = Path(__file__).parent
@@ -26,7 +25,8 @@ def list_students() -> list[StudentConfig]:
 
 def sft_overrides(texts: Iterable[str]) -> dict[str, Any]:
     """`NAME=VALUE` each, the value as YAML, for `find_student`."""
-    return {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in texts)}
+    parts = (text.partition("=") for text in texts)
+    return {name: parse_yaml(value, where="--set", fault=RecipeError, field=name) for name, _, value in parts}
 
 
 def find_student(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> StudentConfig:

@@ -19,16 +19,18 @@ def open_teacher(
     base_dir: Path,
     log_dir: Path | None = None,
     progress: Progress | None = None,
+    needs_template: bool = True,
 ) -> Teacher:
     """The teacher that a recipe names. `base_dir` is where relative paths start.
 
-    `log_dir` is where a server that is started keeps its log. Only the chosen backend's module is imported: an
-    endpoint needs no torch.
+    `log_dir` is where a server that is started keeps its log. A native one that goes on with texts alone does not need
+    a chat template. Only the chosen backend's module is imported: an endpoint needs no torch.
     """
     if isinstance(config, NativeTeacher):
         from teacher.backends.native.backend import open_native
 
         kind: dict[str, Any] = {"speculate": config.speculate, "batch_invariant": config.batch_invariant}
+        kind["as_student"] = not needs_template
         if config.num_ranks > 1:
             from teacher.backends.native.fleet import open_fleet
 

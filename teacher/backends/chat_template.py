@@ -55,7 +55,7 @@ class ChatTemplate:
         """
         messages = [self._as_known(message) for message in conversation.messages]
         spelled = self._spelling(tuple(map(_turn, messages)), bool(conversation.tools))
-        return render(self._tokenizer, [spelled(message) for message in messages], tools=conversation.tools or None)
+        return render(self._tokenizer, [spelled(message) for message in messages], tools=conversation.tools)
 
     @cached_property
     def call_format(self) -> CallFormat | None:
@@ -99,7 +99,7 @@ class ChatTemplate:
         raise faults[0]
 
     def _check_all_shows(self, marked: Sequence[Mapping[str, Any]], has_tools: bool) -> None:
-        text = render(self._tokenizer, marked, tools=[OFFERED] if has_tools else None)
+        text = render(self._tokenizer, marked, tools=[OFFERED] if has_tools else [])
         if has_tools and OFFERED["function"]["name"] not in text:
             raise UserInputError("the chat template of this model has no tools", field="tools")
         for place, message in enumerate(marked):

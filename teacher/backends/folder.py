@@ -12,8 +12,8 @@ from pathlib import Path
 from distill.errors import CheckpointError
 from distill.hash_cache import cache_folder
 from distill.manifest import environment_faults, hash_file, sync_folder
+from distill.model_folder import read_config_json
 from distill.records import content_id
-from teacher.model.config import read_config_json
 
 # What MLA's kernel in vLLM's CPU build takes.
 CPU_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from distill import chat_templates
 from distill.errors import CheckpointError, UserInputError
+from distill.reading.json_text import read_json
 from teacher.models.gqa.config import FAMILIES
 from teacher.models.load import ModelFacts
 
@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path, facts: ModelFacts, *, of_base: bool = False) ->
     try:
         # AutoTokenizer would put the pre-tokenizer of a family in the place of the file's own.
         reader = AutoTokenizer if converted else PreTrainedTokenizerFast
-        tokenizer = reader.from_pretrained(folder, local_files_only=True)
+        tokenizer = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as exc:
         raise CheckpointError(f"is not a usable tokenizer: {exc}", where=path) from exc
     # Whatever the file says: a prompt that is too long is refused, not cut.
@@ -54,15 +54,17 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = True,
 ) -> str:
-    """Text of a conversation, up to where the answer begins. Raises UserInputError where the template refuses it."""
+    """Text of a conversation, up to where the answer begins.
+
+    Raises UserInputError where the template refuses it, CheckpointError for a template that is broken or has no end.
+    """
+    offered = [dict(tool) for tool in tools] or None
     try:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
-    except (TemplateError, LookupError, TypeError, ValueError) as exc:
+        return chat_templates.render(tokenizer, messages, tools=offered, add_generation_prompt=add_generation_prompt)
+    except chat_templates.TemplateRefusal as exc:
         message = f"the chat template of this model refuses them: {exc}"
         raise UserInputError(message, field="messages") from exc
 
@@ -106,9 +108,9 @@ def _of_generation_config(folder: Path) -> tuple[int, ...]:
     if not path.exists():
         return ()
     try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (UnicodeDecodeError, ValueError, AttributeError) as exc:
-        raise CheckpointError(f"is not a JSON object: {exc}", where=path) from exc
+        value = read_json(path, CheckpointError).get("eos_token_id")
+    except AttributeError as exc:
+        raise CheckpointError("is not a JSON object", where=path) from exc
     tokens = value if isinstance(value, list) else [value]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens if token is not None):
         raise CheckpointError(f"must be token ids, got {value!r}", where=path, field="eos_token_id")
@@ -123,6 +125,9 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         return ends
     marker = "potstill"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)[2]
+    try:
+        after = chat_templates.render(tokenizer, turns, add_generation_prompt=False).rpartition(marker)[2]
+    except chat_templates.TemplateRefusal as exc:
+        raise CheckpointError(f"refuses a question and its answer: {exc}", where=tokenizer.name_or_path) from exc
     closing = tokenizer.encode(after, add_special_tokens=False)[:1]
     return ends | {token for token in closing if token in tokenizer.added_tokens_decoder}

@@ -126,6 +126,8 @@ class Engine:
             sequence.fault = "the prompt has no tokens"
         elif sequence.stops and self._decode is None:
             sequence.fault = "this engine knows no text, and stop strings are text"
+        elif sequence.grammar is not None and sequence.guide is None:
+            sequence.fault = "this engine has no vocabulary, and a grammar needs one"
         elif sequence.stops or sequence.repetition is not None:
             sequence.watch = Watch(sequence.stops, sequence.repetition, self._decode)
         if sequence.sampling_params.penalises:

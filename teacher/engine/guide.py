@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -19,13 +19,35 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import Tokenizer
 
 from distill.reasoning import END_OF_THINKING
-from teacher.engine.sequence import Grammar
 
 # A grammar of this length is read in some 0.5 s at worst (a schema of thousands of optional properties), most in 10 ms.
 MAX_GRAMMAR_CHARACTERS = 2**16
-# About 1 kB a state of the lexer; steps take 15 ms at the most by the library's own limits.
-LIMITS = LLParserLimits(max_lexer_states=20_000, max_grammar_size=100_000, verbose_errors=False)
+# About 1 kB a state of the lexer, 4 ms a step at worst for either of the others: sequences have their own, and share a
+# step's time. The library's defaults are four times as much; schemas of every kind that were tried need less than this.
+LIMITS = LLParserLimits(
+    max_lexer_states=8_000,
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
 _KEPT = 32  # grammars that were read last: `n` samples of a request have one, and clients ask again
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """Texts that a sequence may write: what the rule `answer` of `lark` derives (Lark, in llguidance's dialect).
+
+    `tags` are texts that are one token in some vocabularies, text in others: `lark` has them as `tag_0`, `tag_1` and so
+    on, and as `to_tag_0` any text that ends with the first such tag in it. With `thinks` the answer begins behind the
+    end of the reasoning, and up to two line breaks. `field` is the request's, for whoever must be told that something
+    is wrong.
+    """
+
+    lark: str
+    tags: tuple[str, ...] = ()
+    thinks: bool = False
+    field: str = "response_format"
 
 
 class Guide:
@@ -64,18 +86,20 @@ class Guides:
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._read = lru_cache(_KEPT)(self._matcher)
+        self._compiled = lru_cache(_KEPT)(self._compile)
 
     def guide(self, grammar: Grammar) -> Guide:
         """Raises ValueError, saying why, for a grammar that is wrong, too large or admits no text, and where the
         tokenizer is of a kind that llguidance does not know."""
-        return Guide(self._read(grammar).deep_copy(), self._eos_token_ids)
+        return Guide(self._compiled(grammar).deep_copy(), self._eos_token_ids)
 
-    def _matcher(self, grammar: Grammar) -> LLMatcher:
+    def _compile(self, grammar: Grammar) -> LLMatcher:
         if len(grammar.lark) > MAX_GRAMMAR_CHARACTERS:
             raise ValueError(f"must have at most {MAX_GRAMMAR_CHARACTERS} characters, has {len(grammar.lark)}")
         if grammar.thinks:
-            self._read(replace(grammar, thinks=False))  # what is wrong with the answer shows before it is thought about
+            self._compiled(
+                replace(grammar, thinks=False)
+            )  # what is wrong with the answer shows before it is thought about
         lark = LLMatcher.grammar_from_lark("\n".join([*self._beginning(grammar), grammar.lark]))
         matcher = LLMatcher(self._vocabulary, lark, log_level=0, limits=LIMITS)
         trial = matcher.deep_copy()

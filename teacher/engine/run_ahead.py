@@ -23,9 +23,10 @@ makes the next ones and leaves tokens, lengths and the choice of uniform numbers
 sure: all of them run, none is known to have ended, nobody waits for a free seat, and each can have pages for the most
 that it may need (`Scheduler.reserve_lookahead`). The host gives it its chunks afterwards (`LaunchedStep.judged`).
 
-When it does not launch. Where the host has a say in the next token (a thinking limit may force one) or must keep the
-logits (logprobs), where run-ahead is off, and, with drafts, where the step was no graph or the conditions above do not
-hold: then the tokens are waited for first, and the scheduler plans the next step from what is known.
+When it does not launch. Where the host has a say in the next token (a thinking limit may force one; penalties and a
+grammar go by the one before it) or must keep the logits (logprobs), where run-ahead is off, and, with drafts, where the
+step was no graph or the conditions above do not hold: then the tokens are waited for first, and the scheduler plans the
+next step from what is known.
 
 When an assumption fails. Nothing is undone on the device:
 - A sequence ended with step n (end token, stop string, loop). Its rows of n + 1 are computed all the same, one token

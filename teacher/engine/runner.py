@@ -92,7 +92,7 @@ class ModelRunner:
                 graph = graphs.sample(chunks, before_Z) if decodes else graphs.read(chunks[0])
                 return SampledTokens(graph.rows, graph.drafts_B, graph=graph)
         forward = self.forward(chunks, copies, before_Z, graphed)
-        # Behind what each token is drawn that is not in its sequence yet: nothing, or the draft.
+        # Each row behind which a token is drawn, and the draft among its tokens that the sequence does not have yet.
         places = [(chunk.sequence, [chunk.draft][:ahead]) for chunk in chunks for ahead in range(chunk.num_sampled)]
         uniform = [sequence.uniform(len(drafts) + sequence.num_placeholders) for sequence, drafts in places]
         if any(sequence.guide is not None for sequence, _ in places):

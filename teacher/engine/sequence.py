@@ -15,7 +15,7 @@ from teacher.engine.stopping import RepetitionLimit, Watch
 from teacher.engine.token_counts import TokenCounts
 
 if TYPE_CHECKING:
-    from teacher.engine.guide import Guide
+    from teacher.engine.guide import Grammar, Guide
 
 Key = TypeVar("Key", bound=Hashable)
 # One token's: its own, and the likeliest ones with theirs.
@@ -29,22 +29,6 @@ class ThinkingLimit:
     max_tokens: int
     end_token: int
     forced_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Grammar:
-    """Texts that a sequence may write: what the rule `answer` of `lark` derives (Lark, in llguidance's dialect).
-
-    `tags` are texts that are one token in some vocabularies, text in others: `lark` has them as `tag_0`, `tag_1` and so
-    on, and as `to_tag_0` any text that ends with the first such tag in it. With `thinks` the answer begins behind the
-    end of the reasoning, and up to two line breaks. `field` is the request's, for whoever must be told that something
-    is wrong.
-    """
-
-    lark: str
-    tags: tuple[str, ...] = ()
-    thinks: bool = False
-    field: str = "response_format"
 
 
 @dataclass(eq=False)
@@ -157,8 +141,8 @@ class Sequence(Generic[Key]):
     @property
     def may_run_ahead(self) -> bool:
         """Tell whether the step after the next token can begin before it is known here."""
-        is_host_s = self.thinking is not None or self.counts is not None or self.guide is not None
-        return not is_host_s and not self._forced and not self.sampling_params.top_logprobs
+        depends = self.thinking is not None or self._forced or self.counts is not None or self.guide is not None
+        return not (depends or self.sampling_params.top_logprobs)
 
     @property
     def is_plain(self) -> bool:

@@ -11,6 +11,8 @@ model's distribution from that of the drafts. To lose little of it, a draft is d
 by the same number in the same manner, as two near distributions then mostly give the same token (the shared randomness
 of arXiv 2408.07978); where the temperature is 0, both are the likeliest token.
 
+Penalties and grammars apply to what is drawn, behind a draft as if it had been written; drafts are made without them.
+
 A rejected draft leaves a latent behind, which the next step writes over. The layer's own latent at a place depends on
 the token after it, so that of a shared page's last place may have been made for another continuation: it can spoil a
 guess, never a text.

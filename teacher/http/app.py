@@ -37,10 +37,11 @@ from starlette.routing import Route
 from distill.errors import PotstillError
 from distill.records import Sampling
 from teacher.admission.bodies import GONE, read_body
+from teacher.admission.fields import Body
 from teacher.admission.reader import SMALL_BYTES, Reader
 from teacher.admission.refusals import Refused, error_body
+from teacher.admission.wording import refusal_of
 from teacher.engine.stopping import RepetitionLimit
-from teacher.http.body import Body
 from teacher.http.chat_form import ChatForm, ReasoningPlace
 from teacher.http.chat_request import ChatRequest
 from teacher.http.completion_form import TextForm
@@ -53,7 +54,6 @@ from teacher.http.metrics import Metrics
 from teacher.http.refusal import APIError, refusal_response
 from teacher.http.request import Request
 from teacher.http.stream import Stream, Wake, cancel, left
-from teacher.http.wording import refusal_of
 from teacher.live import CallFormat, GeneratedSample, LiveTeacher
 
 # The validator looks at every field that it does not know before it says so of the first.

@@ -11,8 +11,8 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from distill.reasoning import END_OF_THINKING, THINK
 from distill.records import content_id
-from teacher.engine.sequence import Grammar
-from teacher.http.body import ChatServiceFields, Integer
+from teacher.admission.fields import ChatServiceFields, Integer
+from teacher.engine.guide import Grammar
 from teacher.http.messages import MAX_MESSAGES, Message, check_order
 from teacher.http.request import MAX_LOGPROBS, Request, sample_of
 from teacher.http.tool_grammar import call_grammar

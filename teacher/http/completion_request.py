@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, model_validator
 
 from distill.records import content_id
-from teacher.http.body import Body, Integer
+from teacher.admission.fields import Body, Integer
 from teacher.http.request import MAX_LOGPROBS, Request, sample_of
 from teacher.live import GenerationRequest, PlainText
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from teacher.http.body import Body, one_or_list
+from teacher.admission.documents import DocumentError, loads
+from teacher.admission.fields import Body, one_or_list
 
 MAX_MESSAGES = 4_096
 MAX_CALLS = 128
@@ -33,9 +33,9 @@ class FunctionCall(Body):
     def parsed(self) -> dict[str, Any]:
         """The arguments; no text is none. Raises ValueError for what is no object."""
         try:
-            value = json.loads(self.arguments or "{}", parse_constant=_no_json)
-        except ValueError as exc:
-            raise ValueError(f"arguments: must be the text of a JSON object, but it is no JSON ({exc})") from exc
+            value = loads((self.arguments or "{}").encode())
+        except DocumentError as exc:
+            raise ValueError(f"arguments: must be the text of a JSON object; {exc.message}") from exc
         if not isinstance(value, dict):
             raise ValueError("arguments: must be the text of a JSON object")
         return value
@@ -109,7 +109,3 @@ def check_order(messages: Iterable[Message]) -> None:
         elif message.tool_call_id not in called:
             text = "messages with role 'tool' must be a response to a preceding message with 'tool_calls'"
             raise ValueError(f"messages[{place}].tool_call_id: {text}, got {message.tool_call_id!r}")
-
-
-def _no_json(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")

@@ -1,8 +1,9 @@
 """The fields that both kinds of request share: OpenAI's, as far as a Teacher can honour them, and vLLM's.
 
 A field that would change the answer and is not honoured is refused with 400, never ignored. Beside OpenAI's fields
-there are vLLM's, under its names: `top_k`, `min_p`, `repetition_detection`, `stream_interval`, and those that budget
-forcing and logit distillation use, `thinking_token_budget`, `return_token_ids` and `return_tokens_as_token_ids`.
+there are vLLM's, under its names: `top_k`, `min_p`, `repetition_penalty`, `repetition_detection`, `structured_outputs`,
+`stream_interval`, and those that budget forcing and logit distillation use, `thinking_token_budget`, `return_token_ids`
+and `return_tokens_as_token_ids`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from distill.records import Problem, Sampling, TraceRequest
+from teacher.admission.fields import Body, Integer, Number, ServiceFields, one_or_list
 from teacher.engine.stopping import RepetitionLimit
-from teacher.http.body import Body, Integer, Number, ServiceFields, one_or_list
 from teacher.http.structured import StructuredFields
 from teacher.live import GenerationRequest, RequestOptions
 

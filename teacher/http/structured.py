@@ -8,8 +8,8 @@ from typing import Any, Literal
 from llguidance import regex_to_lark
 from pydantic import Field, model_validator
 
-from teacher.engine.sequence import Grammar
-from teacher.http.body import Body
+from teacher.admission.fields import Body
+from teacher.engine.guide import Grammar
 
 MAX_CHOICES, MAX_REGEX_CHARACTERS = 1_024, 4_096
 # One line, as `json.dumps` writes it. JSON allows any white space, and a small model may not find out of it again.

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from teacher.admission.documents import DocumentError, loads
 from teacher.engine.stopping import StopStrings
 from teacher.http.parts import Call
 from teacher.live import CallFormat
@@ -51,14 +52,15 @@ class _Calls:
 
     def made_of(self, value: Any, *keys: str) -> Call | None:
         """The call that is meant, whose arguments stand under one of `keys`; None for what is no call."""
-        if not isinstance(value, dict) or value.get("name") not in self._names:
+        name = value.get("name") if isinstance(value, dict) else None
+        if not isinstance(name, str) or name not in self._names:
             return None
         arguments = next((value[key] for key in keys if key in value), {})
         if not isinstance(arguments, dict):
             return None
-        text = json.dumps(arguments, ensure_ascii=False)
         self.num_made += 1
-        return Call(self.num_made - 1, f"call_{uuid.uuid4().hex[:24]}", value["name"], text)
+        text = json.dumps(arguments, ensure_ascii=False)
+        return Call(self.num_made - 1, f"call_{uuid.uuid4().hex[:24]}", name, text)
 
 
 class HermesCalls:
@@ -114,8 +116,8 @@ class HermesCalls:
 
     def _read(self) -> Call | None:
         try:
-            call = self._calls.made_of(json.loads(self._block), "arguments", "parameters")
-        except (ValueError, RecursionError):
+            call = self._calls.made_of(loads(self._block.encode()), "arguments", "parameters")
+        except DocumentError:
             return None
         if call is not None:
             self._space, self._is_behind_call = "", True
@@ -128,25 +130,25 @@ class Llama3Calls:
     def __init__(self, calls: _Calls) -> None:
         self._calls = calls
         self._held: list[str] = []
-        self._is_call: bool | None = None  # None: it has not begun
+        self._beginning = ""  # of what is held, without space in front, until it shows
+        self._is_call: bool | None = None  # None: it does not show yet
 
     def feed(self, piece: str) -> tuple[str, tuple[Call, ...]]:
         if self._is_call is False:
             return piece, ()
         self._held.append(piece)
         if self._is_call is None:
-            beginning = "".join(self._held).lstrip()
-            if beginning.startswith(("{", PYTHON_TAG)):
+            self._beginning = (self._beginning + piece).lstrip()
+            if self._beginning.startswith(("{", PYTHON_TAG)):
                 self._is_call = True
-            elif not PYTHON_TAG.startswith(beginning):
+            elif not PYTHON_TAG.startswith(self._beginning):
                 self._is_call = False
                 return "".join(self._held), ()
         return "", ()
 
     def rest(self) -> tuple[str, tuple[Call, ...]]:
         text = "" if self._is_call is False else "".join(self._held)
-        values = _values(text.strip().removeprefix(PYTHON_TAG))
-        made = [self._calls.made_of(value, "parameters", "arguments") for value in values]
+        made = [self._calls.made_of(value, "parameters", "arguments") for value in _values(text)]
         if None in made or not made:
             return text, ()
         calls = tuple(call for call in made if call is not None)
@@ -155,11 +157,13 @@ class Llama3Calls:
 
 def _values(text: str) -> list[Any]:
     """The JSON values that are all of a text; none where there is anything else in it."""
+    text = text.strip().removeprefix(PYTHON_TAG)
     decoder, values, place = json.JSONDecoder(), [], 0
     try:
         while (place := BETWEEN.match(text, place).end()) < len(text):  # type: ignore[union-attr]
-            value, place = decoder.raw_decode(text, place)
-            values.append(value)
+            start = place
+            _, place = decoder.raw_decode(text, start)
+            values.append(loads(text[start:place].encode()))
     except (ValueError, RecursionError):
         return []
     return values

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
-from teacher.engine.sequence import Grammar
+from teacher.engine.guide import Grammar
 from teacher.http.structured import json_rule
 from teacher.http.tool_calls import BEGIN, END, PYTHON_TAG
 from teacher.http.tools import Tool

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from distill.errors import CheckpointError, nearest
 from distill.manifest import environment_faults, write_atomically
+from distill.model_folder import read_config_json
 from distill.weights import INDEX, SINGLE, StoredTensor
-from teacher.model.config import DeepseekV3Config, read_config, read_config_json
+from teacher.model.config import DeepseekV3Config, read_config
 from teacher.model.fp8 import BLOCK, QUANTIZATION_CONFIG, dequantise_blocks, quantise_blocks, scale_shape
 from teacher.model.names import Shape, TensorLocation, checkpoint_tensors, empty_model, is_quantised, mtp_copies, places
 from teacher.model.shards import read_tensors, stored_tensors

@@ -8,13 +8,13 @@ silently ignored.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distill.errors import CheckpointError
+from distill.model_folder import read_config_json
 
 
 class _Frozen(BaseModel):
@@ -152,20 +152,6 @@ def parse_config(tree: dict[str, Any], where: Path | str) -> DeepseekV3Config:
 
 def read_config(folder: Path) -> DeepseekV3Config:
     return parse_config(read_config_json(folder), folder / "config.json")
-
-
-def read_config_json(folder: Path) -> dict[str, Any]:
-    """`config.json` of a model folder, unvalidated. Raises CheckpointError where it is missing or not JSON."""
-    path = folder / "config.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as exc:
-        raise CheckpointError("no such file", where=path) from exc
-    except (OSError, UnicodeDecodeError) as exc:
-        raise CheckpointError(f"cannot be read: {exc}", where=path) from exc
-    except json.JSONDecodeError as exc:
-        raise CheckpointError(f"is not valid JSON: {exc}", where=path) from exc
-    return tree
 
 
 def _rope_fields(tree: dict[str, Any], where: Path | str) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 
 from distill.errors import CheckpointError, nearest
+from distill.model_folder import check_model_folder, read_config_json
 from teacher.engine.architecture import Architecture
 from teacher.model.checkpoint import check_checkpoint
-from teacher.model.config import read_config, read_config_json
+from teacher.model.config import read_config
 from teacher.model.counts import count_parameters
 from teacher.models.gqa.config import FAMILIES, read_gqa_config
 from teacher.models.gqa.model import GqaModel
@@ -61,6 +62,7 @@ def load_model(
 
 def check_weights(folder: Path) -> None:
     """Read every weight once and keep none. Raises CheckpointError for names, shapes and values that are wrong."""
+    check_model_folder(folder)
     if _model_type(folder) == LATENT:
         check_checkpoint(folder)
     else:

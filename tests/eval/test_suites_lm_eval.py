@@ -181,10 +181,10 @@ def test_suite_faults_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"math500.jsonl: missing benchmark file"):
         check_suites(("pico", "math500"), bench_data=str(tmp_path))
     for text, words in (
-        ('{"problem": "p", "answer": 1}\n{', r"aime24.json:2: not valid JSON"),
+        ('{"problem": "p", "answer": 1}\n{', r"aime24.json:2: not a JSON line"),
         ('{"problem": "p"}', r"aime24.json:1: answer: missing"),
         ('{"problem": "", "answer": 1}', r"aime24.json:1: not a question"),
-        ("[1]", r"aime24.json:1: must be a mapping"),
+        ("[1]", r"aime24.json:1: must be a JSON object"),
         ("\n", r"aime24.json: holds no question"),
     ):
         (tmp_path / BENCHMARKS["aime24"][0]).write_text(text)

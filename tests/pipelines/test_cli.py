@@ -88,29 +88,37 @@ def test_doctor_reports_a_bad_recipe_and_exits_2(tmp_path: Path) -> None:
     assert not result.stderr
 
 
+def test_no_command_reads_what_is_piped_into_it() -> None:
+    """A library that asks whether it may run a folder's code is told nothing, and not `y`."""
+    program = "import sys; from pipelines.cli import app, main; app.command('ask')(lambda: input('May I? ')); main()"
+    asked = [sys.executable, "-c", program, "ask"]
+    result = subprocess.run(
+        asked, cwd=REPOSITORY, input="y\n", capture_output=True, text=True, timeout=240, check=False
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.strip() == "Aborted!"  # what typer makes of an input that has ended
+
+
 @pytest.mark.parametrize("start", [(), ("sh", "-c", 'trap "" INT; exec "$@"', "sh")], ids=["foreground", "background"])
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_signals_end_with_one_line(tmp_path: Path, sent: signal.Signals, code: int, start: tuple[str, ...]) -> None:
-    """A named pipe as recipe: the command waits for its writer until the signal comes.
-
-    A shell starts what it runs in the background with SIGINT ignored.
-    """
-    pipe = tmp_path / "recipe.yaml"
-    os.mkfifo(pipe)
+def test_signals_end_with_one_line(sent: signal.Signals, code: int, start: tuple[str, ...]) -> None:
+    """A command that waits for the signal. A shell starts what it runs in the background with SIGINT ignored."""
+    waiting = "lambda: (os.write(1, b'waits'), time.sleep(240))"
+    program = f"import os, time; from pipelines.cli import app, main; app.command('wait')({waiting}); main()"
     process = subprocess.Popen(
-        [*start, *command("generate", str(pipe))],
+        [*start, sys.executable, "-c", program, "wait"],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    writer = os.open(pipe, os.O_WRONLY)  # returns when the command has opened the other end
     try:
+        assert process.stdout is not None
+        assert process.stdout.read(5) == "waits"
         process.send_signal(sent)
         out, err = process.communicate(timeout=240)
     finally:
-        os.close(writer)
         process.kill()
     assert process.returncode == code
     assert out == ""

@@ -179,10 +179,10 @@ def _broken(base, folder, name: str):
         ("no weights", r"model\.safetensors: no such file"),
         ("torn weights", "is truncated or not a safetensors file"),
         ("nan", r"model\.layers\.1\.mlp\.up_proj\.weight: has values that are not finite"),
-        ("shape", "mismatch"),
-        ("missing weight", r"model\.layers\.2\.\S+: \d+ weights missing"),
+        ("shape", r"config\.json: intermediate_size: the weights have \[64, 32\]"),
+        ("missing weight", "num_hidden_layers: is 3, the weights have 2"),
         ("index", r"weight_map\.model\.norm\.weight: must name a file in this folder, got '\.\./elsewhere"),
-        ("config", "not a readable model config"),
+        ("config", r"config\.json: is not valid JSON"),
     ],
 )
 def test_a_broken_base_is_one_line(tmp_path, base, examples, fault, message):

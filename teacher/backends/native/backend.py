@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.errors import CheckpointError, DataError, PotstillError, UserInputError
 from distill.logprobs import TokenLogprobs
+from distill.model_folder import check_model_folder
 from distill.reasoning import END_OF_THINKING, FORCED_END, THINK_LINE
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
 from distill.weights import folder_identity
@@ -105,6 +106,7 @@ def _read_folder(
     folder: Path, *, speculate: bool, as_student: bool
 ) -> tuple[ModelFacts, PreTrainedTokenizerBase, tuple[int, ...]]:
     """All but the weights: what config.json says, the tokenizer, the tokens that end an answer."""
+    check_model_folder(folder)
     facts = read_facts(folder)
     if speculate and not facts.has_mtp:
         message = "speculation drafts with an MTP layer, and the model has none"
@@ -249,6 +251,9 @@ class NativeBackend:
             return "", list(wanted.prompt)
         if isinstance(wanted.prompt, PlainText):
             return "", self.encode(wanted.prompt.text, add_special_tokens=wanted.prompt.add_special_tokens)
+        if not self.tokenizer.chat_template:
+            message = "this model has no chat template; /v1/completions goes on with its texts"
+            raise UserInputError(message, field="messages")
         if wanted.prompt is None and not wanted.partial_answer:
             return self._prompt(wanted.request)
         asked = Conversation(({"role": "user", "content": wanted.request.problem.prompt},))

@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from distill.errors import EnvironmentFault, PotstillError, UserInputError
+from teacher.engine.guide import Grammar, Guides
 from teacher.engine.sampler import SamplingParams
-from teacher.engine.sequence import Grammar, Sequence, ThinkingLimit
+from teacher.engine.sequence import Sequence, ThinkingLimit
 from teacher.engine.stopping import RepetitionLimit
 
 if TYPE_CHECKING:
     from teacher.backends.native.ranks import RankPlace
     from teacher.engine.detokenizer import Decode
     from teacher.engine.engine import Engine, Lockstep
-    from teacher.engine.guide import Guides
     from teacher.parallel.placement.rebalance import Report
 
 
@@ -193,8 +193,6 @@ def _decode(settings: dict[str, Any]) -> Decode | None:
 
 def _guides(settings: dict[str, Any]) -> Guides | None:
     from tokenizers import Tokenizer
-
-    from teacher.engine.guide import Guides
 
     tokenizer = settings["tokenizer"]
     return Guides(Tokenizer.from_str(tokenizer), settings["eos_token_ids"]) if tokenizer else None

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from distill.errors import CheckpointError, EnvironmentFault
+from distill.model_folder import check_model_folder
 from distill.progress import Progress
 from distill.recipe import OpenAITeacher, ServedTeacher, VllmTeacher
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest, content_id
@@ -208,8 +209,7 @@ def _folder(config: VllmTeacher, base_dir: Path) -> Path:
     folder = base_dir / config.model
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", where=folder, field="teacher.model")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError("config.json is missing", where=folder)
+    check_model_folder(folder)
     return folder
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from distill.errors import CheckpointError, nearest
-from teacher.model.config import read_config_json
+from distill.model_folder import read_config_json
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 _ROPE_TYPES = ("default", "linear", "llama3")

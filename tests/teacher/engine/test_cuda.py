@@ -8,11 +8,11 @@ import torch
 
 from teacher.engine.detokenizer import decode_by
 from teacher.engine.engine import Engine
-from teacher.engine.guide import Guides
+from teacher.engine.guide import Grammar, Guides
 from teacher.engine.runner import ModelRunner
 from teacher.engine.sampler import SamplingParams
 from teacher.engine.scheduler import Chunk
-from teacher.engine.sequence import Grammar, Sequence
+from teacher.engine.sequence import Sequence
 from teacher.engine.step import in_order
 from teacher.http.structured import json_rule
 from teacher.model.balance import update_bias

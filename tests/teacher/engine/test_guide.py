@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from distill.reasoning import END_OF_THINKING
 from teacher.engine.detokenizer import decode_by
 from teacher.engine.engine import Engine
-from teacher.engine.guide import MAX_GRAMMAR_CHARACTERS, Guides
+from teacher.engine.guide import MAX_GRAMMAR_CHARACTERS, Grammar, Guides
 from teacher.engine.sampler import SamplingParams
-from teacher.engine.sequence import Grammar, Sequence, ThinkingLimit
+from teacher.engine.sequence import Sequence, ThinkingLimit
 from teacher.http.structured import ResponseFormat, StructuredOutputs
 from teacher.model.checkpoint import load_checkpoint
 from teacher.models.latent.model import LatentModel

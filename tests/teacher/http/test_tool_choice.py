@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from pydantic import BaseModel, Field
 from starlette.testclient import TestClient
 
 from distill.records import Sampling
@@ -17,6 +19,7 @@ from teacher.http.app import build_app
 from tests.repository import REPOSITORY
 from tests.teacher.backends.native.test_native_backend import open_it
 from tests.teacher.backends.published_templates import template
+from tests.teacher.http.listening import listening
 
 ADD = {
     "type": "function",
@@ -37,7 +40,7 @@ QUESTION = {"role": "user", "content": "3 + 4"}
 
 
 @pytest.fixture(scope="module", params=["qwen2_5", "llama3_1"])
-def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """The bundled teacher in another's clothes: what it writes by itself is no call, what it must is one."""
     folder = tmp_path_factory.mktemp(request.param) / "model"
     shutil.copytree(REPOSITORY / "teacher" / "pico", folder, copy_function=os.symlink)
@@ -46,11 +49,11 @@ def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     teacher = open_it(folder)
     teacher.max_workers = 1
     app = build_app(teacher, model="m", sampling=Sampling(max_tokens=120, temperature=1.0))
-    with TestClient(app, base_url="http://localhost") as client:
+    with listening(app) as (host, port), httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as client:
         yield client
 
 
-def asked(client: TestClient, *messages: dict[str, Any], **fields: Any) -> Any:
+def asked(client: httpx.Client | TestClient, *messages: dict[str, Any], **fields: Any) -> Any:
     body = {"model": "m", "messages": [*messages] or [QUESTION], "tools": [ADD, NOW], "seed": 5, **fields}
     return client.post("/v1/chat/completions", json=body)
 
@@ -70,7 +73,7 @@ def is_valid(call: tuple[str, Any]) -> bool:
     return set(arguments) == {"a", "b"} and all(type(v) is int and 0 <= v <= 9 for v in arguments.values())
 
 
-def test_a_model_that_must_call_does(client: TestClient) -> None:
+def test_a_model_that_must_call_does(client: httpx.Client) -> None:
     answer = asked(client, tool_choice="required", parallel_tool_calls=False, n=4)
     assert answer.status_code == 200, answer.text
     calls = [calls_of(choice) for choice in answer.json()["choices"]]
@@ -78,14 +81,14 @@ def test_a_model_that_must_call_does(client: TestClient) -> None:
     assert all(is_valid(made[0]) for made in calls)
 
 
-def test_a_named_function_is_the_one_that_is_called(client: TestClient) -> None:
+def test_a_named_function_is_the_one_that_is_called(client: httpx.Client) -> None:
     for name in "add", "now":
         choice = {"type": "function", "function": {"name": name}}
         (answer,) = asked(client, tool_choice=choice, parallel_tool_calls=False).json()["choices"]
         assert [called for called, _ in calls_of(answer)] == [name]
 
 
-def test_a_stream_tells_the_same_calls(client: TestClient) -> None:
+def test_a_stream_tells_the_same_calls(client: httpx.Client) -> None:
     fields = {"tool_choice": "required", "parallel_tool_calls": False, "temperature": 0}
     (whole,) = asked(client, **fields).json()["choices"]
     text = asked(client, stream=True, **fields).text
@@ -99,7 +102,7 @@ def test_a_stream_tells_the_same_calls(client: TestClient) -> None:
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-def test_strict_functions_are_called_by_their_schema_or_not_at_all(client: TestClient) -> None:
+def test_strict_functions_are_called_by_their_schema_or_not_at_all(client: httpx.Client) -> None:
     strict = {"type": "function", "function": {**ADD["function"], "strict": True}}
     answer = asked(client, tools=[strict], n=4)
     assert answer.status_code == 200, answer.text
@@ -110,7 +113,31 @@ def test_strict_functions_are_called_by_their_schema_or_not_at_all(client: TestC
         )
 
 
-def test_a_conversation_goes_on_behind_a_call(client: TestClient) -> None:
+class Sum(BaseModel):
+    """Adds two digits"""
+
+    a: int = Field(ge=0, le=9)
+    b: int = Field(ge=0, le=9)
+
+
+def test_the_official_client_parses_what_comes(client: httpx.Client) -> None:
+    openai = pytest.importorskip("openai")
+    asking = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0).chat.completions
+    settings = {"model": "m", "messages": [QUESTION], "seed": 5}
+    tools = [openai.pydantic_function_tool(Sum, name="add")]
+    choice = {"type": "function", "function": {"name": "add"}}
+    one = {**settings, "tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
+    (call,) = asking.parse(**one).choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Sum)
+    with asking.stream(**one) as stream:
+        assert stream.get_final_completion().choices[0].message.tool_calls[0].function == call.function
+    said = asking.parse(**settings, response_format=Sum).choices[0].message
+    assert isinstance(said.parsed, Sum)
+    either = asking.parse(**settings, tools=tools, response_format=Sum).choices[0].message
+    assert either.tool_calls or isinstance(either.parsed, Sum)
+
+
+def test_a_conversation_goes_on_behind_a_call(client: httpx.Client) -> None:
     (first,) = asked(client, tool_choice="required", parallel_tool_calls=False).json()["choices"]
     call = first["message"]["tool_calls"][0]
     result = {"role": "tool", "tool_call_id": call["id"], "content": "7"}
@@ -122,7 +149,7 @@ def test_a_conversation_goes_on_behind_a_call(client: TestClient) -> None:
     assert (lost.status_code, lost.json()["error"]["param"]) == (400, "messages[1].tool_call_id")
 
 
-def test_none_leaves_the_tools_out_of_the_prompt(client: TestClient) -> None:
+def test_none_leaves_the_tools_out_of_the_prompt(client: httpx.Client) -> None:
     def prompt(**fields: Any) -> list[int]:
         answer = asked(client, max_tokens=1, return_token_ids=True, **fields).json()
         return answer["choices"][0]["prompt_token_ids"]
@@ -131,7 +158,7 @@ def test_none_leaves_the_tools_out_of_the_prompt(client: TestClient) -> None:
     assert len(prompt()) > len(prompt(tools=[]))
 
 
-def test_a_schema_that_is_none_is_refused(client: TestClient) -> None:
+def test_a_schema_that_is_none_is_refused(client: httpx.Client) -> None:
     broken = {"type": "function", "function": {"name": "f", "parameters": {"type": "nonsense"}}}
     answer = asked(client, tools=[broken], tool_choice="required")
     assert answer.status_code == 400

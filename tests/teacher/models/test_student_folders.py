@@ -8,14 +8,17 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from distill.errors import CheckpointError
 from distill.recipe import NativeTeacher
 from distill.records import Problem, Sampling, TraceRequest
 from teacher.backends import open_teacher
 from teacher.backends.native.backend import NativeBackend
+from teacher.http.app import build_app
 from teacher.models.load import read_facts
 from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT
 from tests.repository import REPOSITORY
@@ -65,6 +68,23 @@ def test_the_end_of_a_turn_ends_an_answer_where_only_the_template_says_so(tmp_pa
     teacher = open_teacher(NativeTeacher(model=str(folder)), base_dir=Path())
     assert isinstance(teacher, NativeBackend)
     assert teacher.engine.eos_token_ids == {2, 3}
+
+
+def test_a_base_without_a_chat_template_goes_on_with_texts(tmp_path: Path) -> None:
+    folder = shutil.copytree(STUDENTS / NAMES[0], tmp_path / "base")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(CheckpointError, match="no chat template"):
+        open_teacher(NativeTeacher(model=str(folder)), base_dir=Path())
+    teacher: Any = open_teacher(NativeTeacher(model=str(folder)), base_dir=Path(), needs_template=False)
+    teacher.max_workers = 1
+    with TestClient(build_app(teacher, model="base", sampling=SAMPLING), base_url="http://localhost") as client:
+        text = client.post("/v1/completions", json={"model": "base", "prompt": "3 + 4 ="}).json()["choices"][0]
+        assert text["finish_reason"] in ("stop", "length")
+        messages = [{"role": "user", "content": "3 + 4 ="}]
+        for fields in {}, {"tools": [{"type": "function", "function": {"name": "add"}}]}:
+            refused = client.post("/v1/chat/completions", json={"model": "base", "messages": messages, **fields})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools" if fields else "messages")
+            assert fields or "no chat template" in refused.text
 
 
 def test_an_unknown_architecture_is_one_line(tmp_path: Path) -> None:

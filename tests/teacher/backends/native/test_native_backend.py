@@ -114,9 +114,10 @@ def test_broken_folders(folder, tmp_path, file, content, parts):
 
 def test_tokenizer_larger_than_the_embedding(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    tree = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(tree | {"vocab_size": 50}))
-    with pytest.raises(CheckpointError, match=r"more than config\.json's vocab_size 50"):
+    tree = json.loads((copy / "tokenizer.json").read_text())
+    tree["added_tokens"][-1] |= {"id": 101, "content": "<|one more|>"}
+    (copy / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(CheckpointError, match=r"more than config\.json's vocab_size 101"):
         open_it(copy)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from teacher.http.refusal import APIError
+from teacher.admission.refusals import Refused
 
 MAX_SHOWN = 60
 JSON_NAMES = {
@@ -43,23 +43,26 @@ BOUNDS = {
 }
 
 
-def refusal_of(fault: ValidationError, form: type[BaseModel]) -> APIError:
+def refusal_of(fault: ValidationError, form: type[BaseModel]) -> Refused:
     """The 400 for the first thing that is wrong with a body that should have been a `form`."""
     error = fault.errors(include_url=False)[0]
     param = _path(error["loc"])
     kind = error["type"]
-    for matches, told in _WORDINGS:
-        if matches(kind):
-            message, code = told(param, error)
-            break
-    else:
-        message, code = f"Invalid {_quoted(param)}: {_lowered(error['msg'])}.", "invalid_value"
+    told = _TOLD.get(kind) or (_mistyped if TYPE_FAULT.fullmatch(kind) else _own_words)
+    message, code = told(param, error)
     if kind == "value_error" and (named := OWN_FIELD.fullmatch(str(error["ctx"]["error"]))):
         param = f"{param}.{named[1]}" if param else named[1]
         message = f"Invalid {_quoted(param)}: {named[2]}."
-    if kind == "extra_forbidden" and len(error["loc"]) == 1 and (near := _nearest(param, form.model_fields)):
-        message += f" Did you mean '{near}'?"
-    return APIError(400, message, param=param or None, code=code)
+    if kind == "extra_forbidden" and len(error["loc"]) == 1:
+        return unknown_parameter(param, form.model_fields)
+    return Refused(400, message, param=param or None, code=code)
+
+
+def unknown_parameter(name: str, known: Iterable[str]) -> Refused:
+    """The 400 for a field that is not among `known`."""
+    near = difflib.get_close_matches(name, known, n=1)
+    message = f"Unknown parameter: '{name}'." + (f" Did you mean '{near[0]}'?" if near else "")
+    return Refused(400, message, param=name, code="unknown_parameter")
 
 
 def _path(loc: Iterable[int | str]) -> str:
@@ -124,21 +127,19 @@ def _wrong_length(param: str, error: ErrorDetails) -> tuple[str, str]:
 
 
 def _own_words(param: str, error: ErrorDetails) -> tuple[str, str]:
-    """What a validator of ours says, `field: what is wrong with it`, or that alone."""
-    return f"Invalid {_quoted(param)}: {error['ctx']['error']}.", "invalid_value"
+    """What a validator of ours says, or pydantic's own words where the API has none."""
+    said = error["ctx"]["error"] if error["type"] == "value_error" else error["msg"][:1].lower() + error["msg"][1:]
+    return f"Invalid {_quoted(param)}: {said}.", "invalid_value"
 
 
-Told = Callable[[str, ErrorDetails], tuple[str, str]]
-_WORDINGS: list[tuple[Callable[[str], bool], Told]] = [
-    ("missing".__eq__, _missing),
-    ("extra_forbidden".__eq__, _unknown),
-    ("none_required".__eq__, _unsupported),
-    ("literal_error".__eq__, _not_among),
-    (BOUNDS.__contains__, _out_of_bounds),
-    (("too_long", "too_short", "string_too_long", "string_too_short").__contains__, _wrong_length),
-    ("value_error".__eq__, _own_words),
-    (lambda kind: TYPE_FAULT.fullmatch(kind) is not None, _mistyped),
-]
+_TOLD: dict[str, Callable[[str, ErrorDetails], tuple[str, str]]] = {
+    "missing": _missing,
+    "extra_forbidden": _unknown,
+    "none_required": _unsupported,
+    "literal_error": _not_among,
+    **dict.fromkeys(BOUNDS, _out_of_bounds),
+    **dict.fromkeys(("too_long", "too_short", "string_too_long", "string_too_short"), _wrong_length),
+}
 
 
 def _quoted(param: str) -> str:
@@ -152,11 +153,3 @@ def _shown(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _lowered(text: str) -> str:
-    return text[:1].lower() + text[1:]
-
-
-def _nearest(name: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, known, n=1)), None)

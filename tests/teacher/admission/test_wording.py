@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from teacher.admission.wording import refusal_of
 from teacher.http.chat_request import ChatRequest
 from teacher.http.completion_request import CompletionRequest
-from teacher.http.wording import refusal_of
 
 QUESTION = {"role": "user", "content": "?"}
 TOOL = {"type": "function", "function": {"name": "add"}}
@@ -118,6 +118,13 @@ def refused(form: type[ChatRequest | CompletionRequest], **fields: Any) -> tuple
         (
             {"messages": [QUESTION, call("[1]")]},
             "Invalid 'messages[1].tool_calls[0].function.arguments': must be the text of a JSON object.",
+            "messages[1].tool_calls[0].function.arguments",
+            "invalid_value",
+        ),
+        (
+            {"messages": [QUESTION, call('{"a": "\\ud800"}')]},
+            "Invalid 'messages[1].tool_calls[0].function.arguments': must be the text of a JSON object; "
+            "has \\ud800, which is half a character.",
             "messages[1].tool_calls[0].function.arguments",
             "invalid_value",
         ),
