@@ -61,8 +61,10 @@ def render(
     """Text of a conversation, up to where the answer begins.
 
     Special tokens that its texts spell out are veiled: they end no turn, and begin none (`encode_prompt`). Raises
-    UserInputError where the template refuses it, CheckpointError for a template that is broken or has no end.
+    UserInputError where there is no template or it refuses this, CheckpointError for one that is broken or has no end.
     """
+    if not tokenizer.chat_template:
+        raise UserInputError("this model has no chat template", field="messages")
     specials = special_tokens(tokenizer)
     veiled, offered = specials.veil_within(messages), specials.veil_within(tools) or None
     try:
