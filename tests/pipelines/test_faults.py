@@ -59,8 +59,8 @@ def changed(world: Path, change: Callable[[dict], object]) -> Path:
     ("change", "names"),
     [
         (lambda tree: tree["generate"].update(num_sampels=3), ("generate.num_sampels: unknown key", "'num_samples'")),
-        (lambda tree: tree["teacher"].update(batch_size="many"), ("teacher.native.batch_size", "got 'many'")),
-        (lambda tree: tree["generate"].update(num_samples=0), ("generate.num_samples", "greater than or equal to 1")),
+        (lambda tree: tree["teacher"].update(batch_size="many"), ("teacher.batch_size", "got 'many'")),
+        (lambda tree: tree["generate"].update(num_samples=0), ("generate.num_samples", "must be at least 1")),
         (lambda tree: tree["eval"].update(suites=["pco"]), ("eval.suites: unknown suite 'pco'", "did you mean 'pico'")),
         (lambda tree: tree.pop("distill"), ("distill: required",)),
         (lambda tree: tree["problems"][0].update(path="/no/such.jsonl"), ("/no/such.jsonl",)),
