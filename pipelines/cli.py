@@ -1,4 +1,4 @@
-"""The command line, and the only module that prints.
+"""The command line; what it prints goes through `pipelines.printing`.
 
     potstill run|generate|distill|eval|compare RECIPE [--set a.b=value] [--out runs]
     potstill push|push-traces|serve RECIPE [--dry-run]     potstill doctor [RECIPE]     potstill zoo list|show
@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -25,6 +26,7 @@ import typer
 
 from distill.errors import EnvironmentFault, PotstillError, RecipeError, UserInputError
 from pipelines.preemption import preemptible
+from pipelines.printing import say, say_table
 
 if TYPE_CHECKING:
     from distill.findings import Finding
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from distill.records import Sampling
 
 INTERRUPTED = 130
-UNWRAPPED = 1_000
 
 app = typer.Typer(
     help="Distil a reasoning teacher into small models.",
@@ -141,7 +142,7 @@ def serve(
                 port=port,
                 base_dir=Path.cwd(),
                 max_waiting=max_waiting,
-                announce=typer.echo,
+                announce=say,
                 node_rank=node_rank,
                 speculate=speculate,
                 reasoning_parser=reasoning_parser,
@@ -160,7 +161,8 @@ def launch(
     """Start a job on one machine, a Slurm or Ray cluster, or a cloud."""
     from pipelines.launch.start import start
 
-    raise typer.Exit(start(job, set_, out=out, dry_run=dry_run, announce=typer.echo))
+    show = partial(typer.echo, nl=False)  # a script stays as it is, to the letter
+    raise typer.Exit(start(job, set_, out=out, dry_run=dry_run, announce=say, show=show))
 
 
 @app.command()
@@ -182,15 +184,15 @@ def doctor(
 @zoo.command("list")
 def zoo_list() -> None:
     """List the students, smallest first."""
-    from rich.table import Table
-
     from students.zoo import list_students
 
-    table = Table("name", "base", "architecture", "parameters", "licence", box=None, header_style="bold")
-    for student in list_students():
-        count = f"{student.num_parameters:,}"
-        table.add_row(student.name, student.base, student.architecture, count, student.licence)
-    _print_table(table)
+    say_table(
+        ("name", "base", "architecture", "parameters", "licence"),
+        (
+            (student.name, student.base, student.architecture, f"{student.num_parameters:,}", student.licence)
+            for student in list_students()
+        ),
+    )
 
 
 @zoo.command("show")
@@ -213,7 +215,7 @@ def ledger_merge(
     from distill.ledger_merge import merge_ledgers
 
     counts = merge_ledgers(target, sources, _progress())
-    typer.echo(f"{target}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    say(f"{target}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
 @pico.command("teacher")
@@ -221,9 +223,7 @@ def pico_teacher(out: Annotated[Path, typer.Option("--out", metavar="FOLDER")] =
     """Train the pico teacher by teacher/train/pico.yaml."""
     from teacher.train.make import load_pretrain_config, make_teacher
 
-    typer.echo(
-        f"wrote {make_teacher(load_pretrain_config(), out, num_workers=os.cpu_count() or 1, progress=_progress())}"
-    )
+    say(f"wrote {make_teacher(load_pretrain_config(), out, num_workers=os.cpu_count() or 1, progress=_progress())}")
 
 
 @app.command()
@@ -253,7 +253,7 @@ def pretrain(
             raise
         raise typer.Exit(exc.exit_code) from exc  # one rank says what all of them found
     if rank == 0:
-        typer.echo(f"wrote {folder}")
+        say(f"wrote {folder}")
 
 
 @pico.command("bases")
@@ -265,7 +265,7 @@ def pico_bases(
     from students.pretrain.bases import load_bases_config, make_bases
 
     for folder in make_bases(load_bases_config(), out, names=names or None, num_workers=4, progress=_progress()):
-        typer.echo(f"wrote {folder}")
+        say(f"wrote {folder}")
 
 
 # --- what the commands share ------------------------------------------------------------------------------------------
@@ -299,10 +299,10 @@ def _run_stages(command: str, path: Path, overrides: list[str], out: Path, *, dr
     context = Context(base_dir=Path.cwd(), progress=_progress(), dry_run=dry_run)
     with _naming(path):
         stages = chain.prepare(command, recipe, run_dir, context)
-        typer.echo(f"recipe {recipe.name} ({path}) in {run_dir}")
+        say(f"recipe {recipe.name} ({path}) in {run_dir}")
         for stage in stages:
             outcome = stage.run()
-            typer.echo(f"  {'dry run: nothing is pushed' if dry_run else outcome.line()}")
+            say(f"  {'dry run: nothing is pushed' if dry_run else outcome.line()}")
             if command in ("push", "push-traces"):
                 _print_push(outcome.manifest.counts)
     if "compare" in chain.COMMANDS[command]:
@@ -332,50 +332,28 @@ def _progress() -> Progress:
 
 def _print_push(counts: dict[str, Any]) -> None:
     """Print where the model or the data set goes and of which files it consists."""
-    from rich.table import Table
-
     if "folder" in counts:
-        typer.echo(f"laid out in {counts['folder']}")
-    typer.echo(f"{counts['repo']} ({'private' if counts['private'] else 'public'}) {counts.get('url', '')}".rstrip())
-    table = Table("file", "bytes", box=None, header_style="bold")
-    for name, size in counts["tree"].items():
-        table.add_row(name, f"{size:,}")
-    _print_table(table)
+        say(f"laid out in {counts['folder']}")
+    say(f"{counts['repo']} ({'private' if counts['private'] else 'public'}) {counts.get('url', '')}".rstrip())
+    say_table(("file", "bytes"), ((name, f"{size:,}") for name, size in counts["tree"].items()))
 
 
 def _print_report(folder: Path) -> None:
     """The headline of a report: every model's score on whole suites, and where to read more."""
     import json
 
-    from rich.table import Table
-
-    table = Table("model", "role", "parameters", "suite", "score", box=None, header_style="bold")
+    rows = []
     for model in json.loads((folder / "summary.json").read_text(encoding="utf-8"))["models"]:
         if "/" not in model["suite"]:
             score = f"{100 * model['value']:.1f} ± {100 * model['stderr']:.1f}"
             count = f"{model['num_parameters']:,}"
-            table.add_row(model["name"], model["role"], count, f"{model['suite']} {model['metric']}", score)
-    _print_table(table)
-    typer.echo(f"report: {folder / 'index.html'}")
-
-
-def _print_table(table: object) -> None:
-    """Wide lines stay whole where the output is not a terminal."""
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=UNWRAPPED)
-    console.print(table)
+            rows.append((model["name"], model["role"], count, f"{model['suite']} {model['metric']}", score))
+    say_table(("model", "role", "parameters", "suite", "score"), rows)
+    say(f"report: {folder / 'index.html'}")
 
 
 def _print_findings(findings: list[Finding]) -> None:
-    from rich.table import Table
-
-    table = Table("", "check", "found", box=None, header_style="bold")
-    for finding in findings:
-        table.add_row(finding.state, finding.check, finding.text)
-    _print_table(table)
+    say_table(("", "check", "found"), ((finding.state, finding.check, finding.text) for finding in findings))
 
 
 # --- faults and exit codes --------------------------------------------------------------------------------------------
@@ -393,7 +371,7 @@ def main() -> NoReturn:
                 raise KeyboardInterrupt from exc
             raise
     except KeyboardInterrupt:
-        typer.echo("potstill: interrupted; the same command goes on from here", err=True)
+        say("potstill: interrupted; the same command goes on from here", err=True)
         sys.exit(INTERRUPTED)
     except Exception as exc:
         fault = _fault(exc)
@@ -401,7 +379,7 @@ def main() -> NoReturn:
             raise
         if os.environ.get("POTSTILL_DEBUG"):
             traceback.print_exception(exc)
-        typer.echo(f"potstill: {fault}", err=True)
+        say(f"potstill: {fault}", err=True)
         sys.exit(fault.exit_code)
     sys.exit(0)
 
