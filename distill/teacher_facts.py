@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from distill.progress import Task
 from distill.protocols import Reporting, Teacher
 
-BEAT_S = 5.0
+BEAT_S = 1.0
 
 
 class _TaskWithFacts:

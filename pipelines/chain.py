@@ -90,7 +90,8 @@ class Stage:
         function: Callable[[Recipe, Path, Context], StageManifest] = getattr(import_module(module), name)
         folder = folder_of(self.name, self.run_dir)
         before = _stamp(folder)
-        manifest = function(self.recipe, self.run_dir, self.context)
+        with self.context.progress.task(self.name, None):  # whatever a stage does, it does not do it in silence
+            manifest = function(self.recipe, self.run_dir, self.context)
         return StageOutcome(self.name, manifest, ran=before is None or before != _stamp(folder))
 
 
@@ -105,7 +106,8 @@ def prepare(command: str, recipe: Recipe, run_dir: Path, context: Context) -> It
         for needed in NEEDS[name]:
             if needed not in names:
                 require_complete(needed, recipe, run_dir)
-    check_weights(recipe, names, known=_known_hashes(run_dir), base_dir=context.base_dir)
+    with context.progress.task("check the weights", None):
+        check_weights(recipe, names, known=_known_hashes(run_dir), base_dir=context.base_dir)
     stages = [Stage(name, STAGES[name], recipe, run_dir, context) for name in names]
     return _with_recipe(stages, recipe, run_dir)
 

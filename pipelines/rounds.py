@@ -20,11 +20,11 @@ from distill.progress import Progress, Task
 from distill.protocols import Teacher
 from distill.recipe import AdaptiveSampling, Recipe
 from distill.records import Completion, Trace
+from distill.teacher_facts import with_teacher_facts
 from distill.verify import open_verifier
 from distill.verify.background import BackgroundGrader
 from distill.verify.kept import KeptVerdicts, grading_settings
 from distill.wanted import Place, Requests, WantedSamples, chunks
-from pipelines.teacher_facts import with_teacher_facts
 
 FLUSH_SAMPLES = 64
 FLUSH_S = 5.0

@@ -1,8 +1,8 @@
 """YAML to a recipe, and every fault in it to one line.
 
-Unknown keys are errors that name the nearest match. Numbers that YAML hands over as strings (`4e-5`) are coerced. A file
-may name one parent (`extends: other.yaml`, relative to itself): mappings merge (but for one whose `backend` or `kind`
-differs), everything else replaces.
+Unknown keys are errors that name the nearest match. Numbers that YAML hands over as strings (`4e-5`) are coerced. A
+file may name one parent (`extends: other.yaml`, relative to itself): mappings merge (but for one whose `backend` or
+`kind` differs), everything else replaces.
 """
 
 from __future__ import annotations

@@ -80,7 +80,8 @@ def _backend(context: Context, log_dir: Path) -> OpenTeacher:
 
     def open_backend(config: TeacherConfig) -> Teacher:
         base_dir, progress = context.base_dir, context.progress
-        teacher: Teacher = open_teacher(config, base_dir=base_dir, log_dir=log_dir, progress=progress)
+        with progress.task("load the teacher", None):
+            teacher: Teacher = open_teacher(config, base_dir=base_dir, log_dir=log_dir, progress=progress)
         return teacher
 
     return open_backend

@@ -25,7 +25,7 @@ from teacher.backends.native.workers import (
     cancel_line,
     take_generated,
 )
-from teacher.engine.engine import Engine
+from teacher.engine.engine import Engine, EngineCounts
 from teacher.engine.loop import Cancelled, EngineJob, EngineLoop
 from teacher.engine.sequence import Logprobs, Sequence
 from teacher.live import OnTokens
@@ -167,6 +167,7 @@ class WorkerEngines:
         self._in_flight = [_InFlight() for _ in crew]
         self._lock = threading.Lock()
         self._fault: PotstillError | None = None
+        self._counts = [EngineCounts() for _ in crew]
         self._threads = [threading.Thread(target=self._read, args=(n,), daemon=True) for n in range(len(crew))]
         for thread in self._threads:
             thread.start()
@@ -186,6 +187,11 @@ class WorkerEngines:
             number = min(range(len(self._crew)), key=lambda n: len(self._in_flight[n]))
             if self._in_flight[number].begin(sequence, on_done, on_tokens):
                 self._crew[number].write(begin_line([sequence]))
+
+    @property
+    def counts(self) -> EngineCounts:
+        """Those of all workers, as they were a second ago at the most."""
+        return EngineCounts(*map(sum, zip(*self._counts, strict=True)))
 
     def cancel(self, key: int) -> None:
         self._cancel([key])
@@ -269,7 +275,10 @@ class WorkerEngines:
             in_flight.fail(EnvironmentFault(ENDED))
 
     def _tell(self, number: int, news: dict[str, Any]) -> None:
-        self._in_flight[number].stream(news["deltas"])
+        if "counts" in news:
+            self._counts[number] = EngineCounts(*news["counts"])
+        else:
+            self._in_flight[number].stream(news["deltas"])
 
     def _lose(self, fault: PotstillError) -> None:
         """A worker ended that should not have: so do all."""
@@ -281,10 +290,16 @@ class WorkerEngines:
 
 
 def generate_in_workers(
-    engine: EngineSettings, sequences: Many[Sequence[int]], *, num_workers: int
+    engine: EngineSettings,
+    sequences: Many[Sequence[int]],
+    *,
+    num_workers: int,
+    on_start: Callable[[WorkerEngines], object] = lambda _: None,
 ) -> Generator[Sequence[int], None, None]:
     """Yield the sequences, finished, in the order in which that happens. Raises EnvironmentFault if a worker dies.
 
-    Abandoning the iterator ends the workers.
+    `on_start` is given the workers. Abandoning the iterator ends them.
     """
-    yield from WorkerEngines.started(engine, num_workers=num_workers).run(sequences, last=True)
+    engines = WorkerEngines.started(engine, num_workers=num_workers)
+    on_start(engines)
+    yield from engines.run(sequences, last=True)
