@@ -1,17 +1,16 @@
-"""The one way in which text reaches the terminal: as it is, and never as instructions to the terminal.
+"""The way of text to the terminal: as it is, and never as instructions to the terminal.
 
 Names and messages are other people's: a recipe may be called `[/x]`, a file `data[v2]`, a problem may hold the escape
-sequence that clears a screen. No markup of rich's is read in any text, and what is not printable is shown escaped.
+sequence that clears a screen. Whatever shows such text has rich read no markup in it (`pipelines.cli.output`,
+`pipelines.display`), and shows what is not printable escaped.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
 
 import typer
 
-UNWRAPPED = 1_000
 # Control, format (among them those that turn the direction of writing), half a surrogate pair, unassigned; line ends.
 UNPRINTABLE = {"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"}
 
@@ -30,18 +29,3 @@ def printable(text: str) -> str:
 def say(text: str, *, err: bool = False) -> None:
     """Print a line, to standard error where `err`."""
     typer.echo(printable(text), err=err)
-
-
-def say_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows below their headings. Wide lines stay whole where the output is not a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*columns, box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=UNWRAPPED)
-    console.print(table)

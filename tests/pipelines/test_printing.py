@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
@@ -15,9 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from distill.findings import Finding
 from pipelines import cli
+from pipelines.cli.output import print_findings, print_push, print_report
 from pipelines.display import BarProgress, PlainProgress
-from pipelines.printing import printable, say, say_table
+from pipelines.printing import printable, say
 
 # Rich's markup, emoji and links; sequences that clear a screen, set a title, write backwards; half a surrogate pair.
 NASTY = [
@@ -52,7 +56,18 @@ def as_fault(text: str) -> None:
 
 
 def as_cell(text: str) -> None:
-    say_table(("", "check", "found"), [("ok", text, "x"), ("error", "y", text)])
+    print_findings([Finding(text, "ok", "x"), Finding("y", "error", text)])
+
+
+def as_pushed(text: str) -> None:
+    print_push({"folder": text, "repo": text, "private": True, "tree": {text: 3}})
+
+
+def as_scored(text: str) -> None:
+    row = {"name": text, "role": "base", "num_parameters": 3, "value": 0.5, "stderr": 0, "suite": "s", "metric": "m"}
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "summary.json").write_text(json.dumps({"models": [row]}))
+        print_report(Path(folder))
 
 
 def as_plain_progress(text: str) -> None:
@@ -72,7 +87,7 @@ def as_bar(text: str) -> None:
     sys.stdout.write(CURSOR.sub("", shown))
 
 
-@pytest.mark.parametrize("door", [as_line, as_fault, as_cell, as_plain_progress, as_bar])
+@pytest.mark.parametrize("door", [as_line, as_fault, as_cell, as_pushed, as_scored, as_plain_progress, as_bar])
 @pytest.mark.parametrize("text", NASTY, ids=ascii)
 def test_every_door_prints_text_as_it_is(
     door: Callable[[str], None], text: str, capsys: pytest.CaptureFixture[str]

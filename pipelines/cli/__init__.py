@@ -1,0 +1,75 @@
+"""The command line, and the only room that prints: one module a concern, put together here.
+
+    potstill run|generate|distill|eval|compare RECIPE [--set a.b=value] [--out runs]
+    potstill push|push-traces|serve RECIPE [--dry-run]     potstill doctor [RECIPE]     potstill zoo list|show
+    potstill pretrain RECIPE (under torchrun)     potstill launch JOB [--dry-run]     potstill pico teacher|bases
+    potstill ledger merge OUT IN...
+
+Results go to standard output, progress and errors to standard error. A fault is one line and an exit code of
+`distill.errors`; Ctrl-C exits with 130 and SIGTERM with 75, both after what is done so far has been kept.
+`POTSTILL_DEBUG=1` shows the traceback as well. Heavy imports wait until a command needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from typing import NoReturn
+
+import typer
+
+from distill.errors import EnvironmentFault, PotstillError
+from pipelines.cli import chain, doctor, ledger, serving, training, zoo
+from pipelines.preemption import preemptible
+from pipelines.printing import say
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Distil a reasoning teacher into small models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for commands in (chain.app, serving.app, doctor.app, zoo.app, training.app, training.pico, ledger.app):
+    app.add_typer(commands)
+
+
+def main() -> NoReturn:
+    """Entry point of the `potstill` command. Ctrl-C ends it however it was started."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # behind `&` a shell has it ignored
+    try:
+        try:
+            with preemptible():
+                app(prog_name="potstill")
+        except SystemExit as exc:
+            if exc.code == INTERRUPTED:  # how typer reports Ctrl-C inside a command
+                raise KeyboardInterrupt from exc
+            raise
+    except KeyboardInterrupt:
+        say("potstill: interrupted; the same command goes on from here", err=True)
+        sys.exit(INTERRUPTED)
+    except Exception as exc:
+        fault = _fault(exc)
+        if fault is None:
+            raise
+        if os.environ.get("POTSTILL_DEBUG"):
+            traceback.print_exception(exc)
+        say(f"potstill: {fault}", err=True)
+        sys.exit(fault.exit_code)
+    sys.exit(0)
+
+
+def _fault(exc: BaseException) -> PotstillError | None:
+    """The fault behind an exception; libraries report a full disk and exhausted memory in many words."""
+    if isinstance(exc, PotstillError):
+        return exc
+    text = str(exc)
+    if "No space left on device" in text or "os error 28" in text or "disk is full" in text:
+        return EnvironmentFault(f"the disk is full ({text}); free it and run the same command again")
+    if isinstance(exc, MemoryError):
+        return EnvironmentFault("this machine's memory does not suffice")
+    return None
