@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.printing import printable, say
+from distill.printable import printable
+from pipelines.printing import say
 
 if TYPE_CHECKING:
     from distill.findings import Finding
@@ -19,7 +20,8 @@ def command_progress() -> Progress:
     """Bars on a terminal, plain lines elsewhere, both on standard error."""
     from rich.console import Console
 
-    from pipelines.display import BarProgress, PlainProgress
+    from distill.plain_progress import PlainProgress
+    from pipelines.display import BarProgress
 
     console = Console(stderr=True)
     return BarProgress(console) if console.is_terminal else PlainProgress(sys.stderr)

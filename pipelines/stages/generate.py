@@ -30,6 +30,7 @@ from pipelines.context import Context, OpenTeacher
 from pipelines.judging import open_judge
 from pipelines.preemption import preemptible
 from pipelines.rounds import Rounds
+from pipelines.run_folder import check_writable
 
 LEDGER, PROBLEMS, TRACES = "ledger.sqlite", "problems.parquet", "traces"
 
@@ -51,6 +52,9 @@ def generate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     if (done := stage_run.current()) is not None:
         return done
     problems = _problems(recipe, base_dir)
+    check_writable(out_dir)
+    if (out_dir / LEDGER).exists():  # held, read-only or damaged: that shows now, not when the weights have been read
+        Ledger.open(out_dir / LEDGER).close()
     teacher = (context.open_teacher or _backend(context, out_dir))(recipe.teacher)
     try:
         return stage_run.run(lambda: _body(problems, teacher, recipe, out_dir, context), (PROBLEMS, TRACES))

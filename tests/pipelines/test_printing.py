@@ -13,15 +13,15 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from distill.findings import Finding
+from distill.plain_progress import PlainProgress
+from distill.printable import printable
 from pipelines import cli
 from pipelines.cli.output import print_findings, print_push, print_report
-from pipelines.display import BarProgress, PlainProgress
-from pipelines.printing import printable, say
+from pipelines.display import BarProgress
+from pipelines.printing import say
 
 # Rich's markup, emoji and links; sequences that clear a screen, set a title, write backwards; half a surrogate pair.
 NASTY = [
@@ -29,22 +29,6 @@ NASTY = [
     *("a\x1b[2Jb", "\x1b]0;title\x07", "one\rtwo", "one\ntwo", "\u202egnp.exe", "\ud800", "\x85", "\u2028", "nul\0"),
 ]
 CURSOR = re.compile(r"\x1b\[(\?25[lh]|\d*[AK])|\r")  # how a live display draws itself again
-ESCAPED = {"a\x1b[2Jb": "a\\x1b[2Jb", "one\rtwo": "one\\rtwo", "\u202egnp.exe": "\\u202egnp.exe", "\ud800": "\\ud800"}
-
-
-@given(st.text())
-def test_what_is_printable_is_one_line_without_controls_and_stays_so(text: str) -> None:
-    shown = printable(text)
-    assert len(shown.splitlines()) <= 1
-    assert not any(ord(one) < 32 or 0x7F <= ord(one) < 0xA0 or 0xD800 <= ord(one) < 0xE000 for one in shown)
-    assert printable(shown) == shown
-    if text.isprintable():
-        assert shown == text
-
-
-def test_what_is_escaped() -> None:
-    assert {text: printable(text) for text in ESCAPED} == ESCAPED
-    assert printable("naïve 答え\u00a0½ ±") == "naïve 答え\u00a0½ ±"
 
 
 def as_line(text: str) -> None:
