@@ -15,6 +15,7 @@ from distill.errors import EnvironmentFault, Preempted, RecipeError
 from distill.progress import Progress
 from distill.recipe import SERVER_KEY_ENV, NativeTeacher, Recipe, TeacherConfig, VllmTeacher
 from distill.records import Sampling
+from pipelines.ports import SERVE_PORT
 from pipelines.preemption import preemptible
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -71,7 +72,7 @@ def serve_teacher(
             serve_node(config, node_rank, base_dir=base_dir, announce=announce)
         return
     key = _key(SERVER_KEY_ENV, host)
-    listener = _bind(host, port)
+    listener = bind(host, port)
 
     from teacher.backends import open_teacher
     from teacher.engine.stopping import RepetitionLimit
@@ -113,7 +114,7 @@ def launch_plan(recipe: Recipe, *, host: str, port: int) -> list[str]:
     version = installed_version()
     local = Path(config.model).is_dir()
     # A plan for a Hub model is for GPU nodes, wherever it is printed.
-    launches = plan(config, host=host, port=port or 8000, on_cpu=is_cpu_build(version) and local)
+    launches = plan(config, host=host, port=port or SERVE_PORT, on_cpu=is_cpu_build(version) and local)
     check_flags(launches, installed_flags(), version)
     return [launch.shell(config.api_key_env) for launch in launches]
 
@@ -128,7 +129,7 @@ def _serve_vllm(
     _check_node(config.num_nodes, node_rank)
     key = os.environ.get(config.api_key_env, "") if node_rank else _key(config.api_key_env, host)
     if node_rank == 0 and port:
-        _bind(host, port).close()
+        bind(host, port).close()
     config = located(config, base_dir)
     server = make_server(config, version, key=key, log=None, host=host, port=port or None, node_rank=node_rank)
     head = node_rank == 0
@@ -157,7 +158,7 @@ def _key(variable: str, host: str) -> str:
     return key
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """A listening socket, taken before the model is loaded so that a port in use shows at once."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from distill.errors import CheckpointError, DataError, UserInputError
 from distill.findings import Finding
 from distill.progress import silent
+from distill.prompt_text import describe_prompt
 from distill.reasoning import THINK_LINE
 from distill.recipe import StudentConfig
 from students import bases
@@ -52,7 +53,7 @@ def check_student(
     findings = [_architecture(student, config), _tokenizer_identity(tokenizer), _padding(tokenizer)]
     findings.append(_chat_template(tokenizer))
     if findings[-1].state == "ok":
-        findings += [_think_prefill(tokenizer, method), _training_text(tokenizer, method)]
+        findings += [_prompt(tokenizer), _think_prefill(tokenizer, method), _training_text(tokenizer, method)]
     return [*findings, _vocabulary(config, tokenizer), _positions(student, config)]
 
 
@@ -133,6 +134,10 @@ def _chat_template(tokenizer: Tokenizer) -> Finding:
     except Exception as exc:  # noqa: BLE001 - a template is a program of somebody else's: anything may come out of it
         return Finding("chat_template", "error", f"cannot be rendered ({type(exc).__name__}: {exc})")
     return Finding("chat_template", "ok", "renders a generation prompt")
+
+
+def _prompt(tokenizer: Tokenizer) -> Finding:
+    return Finding("prompt", "ok", describe_prompt(render_prompt(tokenizer, PROBE_QUESTION), PROBE_QUESTION))
 
 
 def _think_prefill(tokenizer: Tokenizer, method: Method) -> Finding:

@@ -11,6 +11,7 @@ import typer
 from distill.errors import RecipeError
 from pipelines.cli.output import command_progress
 from pipelines.cli.recipes import Overrides, load, naming
+from pipelines.ports import SERVE_PORT
 from pipelines.printing import say
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def serve(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file, or a model's folder")],
     set_: Overrides = [],
     host: Annotated[str, typer.Option(help="address to bind; others need $POTSTILL_API_KEY")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free one")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free one")] = SERVE_PORT,
     max_waiting: Annotated[
         int | None, typer.Option(min=1, help="samples that may wait at a native server; more are refused with 429")
     ] = None,

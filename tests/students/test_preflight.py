@@ -18,6 +18,7 @@ CHECKS = {
     "tokenizer_identity",
     "padding",
     "chat_template",
+    "prompt",
     "think_prefill",
     "training_text",
     "vocabulary",
