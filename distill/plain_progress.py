@@ -83,7 +83,8 @@ class Count:
 class PlainProgress:
     """A line a task every `quiet_s` seconds, later on more rarely; a task shorter than that says nothing.
 
-    One whose total is not known is silent while another that was opened after it is open.
+    One whose total is not known speaks where nothing else has for so long. So does whatever was opened last, where a
+    stage consists of many short tasks.
     """
 
     def __init__(self, stream: TextIO, *, quiet_s: float = QUIET_S) -> None:
@@ -91,6 +92,7 @@ class PlainProgress:
         self._quiet_s = quiet_s
         self._open: list[_PlainTask] = []
         self._lock = threading.Lock()
+        self._spoke = 0.0
         self._all_closed = threading.Event()
 
     @contextmanager
@@ -99,6 +101,7 @@ class PlainProgress:
         with self._lock:
             self._open.append(task)
             if len(self._open) == 1:
+                self._spoke = task.spoke
                 self._all_closed = threading.Event()
                 arguments = (self._all_closed,)
                 threading.Thread(target=self._beat, args=arguments, name="progress", daemon=True).start()
@@ -107,8 +110,6 @@ class PlainProgress:
         finally:
             with self._lock:
                 self._open.remove(task)
-                for other in self._open:
-                    other.put_off()
                 if not self._open:
                     self._all_closed.set()
 
@@ -118,12 +119,18 @@ class PlainProgress:
 
     def speak(self) -> None:
         """Write a line of every task that has been silent for long enough."""
+        now = time.monotonic()
         with self._lock:
-            for task in self._open:
-                if task.is_due(self._quiet_s) and (task.count.total is not None or task is self._open[-1]):
-                    task.put_off(always=True)
-                    self._stream.write(f"  {printable(f'{task.name}: {task.count.line()}')}\n")
-                    self._stream.flush()
+            due = [one for one in self._open if one.count.total is not None and self._is_due(one, one.spoke, now)]
+            if not due and self._open and self._is_due(self._open[0], self._spoke, now):
+                due = [self._open[-1]]
+            for task in due:
+                self._stream.write(f"  {printable(f'{task.name}: {task.count.line()}')}\n")
+                self._stream.flush()
+                self._spoke = task.spoke = now
+
+    def _is_due(self, task: _PlainTask, spoke: float, now: float) -> bool:
+        return now - spoke >= max(self._quiet_s, min(MAX_QUIET_S, SHARE_OF_ELAPSED * task.count.elapsed_s))
 
 
 class _PlainTask:
@@ -131,16 +138,7 @@ class _PlainTask:
         self._progress = progress
         self.name = name
         self.count = count
-        self._spoke = count.started
-
-    def is_due(self, quiet_s: float) -> bool:
-        quiet_s = max(quiet_s, min(MAX_QUIET_S, SHARE_OF_ELAPSED * self.count.elapsed_s))
-        return time.monotonic() - self._spoke >= quiet_s
-
-    def put_off(self, *, always: bool = False) -> None:
-        """It spoke, or another one has been heard in its place."""
-        if always or self.count.total is None:
-            self._spoke = time.monotonic()
+        self.spoke = count.started
 
     def advance(self, amount: float = 1, **facts: str | float) -> None:
         self.count.advance(amount, facts)

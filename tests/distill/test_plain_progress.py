@@ -57,6 +57,22 @@ def test_a_task_of_unknown_length_speaks_where_no_other_does() -> None:
         assert stream.getvalue().splitlines()[-1].startswith("  eval: ")
 
 
+def test_many_short_tasks_are_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_000.0
+    monkeypatch.setattr("distill.plain_progress.time.monotonic", lambda: now)
+    stream = io.StringIO()
+    progress = PlainProgress(stream, quiet_s=10)
+    with progress.task("eval", None):
+        for number in range(12):
+            with progress.task(f"model {number}", 4) as task:
+                for _ in range(4):
+                    now += 1
+                    task.advance()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("  model ") for line in lines)
+
+
 def test_plain_lines_are_rare() -> None:
     stream = io.StringIO()
     with PlainProgress(stream, quiet_s=30).task("eval", 1_000) as task:
