@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pipelines.cli import main
-from tests.pipelines.tiny_world import make_world, potstill, tree_of, write_yaml
+from tests.pipelines.tiny_world import make_world, potstill, tree_of, without_progress, write_yaml
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,7 @@ def assert_refused(world: Path, *arguments: str | Path, names: tuple[str, ...]) 
 
 
 def assert_one_line(code: int, out: str, err: str, names: tuple[str, ...]) -> None:
+    err = without_progress(err)
     assert code == 2, err
     assert err.count("\n") == 1, err
     assert err.startswith("potstill: ")
