@@ -194,7 +194,8 @@ class Rounds:
         with (
             open_verifier(config, judge=judge) as verifier,
             KeptVerdicts(self._ledger, verifier, grading_settings(config, judge)) as kept,
-            self._progress.task(f"verify, round {number}", total=len(round_), unit="answers") as task,
+            self._progress.task(f"verify, round {number}", total=len(round_), unit="answers") as plain,
+            with_teacher_facts(plain, judge) as task,
         ):
             for chunk in chunks(round_.places(), KEYS_A_QUERY):
                 traces = self._ledger.traces([self.wanted.key(place) for place in chunk])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distill.errors import EnvironmentFault, Preempted, RecipeError
-from distill.progress import Progress
+from distill.progress import Progress, silent
 from distill.recipe import SERVER_KEY_ENV, NativeTeacher, Recipe, TeacherConfig, VllmTeacher
 from distill.records import Sampling
 from pipelines.ports import SERVE_PORT
@@ -81,7 +81,8 @@ def serve_teacher(
     name = Path(config.model).name
     if speculate:
         config = config.model_copy(update={"speculate": True})
-    teacher = open_teacher(config, base_dir=base_dir, progress=progress)
+    with (progress or silent()).task(f"load {name}", None):
+        teacher = open_teacher(config, base_dir=base_dir, progress=progress)
     limits = {} if max_waiting is None else {"max_waiting": max_waiting}
     app = build_app(
         teacher,

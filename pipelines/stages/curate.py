@@ -29,6 +29,7 @@ from distill.progress import Progress, Task
 from distill.recipe import Recipe, VerifyConfig
 from distill.records import Example, Problem, Record, StageManifest, Trace, Verdict
 from distill.tables import iterate_records, read_records, record_writer
+from distill.teacher_facts import with_teacher_facts
 from distill.verify import open_verifier
 from distill.verify.audit import Audit, normal_form
 from distill.verify.kept import AFTERWARDS, KeptVerdicts, grading_settings
@@ -144,7 +145,8 @@ def _grade_all(
             open_judge(config, base_dir, folder, progress) as judge,
             open_verifier(config, judge=judge) as verifier,
             KeptVerdicts(ledger, verifier, grading_settings(config, judge)) as kept,
-            progress.task("verify", total=num_traces, unit="answers") as task,
+            progress.task("verify", total=num_traces, unit="answers") as plain,
+            with_teacher_facts(plain, judge) as task,
             record_writer(folder / VERDICTS, GradedTrace) as writer,
         ):
             while part := list(islice(traces, PART_SIZE)):

@@ -63,6 +63,53 @@ def test_whatever_stands_in_a_field_is_taken_or_refused_in_plain_words(config: t
             assert error_types(config, {name: value}) <= {*WORDS, "extra_forbidden"}
 
 
+COMPARED = {"ge": "greater_than_equal", "gt": "greater_than", "le": "less_than_equal", "lt": "less_than"}
+SIZED = {"min_length": "too_short", "max_length": "too_long"}
+# What pydantic's validators of each kind may answer to a value that comes from YAML; the empty ones ask others.
+REFUSALS: dict[str, set[str]] = {
+    "model": {"model_type", "model_attributes_type"},
+    "model-fields": {"missing", "extra_forbidden", "invalid_key", "model_type", "model_attributes_type"},
+    "tagged-union": {"union_tag_invalid", "union_tag_not_found", "model_attributes_type"},
+    "str": {"string_type", "string_unicode"},
+    "int": {"int_type", "int_parsing", "int_from_float", "int_parsing_size", "finite_number"},
+    "float": {"float_type", "float_parsing", "finite_number"},
+    "bool": {"bool_type", "bool_parsing"},
+    "literal": {"literal_error"},
+    "tuple": {"tuple_type", "missing", "too_long"},
+    "list": {"list_type"},
+    "dict": {"dict_type"},
+    "function-after": {"value_error"},
+    **{kind: set() for kind in ("any", "default", "nullable", "union", "definitions", "definition-ref", "model-field")},
+}
+
+
+def reachable(schema: Any) -> Iterator[str]:
+    """Every kind of error that a schema of pydantic-core can give."""
+    if isinstance(schema, list | tuple):
+        for part in schema:
+            yield from reachable(part)
+    elif isinstance(schema, dict):
+        if isinstance(kind := schema.get("type"), str):
+            yield from REFUSALS[kind]
+            sized = {bound: f"string_{error}" for bound, error in SIZED.items()} if kind == "str" else SIZED
+            yield from (error for bound, error in (COMPARED | sized).items() if bound in schema)
+            yield from ("string_pattern_mismatch" for _ in "x" if "pattern" in schema)
+        for name, part in schema.items():
+            if name not in ("metadata", "serialization", "default", "cls", "config", "function"):
+                yield from reachable(part)
+
+
+@pytest.mark.parametrize("config", ALL, ids=lambda config: config.__name__)
+def test_every_kind_of_error_that_there_can_be_has_its_words(config: type[BaseModel]) -> None:
+    found = set(reachable(config.__pydantic_core_schema__))
+    assert {"missing", "model_type", "invalid_key"} <= found
+    assert found <= {*WORDS, "extra_forbidden"}
+
+
+def test_no_words_are_for_errors_that_there_cannot_be() -> None:
+    assert set(WORDS) <= {error for config in ALL for error in reachable(config.__pydantic_core_schema__)}
+
+
 def refusals(config: type[BaseModel]) -> Iterator[tuple[str, str]]:
     """Fields that have a default, each with what is said of every value in `WRONG` that is refused there alone."""
     required = {name for name, field in config.model_fields.items() if field.is_required()}
