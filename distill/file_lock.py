@@ -9,16 +9,18 @@ from pathlib import Path
 from distill.errors import DataError
 
 
-def take_lock(path: Path, *, of: Path) -> int:
+def take_lock(path: Path, *, of: Path, signed: bool = True) -> int:
     """Lock the file `path`, made where there is none, and return the descriptor whose closing gives the lock back.
 
-    Raises DataError, naming `of`, where another process holds it.
+    `signed` writes this process's number into it; else a file that is there stays as it was, to its times. Raises
+    DataError, naming `of`, where another process holds it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         _lock(descriptor, of)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        if signed:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     except BaseException:
         os.close(descriptor)
         raise
@@ -40,5 +42,7 @@ def _lock(descriptor: int, of: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as exc:
-        holder = os.pread(descriptor, 20, 0).decode(errors="replace") or "unknown"
-        raise DataError(f"is being written by another process (pid {holder})", where=of) from exc
+        holder = os.pread(descriptor, 20, 0).decode(errors="replace")
+        raise DataError(
+            "is being written by another process" + (f" (pid {holder})" if holder else ""), where=of
+        ) from exc

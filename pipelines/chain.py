@@ -113,6 +113,8 @@ def prepare(command: str, recipe: Recipe, run_dir: Path, context: Context) -> It
     with context.progress.task("check the weights", None):
         check_weights(recipe, names, known=_known_hashes(run_dir), base_dir=context.base_dir)
     stages = [Stage(name, STAGES[name], recipe, run_dir, context) for name in names]
+    if context.dry_run and command == "push":
+        return iter(stages)  # it writes nothing
     return _with_recipe(stages, recipe, run_dir)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from distill.cores import num_cores
 from distill.errors import EnvironmentFault, PotstillError
 from distill.findings import Finding
-from distill.recipe import NativeTeacher, OpenAITeacher, Recipe, load_recipe
+from distill.recipe import NativeTeacher, OpenAITeacher, ReasoningGymSource, Recipe, load_recipe
 from pipelines.ports import SERVE_PORT
 
 PACKAGES = ("transformers", "tokenizers", "datasets", "accelerate", "trl", "lm-eval", "math-verify", "reasoning-gym")
@@ -27,6 +27,7 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 LEAST_MEMORY_GB = 4.0
 LEAST_DISK_GB = 2.0
 ENDPOINT_TIMEOUT_S = 10.0
+QUESTIONS_TRIED = 64  # of a procedural source, spread over its families
 
 
 def examine_machine(base_dir: Path) -> list[Finding]:
@@ -56,7 +57,8 @@ def examine_recipe(path: Path, overrides: Iterable[str], base_dir: Path, runs: P
         return str(run_dir)
 
     findings = [Finding("recipe", "ok", f"{recipe.name} ({path})")]
-    for name, check in (*recipe_checks(recipe, base_dir), ("run folder", run_folder)):
+    own = (("questions", lambda: _questions(recipe, base_dir)), ("run folder", run_folder))
+    for name, check in (*recipe_checks(recipe, base_dir), *own):
         findings.append(_outcome(name, check))
     fit = {finding.check for finding in findings if finding.state == "ok"}
     findings += _teacher(recipe, base_dir) if "teacher" in fit else ()
@@ -79,6 +81,19 @@ def _naming(path: Path, finding: Finding) -> Finding:
     """Rooms that see a part of the recipe call it `recipe`; here its file is known."""
     own = finding.text.removeprefix("recipe: ")
     return finding if own == finding.text else replace(finding, text=f"{path}: {own}")
+
+
+def _questions(recipe: Recipe, base_dir: Path) -> str:
+    """The procedural sources make questions: their families and parameters are known to the generator alone."""
+    from distill.problems import load_problems
+
+    sources = [*recipe.problems, *([] if recipe.eval.held_out is None else [recipe.eval.held_out])]
+    drawn = [
+        source.model_copy(update={"count": min(source.count, QUESTIONS_TRIED)})
+        for source in sources
+        if isinstance(source, ReasoningGymSource)
+    ]
+    return f"{len(load_problems(drawn, base_dir=base_dir))} were drawn to try" if drawn else "none are procedural"
 
 
 def _teacher(recipe: Recipe, base_dir: Path) -> Iterator[Finding]:

@@ -50,14 +50,12 @@ WITHOUT_VALUE = {"missing", "union_tag_not_found", "value_error", "extra_forbidd
 
 def fault_of(exc: ValidationError, model: type[BaseModel], tree: Any, where: Path | str) -> RecipeError:
     """The first fault of `tree`. Of a union whose members all refuse, the one that got furthest into the value."""
-    errors = exc.errors(include_url=False)
-    field = _path(errors[0]["loc"], tree, errors[0]["type"])
-    beneath = [(_path(error["loc"], tree, error["type"]), error) for error in errors]
-    beneath = [(path, error) for path, error in beneath if path[: len(field)] == field]
-    deepest = max(len(path) for path, _ in beneath)
-    field, error = next((path, error) for path, error in beneath if len(path) == deepest)
-    said = dict.fromkeys(_words(error, model) for path, error in beneath if path == field)
-    message = " or ".join([*said][:1] + [words.removeprefix("must be ") for words in [*said][1:]])
+    placed = [(_path(error["loc"], tree, error["type"]), error) for error in exc.errors(include_url=False)]
+    first, _ = placed[0]
+    beneath = [(path, error) for path, error in placed if path[: len(first)] == first]
+    field, error = max(beneath, key=lambda one: len(one[0]))
+    words, *others = dict.fromkeys(_words(error, model) for path, error in beneath if path == field)
+    message = " or ".join([words, *(other.removeprefix("must be ") for other in others)])
     if error["type"] not in WITHOUT_VALUE:
         message += f", got {in_words(error.get('ctx', {}).get('tag', error['input']))}"
     return RecipeError(message, where=where, field=".".join(map(str, field)))
@@ -68,6 +66,8 @@ def misread(given: Any, taken: Any, at: Location = ()) -> Iterator[tuple[str, st
 
     And of whole numbers that nothing later could hold.
     """
+    if isinstance(given, BaseModel):
+        return  # somebody made it of values of the right kind
     if isinstance(taken, BaseModel):
         taken = {name: getattr(taken, name) for name in type(taken).model_fields}
     if isinstance(given, Mapping) and isinstance(taken, Mapping):

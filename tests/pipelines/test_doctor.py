@@ -119,6 +119,13 @@ def test_what_cannot_work_is_an_error_and_its_command_refuses_it_alike(
     assert any(says in message for message in refused)
 
 
+def test_questions_that_the_generator_refuses_are_an_error(world: Path, tmp_path: Path) -> None:
+    path = changed(world, tmp_path, lambda tree: tree["eval"]["held_out"].update(families={"chain_smu": {}}))
+    found = examined(path, tmp_path)["questions"]
+    assert found.exit_code == 2
+    assert "unknown reasoning-gym data set 'chain_smu'; did you mean 'chain_sum'?" in found.text
+
+
 def test_a_recipe_that_works_has_its_weights_prompts_and_folder_stated(world: Path, tmp_path: Path) -> None:
     found = examined(world / "recipe.yaml", tmp_path)
     assert {finding.state for finding in found.values()} == {"ok"}
