@@ -72,7 +72,7 @@ serve: $(STAMP) ## Serve the teacher of RECIPE over an OpenAI-compatible HTTP AP
 	@$(POTSTILL) serve $(RECIPE) $(foreach s,$(SET),--set '$(s)') $(if $(DRY_RUN),--dry-run)
 
 doctor: $(STAMP) ## Check this machine and RECIPE before anything runs
-	@$(POTSTILL) doctor $(RECIPE) $(foreach s,$(SET),--set '$(s)')
+	@$(POTSTILL) doctor $(RECIPE) $(OPTIONS)
 
 zoo: $(STAMP) ## List the students that potstill knows
 	@$(POTSTILL) zoo list

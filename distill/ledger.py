@@ -10,7 +10,6 @@ One process writes at a time: an advisory lock on `<ledger>.lock` falls with the
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from typing import Any, Self
 
 from distill.errors import DataError, EnvironmentFault
 from distill.failpoints import failpoint
+from distill.file_lock import take_lock
 from distill.ledger_schema import prepare
 from distill.manifest import environment_faults
 from distill.records import Trace, Verdict
@@ -50,7 +50,7 @@ class Ledger:
         """Open or create. Raises DataError where another process writes it, or where it is not a sound ledger."""
         with environment_faults(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = _lock(path)
+            lock = take_lock(path.with_name(path.name + ".lock"), of=path)
         try:
             with _sqlite_faults(path):
                 connection = sqlite3.connect(path, isolation_level=None)
@@ -226,22 +226,6 @@ class Ledger:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
-
-
-def _lock(path: Path) -> int:
-    descriptor = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-    except BlockingIOError as exc:
-        holder = os.pread(descriptor, 20, 0).decode(errors="replace") or "unknown"
-        os.close(descriptor)
-        raise DataError(f"is being written by another process (pid {holder})", where=path) from exc
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 @contextmanager

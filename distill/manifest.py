@@ -46,15 +46,22 @@ VERSIONED = (
 )
 
 
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free it"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
+    errno.EIO: "see to the disk",
+}
+
+
 @contextmanager
 def environment_faults(where: Path | str) -> Iterator[None]:
     """Translate a full disk, a read-only folder and the like into EnvironmentFault (exit 3)."""
     try:
         yield
     except OSError as exc:
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG):
-            raise EnvironmentFault(f"{exc.strerror}; free it and run the same command again", where=where) from exc
-        raise
+        if (remedy := _REMEDIES.get(exc.errno or 0)) is None:
+            raise
+        raise EnvironmentFault(f"{exc.strerror}; {remedy} and run the same command again", where=where) from exc
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

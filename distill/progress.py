@@ -18,8 +18,13 @@ class Task(Protocol):
 
 
 class Progress(Protocol):
-    def task(self, name: str, total: float, *, done: float = 0, unit: str = "it") -> AbstractContextManager[Task]:
-        """A context manager that yields a Task; `done` is what an earlier run had finished already."""
+    def task(
+        self, name: str, total: float | None, *, done: float = 0, unit: str = "it"
+    ) -> AbstractContextManager[Task]:
+        """A context manager that yields a Task; `done` is what an earlier run had finished already.
+
+        `total` None: how much there is to do is not known, only that something is done (weights are read, say).
+        """
         ...
 
 
@@ -30,7 +35,7 @@ class _SilentTask:
 
 class _Silent:
     @contextmanager
-    def task(self, name: str, total: float, *, done: float = 0, unit: str = "it") -> Iterator[Task]:
+    def task(self, name: str, total: float | None, *, done: float = 0, unit: str = "it") -> Iterator[Task]:
         yield _SilentTask()
 
 

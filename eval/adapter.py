@@ -17,6 +17,7 @@ from lm_eval.api.model import LM
 from distill.progress import Progress
 from distill.protocols import Teacher, Verifier
 from distill.records import Completion, Sampling, TraceRequest, Verdict
+from distill.teacher_facts import with_teacher_facts
 from eval.tasks.processors import problem_of
 
 
@@ -60,15 +61,20 @@ class PotstillLM(LM):
         completions = self._generate(traces, _sampling(requests[0].args[1], self._seed))
         verdicts = self._verifier.verify([(c.request.problem, c.text, c.finish_reason) for c in completions])
         graded = []
-        for instance, completion, verdict in zip(requests, completions, verdicts, strict=True):
-            self.samples.append(Sample(instance.task_name or "", completion, verdict))
-            graded.append(GradedResponse(completion.text, verdict))
+        with self._progress.task(f"grade {self._title}", len(completions), unit="answers") as task:
+            for instance, completion, verdict in zip(requests, completions, verdicts, strict=True):
+                self.samples.append(Sample(instance.task_name or "", completion, verdict))
+                graded.append(GradedResponse(completion.text, verdict))
+                task.advance()
         return graded
 
     def _generate(self, traces: Sequence[TraceRequest], sampling: Sampling) -> list[Completion]:
         """Completions in the order of `traces`, whatever order the backend finishes them in."""
         done: dict[tuple[str, int], Completion] = {}
-        with self._progress.task(self._title, len(traces), unit="samples") as task:
+        with (
+            self._progress.task(self._title, len(traces), unit="samples") as plain,
+            with_teacher_facts(plain, self._model) as task,
+        ):
             for completion in self._model.generate(traces, sampling):
                 done[completion.request.problem.id, completion.request.sample_index] = completion
                 task.advance()

@@ -10,7 +10,7 @@ that earlier stages are complete and were run with this very recipe; it names th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +24,7 @@ from distill.recipe import Recipe
 from distill.records import StageManifest
 from pipelines.checks import check_recipe, check_weights
 from pipelines.context import Context
+from pipelines.run_folder import check_run_folder, held
 
 # The function behind each stage, `(recipe, run_dir, context) -> StageManifest`. Its module is imported when it runs:
 # some need seconds for that.
@@ -90,7 +91,8 @@ class Stage:
         function: Callable[[Recipe, Path, Context], StageManifest] = getattr(import_module(module), name)
         folder = folder_of(self.name, self.run_dir)
         before = _stamp(folder)
-        manifest = function(self.recipe, self.run_dir, self.context)
+        with self.context.progress.task(self.name, None):  # whatever a stage does, it does not do it in silence
+            manifest = function(self.recipe, self.run_dir, self.context)
         return StageOutcome(self.name, manifest, ran=before is None or before != _stamp(folder))
 
 
@@ -101,12 +103,18 @@ def prepare(command: str, recipe: Recipe, run_dir: Path, context: Context) -> It
     """
     names = COMMANDS[command]
     check_recipe(recipe, names, base_dir=context.base_dir, progress=context.progress)
+    if not context.dry_run:
+        _check_pushes(names, run_dir)
+        check_run_folder(run_dir, [folder_of(name, run_dir) for name in names])
     for name in names:
         for needed in NEEDS[name]:
             if needed not in names:
                 require_complete(needed, recipe, run_dir)
-    check_weights(recipe, names, known=_known_hashes(run_dir), base_dir=context.base_dir)
+    with context.progress.task("check the weights", None):
+        check_weights(recipe, names, known=_known_hashes(run_dir), base_dir=context.base_dir)
     stages = [Stage(name, STAGES[name], recipe, run_dir, context) for name in names]
+    if context.dry_run and command == "push":
+        return iter(stages)  # it writes nothing
     return _with_recipe(stages, recipe, run_dir)
 
 
@@ -145,12 +153,25 @@ def _first_difference(config: Any, recipe: Any, at: str = "") -> str | None:
 
 
 def _with_recipe(stages: list[Stage], recipe: Recipe, run_dir: Path) -> Iterator[Stage]:
-    """Keep the resolved recipe beside what it made; an unchanged one is not written again."""
+    """Keep the resolved recipe beside what it made, and the folder to this command, as long as stages are taken.
+
+    An unchanged recipe is not written again.
+    """
     path = run_dir / "recipe.yaml"
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_atomically(path, text)
-    yield from stages
+    with held(run_dir):
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_atomically(path, text)
+        yield from stages
+
+
+def _check_pushes(names: Collection[str], run_dir: Path) -> None:
+    """A push that is done needs no token; one that is not says so before a file is read for it."""
+    pushes = {"push", "push-traces"} & set(names)
+    if not all(read_manifest(folder_of(name, run_dir)) for name in pushes):
+        from distill.publish.hub import require_token
+
+        require_token()
 
 
 def _known_hashes(run_dir: Path) -> set[str]:

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, RecipeError, nearest
 from distill.gguf import checkpoint_folder
 from distill.manifest import hash_file
 from distill.model_folder import check_model_folder
 from distill.progress import Progress
-from distill.recipe import LocalSource, NativeTeacher, OpenAITeacher, RayTeacher, Recipe, VllmTeacher
+from distill.recipe import LocalSource, NativeTeacher, OpenAITeacher, RayTeacher, Recipe, StudentConfig, VllmTeacher
 
 # Weights up to this size are read whole beforehand; larger ones show faults in their values only when they are loaded.
 MAX_CHECKED_BYTES = 2 * 2**30
 
 Check = tuple[str, Callable[[], str]]
+# Checks that matter to some stages alone.
+OF_STAGES = {"suites": {"curate", "eval"}, "push": {"push"}, "push traces": {"push-traces"}}
 
 
 def check_recipe(recipe: Recipe, stages: Collection[str], *, base_dir: Path, progress: Progress | None = None) -> None:
-    """Raise the first fault of `recipe_checks`; the suites' files matter only to the stages that read them."""
+    """Raise the first fault of `recipe_checks` that matters to these stages."""
     for name, check in recipe_checks(recipe, base_dir, progress):
-        if name != "suites" or {"curate", "eval"} & set(stages):
+        if OF_STAGES.get(name, set(stages)) & set(stages):
             check()
 
 
@@ -34,6 +36,8 @@ def recipe_checks(recipe: Recipe, base_dir: Path, progress: Progress | None = No
     yield "teacher", lambda: _teacher(recipe, base_dir, progress)
     yield "students", lambda: _students(recipe, progress)
     yield "suites", lambda: _suites(recipe)
+    yield "push", lambda: _push(recipe)
+    yield "push traces", lambda: _push_traces(recipe)
 
 
 def check_weights(recipe: Recipe, stages: Collection[str], *, known: Collection[str], base_dir: Path) -> None:
@@ -62,10 +66,8 @@ def _preflight(recipe: Recipe) -> None:
     """Template, tokenizer and vocabulary of every student whose base is on this machine. Raises CheckpointError."""
     from students.base_folder import local_base
     from students.preflight import preflight
-    from students.zoo import find_student
 
-    for name in recipe.distill.students:
-        student = find_student(name, recipe.distill.overrides)
+    for student in _zoo_entries(recipe):
         folder = local_base(student.base)
         for method in recipe.distill.methods if folder is not None else ():
             for finding in preflight(student, method):
@@ -111,23 +113,60 @@ def _teacher(recipe: Recipe, base_dir: Path, progress: Progress | None) -> str:
 
 
 def _students(recipe: Recipe, progress: Progress | None) -> str:
-    """Every name is in the zoo (or is a file that validates), every local base has its weight files."""
-    from students.zoo import find_student
-
-    names = [find_student(name, recipe.distill.overrides).name for name in recipe.distill.students]
+    """Every name is in the zoo (or is a file that validates), none stands twice, every local base has its config."""
+    names: dict[str, str] = {}
+    for written, student in zip(recipe.distill.students, _zoo_entries(recipe), strict=True):
+        if student.name in names:
+            message = f"{names[student.name]!r} and {written!r} are both {student.name!r}, and share its folder"
+            raise RecipeError(message, where="recipe", field="distill.students")
+        names[student.name] = written
     for base in _local_bases(recipe):
         check_model_folder(checkpoint_folder(base, progress=progress))
     return ", ".join(names)
 
 
+def _zoo_entries(recipe: Recipe) -> list[StudentConfig]:
+    from students.zoo import find_student
+
+    return [find_student(name, recipe.distill.overrides) for name in recipe.distill.students]
+
+
+def _push(recipe: Recipe) -> str:
+    """The repository's name is one that the Hub takes, for some student that may be pushed."""
+    from students.publish.hub import check_repo_name
+
+    students = {student.name: student for student in _zoo_entries(recipe)}
+    wanted = recipe.push.student
+    if wanted is not None and wanted not in students:
+        message = f"{wanted!r} is not among distill.students; {nearest(wanted, students)}"
+        raise RecipeError(message, where="recipe", field="push.student")
+    refused = {}
+    may_go = [students[wanted]] if wanted is not None else [*students.values()]
+    for student in may_go:
+        try:
+            check_repo_name(recipe.push.repo.replace("{student}", student.name), student)
+        except RecipeError as exc:
+            refused[student.name] = exc
+    if len(refused) == len(may_go):
+        raise refused[may_go[0].name]
+    first = next(iter(refused.values()), None)
+    return recipe.push.repo if first is None else f"{recipe.push.repo}; not for {', '.join(refused)}: {first}"
+
+
+def _push_traces(recipe: Recipe) -> str:
+    from distill.publish.hub import check_name
+
+    repo = recipe.push_traces.repo.replace("{recipe}", recipe.name)
+    check_name(repo, field="push_traces.repo")
+    return repo
+
+
 def _local_bases(recipe: Recipe) -> list[Path]:
     """Base folders and GGUF files on this machine. Raises CheckpointError for a base that is a path and not there."""
     from students.base_folder import is_repository, local_base
-    from students.zoo import find_student
 
     folders = []
-    for name in recipe.distill.students:
-        base = find_student(name, recipe.distill.overrides).base
+    for base in (student.base for student in _zoo_entries(recipe)):
         folder = local_base(base)
         if folder is not None:
             folders.append(folder)

@@ -1,8 +1,8 @@
 """Checks of `potstill doctor`: the machine, and a recipe with everything that it names.
 
 Each check is one `Finding`. An error's exit code is that of the fault it stands for (2: the recipe or a file it names,
-3: the machine); a warning says what will not work and why, and does not change the exit code. Nothing is written but
-to the cache folder, and no model is loaded.
+3: the machine); a warning says what will not work and why, and does not change the exit code. What a command would
+refuse is found by the function that would refuse it. Nothing is written but to the cache folder, and no model is made.
 """
 
 from __future__ import annotations
@@ -12,44 +12,62 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from distill.cores import num_cores
 from distill.errors import EnvironmentFault, PotstillError
 from distill.findings import Finding
+from distill.gguf import checkpoint_folder
 from distill.progress import Progress
-from distill.recipe import Recipe, load_recipe
+from distill.recipe import NativeTeacher, OpenAITeacher, ReasoningGymSource, Recipe, load_recipe
+from pipelines.ports import SERVE_PORT
 
 PACKAGES = ("transformers", "tokenizers", "datasets", "accelerate", "trl", "lm-eval", "math-verify", "reasoning-gym")
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 LEAST_MEMORY_GB = 4.0
 LEAST_DISK_GB = 2.0
+ENDPOINT_TIMEOUT_S = 10.0
+QUESTIONS_TRIED = 64  # of a procedural source, spread over its families
 
 
 def examine_machine(base_dir: Path) -> list[Finding]:
     """Python, packages, processor, memory, disk, GPU, optional programs, the sandbox, whether a Hub token is there."""
     before = (_python, _torch, _packages, _cores, _memory)
-    after = (_gpu, _vllm, _sandbox, _chromium, _hub_token)
+    after = (_gpu, _port, _vllm, _sandbox, _chromium, _hub_token)
     return [*(check() for check in before), _disk(base_dir), *(check() for check in after)]
 
 
 def examine_recipe(
-    path: Path, overrides: Iterable[str], base_dir: Path, progress: Progress | None = None
+    path: Path, overrides: Iterable[str], base_dir: Path, runs: Path, progress: Progress | None = None
 ) -> list[Finding]:
-    """The recipe, the files that it names, and the preflight of its students."""
+    """The recipe, the files and folders that it names, its run's folder below `runs`, its teacher and students.
+
+    An endpoint is asked once: where it does not answer, that is a warning, for it may be started later.
+    """
+    from pipelines.chain import folder_of
     from pipelines.checks import recipe_checks
+    from pipelines.run_folder import check_run_folder
 
     try:
         recipe = load_recipe(path, overrides)
     except PotstillError as exc:
         return [_fault("recipe", exc)]
+    run_dir = runs / recipe.name
+
+    def run_folder() -> str:
+        check_run_folder(run_dir, [folder_of(stage, run_dir) for stage in ("generate", "curate", "distill", "eval")])
+        return str(run_dir)
+
     findings = [Finding("recipe", "ok", f"{recipe.name} ({path})")]
-    for name, check in recipe_checks(recipe, base_dir, progress):
+    own = (("questions", lambda: _questions(recipe, base_dir)), ("run folder", run_folder))
+    for name, check in (*recipe_checks(recipe, base_dir, progress), *own):
         findings.append(_outcome(name, check))
-    if all(finding.state == "ok" for finding in findings):
-        findings += _students(recipe)
-    return findings
+    fit = {finding.check for finding in findings if finding.state == "ok"}
+    findings += _teacher(recipe, base_dir) if "teacher" in fit else ()
+    findings += _students(recipe) if "students" in fit else ()
+    return [_naming(path, finding) for finding in findings]
 
 
 def _outcome(name: str, check: Callable[[], str]) -> Finding:
@@ -61,6 +79,56 @@ def _outcome(name: str, check: Callable[[], str]) -> Finding:
 
 def _fault(name: str, exc: PotstillError) -> Finding:
     return Finding(name, "error", str(exc), type(exc))
+
+
+def _naming(path: Path, finding: Finding) -> Finding:
+    """Rooms that see a part of the recipe call it `recipe`; here its file is known."""
+    own = finding.text.removeprefix("recipe: ")
+    return finding if own == finding.text else replace(finding, text=f"{path}: {own}")
+
+
+def _questions(recipe: Recipe, base_dir: Path) -> str:
+    """The procedural sources make questions: their families and parameters are known to the generator alone."""
+    from distill.problems import load_problems
+
+    sources = [*recipe.problems, *([] if recipe.eval.held_out is None else [recipe.eval.held_out])]
+    drawn = [
+        source.model_copy(update={"count": min(source.count, QUESTIONS_TRIED)})
+        for source in sources
+        if isinstance(source, ReasoningGymSource)
+    ]
+    return f"{len(load_problems(drawn, base_dir=base_dir))} were drawn to try" if drawn else "none are procedural"
+
+
+def _teacher(recipe: Recipe, base_dir: Path) -> Iterator[Finding]:
+    """The weights and the prompt of a native teacher, the answer of an endpoint."""
+    from pipelines.checks import check_weights
+
+    if isinstance(recipe.teacher, NativeTeacher):
+        from teacher.backends import describe_prompt_of
+
+        def weights() -> str:
+            check_weights(recipe, ("generate",), known=(), base_dir=base_dir)
+            return "whole and finite"
+
+        yield _outcome("teacher weights", weights)
+        yield _outcome("teacher prompt", lambda: describe_prompt_of(checkpoint_folder(base_dir / recipe.teacher.model)))
+    if isinstance(recipe.teacher, OpenAITeacher):
+        yield _endpoint(recipe.teacher)
+
+
+def _endpoint(config: OpenAITeacher) -> Finding:
+    from teacher.backends.openai import OpenAICompatibleTeacher
+
+    once = {"max_retries": 0, "timeout_s": ENDPOINT_TIMEOUT_S, "idle_timeout_s": ENDPOINT_TIMEOUT_S}
+    try:
+        identity = OpenAICompatibleTeacher(config.model_copy(update=once)).identity
+    except EnvironmentFault as exc:
+        return Finding("endpoint", "warning", str(exc))
+    except PotstillError as exc:
+        return _fault("endpoint", exc)
+    version = "" if identity.backend_version == "unknown" else f", version {identity.backend_version}"
+    return Finding("endpoint", "ok", f"serves {config.model!r}{version}")
 
 
 def _students(recipe: Recipe) -> list[Finding]:
@@ -78,14 +146,15 @@ def _students(recipe: Recipe) -> list[Finding]:
         for method in recipe.distill.methods:
             check = f"{student.name} {method}"
             try:
-                faults = [found for found in preflight(student, method) if found.state == "error"]
+                found = {finding.check: finding for finding in preflight(student, method)}
             except PotstillError as exc:
                 findings.append(_fault(check, exc))
                 continue
+            faults = [finding for finding in found.values() if finding.state == "error"]
             for fault in faults:
                 findings.append(Finding(check, "error", f"{fault.check}: {fault.text}", fault.fault))
             if not faults:
-                findings.append(Finding(check, "ok", "preflight passed"))
+                findings.append(Finding(check, "ok", f"preflight passed; {found['prompt'].text}"))
     return findings
 
 
@@ -134,12 +203,24 @@ def _gpu() -> Finding:
     program = shutil.which("nvidia-smi")
     if program is None:
         return Finding("gpu", "ok", "none; the pico scale needs none")
-    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    query = [program, "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError) as exc:
         return Finding("gpu", "warning", f"nvidia-smi does not answer ({exc})")
-    return Finding("gpu", "ok", "; ".join(listed.split("\n")).strip("; "))
+    gpus = [line.split(", ") for line in listed.splitlines() if line.strip()]
+    return Finding("gpu", "ok", "; ".join(f"{', '.join(name)}, {free} free" for *name, free in gpus))
+
+
+def _port() -> Finding:
+    """The port of `potstill serve`, by the function that binds it."""
+    from pipelines.serving import LOOPBACK, bind
+
+    try:
+        bind(LOOPBACK[0], SERVE_PORT).close()
+    except EnvironmentFault as exc:
+        return Finding("port", "warning", f"{exc}; `potstill serve` needs another --port")
+    return Finding("port", "ok", f"{SERVE_PORT} is free to serve at")
 
 
 def _vllm() -> Finding:

@@ -19,7 +19,8 @@ def open_judge(config: VerifyConfig, base_dir: Path, log_dir: Path, progress: Pr
         return
     from teacher.backends import open_teacher  # may bring torch in
 
-    judge: Teacher = open_teacher(config.judge.teacher, base_dir=base_dir, log_dir=log_dir, progress=progress)
+    with progress.task("load the judge", None):
+        judge: Teacher = open_teacher(config.judge.teacher, base_dir=base_dir, log_dir=log_dir, progress=progress)
     try:
         yield judge
     finally:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from array import array
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from distill.adaptive import JUDGED, wants_more
 from distill.errors import EnvironmentFault
@@ -19,15 +20,47 @@ from distill.problems.packed import PackedProblems
 from distill.progress import Progress, Task
 from distill.protocols import Teacher
 from distill.recipe import AdaptiveSampling, Recipe
-from distill.records import Completion, Trace
+from distill.records import Completion, Problem, Trace, Verdict
+from distill.teacher_facts import with_teacher_facts
 from distill.verify import open_verifier
 from distill.verify.background import BackgroundGrader
+from distill.verify.extract import answer_of
 from distill.verify.kept import KeptVerdicts, grading_settings
 from distill.wanted import Place, Requests, WantedSamples, chunks
-from pipelines.teacher_facts import with_teacher_facts
 
 FLUSH_SAMPLES = 64
 FLUSH_S = 5.0
+
+
+@dataclass
+class YieldSoFar:
+    """What came of the samples of this run, as far as it is known while the teacher writes on.
+
+    Samples that an earlier run had left are not counted, nor verdicts that are still to be made.
+    """
+
+    num_graded: int = 0
+    num_right: int = 0
+    num_cut_off: int = 0
+    num_unanswered: int = 0
+
+    def add(self, problem: Problem, trace: Trace) -> None:
+        if trace.finish_reason == "length":
+            self.num_cut_off += 1
+        elif answer_of(trace.text, problem.grader) is None:
+            self.num_unanswered += 1
+
+    def grade(self, verdicts: Sequence[tuple[str, str, Verdict]]) -> None:
+        self.num_graded += len(verdicts)
+        self.num_right += sum(verdict.correct for _, _, verdict in verdicts)
+
+    def facts(self) -> dict[str, str | float]:
+        right = {"right": f"{self.num_right}/{self.num_graded}"} if self.num_graded else {}
+        return right | {"cut_off": self.num_cut_off, "no_answer": self.num_unanswered}
+
+    def counts(self) -> dict[str, int]:
+        graded = {"graded": self.num_graded, "right": self.num_right} if self.num_graded else {}
+        return graded | {"no_answer": self.num_unanswered}
 
 
 class Rounds:
@@ -38,6 +71,7 @@ class Rounds:
     ) -> None:
         self.wanted = WantedSamples(problems, teacher.identity, recipe.generate.sampling)
         self.reused = 0
+        self.so_far = YieldSoFar()
         self._correct, self._judged = (array("I", bytes(4 * len(problems))) for _ in range(2))
         self._teacher = teacher
         self._recipe = recipe
@@ -62,12 +96,15 @@ class Rounds:
             active = array("I", (problem for problem in active if self._wants_more(problem, policy)))
 
     def counts(self) -> dict[str, object]:
-        """Counts of what was asked for and what came of it; `samples_per_problem`: of how many problems so many."""
+        """Counts of what was asked for and what came of it; `samples_per_problem`: of how many problems so many.
+
+        `graded`, `right` and `no_answer` are of the samples that are new, as `YieldSoFar` has them.
+        """
         histogram = {str(n): count for n, count in sorted(Counter(self.wanted.num_samples).items())}
         counts: dict[str, object] = {"problems": len(self.wanted.problems), "reused": self.reused}
         if self._recipe.generate.adaptive is not None:
             counts["correct"] = sum(self._correct)
-        return {**counts, "samples_per_problem": histogram}
+        return {**counts, **self.so_far.counts(), "samples_per_problem": histogram}
 
     def _next_round(self, active: Iterable[int]) -> Requests:
         config = self._recipe.generate
@@ -118,19 +155,24 @@ class Rounds:
                 waiting.append(trace)
                 if self._recipe.generate.grade and self._recipe.verify.judge is None:  # a judge has one thread
                     grader.offer(completion.request.problem, trace)
+                self.so_far.add(completion.request.problem, trace)
                 tokens += completion.num_tokens
                 now = time.monotonic()
                 if len(waiting) >= FLUSH_SAMPLES or now - flushed > FLUSH_S:
                     self._ledger.add(waiting)
                     waiting, flushed = [], now
-                    self._ledger.add_verdicts(grader.collect())
-                facts = {"accepted": f"{grader.num_correct / grader.num_graded:.0%}"} if grader.num_graded else {}
-                task.advance(1, tokens=tokens, tokens_per_s=round(tokens / max(now - started, 1e-9)), **facts)
+                    self._keep(grader.collect())
+                pace: dict[str, str | float] = {"tokens_per_s": round(tokens / max(now - started, 1e-9))}
+                task.advance(1, tokens=tokens, **pace, **self.so_far.facts())
         finally:
             self._ledger.add(waiting)
-            self._ledger.add_verdicts(grader.collect())
+            self._keep(grader.collect())
             if isinstance(stream, Generator):
                 stream.close()  # ends the requests in flight now, not when the collector comes by
+
+    def _keep(self, verdicts: Sequence[tuple[str, str, Verdict]]) -> None:
+        self._ledger.add_verdicts(verdicts)
+        self.so_far.grade(verdicts)
 
     def _trace(self, completion: Completion) -> Trace:
         request = completion.request
@@ -152,7 +194,8 @@ class Rounds:
         with (
             open_verifier(config, judge=judge) as verifier,
             KeptVerdicts(self._ledger, verifier, grading_settings(config, judge)) as kept,
-            self._progress.task(f"verify, round {number}", total=len(round_), unit="answers") as task,
+            self._progress.task(f"verify, round {number}", total=len(round_), unit="answers") as plain,
+            with_teacher_facts(plain, judge) as task,
         ):
             for chunk in chunks(round_.places(), KEYS_A_QUERY):
                 traces = self._ledger.traces([self.wanted.key(place) for place in chunk])

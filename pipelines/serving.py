@@ -13,9 +13,10 @@ from pathlib import Path
 
 from distill.errors import EnvironmentFault, Preempted, RecipeError
 from distill.gguf import checkpoint_folder
-from distill.progress import Progress
+from distill.progress import Progress, silent
 from distill.recipe import SERVER_KEY_ENV, NativeTeacher, Recipe, TeacherConfig, VllmTeacher
 from distill.records import Sampling
+from pipelines.ports import SERVE_PORT
 from pipelines.preemption import preemptible
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -73,7 +74,7 @@ def serve_teacher(
         return
     key = _key(SERVER_KEY_ENV, host)
     name = checkpoint_folder(base_dir / config.model, progress=progress).name
-    listener = _bind(host, port)
+    listener = bind(host, port)
 
     from teacher.backends import open_teacher
     from teacher.engine.stopping import RepetitionLimit
@@ -82,7 +83,8 @@ def serve_teacher(
 
     if speculate:
         config = config.model_copy(update={"speculate": True})
-    teacher = open_teacher(config, base_dir=base_dir, progress=progress, needs_template=False)
+    with (progress or silent()).task(f"load {name}", None):
+        teacher = open_teacher(config, base_dir=base_dir, progress=progress, needs_template=False)
     limits = {} if max_waiting is None else {"max_waiting": max_waiting}
     app = build_app(
         teacher,
@@ -115,7 +117,7 @@ def launch_plan(recipe: Recipe, *, host: str, port: int) -> list[str]:
     version = installed_version()
     local = Path(config.model).is_dir()
     # A plan for a Hub model is for GPU nodes, wherever it is printed.
-    launches = plan(config, host=host, port=port or 8000, on_cpu=is_cpu_build(version) and local)
+    launches = plan(config, host=host, port=port or SERVE_PORT, on_cpu=is_cpu_build(version) and local)
     check_flags(launches, installed_flags(), version)
     return [launch.shell(config.api_key_env) for launch in launches]
 
@@ -130,7 +132,7 @@ def _serve_vllm(
     _check_node(config.num_nodes, node_rank)
     key = os.environ.get(config.api_key_env, "") if node_rank else _key(config.api_key_env, host)
     if node_rank == 0 and port:
-        _bind(host, port).close()
+        bind(host, port).close()
     config = located(config, base_dir)
     server = make_server(config, version, key=key, log=None, host=host, port=port or None, node_rank=node_rank)
     head = node_rank == 0
@@ -159,7 +161,7 @@ def _key(variable: str, host: str) -> str:
     return key
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """A listening socket, taken before the model is loaded so that a port in use shows at once."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -108,30 +108,35 @@ class _Worker:
 
 
 class _Relay:
-    """Progress in a worker: every call becomes a message."""
+    """Progress in a worker: every call becomes a message. Tasks are advanced from several threads."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self.lock = threading.Lock()
         self.opened = 0
 
     @contextmanager
-    def task(self, name: str, total: float, *, done: float = 0, unit: str = "it") -> Iterator[Task]:
+    def task(self, name: str, total: float | None, *, done: float = 0, unit: str = "it") -> Iterator[Task]:
         self.opened += 1
         number = self.opened
-        self.connection.send(("open", number, (name, total), {"done": done, "unit": unit}))
+        self.send("open", number, (name, total), {"done": done, "unit": unit})
         try:
-            yield _RelayedTask(self.connection, number)
+            yield _RelayedTask(self, number)
         finally:
-            self.connection.send(("close", number))
+            self.send("close", number)
+
+    def send(self, *message: object) -> None:
+        with self.lock:
+            self.connection.send(message)
 
 
 class _RelayedTask:
-    def __init__(self, connection: Connection, number: int) -> None:
-        self.connection = connection
+    def __init__(self, relay: _Relay, number: int) -> None:
+        self.relay = relay
         self.number = number
 
     def advance(self, amount: float = 1, **facts: str | float) -> None:
-        self.connection.send(("advance", self.number, amount, facts))
+        self.relay.send("advance", self.number, amount, facts)
 
 
 def _serve(work: Work, connection: Connection, num_threads: int) -> None:

@@ -11,11 +11,15 @@ what was given, 3 for the environment, 4 for a training failure.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
 
 from distill.errors import PotstillError
+from distill.plain_progress import PlainProgress
+from distill.printable import printable
+from distill.progress import silent
 from students.sft import train_student
 from students.zoo import find_student, sft_overrides
 
@@ -32,9 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         student = find_student(options.student, sft_overrides(options.set))
-        train_student(student, options.examples, options.method, options.out, seed=options.seed)
+        first = os.environ.get("RANK", "0") == "0"  # one process speaks for all
+        progress = PlainProgress(sys.stderr) if first else silent()
+        train_student(student, options.examples, options.method, options.out, seed=options.seed, progress=progress)
     except PotstillError as exc:
-        sys.stderr.write(f"{exc}\n")
+        sys.stderr.write(f"{printable(str(exc))}\n")
         return exc.exit_code
     return 0
 

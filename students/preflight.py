@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from distill.errors import CheckpointError, DataError, UserInputError
 from distill.findings import Finding
 from distill.progress import silent
+from distill.prompt_text import describe_prompt
 from distill.reasoning import END_OF_THINKING, THINK, THINK_LINE
 from distill.recipe import SFTConfig, StudentConfig
 from students import bases
@@ -53,7 +54,7 @@ def check_student(
     findings = [check_licence(student, Path(str(tokenizer.name_or_path))), _architecture(student, config)]
     findings += [_tokenizer_identity(tokenizer), _padding(tokenizer), _chat_template(tokenizer)]
     if findings[-1].state == "ok":
-        findings += [_think_prefill(tokenizer, method), _training_text(tokenizer, method)]
+        findings += [_prompt(tokenizer), _think_prefill(tokenizer, method), _training_text(tokenizer, method)]
     return [*findings, _vocabulary(student, config, tokenizer), _positions(student, config)]
 
 
@@ -158,6 +159,10 @@ def _chat_template(tokenizer: Tokenizer) -> Finding:
     except UserInputError as exc:
         return Finding("chat_template", "error", f"renders no prompt ({exc})")
     return Finding("chat_template", "ok", "renders a generation prompt")
+
+
+def _prompt(tokenizer: Tokenizer) -> Finding:
+    return Finding("prompt", "ok", describe_prompt(render_prompt(tokenizer, PROBE_QUESTION), PROBE_QUESTION))
 
 
 def _think_prefill(tokenizer: Tokenizer, method: Method) -> Finding:

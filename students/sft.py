@@ -121,8 +121,10 @@ def _train(
     progress: Progress,
 ) -> dict[str, Any]:
     dataset = Dataset.from_file(str(job.work_dir / "tokens.arrow"))
+    with progress.task(f"load {job.name}", None):
+        model = bases.open_model(job.student, job.base, tokenizer)
     trainer = CompletionTrainer(
-        model=bases.open_model(job.student, job.base, tokenizer),
+        model=model,
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
@@ -239,6 +241,7 @@ def arguments(student: StudentConfig, work_dir: Path, seed: int) -> TRLConfig:
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
         report_to="none",
         push_to_hub=False,
         disable_tqdm=True,

@@ -9,6 +9,7 @@ usage and writes a model card).
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,12 @@ class Reporter(TrainerCallback):
     def __init__(self, task: Task, buckets: LengthBuckets) -> None:
         self.task = task
         self.buckets = buckets
+        self.started, self.tokens_before = time.monotonic(), 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.started, self.tokens_before = time.monotonic(), int(state.num_input_tokens_seen)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,7 +102,8 @@ class Reporter(TrainerCallback):
         self.buckets.set_epoch(int((state.epoch or 0) + 1e-6))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.task.advance(1)
+        tokens = int(state.num_input_tokens_seen) - self.tokens_before
+        self.task.advance(1, tokens_per_s=round(tokens / max(time.monotonic() - self.started, 1e-9), 1))
 
     def on_log(
         self,

@@ -6,6 +6,7 @@
 from distill.curate.candidates import DroppedTrace, GradedTrace
 from distill.curate.filters import repetition
 from distill.curate.funnel import FilterResult, filter_traces, outcomes
+from distill.curate.lost import LostSamples
 from distill.curate.shown import DroppedExamples
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "DroppedTrace",
     "FilterResult",
     "GradedTrace",
+    "LostSamples",
     "filter_traces",
     "outcomes",
     "repetition",

@@ -32,6 +32,14 @@ def check_name(repo: str, *, field: str) -> None:
         raise RecipeError(f"not a repository name: {exc}", where="recipe", field=field) from exc
 
 
+def require_token() -> None:
+    """Raise EnvironmentFault where there is no token to push with; whether it is a good one, only the Hub can say."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise EnvironmentFault("no token to push with; set HF_TOKEN or run `hf auth login`", where="Hugging Face Hub")
+
+
 def push_folder(
     folder: Path,
     repo: str,

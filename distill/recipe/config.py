@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+T = TypeVar("T")
 
 
 class Config(BaseModel):
@@ -14,6 +17,16 @@ class Config(BaseModel):
     def identity(self) -> dict[str, Any]:
         """The resolved fields that can change what comes of them, for a fingerprint: all but those with a `Mark`."""
         return self.model_dump(mode="json", exclude=set(marked_fields(type(self))))
+
+
+def _each_once(values: tuple[T, ...]) -> tuple[T, ...]:
+    if twice := [value for value, count in Counter(values).items() if count > 1]:
+        raise ValueError(f"{twice[0]!r} is given twice")
+    return values
+
+
+# A list in which nothing stands twice, and something stands.
+Distinct = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_each_once)]
 
 
 class Mark(Enum):

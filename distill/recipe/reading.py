@@ -1,8 +1,8 @@
 """YAML to a recipe, and every fault in it to one line.
 
-Unknown keys are errors that name the nearest match. Values that YAML hands over as strings (`4e-5`) are coerced. A file
-may name one parent (`extends: other.yaml`, relative to itself): mappings merge (but for one whose `backend` or `kind`
-differs), everything else replaces.
+Unknown keys are errors that name the nearest match. Numbers that YAML hands over as strings (`4e-5`) are coerced. A
+file may name one parent (`extends: other.yaml`, relative to itself): mappings merge (but for one whose `backend` or
+`kind` differs), everything else replaces.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from distill.errors import RecipeError, nearest
+from distill.errors import RecipeError
 from distill.reading.yaml_text import parse_yaml, read_yaml
+from distill.recipe.faults import fault_of, misread
 from distill.recipe.students import StudentConfig
 from distill.recipe.whole import Recipe
 
@@ -46,9 +47,12 @@ def load_student(path: Path, sft_overrides: Mapping[str, Any] | None = None) -> 
 def parse(model: type[M], tree: Any, *, where: Path | str) -> M:
     """Validate `tree` as `model`; the first fault becomes a RecipeError with file, dotted field and what is allowed."""
     try:
-        return model.model_validate(tree)
+        settings = model.model_validate(tree)
     except ValidationError as exc:
-        raise _recipe_error(exc, model, where) from exc
+        raise fault_of(exc, model, tree, where) from exc
+    for field, message in misread(tree, settings):
+        raise RecipeError(message, where=where, field=field)
+    return settings
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -108,46 +112,3 @@ def _step(node: Any, name: str, dotted: str, *, create: bool) -> Any:
             raise RecipeError(f"index {name!r} is not in 0..{len(node) - 1}", where="--set", field=dotted)
         return node[int(name)]
     raise RecipeError("goes through a plain value", where="--set", field=dotted)
-
-
-def _recipe_error(exc: ValidationError, model: type[BaseModel], where: Path | str) -> RecipeError:
-    fault = exc.errors()[0]
-    loc = [str(part) for part in fault["loc"]]
-    message, got = fault["msg"], fault.get("input")
-    if fault["type"] == "extra_forbidden":
-        message = f"unknown key; {nearest(loc[-1], _keys_beside(model, fault['loc']))}"
-    elif fault["type"] == "missing":
-        message = "required, but not given"
-    elif fault["type"] == "value_error":
-        message = message.removeprefix("Value error, ")
-    elif not isinstance(got, (dict, list)):
-        message = f"{message}, got {got!r}"
-    return RecipeError(message, where=where, field=".".join(loc))
-
-
-def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:
-    """The allowed keys at the place of an unknown one: walk the JSON schema, taking a union's member by its tag."""
-    schema = model.model_json_schema()
-    definitions = schema.get("$defs", {})
-
-    def resolve(node: dict[str, Any]) -> dict[str, Any]:
-        while "$ref" in node:
-            node = definitions[node["$ref"].rsplit("/", 1)[1]]
-        return node
-
-    node = schema
-    for part in loc[:-1]:
-        node = resolve(node)
-        mapping = node.get("discriminator", {}).get("mapping", {})
-        if isinstance(part, int):
-            node = node.get("items", {})
-        elif part in mapping:
-            node = {"$ref": mapping[part]}
-        else:
-            node = node.get("properties", {}).get(part, {})
-            if "allOf" in node:
-                node = node["allOf"][0]
-            for option in node.get("anyOf", ()):
-                if "$ref" in option:
-                    node = option
-    return set(resolve(node).get("properties", {}))

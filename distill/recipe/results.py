@@ -7,13 +7,13 @@ from typing import Literal
 from pydantic import Field
 
 from distill.licences import Licence
-from distill.recipe.config import Config
+from distill.recipe.config import Config, Distinct
 from distill.recipe.problems import ReasoningGymSource
-from distill.records import Sampling
+from distill.records import Role, Sampling
 
 
 class EvalConfig(Config):
-    suites: tuple[str, ...] = Field(("pico",), min_length=1)
+    suites: Distinct[str] = ("pico",)
     held_out: ReasoningGymSource | None = Field(None, description="the problems behind the suite `pico`")
     bench_data: str | None = Field(None, description="folder of benchmark files; else POTSTILL_BENCH_DATA")
     num_samples: int = Field(4, ge=1, description="samples a question; pass@1 is their mean")
@@ -23,7 +23,7 @@ class EvalConfig(Config):
         "native", description="who writes the answers of bases and students; the samples differ, not the odds"
     )
     limit: int | None = Field(None, ge=1, description="questions a suite")
-    roles: tuple[Literal["teacher", "base", "direct", "distilled"], ...] = ("teacher", "base", "direct", "distilled")
+    roles: Distinct[Role] = Field(("teacher", "base", "direct", "distilled"), description="which models are scored")
 
 
 class PushConfig(Config):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from distill.licences import Licence
-from distill.recipe.config import Config
+from distill.recipe.config import Config, Distinct
 
 
 class SFTConfig(Config):
@@ -84,7 +84,7 @@ class StudentConfig(Config):
 
 
 class DistillConfig(Config):
-    students: tuple[str, ...] = Field(min_length=1, description="names in students/zoo, or paths of student files")
-    methods: tuple[Literal["distilled", "direct"], ...] = ("distilled",)
+    students: Distinct[str] = Field(description="names in students/zoo, or paths of student files")
+    methods: Distinct[Literal["distilled", "direct"]] = ("distilled",)
     overrides: dict[str, Any] = Field(default_factory=dict, description="laid over every student's sft settings")
     num_workers: int = Field(1, ge=1, description="students trained side by side, each in a process of its own")

@@ -33,3 +33,10 @@ class Recipe(Config):
         if self.eval.held_out is not None and self.eval.held_out.split != "held_out":
             raise ValueError("eval.held_out.split: must be 'held_out'")
         return self
+
+    @model_validator(mode="after")
+    def _a_role_has_a_model(self) -> Recipe:
+        roles = self.eval.roles
+        if not {"teacher", "base", *self.distill.methods} & set(roles):
+            raise ValueError(f"eval.roles: distill.methods makes no {' and no '.join(roles)} student: nothing to score")
+        return self

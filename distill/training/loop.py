@@ -52,7 +52,8 @@ class TrainingRun(Generic[Outcome]):
                     row["tokens"] = (step + 1) * self.tokens_per_step
                     row["tokens_per_s"] = round((step + 1 - first_step) * self.tokens_per_step / seconds)
                     self.log.append(row)
-                    task.advance(0, **{name: row[name] for name in ("loss", "max_load") if name in row})
+                    shown = ("loss", "tokens_per_s", "max_load")
+                    task.advance(0, **{name: row[name] for name in shown if name in row})
                 task.advance(1)
                 self.step_ended(step)
 

@@ -27,8 +27,6 @@ class BackgroundGrader:
     """`offer` what arrives, `collect` what is graded; the thread and its workers begin with the first offer."""
 
     def __init__(self, config: VerifyConfig) -> None:
-        self.num_graded = 0
-        self.num_correct = 0
         self.fault: PotstillError | None = None
         self._config = config
         self._settings = grading_settings(config)
@@ -59,8 +57,6 @@ class BackgroundGrader:
         made = []
         while not self._made.empty():
             made.append(self._made.get())
-        self.num_graded += len(made)
-        self.num_correct += sum(verdict.correct for _, _, verdict in made)
         return made
 
     def _work(self) -> None:

@@ -23,6 +23,7 @@ import typer
 from distill.errors import EnvironmentFault, PotstillError
 from pipelines.cli import chain, doctor, ledger, models, serving, training, zoo
 from pipelines.preemption import preemptible
+from pipelines.printing import say
 
 INTERRUPTED = 130
 ASKS = "init"  # the one command that asks a person anything
@@ -52,7 +53,7 @@ def main() -> NoReturn:
                 raise KeyboardInterrupt from exc
             raise
     except KeyboardInterrupt:
-        typer.echo("potstill: interrupted; the same command goes on from here", err=True)
+        say("potstill: interrupted; the same command goes on from here", err=True)
         sys.exit(INTERRUPTED)
     except Exception as exc:
         fault = _fault(exc)
@@ -60,7 +61,7 @@ def main() -> NoReturn:
             raise
         if os.environ.get("POTSTILL_DEBUG"):
             traceback.print_exception(exc)
-        typer.echo(f"potstill: {fault}", err=True)
+        say(f"potstill: {fault}", err=True)
         sys.exit(fault.exit_code)
     sys.exit(0)
 

@@ -9,6 +9,7 @@ import typer
 
 from pipelines.cli.output import command_progress, print_push, print_report
 from pipelines.cli.recipes import Overrides, RecipePath, Runs, load, naming
+from pipelines.printing import say
 
 app = typer.Typer()
 
@@ -74,10 +75,10 @@ def _run_stages(command: str, path: Path, overrides: list[str], out: Path, *, dr
     context = Context(base_dir=Path.cwd(), progress=command_progress(), dry_run=dry_run)
     with naming(path):
         stages = chain.prepare(command, recipe, run_dir, context)
-        typer.echo(f"recipe {recipe.name} ({path}) in {run_dir}")
+        say(f"recipe {recipe.name} ({path}) in {run_dir}")
         for stage in stages:
             outcome = stage.run()
-            typer.echo(f"  {'dry run: nothing is pushed' if dry_run else outcome.line()}")
+            say(f"  {'dry run: nothing is pushed' if dry_run else outcome.line()}")
             if command in ("push", "push-traces"):
                 print_push(outcome.manifest.counts)
     if "compare" in chain.COMMANDS[command]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.output import command_progress, print_findings
-from pipelines.cli.recipes import Overrides
+from pipelines.cli.recipes import Overrides, Runs
 
 app = typer.Typer()
 
@@ -17,6 +17,7 @@ app = typer.Typer()
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="also check this recipe")] = None,
     set_: Overrides = [],
+    out: Runs = Path("runs"),
 ) -> None:
     """Check this machine, and a recipe if one is given, before anything runs."""
     from pipelines.doctor import examine_machine, examine_recipe
@@ -24,6 +25,6 @@ def doctor(
     here = Path.cwd()
     findings = examine_machine(here)
     if recipe is not None:
-        findings += examine_recipe(recipe, set_, here, command_progress())
+        findings += examine_recipe(recipe, set_, here, out, command_progress())
     print_findings(findings)
     raise typer.Exit(max(finding.exit_code for finding in findings))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.output import command_progress
+from pipelines.printing import say
 
 app = typer.Typer(name="ledger", help="Ledgers of samples.", no_args_is_help=True)
 
@@ -21,4 +22,4 @@ def ledger_merge(
     from distill.ledger_merge import merge_ledgers
 
     counts = merge_ledgers(target, sources, command_progress())
-    typer.echo(f"{target}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    say(f"{target}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from distill.printable import printable
+from pipelines.printing import say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,7 +22,8 @@ def command_progress() -> Progress:
     """Bars on a terminal, plain lines elsewhere, both on standard error."""
     from rich.console import Console
 
-    from pipelines.display import BarProgress, PlainProgress
+    from distill.plain_progress import PlainProgress
+    from pipelines.display import BarProgress
 
     console = Console(stderr=True)
     return BarProgress(console) if console.is_terminal else PlainProgress(sys.stderr)
@@ -32,11 +34,11 @@ def print_push(counts: dict[str, Any]) -> None:
     from rich.table import Table
 
     if "folder" in counts:
-        typer.echo(f"laid out in {counts['folder']}")
-    typer.echo(f"{counts['repo']} ({'private' if counts['private'] else 'public'}) {counts.get('url', '')}".rstrip())
+        say(f"laid out in {counts['folder']}")
+    say(f"{counts['repo']} ({'private' if counts['private'] else 'public'}) {counts.get('url', '')}".rstrip())
     table = Table("file", "bytes", box=None, header_style="bold")
     for name, size in counts["tree"].items():
-        table.add_row(name, f"{size:,}")
+        table.add_row(printable(name), f"{size:,}")
     print_table(table)
 
 
@@ -51,13 +53,13 @@ def print_report(folder: Path) -> None:
         if "/" not in model["suite"]:
             score = f"{100 * model['value']:.1f} ± {100 * model['stderr']:.1f}"
             count = f"{model['num_parameters']:,}"
-            table.add_row(model["name"], model["role"], count, f"{model['suite']} {model['metric']}", score)
+            table.add_row(printable(model["name"]), model["role"], count, f"{model['suite']} {model['metric']}", score)
     print_table(table)
-    typer.echo(f"report: {folder / 'index.html'}")
+    say(f"report: {folder / 'index.html'}")
 
 
 def print_table(table: Table, *, num_droppable: int = 0) -> None:
-    """Print a table without cutting a word of it.
+    """Print a table without cutting a word of it; cells are shown as they are: no markup is read.
 
     Lines stay whole where the output is not a terminal. In a terminal that is too narrow, up to `num_droppable` columns
     are left out from the right; what is still too wide is folded.
@@ -65,9 +67,10 @@ def print_table(table: Table, *, num_droppable: int = 0) -> None:
     from rich.console import Console
     from rich.measure import Measurement
 
-    console = Console()
+    plainly = {"markup": False, "emoji": False, "highlight": False}
+    console = Console(**plainly)
     if not console.is_terminal:
-        console = Console(width=UNWRAPPED)
+        console = Console(width=UNWRAPPED, **plainly)
     whole = console.options.update(max_width=UNWRAPPED)
     while num_droppable and Measurement.get(console, whole, table).maximum > console.width:
         table.columns.pop()
@@ -83,5 +86,5 @@ def print_findings(findings: list[Finding]) -> None:
 
     table = Table("", "check", "found", box=None, header_style="bold")
     for finding in findings:
-        table.add_row(finding.state, finding.check, finding.text)
+        table.add_row(finding.state, printable(finding.check), printable(finding.text))
     print_table(table)

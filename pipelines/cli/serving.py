@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -12,6 +13,8 @@ import typer
 from distill.errors import RecipeError
 from pipelines.cli.output import command_progress
 from pipelines.cli.recipes import Overrides, load, naming
+from pipelines.ports import SERVE_PORT
+from pipelines.printing import say
 
 if TYPE_CHECKING:
     from distill.recipe import TeacherConfig
@@ -25,7 +28,7 @@ def serve(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file, or a model's folder or GGUF file")],
     set_: Overrides = [],
     host: Annotated[str, typer.Option(help="address to bind; others need $POTSTILL_API_KEY")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free one")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free one")] = SERVE_PORT,
     max_waiting: Annotated[
         int | None, typer.Option(min=1, help="samples that may wait at a native server; more are refused with 429")
     ] = None,
@@ -53,7 +56,7 @@ def serve(
                 port=port,
                 base_dir=Path.cwd(),
                 max_waiting=max_waiting,
-                announce=typer.echo,
+                announce=say,
                 node_rank=node_rank,
                 speculate=speculate,
                 reasoning_parser=reasoning_parser,
@@ -73,7 +76,8 @@ def launch(
     """Start a job on one machine, a Slurm or Ray cluster, or a cloud."""
     from pipelines.launch.start import start
 
-    raise typer.Exit(start(job, set_, out=out, dry_run=dry_run, announce=typer.echo))
+    show = partial(typer.echo, nl=False)  # a script stays as it is, to the letter
+    raise typer.Exit(start(job, set_, out=out, dry_run=dry_run, announce=say, show=show))
 
 
 def _end_at_once() -> NoReturn:

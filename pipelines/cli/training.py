@@ -11,6 +11,8 @@ import typer
 from distill.errors import UserInputError
 from pipelines.cli.output import command_progress
 from pipelines.cli.recipes import Overrides, RecipePath
+from pipelines.printing import say
+from pipelines.run_folder import check_writable
 
 app = typer.Typer()
 pico = typer.Typer(
@@ -23,9 +25,10 @@ def pico_teacher(out: Annotated[Path, typer.Option("--out", metavar="FOLDER")] =
     """Train the pico teacher by teacher/train/pico.yaml."""
     from teacher.train.make import load_pretrain_config, make_teacher
 
+    check_writable(out)
     workers = os.cpu_count() or 1
     folder = make_teacher(load_pretrain_config(), out, num_workers=workers, progress=command_progress())
-    typer.echo(f"wrote {folder}")
+    say(f"wrote {folder}")
 
 
 @app.command()
@@ -45,6 +48,7 @@ def pretrain(
     )
     init_method = "env://" if "WORLD_SIZE" in os.environ else "tcp://127.0.0.1:0"
     try:
+        check_writable(out)
         folder = make_teacher(
             load_pretrain_config(recipe, set_), out, launch=Launch(rank, num_ranks, local_rank, init_method, recipe),
             num_workers=max(1, (os.cpu_count() or 1) // num_local), held_out_per_family=held_out,
@@ -55,7 +59,7 @@ def pretrain(
             raise
         raise typer.Exit(exc.exit_code) from exc  # one rank says what all of them found
     if rank == 0:
-        typer.echo(f"wrote {folder}")
+        say(f"wrote {folder}")
 
 
 @pico.command("bases")
@@ -66,5 +70,6 @@ def pico_bases(
     """Pre-train the pico bases by students/pretrain/pico.yaml, side by side on one device."""
     from students.pretrain.bases import load_bases_config, make_bases
 
+    check_writable(out)
     for folder in make_bases(load_bases_config(), out, names=names or None, num_workers=4, progress=command_progress()):
-        typer.echo(f"wrote {folder}")
+        say(f"wrote {folder}")

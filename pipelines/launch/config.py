@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from distill.recipe import Config
+from pipelines.ports import SERVE_PORT
 
 Launcher = Literal["torchrun", "slurm", "ray", "skypilot"]
 Job = Literal["run", "generate", "serve", "pretrain", "train"]
@@ -71,7 +72,7 @@ class LaunchConfig(Config):
     env: dict[Variable, str] = Field(default_factory=dict)
     secrets: tuple[Variable, ...] = ()
     host: Word = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65_535, description="of the endpoint")
+    port: int = Field(SERVE_PORT, ge=1, le=65_535, description="of the endpoint")
     rendezvous_port: int = Field(29_500, ge=1, le=65_535)
     slurm: SlurmOptions = SlurmOptions()
     ray: RayOptions = RayOptions()

@@ -15,9 +15,15 @@ from pipelines.launch.render import render
 
 
 def start(
-    job: Path, overrides: Iterable[str], *, out: Path | None, dry_run: bool, announce: Callable[..., object]
+    job: Path,
+    overrides: Iterable[str],
+    *,
+    out: Path | None,
+    dry_run: bool,
+    announce: Callable[..., object],
+    show: Callable[[str], object],
 ) -> int:
-    """The exit code of what started it. A dry run without `out` announces what was rendered, and writes nothing.
+    """The exit code of what started it. A dry run without `out` shows what was rendered, and writes nothing.
 
     Raises RecipeError for what is wrong with the job or its recipe, EnvironmentFault where its launcher is missing.
     """
@@ -26,7 +32,7 @@ def start(
     recipe = check_recipe(config)
     checked = ", ".join(filter(None, (check(config, text), recipe)))
     if dry_run and out is None:
-        announce(text, nl=False)
+        show(text)
         announce(f"potstill: {config.name} for {config.launcher}: {checked}; nothing is started", err=True)
         return 0
     path = out or Path(f"{config.name}.{'yaml' if config.launcher == 'skypilot' else 'sh'}")

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distill.curate import DroppedExamples, DroppedTrace, GradedTrace, filter_traces, outcomes
+from distill.curate import DroppedExamples, DroppedTrace, GradedTrace, LostSamples, filter_traces, outcomes
 from distill.curate.mix import check_sources
 from distill.errors import DataError, EnvironmentFault
 from distill.ledger import Ledger
@@ -29,6 +29,7 @@ from distill.progress import Progress, Task
 from distill.recipe import Recipe, VerifyConfig
 from distill.records import Example, Problem, Record, StageManifest, Trace, Verdict
 from distill.tables import iterate_records, read_records, record_writer
+from distill.teacher_facts import with_teacher_facts
 from distill.verify import open_verifier
 from distill.verify.audit import Audit, normal_form
 from distill.verify.kept import AFTERWARDS, KeptVerdicts, grading_settings
@@ -52,7 +53,8 @@ class ProblemOfTrace(Record):
 def curate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     """Run the stage in `run_dir`/curate over what generation left in `run_dir`/generate.
 
-    Raises DataError (traces that are not there or not sound), RecipeError (held-out questions that cannot be read),
+    Raises DataError (traces that are not there or not sound, or of which none is left: the funnel and what was dropped
+    are written then too), RecipeError (held-out questions that cannot be read),
     EnvironmentFault (workers that do not start, a full disk).
     """
     base_dir, progress = context.base_dir, context.progress
@@ -143,7 +145,8 @@ def _grade_all(
             open_judge(config, base_dir, folder, progress) as judge,
             open_verifier(config, judge=judge) as verifier,
             KeptVerdicts(ledger, verifier, grading_settings(config, judge)) as kept,
-            progress.task("verify", total=num_traces, unit="answers") as task,
+            progress.task("verify", total=num_traces, unit="answers") as plain,
+            with_teacher_facts(plain, judge) as task,
             record_writer(folder / VERDICTS, GradedTrace) as writer,
         ):
             while part := list(islice(traces, PART_SIZE)):
@@ -215,10 +218,7 @@ def _write_examples(
                 task.advance(1)
 
     filtered = filter_traces(problems, graded, recipe.curate, held_out)
-    if not filtered.num_kept:
-        last = next((step for step in filtered.funnel if not step["out"]), {"filter": "generate"})
-        raise DataError(f"no trace is left after the filter {last['filter']!r}: {_states(out_dir)}", where=out_dir)
-    shown = DroppedExamples()
+    shown, lost = DroppedExamples(), LostSamples()
     with (
         record_writer(out_dir / EXAMPLES, Example) as examples,
         record_writer(out_dir / DIRECT, Example) as direct,
@@ -228,6 +228,8 @@ def _write_examples(
             if isinstance(one, DroppedTrace):
                 dropped.write(one)
                 shown.add(candidate, one)
+                if not filtered.num_kept:
+                    lost.add(candidate, one)
             else:
                 (direct if one.trace_key is None else examples).write(one)
     relabelled = sum(one.relabelled for one in iterate_records(out_dir / VERDICTS, GradedTrace))
@@ -236,9 +238,7 @@ def _write_examples(
         for step in filtered.funnel
     ]
     write_atomically(out_dir / FUNNEL, json.dumps(shown.beside(funnel), indent=2) + "\n")
+    if not filtered.num_kept:
+        raise DataError(f"no trace is left: {lost.summary()}", where=out_dir / FUNNEL)
     counts = {"traces": num_traces, "examples": examples.count, "questions": direct.count}
     return {**counts, **({"relabelled": relabelled} if relabelled else {}), "funnel": funnel}
-
-
-def _states(out_dir: Path) -> dict[str, int]:
-    return dict(Counter(one.state for one in iterate_records(out_dir / VERDICTS, GradedTrace)).most_common())

@@ -133,7 +133,8 @@ def score(job: ScoringJob, progress: Progress) -> None:
     def body() -> dict[str, Any]:
         from distill.verify import open_verifier
 
-        model, subject = _open(job)
+        with progress.task(f"load {job.name}", None):
+            model, subject = _open(job)
         try:
             with open_verifier(job.verify) as verifier:
                 cards = score_model(

@@ -31,6 +31,7 @@ from pipelines.context import Context, OpenTeacher
 from pipelines.judging import open_judge
 from pipelines.preemption import preemptible
 from pipelines.rounds import Rounds
+from pipelines.run_folder import check_writable
 
 LEDGER, PROBLEMS, TRACES = "ledger.sqlite", "problems.parquet", "traces"
 
@@ -54,6 +55,9 @@ def generate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     problems = _problems(recipe, base_dir)
     if recipe.generate.special_tokens_in_text == "refuse":
         _refuse_special_tokens(problems, inputs.get("teacher"))
+    check_writable(out_dir)
+    if (out_dir / LEDGER).exists():  # held, read-only or damaged: that shows now, not when the weights have been read
+        Ledger.open(out_dir / LEDGER).close()
     teacher = (context.open_teacher or _backend(context, out_dir))(recipe.teacher)
     try:
         return stage_run.run(lambda: _body(problems, teacher, recipe, out_dir, context), (PROBLEMS, TRACES))
@@ -84,7 +88,8 @@ def _backend(context: Context, log_dir: Path) -> OpenTeacher:
 
     def open_backend(config: TeacherConfig) -> Teacher:
         base_dir, progress = context.base_dir, context.progress
-        teacher: Teacher = open_teacher(config, base_dir=base_dir, log_dir=log_dir, progress=progress)
+        with progress.task("load the teacher", None):
+            teacher: Teacher = open_teacher(config, base_dir=base_dir, log_dir=log_dir, progress=progress)
         return teacher
 
     return open_backend

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from distill.errors import DataError, RecipeError, nearest
 from distill.manifest import read_manifest, run_stage
 from distill.model_folder import read_config_json
+from distill.publish.origin import published_name
 from distill.recipe import Recipe, StudentConfig, parse
 from distill.records import ScoreCard, StageManifest
 from pipelines.context import Context
@@ -41,7 +42,8 @@ def push(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
             field="push.student",
         )
     read_config_json(folder)  # what names code is not handed on either
-    card, student, repo = _card(recipe, run_dir, folder, scores)
+    card, student, repo = _card(recipe, run_dir, folder, scores, context.base_dir)
+    teacher = _teacher(recipe, context.base_dir).replace("`", "")
     inputs = {"model": folder, **{f"scores {path.parent.name}": path for path in _score_files(run_dir)}}
     config = {"push": recipe.push.model_dump(mode="json"), "repo": repo, "student": student.name}
     if context.dry_run:
@@ -54,7 +56,7 @@ def push(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
 
         lay_out(folder, card, out_dir / "model")
         with context.progress.task(f"push {repo}", 1, unit="commits") as task:
-            message = f"Distilled from {_teacher(recipe)} with the recipe {recipe.name}"
+            message = f"Distilled from {teacher} with the recipe {recipe.name}"
             done = push_folder(out_dir / "model", repo, repo_type="model", private=recipe.push.private, message=message)
             task.advance(1)
         files = tree(folder, card)
@@ -101,8 +103,9 @@ def _scores(run_dir: Path) -> list[ScoreCard]:
     return cards
 
 
-def _card(recipe: Recipe, run_dir: Path, folder: Path, scores: list[ScoreCard]) -> tuple[str, StudentConfig, str]:
-
+def _card(
+    recipe: Recipe, run_dir: Path, folder: Path, scores: list[ScoreCard], base_dir: Path
+) -> tuple[str, StudentConfig, str]:
     from students.publish.card import Lineage, model_card
     from students.publish.hub import check_repo_name
 
@@ -120,7 +123,7 @@ def _card(recipe: Recipe, run_dir: Path, folder: Path, scores: list[ScoreCard]) 
     manifest = read_manifest(folder)
     lineage = Lineage(
         recipe=recipe.name,
-        teacher=_teacher(recipe),
+        teacher=_teacher(recipe, base_dir),
         problems="; ".join(_problems(recipe)),
         funnel=_funnel(run_dir),
         hashes=_hashes(run_dir, folder),
@@ -155,8 +158,8 @@ def _dry_run_manifest(config: dict[str, Any], folder: Path, card: str, *, privat
     )
 
 
-def _teacher(recipe: Recipe) -> str:
-    return recipe.teacher.model
+def _teacher(recipe: Recipe, base_dir: Path) -> str:
+    return published_name(recipe.teacher.model, base_dir / recipe.teacher.model)
 
 
 def _problems(recipe: Recipe) -> list[str]:

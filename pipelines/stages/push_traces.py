@@ -18,6 +18,7 @@ from distill.errors import DataError, RecipeError, nearest
 from distill.manifest import read_manifest, run_stage, write_atomically
 from distill.progress import Progress
 from distill.publish.hub import check_name, push_folder
+from distill.publish.origin import published_name
 from distill.publish.trace_card import Provenance, dataset_card
 from distill.publish.traces import FOLDERS, DatasetLayout, lay_out, pair_with_drops
 from distill.recipe import Recipe
@@ -39,7 +40,7 @@ def push_traces(recipe: Recipe, run_dir: Path, context: Context) -> StageManifes
     repo = settings.repo.replace("{recipe}", recipe.name)
     check_name(repo, field="push_traces.repo")
     out_dir = run_dir / "push-traces"
-    layout = _layout(recipe, repo, run_dir, out_dir / "layout", context.progress)
+    layout = _layout(recipe, repo, run_dir, out_dir / "layout", context)
     folder = out_dir / "layout" / DATASET
     files = tree(folder)
     config = {"push_traces": settings.model_dump(mode="json"), "repo": repo}
@@ -83,7 +84,7 @@ def tree(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
-def _layout(recipe: Recipe, repo: str, run_dir: Path, out_dir: Path, progress: Progress) -> StageManifest:
+def _layout(recipe: Recipe, repo: str, run_dir: Path, out_dir: Path, context: Context) -> StageManifest:
     inputs = {
         "problems": run_dir / "generate" / "problems.parquet",
         "traces": run_dir / "generate" / "traces",
@@ -93,7 +94,7 @@ def _layout(recipe: Recipe, repo: str, run_dir: Path, out_dir: Path, progress: P
     generated, curated = read_manifest(run_dir / "generate"), read_manifest(run_dir / "curate")
     if generated is None or curated is None:
         raise DataError("not there yet; run `potstill distill` with this recipe first", where=run_dir / "curate")
-    provenance = _provenance(recipe, generated, curated)
+    provenance = _provenance(recipe, generated, curated, context.base_dir)
     settings = recipe.push_traces.model_dump(mode="json", exclude={"private"})
     # The card tells where the traces come from: it is written anew when that changes, not only when they do.
     config = {"push_traces": settings, "repo": repo, "provenance": {**vars(provenance)}}
@@ -102,7 +103,7 @@ def _layout(recipe: Recipe, repo: str, run_dir: Path, out_dir: Path, progress: P
         problems = {problem.id: problem for problem in read_records(inputs["problems"], Problem)}
         _check_licences(recipe.push_traces.licences, {problem.source for problem in problems.values()})
         shutil.rmtree(out_dir / DATASET, ignore_errors=True)
-        layout = _lay_out(recipe, problems, inputs, curated.counts["traces"], out_dir / DATASET, progress)
+        layout = _lay_out(recipe, problems, inputs, curated.counts["traces"], out_dir / DATASET, context.progress)
         card = dataset_card(
             repo, layout, provenance, licence=recipe.push_traces.licence, language=recipe.push_traces.language
         )
@@ -149,11 +150,18 @@ def _num_samples(recipe: Recipe, generated: StageManifest) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
-def _provenance(recipe: Recipe, generated: StageManifest, curated: StageManifest) -> Provenance:
+def _without_path(identity: Mapping[str, str], recipe: Recipe, base_dir: Path) -> dict[str, str]:
+    """An endpoint may serve its model under the path that it has there."""
+    model = recipe.teacher.model
+    published = published_name(model, base_dir / model).replace("`", "")
+    return {name: value.replace(model, published) for name, value in identity.items()}
+
+
+def _provenance(recipe: Recipe, generated: StageManifest, curated: StageManifest, base_dir: Path) -> Provenance:
     versions = {**generated.versions, **curated.versions}
     return Provenance(
         recipe=recipe.name,
-        identity=generated.counts.get("identity", {"name": recipe.teacher.model}),
+        identity=_without_path(generated.counts.get("identity", {"name": recipe.teacher.model}), recipe, base_dir),
         sampling=recipe.generate.sampling.content(),
         num_samples=_num_samples(recipe, generated),
         system_prompt=getattr(recipe.teacher, "system_prompt", None),

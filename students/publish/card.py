@@ -13,14 +13,18 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from distill.licences import card_fields
+from distill.publish.origin import published_name, repository_of
 from distill.recipe import StudentConfig
 from distill.records import ScoreCard
-from students.base_folder import is_repository
+from students.base_folder import locate
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """Sources of a student. Hashes are SHA-256 of files and folders, as the stages' manifests have them."""
+    """Sources of a student; `teacher` and `problems` are Markdown.
+
+    Hashes are SHA-256 of files and folders, as the stages' manifests have them.
+    """
 
     recipe: str
     teacher: str
@@ -53,6 +57,11 @@ def model_card(
     )
 
 
+def base_name(student: StudentConfig) -> str:
+    """The student's base as prose names it."""
+    return published_name(student.base, locate(student.base))
+
+
 def card_data(repo: str, student: StudentConfig, scores: Sequence[ScoreCard]) -> ModelCardData:
     """The YAML front matter: licence, base model, tags, and one evaluation result a suite and metric."""
     results = [
@@ -71,7 +80,7 @@ def card_data(repo: str, student: StudentConfig, scores: Sequence[ScoreCard]) ->
         language="en",
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=student.base if is_repository(student.base) else None,
+        base_model=repository_of(student.base, locate(student.base)),
         tags=["potstill", "distillation", "reasoning", "sft"],
         model_name=repo.rpartition("/")[2],
         eval_results=results or None,
@@ -80,12 +89,12 @@ def card_data(repo: str, student: StudentConfig, scores: Sequence[ScoreCard]) ->
 
 def _summary(student: StudentConfig, log: Mapping[str, Any], lineage: Lineage) -> str:
     opening = (
-        f"A {student.num_parameters:,}-parameter {student.architecture} model, fine-tuned from `{student.base}` on"
+        f"A {student.num_parameters:,}-parameter {student.architecture} model, fine-tuned from {base_name(student)} on"
     )
     if log["method"] == "direct":
         return f"{opening} {log['num_examples']:,} bare answers: the control that shows what reasoning adds.\n"
     return (
-        f"{opening} {log['num_examples']:,} verified worked solutions of the reasoning teacher `{lineage.teacher}`, "
+        f"{opening} {log['num_examples']:,} verified worked solutions of the reasoning teacher {lineage.teacher}, "
         f"with potstill's recipe `{lineage.recipe}`.\n\n"
         "The chat template opens the reasoning (`<think>`) itself; the answer stands in the last `\\boxed{}` after "
         "`</think>`. Sample at temperature 0.6 and top-p 0.95, without a system prompt.\n"
@@ -107,9 +116,10 @@ def _scores(scores: Sequence[ScoreCard], name: str) -> str:
 
 
 def _lineage(student: StudentConfig, lineage: Lineage) -> str:
+    of_hub = repository_of(student.base, locate(student.base)) is not None
     lines = [
-        f"1. Base: `{student.base}` at revision `{student.revision}`",
-        f"2. Teacher: `{lineage.teacher}`",
+        f"1. Base: {base_name(student)}" + (f" at revision `{student.revision}`" if of_hub else ""),
+        f"2. Teacher: {lineage.teacher}",
         f"3. Problems: {lineage.problems}",
     ]
     if lineage.funnel:
@@ -147,7 +157,7 @@ def _left_out(log: Mapping[str, Any]) -> str:
 
 
 def _licence(student: StudentConfig) -> str:
-    text = f"The weights derive from `{student.base}` and stand under its licence, `{student.licence}`.\n"
+    text = f"The weights derive from {base_name(student)} and stand under its licence, `{student.licence}`.\n"
     if student.licence.startswith("llama"):
         text += "\nBuilt with Llama. Use is subject to Meta's community licence and acceptable use policy.\n"
     return text

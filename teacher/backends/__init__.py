@@ -62,6 +62,16 @@ def open_student(folder: Path, *, engine: Literal["native", "transformers"], bat
     return open_transformers(folder, batch_size=batch_size)
 
 
+def describe_prompt_of(folder: Path) -> str:
+    """What a native teacher is given around a question. Raises CheckpointError where the folder has no template."""
+    from distill.prompt_text import describe_prompt
+    from teacher.backends.tokenizer import load_tokenizer, render_question
+    from teacher.models.load import read_facts
+
+    question = "What is 2 + 3?"
+    return describe_prompt(render_question(load_tokenizer(folder, read_facts(folder)), question), question)
+
+
 def check_folder(folder: Path, *, speculate: bool = False, as_student: bool = False) -> None:
     """Raise CheckpointError for what opening the folder would find wrong, without making the model."""
     from teacher.backends.native.backend import check_native

@@ -10,6 +10,7 @@ BF16 on a GPU. No budget of thinking and no logprobs.
 from __future__ import annotations
 
 import importlib.metadata
+import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.utils import logging as transformers_logging
 
 from distill.errors import CheckpointError
@@ -56,6 +63,21 @@ def open_transformers(folder: Path, *, batch_size: int) -> TransformersBackend:
     return TransformersBackend(folder, model, tokenizer, ends, batch_size=batch_size)
 
 
+class _TokenCounter(StoppingCriteria):
+    """Counts what is written, step by step; it stops nothing."""
+
+    def __init__(self) -> None:
+        self.num_tokens, self.started = 0, time.monotonic()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.num_tokens += len(input_ids)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def facts(self) -> dict[str, str | float]:
+        rate = self.num_tokens / max(time.monotonic() - self.started, 1e-9)
+        return {"tokens": self.num_tokens, "tokens_per_s": round(rate, 1)}
+
+
 class TransformersBackend:
     """A `Teacher` over one transformers decoder."""
 
@@ -67,14 +89,20 @@ class TransformersBackend:
         self._context: int = model.config.max_position_embeddings
         # `generate` lays its arguments over the folder's own, where a base may have a penalty or a top-k.
         model.generation_config = GenerationConfig()
+        self._counter = _TokenCounter()
 
     @cached_property
     def identity(self) -> TeacherIdentity:
         version = importlib.metadata.version("transformers")
         return folder_identity(self.folder, backend="transformers", backend_version=version)
 
+    def facts(self) -> dict[str, str | float]:
+        """Tokens written by the call of `generate` that is under way, rows that have ended and are padded included."""
+        return self._counter.facts()
+
     def generate(self, requests: Sequence[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
         """Yield completions batch by batch. A prompt that fills the model's context ends at once, by length."""
+        self._counter = _TokenCounter()
         prompts = [render_question(self.tokenizer, request.problem.prompt) for request in requests]
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         openings = [THINK_LINE if prompt.endswith(THINK_LINE) else "" for prompt in prompts]
@@ -111,6 +139,7 @@ class TransformersBackend:
                 input_ids=torch.tensor(padded, device=device),
                 attention_mask=torch.tensor(seen, device=device),
                 generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([self._counter]),
             )
         for prompt, answer in zip(prompts, answers[:, width:].tolist(), strict=True):
             # Beside shorter prompts, a row is carried on beyond its own context.

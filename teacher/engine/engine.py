@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,18 @@ class Lockstep(Protocol):
         ...
 
 
+class EngineCounts(NamedTuple):
+    """Counts of an engine's work since it was made, and of what it has under way.
+
+    `num_computed_tokens` are prompts' too, and drafts; `num_written_tokens` are those of the answers.
+    """
+
+    num_computed_tokens: int = 0
+    num_written_tokens: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+
+
 class Engine:
     """Generates for many sequences at once with one model.
 
@@ -98,7 +110,7 @@ class Engine:
             shape = with_drafts(model) if speculate else model.cache_shape
             num_pages = default_num_pages(shape, batch_size, model.max_positions, model.dtype, model.device)
         self.max_positions = min(model.max_positions, num_pages * PAGE)
-        self.num_computed_tokens = 0  # drafts among them
+        self.num_computed_tokens = self.num_written_tokens = 0
         self.num_drafts = self.num_accepted = 0
         step_tokens = max(max_step_tokens or default_step_tokens(model.device), batch_size * (1 + speculate))
         graphed = batch_size if cuda_graphs else 0
@@ -142,6 +154,12 @@ class Engine:
             if sequence.key == key:
                 self._forget(sequence)
                 return
+
+    @property
+    def counts(self) -> EngineCounts:
+        """How the work stands; may be asked from any thread."""
+        queued = len(self.scheduler.running), len(self.scheduler.waiting)
+        return EngineCounts(self.num_computed_tokens, self.num_written_tokens, *queued)
 
     @property
     def is_idle(self) -> bool:
@@ -225,6 +243,7 @@ class Engine:
                 self.num_drafts += chunk.draft is not None
                 self.num_accepted += chunk.draft == tokens[0]
                 num_new = len(tokens) - 1
+                self.num_written_tokens += len(tokens)
                 if sequence.sampling_params.top_logprobs:
                     rows += [(first + ahead, sequence) for ahead in range(len(tokens))]
                     tokens_of_rows += tokens

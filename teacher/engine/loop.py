@@ -37,8 +37,8 @@ class EngineLoop(Generic[Key]):
     """Takes jobs from a queue until None comes, calls `on_done` with every finished sequence, in the caller's thread.
 
     Sequences that come in one job are begun together. `on_deltas` hears after a step of all streamed sequences that
-    have grown in it and go on. With `lockstep`, which is the
-    engine's, runs begin and end on all ranks together, and None must come to all of them.
+    have grown in it and go on; `on_step` is called after every step. With `lockstep`, which is the engine's, runs begin
+    and end on all ranks together, and None must come to all of them.
     """
 
     def __init__(
@@ -48,12 +48,14 @@ class EngineLoop(Generic[Key]):
         on_done: Callable[[Sequence[Key]], object],
         on_deltas: Callable[[list[TokenDelta[Key]]], object] = lambda _: None,
         lockstep: Lockstep | None = None,
+        on_step: Callable[[], object] = lambda: None,
     ) -> None:
         self._engine = engine
         self._jobs = jobs
         self._on_done = on_done
         self._on_deltas = on_deltas
         self._lockstep = lockstep
+        self._on_step = on_step
         self._streamed: dict[Key, tuple[Sequence[Key], int]] = {}  # how many of its tokens have been told
         self._closing = False
 
@@ -82,6 +84,7 @@ class EngineLoop(Generic[Key]):
 
     def _joining(self) -> list[Sequence[Key]]:
         self._tell()
+        self._on_step()
         joining: list[Sequence[Key]] = []
         while not self._closing:
             try:

@@ -16,6 +16,7 @@ from distill.records import StageManifest
 from pipelines.chain import COMMANDS, NEEDS, STAGES, Stage, _with_recipe, prepare, require_complete
 from pipelines.checks import check_recipe
 from pipelines.context import Context
+from tests.pipelines.recorded_progress import RecordedProgress
 
 HERE = Context(base_dir=Path())
 
@@ -95,6 +96,9 @@ def test_a_changed_output_is_refused(tmp_path: Path) -> None:
 def test_outcome_tells_whether_a_stage_ran(tmp_path: Path) -> None:
     stage = Stage("generate", f"{__name__}:write_three_samples", recipe(), tmp_path, HERE)
     first, second = stage.run(), stage.run()
+    shown = RecordedProgress()
+    Stage(stage.name, stage.function, recipe(), tmp_path, Context(Path(), shown)).run()
+    assert shown.totals == {"generate": None}, "a stage is heard of whatever it does"
     assert first.ran
     assert first.line().startswith("generate  done in ")
     assert first.line().endswith(" s: samples 3")

@@ -180,7 +180,7 @@ def test_verdicts_made_on_the_way_are_not_made_again_by_curation(
     assert verified.counts["correct"] == manifest.counts["correct"] == curated.counts["examples"]
 
 
-def test_the_progress_shows_the_share_that_is_accepted(tmp_path: Path) -> None:
+def test_the_progress_shows_the_yield(tmp_path: Path) -> None:
     facts: list[dict[str, Any]] = []
 
     class Recorded:
@@ -193,12 +193,13 @@ def test_the_progress_shows_the_share_that_is_accepted(tmp_path: Path) -> None:
             return nullcontext(task)
 
     class Patient(ScriptedTeacher):
-        """Hands the rest over when the grader has begun to report."""
+        """Hands the rest over when the grader has begun to report; a tenth is cut off, a tenth has no answer."""
 
         def generate(self, requests: Sequence[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
             until = time.monotonic() + 60
             for number, completion in enumerate(super().generate(requests, sampling)):
-                yield completion
+                ending = {0: {"finish_reason": "length"}, 1: {"text": "<think>\n</think>\nC"}}.get(number % 10, {})
+                yield completion.model_copy(update=ending)
                 while number == 300 and not background.num_verdicts and time.monotonic() < until:
                     time.sleep(0.01)
 
@@ -215,10 +216,14 @@ def test_the_progress_shows_the_share_that_is_accepted(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Ledger, "add_verdicts", counted)
-        run(tmp_path, Patient(), recipe(tmp_path, adaptive=None, num_samples=16), Recorder())
-    shares = {shown["accepted"] for shown in facts if "accepted" in shown}
-    assert shares
-    assert all(share.endswith("%") for share in shares)
+        counts = run(tmp_path, Patient(), recipe(tmp_path, adaptive=None, num_samples=16), Recorder()).counts
+    assert (counts["truncated"], counts["no_answer"]) == (64, 64)
+    assert 0 < counts["right"] < counts["graded"] <= 640
+    last = [shown for shown in facts if "right" in shown][-1]
+    right, graded = map(int, last["right"].split("/"))
+    assert 0 < graded <= 640
+    assert 0 < right < graded
+    assert (last["cut_off"], last["no_answer"]) == (64, 64)
 
 
 def test_grading_that_cannot_work_stops_adaptive_sampling_and_nothing_else(

@@ -48,18 +48,7 @@ def run_dir(tmp_path: Path) -> Path:
         wrong = f"<think>\nno\n</think>\n\n\\boxed{{-7{problem.answer}}}"
         written = [(right, "stop"), (right, "stop"), (wrong, "stop"), ("<think>\nand so", "length")]
         for index, (text, reason) in enumerate(written):
-            traces.append(
-                Trace(
-                    key=f"{problem.id}{index}",
-                    problem_id=problem.id,
-                    sample_index=index,
-                    text=text,
-                    finish_reason=reason,
-                    num_prompt_tokens=9,
-                    num_tokens=len(text),
-                    teacher="t",
-                )
-            )
+            traces.append(trace_of(problem, text, reason, index))
     write_records(tmp_path / "generate" / "problems.parquet", problems, Problem)
     write_records(tmp_path / "generate" / "traces" / "part-00000.parquet", traces, Trace)
     return tmp_path
@@ -213,10 +202,62 @@ def test_shares_of_sources_that_there_are_not_are_named_before_anything_is_grade
     assert not (run_dir / "curate").exists()
 
 
-def test_a_run_without_a_single_example_says_which_filter_took_the_last(run_dir: Path) -> None:
-    with pytest.raises(DataError, match=r"no trace is left after the filter 'length': \{'correct': 80"):
+def test_a_run_without_a_single_example_says_why_and_what_to_set(run_dir: Path) -> None:
+    with pytest.raises(DataError) as caught:
         run(run_dir, recipe(curate={"max_tokens": 1}))
+    assert str(caught.value) == (
+        f"{run_dir}/curate/funnel.json: no trace is left: 80 of 160 samples are too long (raise curate.max_tokens), "
+        "40 have another answer than the reference (see audit.json, or set curate.correct_only=false), "
+        "40 have no \\boxed{} after the reasoning (ask for one in the problems or in teacher.system_prompt), "
+        "40 were cut off at the token limit (raise generate.sampling.max_tokens)"
+    )
     assert read_manifest(run_dir / "curate") is None
+    funnel = json.loads((run_dir / "curate/funnel.json").read_text())
+    assert [step["out"] for step in funnel][:3] == [80, 80, 0]
+    assert funnel[2]["examples"][0]["detail"].endswith("tokens")
+    assert len(read_records(run_dir / "curate/dropped.parquet", DroppedTrace)) == 160
+    assert run(run_dir, recipe()).counts["examples"] == 40
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "says"),
+    [
+        ("The answer is 5.", "stop", (r"20 of 20 samples have no \boxed{}", "20 have no closed reasoning")),
+        (
+            "<think>\nand so",
+            "length",
+            (r"20 of 20 samples have no \boxed{}", "20 were cut off at the token limit", "20 have no closed"),
+        ),
+        ("<think>\n1\n</think>\n\n\\boxed{5}", "stop", ("20 of 20 samples have another answer than the",)),
+    ],
+)
+def test_the_samples_of_a_teacher_that_was_asked_amiss(
+    tmp_path: Path, text: str, reason: FinishReason, says: tuple[str, ...]
+) -> None:
+    problems = [Problem(prompt=f"{n} + {n}?", answer=str(2 * n), grader="math", source="s") for n in range(20)]
+    traces = [trace_of(problem, text, reason) for problem in problems]
+    write_records(tmp_path / "generate" / "problems.parquet", problems, Problem)
+    write_records(tmp_path / "generate" / "traces" / "part-00000.parquet", traces, Trace)
+    with pytest.raises(DataError) as caught:
+        run(tmp_path, recipe(curate={"decontaminate": False}))
+    message = str(caught.value)
+    assert all(said in message for said in says), message
+    assert message.count("set ") + message.count("ask ") + message.count("raise ") + message.count("learns") == len(
+        says
+    )
+
+
+def trace_of(problem: Problem, text: str, reason: FinishReason, index: int = 0) -> Trace:
+    return Trace(
+        key=f"{problem.id}{index}",
+        problem_id=problem.id,
+        sample_index=index,
+        text=text,
+        finish_reason=reason,
+        num_prompt_tokens=9,
+        num_tokens=len(text),
+        teacher="t",
+    )
 
 
 def test_graders_that_fail_throughout_are_no_verdict(run_dir: Path) -> None:

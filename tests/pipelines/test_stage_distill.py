@@ -27,6 +27,7 @@ class Recorder:
 
     def __init__(self, at=None, do=None):
         self.steps: dict[str, float] = {}
+        self.facts: dict[str, dict[str, float]] = {}
         self.at, self.do = at, do
 
     @contextmanager
@@ -36,6 +37,7 @@ class Recorder:
         class Task:
             def advance(self, amount=1, **facts):
                 recorder.steps[name] = recorder.steps.get(name, 0) + amount
+                recorder.facts.setdefault(name, {}).update(facts)
                 if recorder.at == (name, recorder.steps[name]) and amount:
                     recorder.do()
 
@@ -76,6 +78,9 @@ def test_one_after_the_other_then_nothing_then_what_changed(run):
     assert manifest.counts["trained"] == 2
     assert recorder.steps["train small-distilled"] == recorder.steps["train small-direct"] == 16
     inner = read_manifest(run / "distill" / "small-distilled")
+    shown = recorder.facts["train small-distilled"]
+    assert shown["loss"] == pytest.approx(inner.counts["last_loss"], abs=1e-3)
+    assert 0 < shown["tokens_per_s"] < 1e7
     assert {"model.safetensors", "config.json", "chat_template.jinja", "train_log.json"} <= inner.outputs.keys()
     assert inner.counts["last_loss"] < inner.counts["first_loss"]
     before = stamps(run)

@@ -14,6 +14,7 @@ from distill.records import Example, Problem
 from distill.tables import read_records, write_records
 from pipelines.context import Context
 from pipelines.stages.eval import HELD_OUT, evaluate
+from tests.pipelines.recorded_progress import RecordedProgress
 from tests.teacher.backends.tiny_models import save_tiny_model
 from tests.teacher.v3_models import tiny_config, write_model_folder
 
@@ -80,8 +81,12 @@ def stamps(run_dir: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_model_is_scored_once(student, run_dir, workers):
-    recipe = recipe_of(student)
-    manifest = evaluate(recipe, run_dir, Context(Path(), num_workers=workers))
+    recipe, shown = recipe_of(student), RecordedProgress()
+    manifest = evaluate(recipe, run_dir, Context(Path(), shown, num_workers=workers))
+    for name in ("teacher", "mini-base", "mini-distilled"):
+        assert shown.totals[f"load {name}"] is None
+        assert shown.done[f"{name} pico"] == shown.done[f"grade {name} pico"] == 12
+        assert shown.facts[f"{name} pico"]["tokens"] > 0
     counted = {"held_out": 6, "training_questions": 1, "shared_with_training": 0, "models": 3, "samples": 3 * 6 * 2}
     assert manifest.counts == counted
     problems = read_records(run_dir / "eval" / HELD_OUT, Problem)

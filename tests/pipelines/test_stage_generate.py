@@ -89,7 +89,7 @@ def test_traces_follow_the_order_of_problems_and_indices(tmp_path: Path) -> None
     assert [(t.problem_id, t.sample_index) for t in traces] == [(p.id, i) for p in problems for i in range(2)]
     assert len({t.text for t in traces}) == len({t.key for t in traces}) == 200
     assert manifest.counts == {
-        **{"problems": 100, "samples": 200, "reused": 0, "tokens": 1400, "truncated": 0},
+        **{"problems": 100, "samples": 200, "reused": 0, "tokens": 1400, "truncated": 0, "no_answer": 0},
         "samples_per_problem": {"2": 100},
         "identity": IDENTITY.model_dump(),
     }

@@ -26,7 +26,7 @@ from distill.records import Example, Problem, Trace, Verdict
 from distill.tables import read_records, write_records
 from pipelines.context import Context
 from pipelines.stages.curate import curate
-from pipelines.stages.push_traces import push_traces
+from pipelines.stages.push_traces import _without_path, push_traces
 from tests.pipelines.tiny_world import potstill, write_yaml
 from tests.students.loopback_hub import TOKEN, loopback_hub
 
@@ -266,3 +266,11 @@ def test_faults_are_one_line(world: Path, tmp_path: Path) -> None:
     done = potstill("push-traces", world / "recipe.yaml", "--out", tmp_path, "--dry-run")
     assert done.returncode == 2
     assert "generate/manifest.json: not there yet; run `potstill generate` with this recipe first" in done.stderr
+
+
+def test_the_path_under_which_an_endpoint_serves_its_model_is_not_published(world: Path, tmp_path: Path) -> None:
+    served = load_recipe(world / "recipe.yaml", ["teacher.model=/models/mine/R1"])
+    identity = {"name": "/models/mine/R1", "weights": "/models/mine/R1@main", "backend": "openai"}
+    named = {"name": "a local checkpoint", "weights": "a local checkpoint@main", "backend": "openai"}
+    assert _without_path(identity, served, tmp_path) == named
+    assert _without_path({"name": "x"}, load_recipe(world / "recipe.yaml"), tmp_path) == {"name": "x"}

@@ -19,6 +19,7 @@ CHECKS = {
     "tokenizer_identity",
     "padding",
     "chat_template",
+    "prompt",
     "think_prefill",
     "training_text",
     "vocabulary",

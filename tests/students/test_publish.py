@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from huggingface_hub import ModelCard
 
 from distill.errors import RecipeError
+from distill.publish.origin import UNNAMED, published_name
 from distill.records import ScoreCard
 from students.publish.card import Lineage, model_card
 from students.publish.hub import check_repo_name, lay_out, tree
@@ -13,7 +17,7 @@ from students.zoo import find_student
 
 LINEAGE = Lineage(
     recipe="pico",
-    teacher="teacher/pico",
+    teacher="potstill's `pico`",
     problems="reasoning-gym, 4,096 problems, seed 1, split train",
     funnel=[{"filter": "correct", "in": 8192, "out": 7900}, {"filter": "deduplicate", "in": 7900, "out": 7000}],
     hashes={"base": "b" * 64, "examples": "e" * 64},
@@ -67,6 +71,44 @@ def test_the_card_carries_lineage_scores_recipe_and_licence():
     assert "4. Traces: 8,192 -> correct 7,900 -> deduplicate 7,000" in text
     assert f"| examples | `{'e' * 64}` |" in text
     assert "| steps, seed | 875, 17 |" in text
+
+
+def test_cards_and_logs_name_published_bases_and_never_a_path(tmp_path):
+    """A base in somebody's home, one that the Hub's cache holds, one that says what it was made from."""
+    cached = tmp_path / "hub/models--Qwen--Qwen2.5-0.5B/snapshots/0ab"
+    own, tuned = tmp_path / "home/me/secret-base", tmp_path / "home/me/tuned"
+    for folder, source in ((cached, None), (own, str(tmp_path)), (tuned, "HuggingFaceTB/SmolLM2-135M")):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"_name_or_path": source}))
+    for base, name, repository in (
+        (cached, "`Qwen/Qwen2.5-0.5B`", "Qwen/Qwen2.5-0.5B"),
+        (own, "a local checkpoint", None),
+        (tuned, "a local checkpoint, made from `HuggingFaceTB/SmolLM2-135M` by its config.json", None),
+        (tmp_path / "gone", "a local checkpoint", None),
+    ):
+        template = str(tmp_path / "mine.jinja")
+        student = find_student("qwen2-0.2m").model_copy(update={"base": str(base), "chat_template": template})
+        card = model_card("me/x", student, log_of(student), [], LINEAGE)
+        assert f"fine-tuned from {name} on" in card
+        assert ModelCard(card).data.base_model == repository
+        checkpoint = tmp_path / f"checkpoint-{base.name}"
+        checkpoint.mkdir()
+        (checkpoint / "train_log.json").write_text(json.dumps(log_of(student)))
+        lay_out(checkpoint, card, tmp_path / "out")
+        assert tree(checkpoint, card) == {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+        logged = json.loads((tmp_path / "out/train_log.json").read_text())["student"]
+        assert (logged["base"], logged["chat_template"]) == (name.replace("`", ""), "mine.jinja")
+        assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "out").iterdir())
+
+
+def test_models_are_named_as_they_are_known(tmp_path):
+    here = Path()
+    assert published_name("teacher/pico", here / "teacher/pico") == "potstill's `pico`"
+    assert published_name("students/pico/qwen2-0.2m", here / "students/pico/qwen2-0.2m") == "potstill's `qwen2-0.2m`"
+    assert published_name("deepseek-ai/DeepSeek-R1", tmp_path / "none") == "`deepseek-ai/DeepSeek-R1`"
+    assert published_name("r1", tmp_path / "none") == "`r1`"
+    assert published_name("/models/DeepSeek-R1", tmp_path / "none") == "a local checkpoint"
+    assert published_name("../x/y", tmp_path / "none") == published_name("~/x", tmp_path / "none") == UNNAMED
 
 
 def test_a_bundled_base_is_no_repository_and_llama_is_named():

@@ -28,6 +28,7 @@ from distill.weights import folder_identity
 from teacher.backends.chat_template import ChatTemplate
 from teacher.backends.native.fleet import Fleet
 from teacher.backends.native.live import LiveEngine, LocalEngine, WorkerEngines, generate_in_workers
+from teacher.backends.native.pace import Pace
 from teacher.backends.native.workers import EngineSettings
 from teacher.backends.tokenizer import (
     encode_prompt,
@@ -138,11 +139,16 @@ class NativeBackend:
         self._alive: LiveEngine | None = engine if isinstance(engine, Fleet) else None
         self._starting = threading.Lock()
         self._last_prompt: tuple[GenerationRequest, tuple[str, list[int]]] | None = None
+        self._pace = Pace(engine)
 
     @cached_property
     def identity(self) -> TeacherIdentity:
         version = ENGINE_VERSION if self._precision == "float32" else f"{ROUNDED_ENGINE_VERSION}-{self._precision}"
         return folder_identity(self.folder, backend="native", backend_version=version)
+
+    def facts(self) -> dict[str, str | float]:
+        """Tokens written and read by the call of `generate` that is under way, for the eyes of who waits."""
+        return self._pace.facts()
 
     def generate(self, requests: Many[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
         """Yield a completion a request, each as soon as it is finished. Raises DataError for a prompt too long."""
@@ -350,8 +356,13 @@ class NativeBackend:
         # A worker for every full batch: fewer requests than that are not worth starting processes for.
         num_workers = min(self.max_workers, len(sequences) // self.engine.batch_size)
         if num_workers < 2:
+            self._pace = Pace(self.engine)
             return self.engine.run(sequences)
-        return generate_in_workers(self._worker_engine, sequences, num_workers=num_workers)
+
+        def on_start(engines: WorkerEngines) -> None:
+            self._pace = Pace(engines)
+
+        return generate_in_workers(self._worker_engine, sequences, num_workers=num_workers, on_start=on_start)
 
     @property
     def _worker_engine(self) -> EngineSettings:
@@ -363,7 +374,7 @@ class NativeBackend:
         """Finish what was submitted, free weights and cache; the teacher cannot be used afterwards."""
         if self._alive is not None:
             self._alive.close()
-        del self.engine
+        del self.engine, self._pace
 
 
 def _ask_the_same(one: GenerationRequest, other: GenerationRequest) -> bool:

@@ -26,7 +26,7 @@ from teacher.backends.native.workers import (
     cancel_line,
     take_generated,
 )
-from teacher.engine.engine import Engine
+from teacher.engine.engine import Engine, EngineCounts
 from teacher.engine.loop import Cancelled, EngineJob, EngineLoop
 from teacher.engine.sequence import Logprobs, Sequence
 from teacher.live import OnTokens
@@ -187,6 +187,7 @@ class WorkerEngines:
         self._in_flight = [_InFlight() for _ in crew]
         self._lock = threading.Lock()
         self._fault: PotstillError | None = None
+        self._counts = [EngineCounts() for _ in crew]
         self._threads = [threading.Thread(target=self._read, args=(n,), daemon=True) for n in range(len(crew))]
         for thread in self._threads:
             thread.start()
@@ -209,6 +210,11 @@ class WorkerEngines:
                 return lambda: None
             self._crew[place].write(begin_line([(number, sequence)]))
         return lambda: self._cancel([(place, number)])
+
+    @property
+    def counts(self) -> EngineCounts:
+        """Those of all workers, as they were a second ago at the most."""
+        return EngineCounts(*map(sum, zip(*self._counts, strict=True)))
 
     def run(self, sequences: Many[Sequence[int]], *, last: bool = False) -> Generator[Sequence[int], None, None]:
         """Yield each sequence once it is finished, with its `fault` where it has one, as `Engine.run`.
@@ -305,7 +311,10 @@ class WorkerEngines:
             self._in_flight[number].finish(finished, partial(take_generated, generated=generated))
 
     def _tell(self, number: int, news: dict[str, Any]) -> None:
-        self._in_flight[number].stream(news["deltas"])
+        if "counts" in news:
+            self._counts[number] = EngineCounts(*news["counts"])
+        else:
+            self._in_flight[number].stream(news["deltas"])
 
     def _lose(self, fault: PotstillError) -> None:
         """A worker ended that should not have: so do all."""
@@ -317,10 +326,16 @@ class WorkerEngines:
 
 
 def generate_in_workers(
-    engine: EngineSettings, sequences: Many[Sequence[int]], *, num_workers: int
+    engine: EngineSettings,
+    sequences: Many[Sequence[int]],
+    *,
+    num_workers: int,
+    on_start: Callable[[WorkerEngines], object] = lambda _: None,
 ) -> Generator[Sequence[int], None, None]:
     """Yield the sequences, finished, in the order in which that happens. Raises EnvironmentFault if a worker dies.
 
-    Abandoning the iterator ends the workers.
+    `on_start` is given the workers. Abandoning the iterator ends them.
     """
-    yield from WorkerEngines.started(engine, num_workers=num_workers).run(sequences, last=True)
+    engines = WorkerEngines.started(engine, num_workers=num_workers)
+    on_start(engines)
+    yield from engines.run(sequences, last=True)

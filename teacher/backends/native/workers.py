@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,8 +92,9 @@ class WorkerProcess:
 
     def lines(self) -> Iterator[str]:
         """Read until the worker ends: of every finished sequence its key and what `take_generated` takes, as a list;
-        after a step, what streamed sequences have written in it, as `{"deltas": [[key, token_ids, logprobs], ...]}`; of
-        a rank first `{"ready": ...}`, with its engine's `max_positions` and `precision`, and `{"rebalanced": ...}`, a
+        after a step, what streamed sequences have written in it, as `{"deltas": [[key, token_ids, logprobs], ...]}`;
+        `{"counts": ...}`, its `EngineCounts`, every `COUNTS_EVERY_S`; of a rank first `{"ready": ...}`, with its
+        engine's `max_positions` and `precision`, and `{"rebalanced": ...}`, a
         `teacher.parallel.placement.rebalance.Report`, of the first rank when experts have moved."""
         return iter(self._process.stdout)
 
@@ -111,6 +113,8 @@ class WorkerProcess:
         self._process.kill()
 
 
+# How often a worker says how its work stands.
+COUNTS_EVERY_S = 1.0
 # A worker finishes what it has, and ends.
 END_LINE = "[]"
 
@@ -257,10 +261,18 @@ def _work(lines: IO[str], output: IO[str]) -> None:
     def on_deltas(deltas: list[TokenDelta[int]]) -> None:
         send({"deltas": deltas})
 
+    told = time.monotonic()
+
+    def on_step() -> None:
+        nonlocal told
+        if time.monotonic() - told >= COUNTS_EVERY_S:
+            told = time.monotonic()
+            send({"counts": engine.counts})
+
     with _opened_engine(settings, send) as (engine, lockstep):
         if lockstep is not None:
             send({"ready": {"max_positions": engine.max_positions, "precision": engine.precision}})
-        EngineLoop(engine, jobs, lambda done: _write(done, output), on_deltas, lockstep).run()
+        EngineLoop(engine, jobs, lambda done: _write(done, output), on_deltas, lockstep, on_step).run()
 
 
 def _answers() -> IO[str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distill.errors import CheckpointError
-from distill.protocols import Teacher
+from distill.protocols import Reporting, Teacher
 from distill.records import Problem, Sampling, TraceRequest
 from teacher.backends import check_folder, open_student
 
@@ -49,6 +49,17 @@ def test_greedy_equals_transformers_generate(make_checkpoint, architecture, engi
         assert got.text == tokenizer.decode(out[:-1] if stopped else out)
         assert got.finish_reason == ("stop" if stopped else "length")
         assert (got.num_tokens, got.num_prompt_tokens) == (len(out), ids["input_ids"].shape[1])
+
+
+@ENGINES
+def test_both_say_how_they_stand_while_they_write(qwen_dir, engine):
+    model = open_student(qwen_dir, engine=engine, batch_size=2)
+    assert isinstance(model, Reporting)
+    requests = [request_of("1 + 1 = ?", sample) for sample in range(2)]
+    written = sum(c.num_tokens for c in model.generate(requests, Sampling(max_tokens=9)))
+    facts = model.facts()
+    assert written <= facts["tokens"] <= 18  # transformers counts the padding behind an answer that ended first
+    assert facts["tokens_per_s"] > 0
 
 
 def sampled(folder, engine, batch_size, requests, seed=5) -> dict[tuple[str, int], str]:

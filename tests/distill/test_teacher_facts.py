@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from pipelines.teacher_facts import with_teacher_facts
+from distill.teacher_facts import with_teacher_facts
 
 
 class Bar:
