@@ -23,7 +23,7 @@ MAX_VALUES = 2**15
 Path = tuple[str | int, ...]
 LENGTH = struct.Struct(">Q")
 _SHOWN = 60
-_LONG = re.compile(r"\d{19}")
+_LONG = re.compile("[0-9]{19}")
 _HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 _HALF = re.compile("[\ud800-\udfff]")
 

@@ -21,6 +21,8 @@ from teacher.admission.refusals import Refused
 SMALL_BYTES = 2**14
 # Four megabytes of anything take it a second.
 READ_S = 20.0
+# Large documents that may wait for their turn: 256 MiB.
+MAX_WAITING = 64
 
 
 class Reader:
@@ -29,14 +31,14 @@ class Reader:
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
+        self._num_waiting = 0
 
     async def loads(self, data: bytes, *, max_length: int | None = None) -> Any:
         """As `documents.loads`. Raises Refused where the document is wrong, or cannot be read for now."""
         try:
             if len(data) <= SMALL_BYTES:
                 return documents.loads(data, max_length=max_length)
-            async with self._turn:
-                tree, fault = await self._asked(data, max_length)
+            tree, fault = await self._in_turn(data, max_length)
             if fault is not None:
                 raise DocumentError(*fault)
         except DocumentError as exc:
@@ -54,6 +56,16 @@ class Reader:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+    async def _in_turn(self, data: bytes, max_length: int | None) -> Any:
+        if self._num_waiting >= MAX_WAITING:
+            raise Refused(429, "too many large requests are waiting; try again later")
+        self._num_waiting += 1
+        try:
+            async with self._turn:
+                return await self._asked(data, max_length)
+        finally:
+            self._num_waiting -= 1
 
     async def _asked(self, data: bytes, max_length: int | None) -> Any:
         try:

@@ -59,8 +59,11 @@ def render(
 ) -> str:
     """Text of a conversation, up to where the answer begins.
 
-    Raises UserInputError where the template refuses it, CheckpointError for a template that is broken or has no end.
+    Raises UserInputError where there is no template or it refuses this, CheckpointError for one that is broken or has
+    no end.
     """
+    if not tokenizer.chat_template:
+        raise UserInputError("this model has no chat template", field="messages")
     offered = [dict(tool) for tool in tools] or None
     try:
         return chat_templates.render(tokenizer, messages, tools=offered, add_generation_prompt=add_generation_prompt)

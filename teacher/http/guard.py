@@ -95,7 +95,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
-        if len(self.connections) > (most := _most_connections()):
+        most = _most_connections()
+        if len(self.connections) > most + OTHER_FILES // 2:  # not even for an answer
+            transport.abort()
+        elif len(self.connections) > most:
             self._refuse(Refused(503, f"there are {most} connections already; try again later"))
         else:
             self._expect_head()

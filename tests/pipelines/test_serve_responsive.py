@@ -150,6 +150,7 @@ async def watch(ports: tuple[int, int], bodies: dict[str, tuple[str, bytes]], *,
     return Waits(*await asyncio.gather(*watching), statuses)
 
 
+@pytest.mark.slow
 def test_neither_health_nor_a_stream_waits_for_them(ports: tuple[int, int]) -> None:
     """What the control had to wait in the meantime is the machine's; a busy one gets other chances."""
     assert all(SIZE * 0.9 < len(body) <= 4 * 2**20 for _, body in BODIES.values())

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from teacher.admission import reader as reader_module
 from teacher.admission.documents import MAX_DEPTH, MAX_VALUES, DocumentError, loads
 from teacher.admission.reader import SMALL_BYTES, Reader
 from teacher.admission.refusals import Refused
@@ -141,6 +142,20 @@ def test_large_documents_are_read_one_after_the_other_and_small_ones_between(loo
         assert await reader.loads(b"[1]") == [1]
         assert not any(one.done() for one in reading)
         assert await asyncio.gather(*reading) == large
+        await reader.close()
+
+    loop.run(check())
+
+
+def test_too_many_large_documents_are_told_to_come_again(loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "MAX_WAITING", 2)
+    reader = Reader()
+
+    async def check() -> None:
+        large = json.dumps({"prompt": "x" * (2 * SMALL_BYTES)}).encode()
+        answers = await asyncio.gather(*(reader.loads(large) for _ in range(4)), return_exceptions=True)
+        assert [getattr(answer, "status", 200) for answer in answers] == [200, 200, 429, 429]
+        assert await reader.loads(large)
         await reader.close()
 
     loop.run(check())

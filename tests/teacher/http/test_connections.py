@@ -200,6 +200,15 @@ def test_nonsense_behind_a_question_that_is_worked_on_ends_it(address: Address, 
     assert teacher.num_finished == 1
 
 
+def test_an_offer_of_another_protocol_is_passed_over(address: Address) -> None:
+    """As curl --http2 makes it."""
+    offer = "connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n"
+    with socket.create_connection(address, timeout=20) as connection:
+        for _ in range(2):
+            connection.sendall(f"GET /health HTTP/1.1\r\nhost: localhost\r\n{offer}\r\n".encode())
+            assert connection.recv(4_096).startswith(b"HTTP/1.1 200")
+
+
 def test_who_ends_the_half_that_asks_has_left(address: Address, teacher: SpellingTeacher) -> None:
     teacher.hold.clear()
     with socket.create_connection(address, timeout=20) as connection:

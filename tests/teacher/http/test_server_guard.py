@@ -12,6 +12,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from distill.errors import EnvironmentFault
 from teacher.admission.bodies import MAX_BODY_BYTES
 from teacher.http import guard
 from teacher.http.app import build_app
@@ -183,6 +184,13 @@ def test_a_full_queue_says_when_to_come_back(teacher: SpellingTeacher) -> None:
     assert all(answer.headers["retry-after"] == "1" for answer in refused)
     assert all(answer.json()["error"]["type"] == "rate_limit_error" for answer in refused)
     assert {answer.status_code for answer in answers} == {200, 429}
+
+
+def test_health_says_when_the_engine_is_lost(address: tuple[str, int], teacher: SpellingTeacher) -> None:
+    url = f"http://{address[0]}:{address[1]}/health"
+    assert httpx.get(url).status_code == 200
+    teacher.fault = EnvironmentFault("a worker has ended")
+    assert httpx.get(url).status_code == 503
 
 
 def test_metrics_count_what_was_answered(teacher: SpellingTeacher) -> None:
