@@ -63,7 +63,7 @@ def render(
     no end.
     """
     if not tokenizer.chat_template:
-        raise UserInputError("this model has no chat template", field="messages")
+        raise UserInputError("this model has no chat template; it goes on with plain texts alone", field="messages")
     offered = [dict(tool) for tool in tools] or None
     try:
         return chat_templates.render(tokenizer, messages, tools=offered, add_generation_prompt=add_generation_prompt)
