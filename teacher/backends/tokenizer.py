@@ -64,7 +64,7 @@ def render(
     UserInputError where there is no template or it refuses this, CheckpointError for one that is broken or has no end.
     """
     if not tokenizer.chat_template:
-        raise UserInputError("this model has no chat template", field="messages")
+        raise UserInputError("this model has no chat template; it goes on with plain texts alone", field="messages")
     specials = special_tokens(tokenizer)
     veiled, offered = specials.veil_within(messages), specials.veil_within(tools) or None
     try:

@@ -266,10 +266,7 @@ class NativeBackend:
             return "", list(wanted.prompt)
         if isinstance(wanted.prompt, PlainText):
             return "", self.encode(wanted.prompt.text, add_special_tokens=wanted.prompt.add_special_tokens)
-        if not self.tokenizer.chat_template:
-            message = "this model has no chat template; /v1/completions goes on with its texts"
-            raise UserInputError(message, field="messages")
-        if wanted.prompt is None and not wanted.partial_answer:
+        if wanted.prompt is None and not wanted.partial_answer and self.tokenizer.chat_template:
             return self._prompt(wanted.request)
         asked = Conversation(({"role": "user", "content": wanted.request.problem.prompt},))
         prompt = self._template.render(wanted.prompt or asked)
