@@ -60,6 +60,8 @@ class ChatTemplate:
     @cached_property
     def call_format(self) -> CallFormat | None:
         """The way in which it writes a call of a tool, found by rendering one; None where it has none that is known."""
+        if not self._tokenizer.chat_template:
+            return None
         name = "potstill-called"
         call = {"id": CALL_ID, "type": "function", "function": {"name": name, "arguments": {"x": "y"}}}
         asked = {"role": "user", "content": "?"}
