@@ -17,7 +17,7 @@ from teacher.admission import documents
 from teacher.admission.documents import LENGTH, DocumentError
 from teacher.admission.refusals import Refused
 
-# At most two milliseconds of the loop's time.
+# At most five milliseconds of the loop's time, whatever they hold.
 SMALL_BYTES = 2**14
 # Four megabytes of anything take it a second.
 READ_S = 20.0
