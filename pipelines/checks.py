@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from distill.bundled import locate
 from distill.errors import CheckpointError
 from distill.manifest import hash_file
 from distill.recipe import LocalSource, NativeTeacher, OpenAITeacher, RayTeacher, Recipe, VllmTeacher
@@ -39,7 +40,7 @@ def check_weights(recipe: Recipe, stages: Collection[str], *, known: Collection[
     Folders whose hash is in `known` have been opened before and are left alone. Raises CheckpointError.
     """
     if isinstance(recipe.teacher, NativeTeacher) and {"generate", "eval"} & set(stages):
-        folder = base_dir / recipe.teacher.model
+        folder = locate(recipe.teacher.model, base_dir)
         if _is_new(folder, known):
             from teacher.backends import check_folder
 
@@ -95,7 +96,7 @@ def _teacher(recipe: Recipe, base_dir: Path) -> str:
     if isinstance(recipe.teacher, RayTeacher):
         where = ", ".join(recipe.teacher.base_urls) or f"{recipe.teacher.num_replicas} replicas"
         return f"{recipe.teacher.model} over Ray: {where}"  # its folder lies on the nodes
-    folder = base_dir / recipe.teacher.model
+    folder = locate(recipe.teacher.model, base_dir)
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", where=folder)
     if not (folder / "config.json").is_file():

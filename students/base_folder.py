@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from distill import bundled
 from distill.errors import CheckpointError, EnvironmentFault
 from distill.recipe import StudentConfig
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-
 
 def locate(path: str) -> Path:
-    """A path of a student file: relative to the current folder, else to the repository that these packages lie in."""
-    here = Path(path)
-    beside = REPOSITORY / path
-    return beside if not here.exists() and beside.exists() else here
+    """A path of a student file: from the current folder, else from these packages."""
+    return bundled.locate(path, Path())
 
 
 def resolve_base(student: StudentConfig) -> Path:

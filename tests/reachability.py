@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("distill", "teacher", "students", "eval", "pipelines")
+PACKAGES = ("distill", "teacher", "students", "eval", "pipelines", "potstill")
 TEXTS = ("Makefile", "pyproject.toml", "**/*.yaml", "**/*.jinja", "**/*.sh")
 # Bases whose classes are called by the tree alone; of other foreign bases (torch's modules, HTTP protocols, trainers)
 # every method may be called by the library that they come from.
@@ -237,7 +237,7 @@ class Reach:
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
                 self._use_name(module, local, node.id)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                self._use_string(node.value)
+                self._use_string(module, node.value)
 
     def _load_bound(self, bindings: Bindings) -> None:
         for where, _ in sorted(set().union(*bindings.values())):
@@ -275,7 +275,9 @@ class Reach:
         else:
             self.load(where)
 
-    def _use_string(self, text: str) -> None:
+    def _use_string(self, module: Module, text: str) -> None:
+        if text.startswith("."):  # of `f"{__package__}.worker"`
+            text = (module.name if module.is_package else module.name.rpartition(".")[0]) + text
         if len(text) < 100 and text not in self.names:
             self.names.add(text)
             if text in self.modules:

@@ -26,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from distill.bundled import locate
 from distill.errors import RecipeError, nearest
 from distill.problems.split import normalise, split_of
 from distill.recipe import ReasoningGymSource
@@ -37,7 +38,7 @@ RESERVED = ("seed", "size")
 
 
 def problem_set_path(families: str, base_dir: Path) -> Path:
-    path = base_dir / families
+    path = locate(families, base_dir)
     if not path.is_file():
         raise RecipeError("no such problem set", where=path, field="problems.families")
     return path

@@ -6,9 +6,13 @@ import shlex
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from distill.bundled import bundled
 from pipelines.launch.config import LaunchConfig
 
-FSDP = "students/accelerate/fsdp2.yaml"
+# In a checkout a node works in one too; where potstill is installed, every node has it in the same place.
+ABOVE = __package__.removesuffix("pipelines.launch")
+FSDP = "students/accelerate/fsdp2.yaml" if not ABOVE else str(bundled("students/accelerate/fsdp2.yaml"))
+TRAIN = f"{ABOVE}students.launch"
 
 
 class OfNode(NamedTuple):
@@ -36,7 +40,7 @@ def node_commands(config: LaunchConfig) -> tuple[str, str]:
             OfNode("--main_process_ip=", "HEAD"), f"--main_process_port={config.rendezvous_port}",
         ]  # fmt: skip
         trained = ["--student", config.student or "", "--examples", config.examples or "", "--out", config.out]
-        command = [*accelerate, "-m", "students.launch", *trained, *_overrides(config), *config.arguments]
+        command = [*accelerate, "-m", TRAIN, *trained, *_overrides(config), *config.arguments]
         return _shell(command), _shell(command)
     head = ["--set", OfNode("teacher.head_address=", "HEAD")] if config.nodes > 1 else []
     of_recipe = [config.recipe or "", *_overrides(config), *head]

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.bundled import locate
 from distill.errors import CheckpointError
 from distill.export import export_traces
 from distill.ledger import Ledger
@@ -43,9 +44,9 @@ def generate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     base_dir, out_dir = context.base_dir, run_dir / "generate"
     inputs = source_files(recipe.problems, base_dir=base_dir)
     if isinstance(recipe.teacher, NativeTeacher):
-        inputs["teacher"] = _checkpoint_folder(base_dir / recipe.teacher.model)
-    elif isinstance(recipe.teacher, VllmServing) and (base_dir / recipe.teacher.model).is_dir():
-        inputs["teacher"] = base_dir / recipe.teacher.model
+        inputs["teacher"] = _checkpoint_folder(locate(recipe.teacher.model, base_dir))
+    elif isinstance(recipe.teacher, VllmServing) and (folder := locate(recipe.teacher.model, base_dir)).is_dir():
+        inputs["teacher"] = folder
     config = _what_matters(recipe)
     stage_run = StageRun("generate", inputs, config, out_dir)
     if (done := stage_run.current()) is not None:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from distill.bundled import locate
 from distill.recipe import NativeTeacher, RayTeacher, TeacherConfig, VllmTeacher
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def open_teacher(
             from teacher.backends.native.fleet import open_fleet
 
             kind["over_ranks"] = partial(open_fleet, config=config, progress=progress)
-        return open_native(base_dir / config.model, batch_size=config.batch_size, **kind)
+        return open_native(locate(config.model, base_dir), batch_size=config.batch_size, **kind)
     if isinstance(config, VllmTeacher):
         from teacher.backends.vllm.backend import open_vllm
 
