@@ -9,14 +9,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from distill.bundled import locate
 from distill.errors import DataError
 from distill.problems.rows import problem_of
+from distill.problems.split import split_of
 from distill.recipe import LocalSource
 from distill.records import Problem
 
 
 def file_path(source: LocalSource, base_dir: Path) -> Path:
-    path = base_dir / source.path
+    path = locate(source.path, base_dir)
     if not path.is_file():
         raise DataError("no such file", where=path, field="problems.path")
     return path
@@ -26,13 +28,21 @@ def read(source: LocalSource, base_dir: Path) -> Iterator[Problem]:
     """Yield the file's problems. Raises DataError naming the file, the line (counted from 1) and the field."""
     path = file_path(source, base_dir)
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-    number = 0
-    for number, (where, row) in enumerate(rows, start=1):
-        yield problem_of(row, source, name=path.name.removesuffix(".gz").rpartition(".")[0], where=where)
-        if number == source.limit:
-            return
-    if number == 0:
+    name = path.name.removesuffix(".gz").rpartition(".")[0]
+    num_rows = num_taken = 0
+    for where, row in rows:
+        num_rows += 1
+        problem = problem_of(row, source, name=name, where=where)
+        if source.split in ("all", split_of(problem.prompt)):
+            yield problem
+            num_taken += 1
+            if num_taken == source.limit:
+                return
+    if num_rows == 0:
         raise DataError("holds no questions", where=path)
+    if num_taken == 0:
+        message = f"none of its {num_rows} questions is in the split {source.split!r} (held_out is one in eight)"
+        raise DataError(message, where=path, field="problems.split")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -17,7 +17,7 @@ from distill.recipe.curation import (
 )
 from distill.recipe.problems import DatasetSource, LocalSource, ProblemSource, ReasoningGymSource
 from distill.recipe.reading import load_recipe, load_settings, load_student, parse
-from distill.recipe.results import EvalConfig
+from distill.recipe.results import OWN_SUITES, EvalConfig
 from distill.recipe.students import SFTConfig, StudentConfig
 from distill.recipe.teachers import (
     SERVER_KEY_ENV,
@@ -35,6 +35,7 @@ from distill.recipe.teachers import (
 from distill.recipe.whole import Recipe
 
 __all__ = [
+    "OWN_SUITES",
     "SERVER_KEY_ENV",
     "AdaptiveSampling",
     "BestOfN",

@@ -166,6 +166,6 @@ def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]
             if "allOf" in node:
                 node = node["allOf"][0]
             for option in node.get("anyOf", ()):
-                if "$ref" in option:
+                if "$ref" in option or "discriminator" in option:
                     node = option
     return set(resolve(node).get("properties", {}))

@@ -78,7 +78,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("teacher.batchsize", 2, r"teacher\.native\.batchsize: unknown key; did you mean 'batch_size'\?"),
         ("problems.0.cuont", 2, r"problems\.0\.reasoning_gym\.cuont: unknown key; did you mean 'count'\?"),
         ("problems.1.promptfield", "q", r"problems\.1\.local\.promptfield: unknown key; did you mean 'prompt_field'\?"),
-        ("eval.held_out.sede", 2, r"eval\.held_out\.sede: unknown key; did you mean 'seed'\?"),
+        ("eval.held_out.sede", 2, r"eval\.held_out\.reasoning_gym\.sede: unknown key; did you mean 'seed'\?"),
         ("curate.zzz", 2, r"curate\.zzz: unknown key; allowed: best_of_n, complete_reasoning, correct_only"),
         ("name", None, r"name: required, but not given"),
         ("distill.students", None, r"distill\.students: required, but not given"),
