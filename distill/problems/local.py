@@ -27,10 +27,9 @@ def file_path(source: LocalSource, base_dir: Path) -> Path:
 def read(source: LocalSource, base_dir: Path) -> Iterator[Problem]:
     """Yield the file's problems. Raises DataError naming the file, the line (counted from 1) and the field."""
     path = file_path(source, base_dir)
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     name = path.name.removesuffix(".gz").rpartition(".")[0]
     num_rows = num_taken = 0
-    for where, row in rows:
+    for where, row in rows(path):
         num_rows += 1
         problem = problem_of(row, source, name=name, where=where)
         if source.split in ("all", split_of(problem.prompt)):
@@ -43,6 +42,11 @@ def read(source: LocalSource, base_dir: Path) -> Iterator[Problem]:
     if num_taken == 0:
         message = f"none of its {num_rows} questions is in the split {source.split!r} (held_out is one in eight)"
         raise DataError(message, where=path, field="problems.split")
+
+
+def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The file's rows, each with where it stands: file and line. Raises DataError."""
+    return _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

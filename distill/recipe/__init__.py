@@ -15,9 +15,9 @@ from distill.recipe.curation import (
     NearDuplicates,
     VerifyConfig,
 )
-from distill.recipe.problems import DatasetSource, LocalSource, ProblemSource, ReasoningGymSource
-from distill.recipe.reading import load_recipe, load_settings, load_student, parse
-from distill.recipe.results import OWN_SUITES, EvalConfig
+from distill.recipe.problems import DatasetSource, Grader, LocalSource, ProblemSource, ReasoningGymSource
+from distill.recipe.reading import apply_override, load_recipe, load_settings, load_student, parse
+from distill.recipe.results import OWN_SUITES, EvalConfig, PushConfig
 from distill.recipe.students import SFTConfig, StudentConfig
 from distill.recipe.teachers import (
     SERVER_KEY_ENV,
@@ -47,6 +47,7 @@ __all__ = [
     "EvalConfig",
     "FlagValue",
     "GenerateConfig",
+    "Grader",
     "JudgeConfig",
     "LocalSource",
     "Mark",
@@ -55,6 +56,7 @@ __all__ = [
     "NearDuplicates",
     "OpenAITeacher",
     "ProblemSource",
+    "PushConfig",
     "RayTeacher",
     "ReasoningGymSource",
     "Recipe",
@@ -65,6 +67,7 @@ __all__ = [
     "VerifyConfig",
     "VllmServing",
     "VllmTeacher",
+    "apply_override",
     "load_recipe",
     "load_settings",
     "load_student",

@@ -8,6 +8,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from distill.recipe.config import Config
 
+Grader = Literal["math", "choice", "code", "judge"]
+
 
 class ReasoningGymSource(Config):
     """Procedural problems.
@@ -36,7 +38,7 @@ class LocalSource(Config):
     prompt_field: str = "prompt"
     answer_field: str = "answer"
     choices_field: str | None = None
-    grader: Literal["math", "choice", "code", "judge"] = "math"
+    grader: Grader = "math"
     tests_field: str | None = Field(None, description="for programs: test code, assertions, or inputs with outputs")
     setup_field: str | None = Field(None, description="for programs: code that the tests need to have run")
     entry_point_field: str | None = Field(None, description="for programs: the function that check(candidate) is given")
@@ -61,7 +63,7 @@ class DatasetSource(Config):
     prompt_field: str = "problem"
     answer_field: str = "answer"
     choices_field: str | None = None
-    grader: Literal["math", "choice", "code", "judge"] = "math"
+    grader: Grader = "math"
     tests_field: str | None = Field(None, description="for programs: test code, assertions, or inputs with outputs")
     setup_field: str | None = Field(None, description="for programs: code that the tests need to have run")
     entry_point_field: str | None = Field(None, description="for programs: the function that check(candidate) is given")
