@@ -29,7 +29,7 @@ def read(source: LocalSource, base_dir: Path) -> Iterator[Problem]:
     path = file_path(source, base_dir)
     name = path.name.removesuffix(".gz").rpartition(".")[0]
     num_rows = num_taken = 0
-    for where, row in rows(path):
+    for where, row in read_rows(path):
         num_rows += 1
         problem = problem_of(row, source, name=name, where=where)
         if source.split in ("all", split_of(problem.prompt)):
@@ -44,7 +44,7 @@ def read(source: LocalSource, base_dir: Path) -> Iterator[Problem]:
         raise DataError(message, where=path, field="problems.split")
 
 
-def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The file's rows, each with where it stands: file and line. Raises DataError."""
     return _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
 

@@ -39,7 +39,7 @@ def look_at(
     if grader is not None and grader not in get_args(Grader):
         raise RecipeError(f"{grader!r} is not known; {nearest(grader, get_args(Grader))}", where="grader")
     where = local.file_path(LocalSource(path=path), base_dir)
-    rows = [row for _, row in islice(local.rows(where), NUM_ROWS)]
+    rows = [row for _, row in islice(local.read_rows(where), NUM_ROWS)]
     if not rows:
         raise DataError("holds no questions", where=where)
     tests = _first(TESTS, rows) if grader in (None, "code") else None
