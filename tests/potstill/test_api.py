@@ -74,10 +74,10 @@ def test_a_run_goes_on_between_python_and_the_command_line(
     monkeypatch.chdir(tmp_path)
     generated = command("generate", world, "--out", "runs", cwd=tmp_path)
     assert generated.returncode == 0, generated.stderr
-    before = tree_of(tmp_path / "runs/tiny-world/generate")
+    before = tree_of(tmp_path / "runs/tiny-world/generate/traces")
     run = potstill.Run(world)
     assert sorted(run.learn()) == ["tiny-direct", "tiny-distilled"]
-    assert tree_of(run.folder / "generate") == before
+    assert tree_of(run.folder / "generate/traces") == before
     scored = command("run", run.folder / "recipe.yaml", "--out", "runs", cwd=tmp_path)
     assert scored.returncode == 0, scored.stderr
     assert [line.split()[1:] for line in scored.stdout.splitlines()[1:4]] == [["up", "to", "date"]] * 3
