@@ -5,6 +5,7 @@ The environment is a new one in which the dependencies of this one can be import
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,41 @@ def test_imports_are_rewritten_and_nothing_else(setup, source: str, installed: s
 def test_an_import_that_the_wheel_could_not_serve_stops_the_build(setup) -> None:
     with pytest.raises(ValueError, match=r"line 2: write `from \.\.\. import`, got `import distill\.errors`"):
         setup.below_top(b"\nimport distill.errors\n")
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    for name in TREE:
+        for path in sorted((REPOSITORY / name).rglob("*.py")):
+            yield path.relative_to(REPOSITORY).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_no_string_names_a_module_by_its_place_in_the_tree() -> None:
+    """Installed it has another; `f"{__package__}.worker"` is right in both. Fields of recipes are no modules."""
+    trees = dict(sources())
+    modules = {name.removesuffix(".py").replace("/", ".") for name in trees}
+    found = []
+    for name, tree in trees.items():
+        nodes = list(ast.walk(tree))
+        told = {id(node.value) for node in nodes if isinstance(node, ast.keyword) and node.arg in ("where", "field")}
+        parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told | parts:
+                place = re.fullmatch(r"([a-z_]\w*(?:\.\w+)+)(?::\w+)?", node.value)
+                if place and {place[1], place[1].rpartition(".")[0]} & modules:
+                    found.append(f"{name}:{node.lineno}: {node.value}")
+    assert found == []
+
+
+def test_paths_of_recipes_are_looked_for_among_the_bundled_files_too() -> None:
+    """`distill.bundled.locate` alone puts a path behind the folder in which it starts."""
+    found = {
+        f"{name}: {ast.unparse(node)}"
+        for name, tree in sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.BinOp) and ast.unparse(node.left) in ("base_dir", "self.base_dir", "context.base_dir")
+    }
+    owner = "teacher/backends/vllm/backend.py: base_dir / owner"  # is it here? then it is none of the Hub's
+    assert found == {"distill/bundled.py: base_dir / path", owner}
 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
