@@ -1,12 +1,16 @@
 """Tables and sentences of the documents, each from the result files of one device.
 
-A function takes `read`, which opens benchmarks/results/<device>/<name>.json, and returns Markdown.
+A function takes `read`, which opens benchmarks/results/<device>/<name>.json, and returns Markdown. The zoo's table is
+made from its own files: its device is `published`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill.recipe import StudentConfig
 
 Read = Callable[[str], Mapping[str, Any]]
 Row = Mapping[str, Any]
@@ -286,6 +290,33 @@ def ledger(read: Read) -> str:
     return table([f"{result['num_samples']:,} samples", "part", "seconds", "peak MiB"], rows)
 
 
+def zoo(read: Read) -> str:
+    """The students that are called as their bases are on the Hub. From their files: `read` is not asked."""
+    from students.base_folder import is_repository
+    from students.zoo import list_students
+
+    def score(student: StudentConfig, benchmark: str) -> str:
+        found = student.published.get(benchmark)
+        if found is None:
+            return ""
+        shots = "" if found.shots is None else f" ({found.shots}-shot)"
+        return f"[{found.value:.1f}]({found.source}){shots}"
+
+    rows = [
+        [
+            student.name,
+            f"{student.num_parameters:,}",
+            f"{student.context_length:,}",
+            student.licence,
+            score(student, "gsm8k"),
+            score(student, "math"),
+        ]
+        for student in list_students()
+        if is_repository(student.base) and student.base.rpartition("/")[2].lower() == student.name
+    ]
+    return table(["student", "parameters", "context", "licence", "GSM8K (%)", "MATH (%)"], rows)
+
+
 def _millions(count: int) -> str:
     return f"{count / 1e6:.1f}M"
 
@@ -333,5 +364,6 @@ TABLES: dict[str, Callable[[Read], str]] = {
         decontamination,
         curation,
         ledger,
+        zoo,
     )
 }

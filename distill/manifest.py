@@ -89,13 +89,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, or of a folder's files (relative names and bytes, sorted; manifests left out).
+    """SHA-256 of a file's bytes, or of a folder's files: relative names and bytes, sorted.
 
-    A file of `hash_cache.LEAST_BYTES` or more is read once, until it changes; a smaller one each time.
+    Of a folder manifests are left out, and what is hidden: programs note there when a file was downloaded. A file of
+    `hash_cache.LEAST_BYTES` or more is read once, until it changes; a smaller one each time.
     """
     if path.is_dir():
         digest = hashlib.sha256()
         for inner in sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST):
+            if any(part.startswith(".") for part in inner.relative_to(path).parts):
+                continue
             digest.update(f"{inner.relative_to(path).as_posix()}\0{hash_file(inner)}\n".encode())
         return digest.hexdigest()
     if path.stat().st_size < LEAST_BYTES:

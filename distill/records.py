@@ -11,7 +11,7 @@ import json
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 VerdictState = Literal["correct", "wrong", "unverifiable", "truncated", "timeout", "infra_error"]
 FinishReason = Literal["stop", "length"]
@@ -158,8 +158,29 @@ class Verdict(Record):
         return self.state == "correct"
 
 
+class Message(Record):
+    """One turn of a conversation that is learned from. `content` may be given as text parts, as chat APIs have it."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str = Field(min_length=1)
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _as_text(cls, content: Any) -> Any:
+        if content is None:
+            raise ValueError("is null: a turn that is learned from must say something")
+        if not isinstance(content, (list, tuple)):
+            return content
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            raise ValueError("has parts that are no text")
+        return "".join(str(part.get("text") or "") for part in content)
+
+
 class Example(Record):
-    """One training example: a question and the completion that a student shall learn, and where it came from."""
+    """One training example: a question and the completion that a student shall learn, and where it came from.
+
+    `history` are the turns of the conversation before the question.
+    """
 
     question: str
     completion: str
@@ -167,10 +188,12 @@ class Example(Record):
     trace_key: str | None
     source: str
     relabelled: bool = Field(False, description="its reference was suspected and replaced by the majority's answer")
+    history: tuple[Message, ...] = ()
 
     @cached_property
     def id(self) -> str:
-        return content_id([self.question, self.completion])
+        before = [[turn.model_dump() for turn in self.history]] if self.history else []
+        return content_id([self.question, self.completion, *before])
 
 
 class StageManifest(Record):

@@ -102,6 +102,7 @@ def _context(
         "heat_rows": heat_rows,
         "traces": side_by_side(comparison),
         "funnel": [_funnel_step(step, comparison.funnel[0]["in"]) for step in comparison.funnel],
+        "left_out": _left_out(comparison),
         "audit": _audit(comparison.audit) if comparison.audit and comparison.audit.answers else None,
         "stages": stages,
         "seconds": sum(stage["seconds"] for stage in stages),
@@ -293,6 +294,14 @@ def _lineage(model: Model, suite: str) -> dict[str, Any]:
         "weights": str(counts.get("identity", {}).get("weights", "–"))[:12],
         "samples": outputs.get("samples.parquet", "–")[:12],
     }
+
+
+def _left_out(comparison: Comparison) -> list[dict[str, Any]]:
+    """Examples that were too long for a student, counted in its own tokens."""
+    trained = comparison.manifests.get("distill")
+    counts = trained.counts if trained is not None else {}
+    dropped, tokens = counts.get("dropped", {}), counts.get("dropped_tokens", {})
+    return [{"name": name, "examples": count, "tokens": tokens[name]} for name, count in dropped.items() if count]
 
 
 def _fingerprints(comparison: Comparison) -> list[dict[str, str]]:

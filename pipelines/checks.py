@@ -57,14 +57,14 @@ def check_weights(recipe: Recipe, stages: Collection[str], *, known: Collection[
 
 def _preflight(recipe: Recipe) -> None:
     """Template, tokenizer and vocabulary of every student whose base is on this machine. Raises CheckpointError."""
-    from students.base_folder import locate
+    from students.base_folder import local_base
     from students.preflight import preflight
     from students.zoo import find_student
 
     for name in recipe.distill.students:
         student = find_student(name, recipe.distill.overrides)
-        folder = locate(student.base)
-        for method in recipe.distill.methods if folder.is_dir() else ():
+        folder = local_base(student.base)
+        for method in recipe.distill.methods if folder is not None else ():
             for finding in preflight(student, method):
                 if finding.state == "error":
                     raise CheckpointError(f"{student.name}: {finding.text}", where=folder, field=finding.check)
@@ -117,16 +117,16 @@ def _students(recipe: Recipe) -> str:
 
 def _local_bases(recipe: Recipe) -> list[Path]:
     """Base folders on this machine. Raises CheckpointError for a base that is a path and not there."""
-    from students.base_folder import locate
+    from students.base_folder import is_repository, local_base
     from students.zoo import find_student
 
     folders = []
     for name in recipe.distill.students:
         base = find_student(name, recipe.distill.overrides).base
-        folder = locate(base)
-        if folder.is_dir():
+        folder = local_base(base)
+        if folder is not None:
             folders.append(folder)
-        elif base.count("/") != 1 or base.startswith((".", "/", "~")):
+        elif not is_repository(base):
             raise CheckpointError("no such checkpoint folder", where=base)
     return list(dict.fromkeys(folders))
 

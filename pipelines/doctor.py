@@ -62,14 +62,14 @@ def _fault(name: str, exc: PotstillError) -> Finding:
 
 def _students(recipe: Recipe) -> list[Finding]:
     """The preflight of every student whose base is on this machine; a base of the Hub is fetched by training alone."""
-    from students.base_folder import locate
+    from students.base_folder import local_base
     from students.preflight import preflight
     from students.zoo import find_student
 
     findings = []
     for name in recipe.distill.students:
         student = find_student(name, recipe.distill.overrides)
-        if not locate(student.base).is_dir():
+        if local_base(student.base) is None:
             findings.append(Finding(student.name, "warning", f"{student.base} is not here; training fetches it"))
             continue
         for method in recipe.distill.methods:

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     described = "Train one student under accelerate launch."
     parser = argparse.ArgumentParser(prog=f"{__package__}.launch", description=described)
     parser.add_argument("--student", required=True, help="name in the zoo, or path of a student file")
-    parser.add_argument("--examples", required=True, help="Parquet file of examples")
+    parser.add_argument("--examples", required=True, help="Parquet file: columns of examples, or messages")
     parser.add_argument("--out", required=True, help="checkpoint folder to write")
     parser.add_argument("--method", choices=("distilled", "direct"), default="distilled")
     parser.add_argument("--seed", type=int, default=17)

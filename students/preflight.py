@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from distill.errors import CheckpointError, DataError, UserInputError
 from distill.findings import Finding
 from distill.progress import silent
-from distill.reasoning import THINK_LINE
-from distill.recipe import StudentConfig
+from distill.reasoning import END_OF_THINKING, THINK, THINK_LINE
+from distill.recipe import SFTConfig, StudentConfig
 from students import bases
+from students.base_licence import check_licence
 from students.bases import Method
 from students.tokens import Fault, TokenCounts, render, render_prompt, write_tokens
 
@@ -40,8 +41,8 @@ def preflight(student: StudentConfig, method: Method, examples_path: Path | None
     if examples_path is not None and all(finding.state == "ok" for finding in findings):
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "tokens.arrow"
-            counts = write_tokens(examples_path, tokenizer, student.sft.max_length, out, silent())
-        findings += check_counts(counts, student.sft.max_length)
+            counts = write_tokens(examples_path, tokenizer, student.sft, out, silent())
+        findings += check_counts(counts, student.sft)
     return findings
 
 
@@ -49,34 +50,54 @@ def check_student(
     student: StudentConfig, method: Method, config: PreTrainedConfig, tokenizer: Tokenizer
 ) -> list[Finding]:
     """Findings about tokenizer, template and config, without examples."""
-    findings = [_architecture(student, config), _tokenizer_identity(tokenizer), _padding(tokenizer)]
-    findings.append(_chat_template(tokenizer))
+    findings = [check_licence(student, Path(str(tokenizer.name_or_path))), _architecture(student, config)]
+    findings += [_tokenizer_identity(tokenizer), _padding(tokenizer), _chat_template(tokenizer)]
     if findings[-1].state == "ok":
         findings += [_think_prefill(tokenizer, method), _training_text(tokenizer, method)]
-    return [*findings, _vocabulary(config, tokenizer), _positions(student, config)]
+    return [*findings, _vocabulary(student, config, tokenizer), _positions(student, config)]
 
 
-def check_counts(counts: TokenCounts, max_length: int) -> list[Finding]:
+def check_counts(counts: TokenCounts, sft: SFTConfig) -> list[Finding]:
     """Findings about the examples' tokens."""
 
     def finding(check: str, fault: Fault, what: str, fine: str) -> Finding:
         if not fault.count:
             return Finding(check, "ok", fine, DataError)
-        text = f"{fault.count} of {counts.num_examples} examples {what} (first: {fault.first})"
+        text = f"{fault.count} of {num_given} examples {what} (first: {fault.first})"
         return Finding(check, "error", text, DataError)
 
+    num_given = counts.num_examples + counts.unfitting.count
+    if sft.too_long == "drop":
+        num_given += counts.too_long.count
     present = Finding("examples", "ok", f"{counts.num_examples} examples, {counts.num_tokens} tokens", DataError)
-    if not counts.num_examples:
+    if not num_given:
         present = Finding("examples", "error", "no examples to train on", DataError)
-    longer = f"are longer than sft.max_length={max_length}; raise it or filter them, nothing is cut"
     return [
         present,
-        finding("truncation", counts.too_long, longer, f"longest {counts.longest} of {max_length} tokens"),
+        finding("template_fit", counts.unfitting, "do not fit the chat template", "every completion fits it"),
+        _truncation(counts, sft, num_given),
         finding("empty_text", counts.empty, "are empty", "no empty question or completion"),
+        finding(
+            "special_tokens", counts.special, "have special tokens in their text", "none that count as special tokens"
+        ),
         finding(
             "unknown_text", counts.unknown, "cannot be written by the tokenizer", "all text comes back from its tokens"
         ),
     ]
+
+
+def _truncation(counts: TokenCounts, sft: SFTConfig, num_given: int) -> Finding:
+    long = counts.too_long
+    if not long.count:
+        text = f"longest {counts.longest} of {sft.max_length} tokens"
+        return Finding("truncation", "ok", text, DataError)
+    text = f"{long.count} of {num_given} examples are longer than sft.max_length={sft.max_length}"
+    first = f"(first: {long.first})"
+    if sft.too_long == "error":
+        return Finding("truncation", "error", f"{text}; raise it, or set sft.too_long=drop {first}", DataError)
+    if not counts.num_examples:
+        return Finding("truncation", "error", f"{text}: none is left {first}", DataError)
+    return Finding("truncation", "warning", f"{text}: dropped, {long.num_tokens} tokens {first}", DataError)
 
 
 def stop_on_error(findings: Iterable[Finding], *, base: Path, examples_path: Path) -> None:
@@ -118,7 +139,8 @@ def _padding(tokenizer: Tokenizer) -> Finding:
     if tokenizer.eos_token_id is None:
         return Finding("padding", "error", "the tokenizer has no EOS token; name one with eos_token")
     if tokenizer.pad_token_id is None:
-        return Finding("padding", "error", "the tokenizer has no padding token, and none of the reserved ones")
+        text = f"the tokenizer has no padding token, and none of the reserved ones; `pad_token: {bases.ADD}` adds one"
+        return Finding("padding", "error", text)
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         text = f"padding is the EOS token {tokenizer.eos_token!r}: masking one masks the other, generation never stops"
         return Finding("padding", "error", text)
@@ -136,11 +158,14 @@ def _chat_template(tokenizer: Tokenizer) -> Finding:
 
 
 def _think_prefill(tokenizer: Tokenizer, method: Method) -> Finding:
-    prefilled = render_prompt(tokenizer, PROBE_QUESTION).endswith(THINK_LINE)
+    prompt = render_prompt(tokenizer, PROBE_QUESTION)
+    prefilled = prompt.endswith(THINK_LINE)
     if method == "distilled" and not prefilled:
+        if "enable_thinking" in tokenizer.chat_template:
+            return Finding("think_prefill", "ok", "enable_thinking is on: the student opens <think> itself")
         text = "the generation prompt does not open <think>: the student would answer without reasoning"
         return Finding("think_prefill", "error", text)
-    if method == "direct" and "<think>" in render_prompt(tokenizer, PROBE_QUESTION):
+    if method == "direct" and THINK in prompt.rpartition(END_OF_THINKING)[2]:
         text = "the base's template opens <think>, but the bare answers have no reasoning to close"
         return Finding("think_prefill", "error", text)
     return Finding("think_prefill", "ok", "opens <think>" if prefilled else "plain")
@@ -149,17 +174,18 @@ def _think_prefill(tokenizer: Tokenizer, method: Method) -> Finding:
 def _training_text(tokenizer: Tokenizer, method: Method) -> Finding:
     try:
         render(tokenizer, PROBE_QUESTION, PROBE[method])
-    except CheckpointError as exc:
+    except UserInputError as exc:
         return Finding("training_text", "error", str(exc))
     return Finding("training_text", "ok", f"inference prompt is a prefix, ends with {tokenizer.eos_token!r}")
 
 
-def _vocabulary(config: PreTrainedConfig, tokenizer: Tokenizer) -> Finding:
+def _vocabulary(student: StudentConfig, config: PreTrainedConfig, tokenizer: Tokenizer) -> Finding:
     highest = max(tokenizer.get_vocab().values())
-    if highest >= config.vocab_size:
-        text = f"the tokenizer's highest token is {highest}, the embedding has {config.vocab_size} rows"
+    num_rows = config.vocab_size + bases.grows_by_padding(student, tokenizer, config.vocab_size)
+    if highest >= num_rows:
+        text = f"the tokenizer's highest token is {highest}, the embedding has {num_rows} rows"
         return Finding("vocabulary", "error", text)
-    return Finding("vocabulary", "ok", f"{highest + 1} tokens in {config.vocab_size} rows")
+    return Finding("vocabulary", "ok", f"{highest + 1} tokens in {num_rows} rows")
 
 
 def _positions(student: StudentConfig, config: PreTrainedConfig) -> Finding:

@@ -35,6 +35,7 @@ from distill.progress import Progress, silent
 from distill.recipe import StudentConfig
 from distill.records import content_id
 from students import bases
+from students.base_licence import copy_legal_texts
 from students.bases import Method
 from students.checkpoints import drop_incomplete, move_into_place, newest_complete
 from students.preflight import check_counts, check_student, log_entry, stop_on_error
@@ -65,10 +66,12 @@ class FineTuningRun:
     def work_dir(self) -> Path:
         return self.out_dir.with_name(f".{self.out_dir.name}.work")
 
-    def fingerprint(self) -> str:
-        """Hash of all that the resulting weights depend on."""
-        student = self.student.model_dump(mode="json")
-        return content_id([student, self.method, self.seed, hash_file(self.examples_path), bases.identity(self.base)])
+    def fingerprint(self, tokenizer: Tokenizer) -> str:
+        """Hash of all that the resulting weights depend on, by content: a base that was copied or downloaded again is
+        the same base. `tokenizer` has the template, padding and end of turn that are trained with."""
+        spoken = [tokenizer.chat_template, tokenizer.pad_token, tokenizer.eos_token]
+        inputs = [hash_file(self.examples_path), bases.identity(self.base), spoken]
+        return content_id([self.student.identity(), self.method, self.seed, *inputs])
 
 
 def train_student(
@@ -96,13 +99,13 @@ def train_student(
     findings = check_student(student, method, config, tokenizer)
     stop_on_error(findings, base=base, examples_path=job.examples_path)
     _require_examples(job)
-    fingerprint = job.fingerprint()
+    fingerprint = job.fingerprint(tokenizer)
     finished = _read_finished(job.out_dir, fingerprint)
     if finished is not None:
         return finished
     args = arguments(student, job.work_dir, seed)
     counts = _tokens(job, fingerprint, tokenizer, args, progress)
-    findings += check_counts(counts, student.sft.max_length)
+    findings += check_counts(counts, student.sft)
     stop_on_error(findings, base=base, examples_path=job.examples_path)
     with quiet_transformers():
         return _train(job, fingerprint, tokenizer, args, counts, findings, progress)
@@ -180,7 +183,7 @@ def _tokens(
         if args.process_index == 0:
             _prepare_work_dir(job.work_dir, fingerprint)
             arrow = job.work_dir / "tokens.arrow"
-            counts = write_tokens(job.examples_path, tokenizer, job.student.sft.max_length, arrow, progress)
+            counts = write_tokens(job.examples_path, tokenizer, job.student.sft, arrow, progress)
             write_atomically(path, json.dumps(asdict(counts)))
     return TokenCounts.from_json(json.loads(path.read_text(encoding="utf-8")))
 
@@ -304,6 +307,8 @@ def _log(
         "num_examples": counts.num_examples,
         "num_tokens": num_tokens,
         "num_completion_tokens": round(counts.num_completion_tokens * job.student.sft.num_epochs),
+        "num_dropped": counts.too_long.count,
+        "num_dropped_tokens": counts.too_long.num_tokens,
         "num_steps": trainer.state.global_step,
         "resumed_at_step": first or None,
         "seconds": round(seconds, 3),
@@ -323,12 +328,14 @@ def _finish(job: FineTuningRun, trainer: CompletionTrainer, tokenizer: Tokenizer
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.args.should_save:
         dtype = job.student.sft.dtype
-        unwrapped.save_pretrained(
-            built, state_dict={name: value.to(getattr(torch, dtype)) for name, value in state.items()}
-        )
+        # The cast makes two tensors of a tied one, and so does gathering shards: a head that is the embedding goes.
+        tied = unwrapped.all_tied_weights_keys
+        cast = {name: value.to(getattr(torch, dtype)) for name, value in state.items() if name not in tied}
+        unwrapped.save_pretrained(built, state_dict=cast)
         config = json.loads((built / "config.json").read_text(encoding="utf-8"))
         write_atomically(built / "config.json", json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
         tokenizer.save_pretrained(built)
+        copy_legal_texts(job.student, job.base, built)
         write_atomically(built / LOG, json.dumps(log, indent=1) + "\n")
         move_into_place(built, job.out_dir)
         shutil.rmtree(job.work_dir, ignore_errors=True)

@@ -9,6 +9,7 @@ import ast
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -124,9 +125,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=REPOSITORY, capture_output=True, text=True, check=True,
     )  # fmt: skip
     for name in filter(None, listed.stdout.split("\0")):
-        if name.split("/")[0] in (*TREE, "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        if (REPOSITORY / name).is_file() and name.split("/")[0] in (
+            *TREE,
+            "setup.py",
+            "pyproject.toml",
+            "README.md",
+            "LICENSE",
+        ):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            os.link(REPOSITORY / name, copy / name)
+            shutil.copy(REPOSITORY / name, copy / name)
     built = run(sys.executable, "-m", "pip", "wheel", copy, "--no-deps", "--no-build-isolation", "-w", out, cwd=out)
     assert built.returncode == 0, built.stderr
     (path,) = out.glob("*.whl")

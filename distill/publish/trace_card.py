@@ -68,7 +68,8 @@ def _front(title: str, layout: DatasetLayout, *, licence: str | None, language: 
         split = SplitInfo("train", num_bytes=layout.num_bytes[config], num_examples=num_rows)
         features = Features.from_arrow_schema(schema(config))
         infos[config] = DatasetInfo(features=features, splits=SplitDict({"train": split}))
-    licences = [licence] if licence else sorted({count.licence for count in layout.sources.values() if count.num_kept})
+    named = [licence] if licence else {count.licence for count in layout.sources.values() if count.num_kept}
+    licences = sorted({name.partition(":")[0] for name in named})  # `other:NAME` is `other` to the Hub
     data = DatasetCardData(
         language=language,
         license=licences[0] if len(licences) == 1 else licences,

@@ -18,7 +18,7 @@ from distill.recipe.curation import (
 from distill.recipe.problems import DatasetSource, Grader, LocalSource, ProblemSource, ReasoningGymSource
 from distill.recipe.reading import apply_override, load_recipe, load_settings, load_student, parse
 from distill.recipe.results import OWN_SUITES, EvalConfig, PushConfig
-from distill.recipe.students import SFTConfig, StudentConfig
+from distill.recipe.students import PublishedScore, SFTConfig, StudentConfig
 from distill.recipe.teachers import (
     SERVER_KEY_ENV,
     AdaptiveSampling,
@@ -56,6 +56,7 @@ __all__ = [
     "NearDuplicates",
     "OpenAITeacher",
     "ProblemSource",
+    "PublishedScore",
     "PushConfig",
     "RayTeacher",
     "ReasoningGymSource",

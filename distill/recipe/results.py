@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from distill.licences import Licence
 from distill.recipe.config import Config
 from distill.recipe.problems import HeldOutSource
 from distill.records import Sampling
@@ -40,7 +41,9 @@ class PushTracesConfig(Config):
     repo: str = Field("potstill-{recipe}-traces", description="repository name; {recipe} is filled in")
     private: bool = True
     include_rejected: bool = Field(False, description="every sample as a second configuration, with what dropped it")
-    licence: str | None = Field(None, description="of the data set; none: those of its sources")
-    licences: dict[str, str] = Field(default_factory=dict, description="of the sources, where they are not procedural")
+    licence: Licence | None = Field(None, description="of the data set; none: those of its sources")
+    licences: dict[str, Licence] = Field(
+        default_factory=dict, description="of the sources, where they are not procedural"
+    )
     language: str = "en"
     shard_mb: int = Field(500, ge=1, description="uncompressed size of a Parquet file, about")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from distill.licences import Licence
 from distill.recipe.config import Config
 
 
@@ -16,7 +17,12 @@ class SFTConfig(Config):
     num_epochs: float = Field(3.0, gt=0)
     batch_size: int = Field(64, ge=1, description="examples an optimizer step, over all devices")
     micro_batch_size: int = Field(64, ge=1, description="examples a forward pass on one device")
-    max_length: int = Field(32_768, ge=16, description="tokens; a longer example is an error, never cut")
+    max_length: int = Field(32_768, ge=16, description="tokens of the student's; no example is ever cut")
+    too_long: Literal["error", "drop"] = Field("error", description="what happens to examples beyond max_length")
+    special_tokens_in_text: Literal["text", "refuse"] = Field(
+        "text", description="special tokens spelled out in a question or completion: learned as plain text, or an error"
+    )
+    train_on: Literal["last", "all"] = Field("last", description="assistant turns of a conversation that are learned")
     scheduler: Literal["cosine_with_min_lr", "linear", "constant"] = "cosine_with_min_lr"
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     warmup_ratio: float = Field(0.03, ge=0, le=1)
@@ -29,6 +35,14 @@ class SFTConfig(Config):
     save_steps: int = Field(200, ge=1)
 
 
+class PublishedScore(Config):
+    """A base's score on a benchmark, as its makers published it."""
+
+    value: float = Field(ge=0, le=100, description="percent")
+    shots: int | None = Field(None, ge=0, description="worked examples in the prompt; none: its source does not say")
+    source: str = Field(min_length=1, description="where it was published")
+
+
 class StudentConfig(Config):
     """One student of the zoo: a base and how it learns."""
 
@@ -37,10 +51,36 @@ class StudentConfig(Config):
     revision: str = "main"
     architecture: Literal["qwen2", "qwen3", "llama"]
     num_parameters: int = Field(ge=1, description="of the base, embeddings counted once where tied")
-    licence: str
+    context_length: int | None = Field(None, ge=16, description="positions that the base was made for")
+    licence: Licence = Field(description="the base's, by its identifier on the Hub")
     chat_template: str | None = Field(None, description="template file to bake in; none: the base's own")
     eos_token: str | None = Field(None, description="end of turn, where the base's own EOS is another token")
+    pad_token: str | None = Field(
+        None,
+        description="padding: a token of the vocabulary, or `add` for a new one; none: the base's, or a reserved one",
+    )
+    published: dict[str, PublishedScore] = Field(
+        default_factory=dict, description="scores of the base before it learns, by benchmark"
+    )
     sft: SFTConfig
+
+    @model_validator(mode="after")
+    def _examples_fit_the_context(self) -> StudentConfig:
+        length, context = self.sft.max_length, self.context_length
+        if context is not None and length > context and self.sft.rope_theta is None:
+            raise ValueError(f"sft.max_length: {length} is past context_length {context}; set sft.rope_theta with it")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that the trained weights depend on.
+
+        The base and the template count by their content, wherever they lie; what is only said of a student, and how
+        often training is saved, changes no weight.
+        """
+        said = ("name", "base", "revision", "num_parameters", "context_length", "licence", "published", "chat_template")
+        settings = self.model_dump(mode="json", exclude=set(said))
+        del settings["sft"]["save_steps"]
+        return settings
 
 
 class DistillConfig(Config):

@@ -249,6 +249,10 @@ class GenerateConfig(Config):
     num_samples: int = Field(1, ge=1, description="samples a prompt; with `adaptive`, in each round")
     adaptive: AdaptiveSampling | None = Field(None, description="more samples where they are worth it; none: a fixed n")
     sampling: Sampling = Sampling()
+    special_tokens_in_text: Literal["text", "refuse"] = Field(
+        "text",
+        description="special tokens of the teacher's that a question spells out: asked as plain text, or an error",
+    )
     grade: bool = Field(True, description="grade while generating: the yield is shown, curation finds the verdicts")
     part: str | None = Field(
         None,

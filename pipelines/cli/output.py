@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from distill.findings import Finding
     from distill.progress import Progress
 
@@ -54,13 +56,24 @@ def print_report(folder: Path) -> None:
     typer.echo(f"report: {folder / 'index.html'}")
 
 
-def print_table(table: object) -> None:
-    """Wide lines stay whole where the output is not a terminal."""
+def print_table(table: Table, *, num_droppable: int = 0) -> None:
+    """Print a table without cutting a word of it.
+
+    Lines stay whole where the output is not a terminal. In a terminal that is too narrow, up to `num_droppable` columns
+    are left out from the right; what is still too wide is folded.
+    """
     from rich.console import Console
+    from rich.measure import Measurement
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=UNWRAPPED)
+    whole = console.options.update(max_width=UNWRAPPED)
+    while num_droppable and Measurement.get(console, whole, table).maximum > console.width:
+        table.columns.pop()
+        num_droppable -= 1
+    for column in table.columns:
+        column.overflow = "fold"
     console.print(table)
 
 

@@ -13,16 +13,25 @@ app = typer.Typer(name="zoo", help="The students that potstill knows.", no_args_
 
 @app.command("list")
 def zoo_list() -> None:
-    """List the students, smallest first."""
+    """List the students, smallest first; GSM8K is the base's published score in percent."""
     from rich.table import Table
 
     from students.zoo import list_students
 
-    table = Table("name", "base", "architecture", "parameters", "licence", box=None, header_style="bold")
+    columns = ("name", "parameters", "licence", "GSM8K", "context", "base", "architecture")
+    table = Table(*columns, box=None, header_style="bold")
     for student in list_students():
-        count = f"{student.num_parameters:,}"
-        table.add_row(student.name, student.base, student.architecture, count, student.licence)
-    print_table(table)
+        score = student.published.get("gsm8k")
+        table.add_row(
+            student.name,
+            f"{student.num_parameters:,}",
+            student.licence,
+            f"{score.value:.1f}" if score else "",
+            f"{student.context_length:,}" if student.context_length else "",
+            student.base,
+            student.architecture,
+        )
+    print_table(table, num_droppable=len(columns) - 2)
 
 
 @app.command("show")
@@ -32,5 +41,5 @@ def zoo_show(name: Annotated[str, typer.Argument(help="a name of `potstill zoo l
 
     from students.zoo import find_student
 
-    settings = find_student(name).model_dump(mode="json")
+    settings = find_student(name).model_dump(mode="json", exclude_none=True)
     typer.echo(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip())

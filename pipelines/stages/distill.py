@@ -112,12 +112,14 @@ def _body(jobs: list[TrainingJob], num_workers: int, progress: Progress) -> Mapp
         else:
             for job in missing:
                 train(job, progress)
-    manifests = {job.name: read_manifest(job.out_dir) for job in jobs}
+    manifests = {job.name: manifest for job in jobs if (manifest := read_manifest(job.out_dir))}
     return {
         "students": len(jobs),
         "trained": len(missing),
-        "tokens": sum(manifest.counts["tokens"] for manifest in manifests.values() if manifest),
-        "seconds": {name: manifest.seconds for name, manifest in manifests.items() if manifest},
+        "tokens": sum(manifest.counts["tokens"] for manifest in manifests.values()),
+        "dropped": {name: manifest.counts["dropped"] for name, manifest in manifests.items()},
+        "dropped_tokens": {name: manifest.counts["dropped_tokens"] for name, manifest in manifests.items()},
+        "seconds": {name: manifest.seconds for name, manifest in manifests.items()},
     }
 
 
@@ -132,6 +134,8 @@ def train(job: TrainingJob, progress: Progress) -> None:
         return {
             "examples": log["num_examples"],
             "tokens": log["num_tokens"],
+            "dropped": log["num_dropped"],
+            "dropped_tokens": log["num_dropped_tokens"],
             "steps": log["num_steps"],
             "first_loss": losses[0],
             "last_loss": losses[-1],

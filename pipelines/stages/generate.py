@@ -11,12 +11,12 @@ each (`distill.wanted`), asked for in rounds (`pipelines.rounds`) and published 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from distill.bundled import locate
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, DataError, RecipeError
 from distill.export import export_traces
 from distill.ledger import Ledger
 from distill.manifest import StageRun
@@ -52,6 +52,8 @@ def generate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     if (done := stage_run.current()) is not None:
         return done
     problems = _problems(recipe, base_dir)
+    if recipe.generate.special_tokens_in_text == "refuse":
+        _refuse_special_tokens(problems, inputs.get("teacher"))
     teacher = (context.open_teacher or _backend(context, out_dir))(recipe.teacher)
     try:
         return stage_run.run(lambda: _body(problems, teacher, recipe, out_dir, context), (PROBLEMS, TRACES))
@@ -94,6 +96,24 @@ def _problems(recipe: Recipe, base_dir: Path) -> PackedProblems:
         return PackedProblems(problems)
     number, count = map(int, recipe.generate.part.split("/"))
     return PackedProblems(problem for problem in problems if int(problem.id, 16) % count == number - 1)
+
+
+def _refuse_special_tokens(problems: Iterable[Problem], folder: Path | None) -> None:
+    """Raise DataError for the first question that spells out a special token of the teacher in `folder`."""
+    field = "generate.special_tokens_in_text"
+    if folder is None:
+        raise RecipeError(
+            "refuse: needs a teacher whose folder is here, for its tokenizer", where="recipe", field=field
+        )
+    from distill.special_tokens import special_tokens
+    from teacher.backends.tokenizer import load_tokenizer
+    from teacher.models.load import read_facts
+
+    specials = special_tokens(load_tokenizer(folder, read_facts(folder)))
+    for problem in problems:
+        if (name := specials.first_in(problem.prompt)) is not None:
+            message = f"spells out the special token {name!r}, which {field} refuses"
+            raise DataError(message, where=problem.source, field=f"prompt {problem.prompt[:40]!r}")
 
 
 def _body(

@@ -108,7 +108,8 @@ def _card(recipe: Recipe, run_dir: Path, folder: Path, scores: list[ScoreCard]) 
         log = json.loads((folder / "train_log.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         raise DataError("not a training log; train the student again", where=folder / "train_log.json") from exc
-    student = parse(StudentConfig, log["student"], where=folder / "train_log.json")
+    trained = parse(StudentConfig, log["student"], where=folder / "train_log.json")
+    student = trained.model_copy(update={"licence": _licence_now(trained, recipe)})
     repo = recipe.push.repo.replace("{student}", student.name)
     check_repo_name(repo, student)
     # Its base, its size's control and the teacher stand beside it; families are for the report.
@@ -124,6 +125,14 @@ def _card(recipe: Recipe, run_dir: Path, folder: Path, scores: list[ScoreCard]) 
         versions={key: value for key, value in (manifest.versions if manifest else {}).items() if value[:1].isdigit()},
     )
     return model_card(repo, student, log, shown, lineage), student, repo
+
+
+def _licence_now(trained: StudentConfig, recipe: Recipe) -> str:
+    """The licence as the student's file has it: a mistake in it is mended without training again."""
+    from students.zoo import find_student
+
+    students = [find_student(name, recipe.distill.overrides) for name in recipe.distill.students]
+    return next((student.licence for student in students if student.name == trained.name), trained.licence)
 
 
 def _dry_run_manifest(config: dict[str, Any], folder: Path, card: str, *, private: bool) -> StageManifest:

@@ -12,8 +12,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from distill.licences import card_fields
 from distill.recipe import StudentConfig
 from distill.records import ScoreCard
+from students.base_folder import is_repository
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,12 @@ def card_data(repo: str, student: StudentConfig, scores: Sequence[ScoreCard]) ->
         )
         for score in scores
     ]
-    on_hub = student.base.count("/") == 1 and not student.base.startswith((".", "/", "~"))
     return ModelCardData(
-        license=student.licence,
+        **card_fields(student.licence),
         language="en",
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=student.base if on_hub else None,
+        base_model=student.base if is_repository(student.base) else None,
         tags=["potstill", "distillation", "reasoning", "sft"],
         model_name=repo.rpartition("/")[2],
         eval_results=results or None,
@@ -128,7 +129,7 @@ def _training(student: StudentConfig, log: Mapping[str, Any], lineage: Lineage) 
         "method": "supervised fine-tuning (TRL), loss on the completion only",
         "learning rate": f"{sft.lr:g}, {schedule}",
         "epochs, batch": f"{sft.num_epochs:g}, {sft.batch_size} examples",
-        "longest example": f"{sft.max_length:,} tokens at most; nothing was cut",
+        "longest example": f"{sft.max_length:,} tokens at most; {_left_out(log)}",
         "examples, tokens": f"{log['num_examples']:,}, {log['num_tokens']:,} ({learned})",
         "steps, seed": f"{log['num_steps']:,}, {log['seed']}",
         "seconds, tokens a second": f"{log['seconds']:,.1f}, {log['tokens_per_s']:,.0f}",
@@ -137,6 +138,12 @@ def _training(student: StudentConfig, log: Mapping[str, Any], lineage: Lineage) 
         "made with": ", ".join(f"{name} {version}" for name, version in lineage.versions.items()),
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]) + "\n"
+
+
+def _left_out(log: Mapping[str, Any]) -> str:
+    if not log.get("num_dropped"):
+        return "nothing was cut"
+    return f"nothing was cut, {log['num_dropped']:,} longer ones ({log['num_dropped_tokens']:,} tokens) were left out"
 
 
 def _licence(student: StudentConfig) -> str:

@@ -1,7 +1,8 @@
 """The students there are: one YAML file each, read by `distill.recipe.load_student`.
 
-Six R1-Distill students on Qwen2.5 and Llama 3 (bases and settings of DeepSeek-R1, arXiv 2501.12948) and four pico
-students on bases that this project bundles. A student of one's own is a file of the same form, named by its path.
+Small published models (SmolLM2, Qwen2.5, Qwen2.5-Coder, Qwen3, Llama 3.2), the six R1-Distill students on Qwen2.5 and
+Llama 3 (bases and settings of DeepSeek-R1, arXiv 2501.12948), and four pico students on bases that this project
+bundles. A student of one's own is a file of the same form, named by its path.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distill.errors import CheckpointError
+from distill.special_tokens import special_tokens
 from teacher.models.gqa.config import FAMILIES
 from teacher.models.load import ModelFacts
 
@@ -38,16 +39,25 @@ def load_tokenizer(folder: Path, facts: ModelFacts, *, of_base: bool = False) ->
 
 
 def render(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """Text of the prompt, up to where the answer begins; without a chat template the question and a line break."""
+    """Text of the prompt, up to where the answer begins; without a chat template the question and a line break.
+
+    Special tokens that the question spells out are veiled: they end no turn, and begin none (`encode_prompt`).
+    """
+    veiled = special_tokens(tokenizer).veil(question)
     if not tokenizer.chat_template:
-        return question + "\n"
-    message = [{"role": "user", "content": question}]
+        return veiled + "\n"
+    message = [{"role": "user", "content": veiled}]
     return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a rendered prompt. A template writes the special tokens itself; without one they are added."""
-    return tokenizer.encode(prompt, add_special_tokens=not tokenizer.chat_template)
+    specials = special_tokens(tokenizer)
+    if tokenizer.chat_template:
+        return specials.encode(prompt)
+    if not specials.is_veiled(prompt):
+        return tokenizer.encode(prompt)
+    return tokenizer.encode("") + specials.encode(prompt)  # models of these families begin with BOS, if with anything
 
 
 def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, facts: ModelFacts) -> tuple[int, ...]:

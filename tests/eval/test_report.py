@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from distill.manifest import run_stage
 from distill.recipe import VerifyConfig
 from distill.verify.audit import Audit, AuditSummary
 from eval.charts import short_count
@@ -179,6 +180,17 @@ def test_a_run_without_families_teacher_or_funnel_has_a_report_too(tmp_path):
                 shutil.rmtree(folder)
     written = write_report(compare_run(run), run / "report", elapsed_s=lambda: 1.0, peak_rss_bytes=1)
     assert written == ["accuracy_by_parameters.png", "index.html", "summary.json"]
+
+
+def test_examples_that_a_student_left_out_are_counted_in_its_tokens(tmp_path):
+    run = write_synthetic_run(tmp_path / "small", questions=2, samples=1)
+    dropped = {"qwen2-0.2m-distilled": 12, "qwen2-0.8m-distilled": 0}
+    counts = {"dropped": dropped, "dropped_tokens": {"qwen2-0.2m-distilled": 60_123, "qwen2-0.8m-distilled": 0}}
+    run_stage("distill", {}, {}, run / "distill", lambda: counts, [])
+    write_report(compare_run(run), run / "report", elapsed_s=lambda: 1.0, peak_rss_bytes=1)
+    words = " ".join("".join(Page((run / "report" / "index.html").read_text()).words).split())
+    assert "qwen2-0.2m-distilled left out 12 of them that are too long for it, 60,123 of its tokens." in words
+    assert "qwen2-0.8m-distilled left out" not in words
 
 
 @pytest.mark.browser

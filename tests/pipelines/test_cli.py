@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +20,7 @@ import pytest
 from tests.repository import REPOSITORY
 
 PICO = "pipelines/recipes/pico.yaml"
+ZOO = {path.stem for path in (REPOSITORY / "students" / "zoo").glob("*.yaml")}
 
 
 def command(*arguments: str) -> list[str]:
@@ -89,13 +96,38 @@ def test_zoo_lists_and_shows_students() -> None:
     names = [line.split()[0] for line in lines[1:]]
     assert names[0] == "qwen2-0.2m"
     assert names[-1] == "r1-distill-llama-70b"
-    assert len(names) == 10
+    assert set(names) == ZOO
     shown = potstill("zoo", "show", "r1-distill-qwen-1.5b")
     assert "base: Qwen/Qwen2.5-Math-1.5B" in shown.stdout
+    published = potstill("zoo", "show", "qwen2.5-0.5b-instruct").stdout
+    assert "licence: apache-2.0" in published
+    assert "  gsm8k:\n    value: 49.6\n    source: https://" in published
     unknown = potstill("zoo", "show", "qwen2-0.5m")
     assert unknown.returncode == 2
     assert unknown.stderr.count("\n") == 1
     assert "did you mean 'qwen2-0." in unknown.stderr
+
+
+@pytest.mark.parametrize("num_columns", [60, 80, 200])
+def test_zoo_list_cuts_no_name_in_a_terminal(num_columns: int) -> None:
+    """What does not fit a narrow terminal is left out column by column; in a pipe everything is there, on one line."""
+    shown, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, num_columns, 0, 0))
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm", "COLUMNS": str(num_columns)}
+    with subprocess.Popen(command("zoo", "list"), cwd=REPOSITORY, env=environment, stdout=terminal) as child:
+        os.close(terminal)
+        text = b""
+        with suppress(OSError):  # Linux answers EIO when the last writer is gone
+            while piece := os.read(shown, 65_536):
+                text += piece
+    os.close(shown)
+    assert child.returncode == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text.decode()).splitlines()
+    assert {line.split()[0] for line in lines[1:]} == ZOO
+    assert len(lines) == 1 + len(ZOO), "no line is folded"
+    assert max(map(len, lines)) <= num_columns
+    assert "…" not in text.decode()
+    assert ("HuggingFaceTB/SmolLM2-135M-Instruct" in text.decode()) == (num_columns == 200)
 
 
 def test_the_token_is_never_shown() -> None:

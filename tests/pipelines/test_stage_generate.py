@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.errors import CheckpointError, DataError, EnvironmentFault, Preempted
+from distill.errors import CheckpointError, DataError, EnvironmentFault, Preempted, RecipeError
 from distill.ledger import Ledger
 from distill.manifest import read_manifest
 from distill.recipe import Recipe
@@ -265,3 +266,18 @@ def test_bad_inputs_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"p\.jsonl:1: not a JSON line"):
         run(tmp_path / "g", SumTeacher(), torn)
     assert not (tmp_path / "g").exists()
+
+
+def test_questions_that_spell_special_tokens_are_refused_by_choice(tmp_path: Path) -> None:
+    questions = ["1 + 1?", "What does <|eos|> do?"]
+    (tmp_path / "p.jsonl").write_text("".join(f"{json.dumps({'prompt': q, 'answer': '2'})}\n" for q in questions))
+    tree = {**recipe().model_dump(), "problems": [{"kind": "local", "path": str(tmp_path / "p.jsonl")}]}
+    tree["generate"] = {"special_tokens_in_text": "refuse", "grade": False}
+    native = {"backend": "native", "model": str(REPOSITORY / "teacher" / "pico")}
+    with pytest.raises(DataError, match=r"prompt 'What does <\|eos\|> do\?': spells out the special token '<\|eos\|>'"):
+        run(tmp_path / "g", SumTeacher(), Recipe.model_validate({**tree, "teacher": native}))
+    with pytest.raises(RecipeError, match=r"generate\.special_tokens_in_text: refuse: needs a teacher whose folder is"):
+        run(tmp_path / "g", SumTeacher(), Recipe.model_validate(tree))
+    assert not (tmp_path / "g").exists()
+    asked = Recipe.model_validate({**tree, "teacher": native, "generate": {"grade": False}})
+    assert run(tmp_path / "g", SumTeacher(), asked).counts["samples"] == 2

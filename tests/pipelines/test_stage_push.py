@@ -117,6 +117,15 @@ def test_a_dry_run_shows_the_tree_and_touches_nothing(trained, monkeypatch):
     assert not (run / "push").exists()
 
 
+def test_a_licence_that_was_mended_is_pushed_without_training_again(trained, tmp_path):
+    recipe, run = trained
+    assert "license: apache-2.0" in push(load_recipe(recipe), run, DRY).counts["card"]
+    mended = yaml.safe_load((recipe.parent / "tiny.yaml").read_text()) | {"licence": "other:qwen-research"}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(mended))
+    card = push(load_recipe(recipe, [f"distill.students.0={tmp_path / 'tiny.yaml'}"]), run, DRY).counts["card"]
+    assert "license: other\nlicense_name: qwen-research\nlicense_link: LICENSE\n" in card
+
+
 @pytest.mark.slow
 def test_what_arrives_is_what_was_trained_and_loads(trained, tmp_path):
     _, run = trained

@@ -14,6 +14,7 @@ from students.preflight import check_student, log_entry, preflight, stop_on_erro
 from tests.students.tiny_bases import make_base, make_examples, make_student
 
 CHECKS = {
+    "licence",
     "architecture",
     "tokenizer_identity",
     "padding",
@@ -41,7 +42,7 @@ def test_a_sound_student_passes_every_check(tmp_path, base, method):
     data = make_examples(tmp_path / "e.parquet", direct=method == "direct")
     findings = preflight(make_student(base), method, data)
     assert {finding.state for finding in findings} == {"ok"}
-    of_examples = {"examples", "truncation", "empty_text", "unknown_text"}
+    of_examples = {"examples", "template_fit", "truncation", "empty_text", "special_tokens", "unknown_text"}
     assert {finding.check for finding in findings} == CHECKS | of_examples
     entries = json.loads(json.dumps([log_entry(finding) for finding in findings]))
     assert {entry["check"] for entry in entries if entry["about"] == "examples"} == of_examples

@@ -80,6 +80,15 @@ def test_a_bundled_base_is_no_repository_and_llama_is_named():
         check_repo_name("me/two words", pico)
 
 
+def test_a_licence_that_the_hub_has_no_name_for_is_written_as_the_hub_wants_it():
+    student = find_student("qwen2.5-3b")
+    log = {**log_of(student), "num_dropped": 12, "num_dropped_tokens": 60_000}
+    text = model_card("x", student, log, [], LINEAGE)
+    card = ModelCard(text)
+    assert (card.data.license, card.data.license_name) == ("other", "qwen-research")
+    assert "8,192 tokens at most; nothing was cut, 12 longer ones (60,000 tokens) were left out" in text
+
+
 def test_what_is_laid_out_is_what_the_tree_says(tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.errors import CheckpointError, DataError, RecipeError, TrainingFailure
 from distill.progress import silent
+from distill.recipe import SFTConfig
 from students import bases, sft
 from students.length_buckets import LengthBuckets
 from students.sft import train_student
@@ -76,7 +77,7 @@ def test_the_inference_prompt_is_a_prefix_of_the_training_tokens(tmp_path, archi
     folder = make_base(tmp_path / "base", architecture=architecture, style=style)
     tokenizer = bases.open_tokenizer(make_student(folder, architecture=architecture, style=style), method, folder)
     data = make_examples(tmp_path / "e.parquet", 8, direct=method == "direct")
-    write_tokens(data, tokenizer, 128, tmp_path / "t.arrow", silent())
+    write_tokens(data, tokenizer, SFTConfig(lr=1e-3, max_length=128), tmp_path / "t.arrow", silent())
     tokenizer.save_pretrained(tmp_path / "shipped")
     shipped = AutoTokenizer.from_pretrained(tmp_path / "shipped")
     rows = Dataset.from_file(str(tmp_path / "t.arrow"))
@@ -123,7 +124,7 @@ def test_an_example_past_max_length_is_named_and_nothing_is_written(tmp_path, ba
 
 
 def test_text_that_the_tokenizer_cannot_write_is_an_error(tmp_path, base, examples):
-    from students.tokens import read_examples
+    from students.examples import read_examples
 
     first = next(read_examples(examples))[0]
     odd = first.model_copy(update={"question": "1 ÷ 2?", "problem_id": "odd"})
@@ -219,7 +220,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, base, examples):
 def _trainer(tmp_path, base, examples, **settings):
     student = make_student(base, **settings)
     tokenizer = bases.open_tokenizer(student, "distilled", base)
-    write_tokens(examples, tokenizer, 128, tmp_path / "t.arrow", silent())
+    write_tokens(examples, tokenizer, student.sft, tmp_path / "t.arrow", silent())
     rows = Dataset.from_file(str(tmp_path / "t.arrow"))
     return CompletionTrainer(
         model=bases.open_model(student, base, tokenizer),

@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2Tokenizer,
+    Qwen3Config,
 )
 
 from distill.recipe import SFTConfig, StudentConfig
@@ -49,9 +50,9 @@ def make_tokenizer(style: str) -> PreTrainedTokenizerBase:
 
 
 def make_base(folder: Path, *, architecture: str = "qwen2", style: str = "chatml", hidden: int = 32, **config) -> Path:
-    """A checkpoint folder: two layers of Qwen2.5 or Llama 3, random weights."""
+    """A checkpoint folder: two layers of Qwen2.5, Qwen3 or Llama 3, random weights."""
     tokenizer = make_tokenizer(style)
-    kind = Qwen2Config if architecture == "qwen2" else LlamaConfig
+    kind = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[architecture]
     settings = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden,
@@ -60,7 +61,7 @@ def make_base(folder: Path, *, architecture: str = "qwen2", style: str = "chatml
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
-        "tie_word_embeddings": architecture == "qwen2",
+        "tie_word_embeddings": architecture != "llama",
         "eos_token_id": tokenizer.eos_token_id,
     }
     torch.manual_seed(1)

@@ -22,6 +22,7 @@ from distill.errors import CheckpointError, DataError, PotstillError, UserInputE
 from distill.logprobs import TokenLogprobs
 from distill.reasoning import END_OF_THINKING, FORCED_END, THINK_LINE
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
+from distill.special_tokens import special_tokens
 from distill.weights import folder_identity
 from teacher.backends.native.fleet import Fleet
 from teacher.backends.native.live import LiveEngine, LocalEngine, WorkerEngines, generate_in_workers
@@ -222,7 +223,7 @@ class NativeBackend:
             prompt, written = render(self.tokenizer, request.problem.prompt), wanted.partial_answer
             if prompt.endswith(THINK_LINE):
                 written = written.removeprefix(THINK_LINE)
-            prompt_ids = self.encode(prompt + written)
+            prompt_ids = encode_prompt(self.tokenizer, prompt + special_tokens(self.tokenizer).veil(written))
         self._checked(prompt_ids, request)
         return Sequence(number, prompt_ids, sampling.max_tokens, request.seed(sampling), _draw(sampling))
 
