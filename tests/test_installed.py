@@ -212,7 +212,7 @@ def test_the_bundled_scale_runs_where_it_is_installed(python: Path, tmp_path: Pa
 def test_the_pages_script_runs_where_potstill_is_installed(python: Path, tmp_path: Path) -> None:
     page = (REPOSITORY / "docs/api.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (tmp_path / "page.py").write_text(script.replace("limit=1024", "limit=128"), encoding="utf-8")
+    (tmp_path / "page.py").write_text(script.replace("limit=2048", "limit=128"), encoding="utf-8")
     ran = run(python, "page.py", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert "would push" in ran.stdout

@@ -21,7 +21,7 @@ from tests.repository import REPOSITORY
 
 PAGE = (REPOSITORY / "docs/api.md").read_text(encoding="utf-8")
 (SCRIPT,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-WHOLE = "limit=1024"
+WHOLE = "limit=2048"
 
 
 def test_the_public_names_are_there_and_on_the_page() -> None:
