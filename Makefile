@@ -141,4 +141,4 @@ torture: $(STAMP) ## Run the long batteries: kills, hostile answers and programs
 	@$(ON_CPU) -m torture --timeout 7200 $(TESTS)
 
 clean: ## Delete .venv and the caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache potstill.egg-info
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache potstill.egg-info

@@ -166,7 +166,7 @@ def read_manifest(folder: Path) -> StageManifest | None:
 
 
 def fingerprint(stage: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> str:
-    return content_id([stage, dict(inputs), dict(config), _version("potstill")])
+    return content_id([stage, dict(inputs), dict(config), version_of("potstill")])
 
 
 class StageRun:
@@ -219,7 +219,7 @@ class StageRun:
                 inputs=hashes,
                 config=self._config,
                 outputs={name: hash_file(out_dir / name) for name in outputs},
-                versions={name: _version(name) for name in VERSIONED},
+                versions={name: version_of(name) for name in VERSIONED},
                 counts=counts,
                 seconds=round(time.monotonic() - started, 3),
                 peak_rss_bytes=peak_rss_bytes(),
@@ -263,7 +263,8 @@ def _outputs_present(folder: Path, manifest: StageManifest) -> bool:
     )
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package, or `not installed`."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
 """The suites and where their questions come from: local files only, each row checked, each fault one line.
 
-`pico` reads the run's own held-out problems (Parquet in the columns of `Problem`); the others read the public benchmark
-files from one folder: `eval.bench_data` of the recipe, else the environment variable POTSTILL_BENCH_DATA.
+`held_out` and `pico` read the run's own held-out problems (Parquet in the columns of `Problem`); the others read the
+public benchmark files from one folder: `eval.bench_data` of the recipe, else the variable POTSTILL_BENCH_DATA.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from distill.errors import DataError, RecipeError, nearest
 from distill.reading.lines import json_rows
-from distill.recipe import DEFAULT_LIMITS, ReadLimits
+from distill.recipe import DEFAULT_LIMITS, OWN_SUITES, ReadLimits
 from distill.records import Problem
 
 TASKS = Path(__file__).parent / "tasks"
@@ -41,7 +41,7 @@ BENCHMARKS: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     ),
     "aime25": ("aime25.json", "problem", lambda row: str(row["answer"])),
 }
-SUITES = ("pico", *BENCHMARKS)
+SUITES = (*OWN_SUITES, *BENCHMARKS)
 
 
 def bench_folder(configured: str | None) -> Path:

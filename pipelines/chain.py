@@ -26,16 +26,16 @@ from pipelines.checks import check_recipe, check_weights
 from pipelines.context import Context
 from pipelines.run_folder import check_run_folder, held
 
-# The function behind each stage, `(recipe, run_dir, context) -> StageManifest`. Its module is imported when it runs:
-# some need seconds for that.
+# The function behind each stage, `(recipe, run_dir, context) -> StageManifest`. Its module, named from this package on,
+# is imported when it runs: some need seconds for that.
 STAGES = {
-    "generate": "pipelines.stages.generate:generate",
-    "curate": "pipelines.stages.curate:curate",
-    "distill": "pipelines.stages.distill:distill",
-    "eval": "pipelines.stages.eval:evaluate",
-    "compare": "pipelines.stages.compare:compare",
-    "push": "pipelines.stages.push:push",
-    "push-traces": "pipelines.stages.push_traces:push_traces",
+    "generate": ".stages.generate:generate",
+    "curate": ".stages.curate:curate",
+    "distill": ".stages.distill:distill",
+    "eval": ".stages.eval:evaluate",
+    "compare": ".stages.compare:compare",
+    "push": ".stages.push:push",
+    "push-traces": ".stages.push_traces:push_traces",
 }
 COMMANDS: dict[str, tuple[str, ...]] = {
     "generate": ("generate",),
@@ -88,7 +88,7 @@ class Stage:
 
     def run(self) -> StageOutcome:
         module, _, name = self.function.partition(":")
-        function: Callable[[Recipe, Path, Context], StageManifest] = getattr(import_module(module), name)
+        function: Callable[[Recipe, Path, Context], StageManifest] = getattr(import_module(module, __package__), name)
         folder = folder_of(self.name, self.run_dir)
         before = _stamp(folder)
         with self.context.progress.task(self.name, None):  # whatever a stage does, it does not do it in silence

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from distill.bundled import locate
 from distill.errors import CheckpointError, RecipeError, nearest
 from distill.gguf import checkpoint_folder
 from distill.manifest import hash_file
@@ -46,7 +47,7 @@ def check_weights(recipe: Recipe, stages: Collection[str], *, known: Collection[
     Folders whose hash is in `known` have been opened before and are left alone. Raises CheckpointError.
     """
     if isinstance(recipe.teacher, NativeTeacher) and {"generate", "eval"} & set(stages):
-        folder = checkpoint_folder(base_dir / recipe.teacher.model)
+        folder = checkpoint_folder(locate(recipe.teacher.model, base_dir))
         if _is_new(folder, known):
             from teacher.backends import check_folder
 
@@ -105,7 +106,7 @@ def _teacher(recipe: Recipe, base_dir: Path, progress: Progress | None) -> str:
     if isinstance(recipe.teacher, RayTeacher):
         where = ", ".join(recipe.teacher.base_urls) or f"{recipe.teacher.num_replicas} replicas"
         return f"{recipe.teacher.model} over Ray: {where}"  # its folder lies on the nodes
-    folder = checkpoint_folder(base_dir / recipe.teacher.model, progress=progress)
+    folder = checkpoint_folder(locate(recipe.teacher.model, base_dir), progress=progress)
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", where=folder)
     check_model_folder(folder)

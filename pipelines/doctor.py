@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from distill.bundled import locate
 from distill.cores import num_cores
 from distill.errors import EnvironmentFault, PotstillError
 from distill.findings import Finding
@@ -112,7 +113,9 @@ def _teacher(recipe: Recipe, base_dir: Path) -> Iterator[Finding]:
             return "whole and finite"
 
         yield _outcome("teacher weights", weights)
-        yield _outcome("teacher prompt", lambda: describe_prompt_of(checkpoint_folder(base_dir / recipe.teacher.model)))
+        yield _outcome(
+            "teacher prompt", lambda: describe_prompt_of(checkpoint_folder(locate(recipe.teacher.model, base_dir)))
+        )
     if isinstance(recipe.teacher, OpenAITeacher):
         yield _endpoint(recipe.teacher)
 

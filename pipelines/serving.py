@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from distill.bundled import locate
 from distill.errors import EnvironmentFault, Preempted, RecipeError
 from distill.gguf import checkpoint_folder
 from distill.progress import Progress, silent
@@ -73,7 +74,7 @@ def serve_teacher(
             serve_node(config, node_rank, base_dir=base_dir, announce=announce)
         return
     key = _key(SERVER_KEY_ENV, host)
-    name = checkpoint_folder(base_dir / config.model, progress=progress).name
+    name = checkpoint_folder(locate(config.model, base_dir), progress=progress).name
     listener = bind(host, port)
 
     from teacher.backends import open_teacher

@@ -10,12 +10,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from types import ModuleType
 from typing import Any
 
 from distill.errors import EnvironmentFault, PotstillError
@@ -57,7 +59,8 @@ class _Worker:
         self.tasks: dict[int, tuple[Task, ExitStack]] = {}
         self.job: str | None = None
         self.process: SpawnProcess = context.Process(target=_serve, args=(work, theirs, num_threads), daemon=True)
-        self.process.start()
+        with _without_main():
+            self.process.start()
         theirs.close()
         stack.callback(self.end)
 
@@ -137,6 +140,18 @@ class _RelayedTask:
 
     def advance(self, amount: float = 1, **facts: str | float) -> None:
         self.relay.send("advance", self.number, amount, facts)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """A spawned process runs the program that spawned it once more, for its definitions. Ours are all in modules, and a
+    person's script must not start its run again in every worker."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _serve(work: Work, connection: Connection, num_threads: int) -> None:

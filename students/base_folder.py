@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from distill import bundled
 from distill.errors import CheckpointError, EnvironmentFault
 from distill.gguf import checkpoint_folder, is_gguf
 from distill.recipe import StudentConfig
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 FETCHED = "models"  # where `potstill models fetch` puts a repository, under the last part of its name
 # A base's texts that go with a student wherever it goes: licence, notices, what use is allowed.
 LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 def locate(path: str) -> Path:
-    """A path of a student file: relative to the current folder, else to the repository that these packages lie in."""
-    here = Path(path)
-    beside = REPOSITORY / path
-    return beside if not here.exists() and beside.exists() else here
+    """A path of a student file: from the current folder, else from these packages."""
+    return bundled.locate(path, Path())
 
 
 def is_repository(base: str) -> bool:

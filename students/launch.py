@@ -26,7 +26,8 @@ from students.zoo import find_student, sft_overrides
 
 def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # launchers in the background hand on that it is ignored
-    parser = argparse.ArgumentParser(prog="students.launch", description="Train one student under accelerate launch.")
+    described = "Train one student under accelerate launch."
+    parser = argparse.ArgumentParser(prog=f"{__package__}.launch", description=described)
     parser.add_argument("--student", required=True, help="name in the zoo, or path of a student file")
     parser.add_argument("--examples", required=True, help="Parquet file: columns of examples, or messages")
     parser.add_argument("--out", required=True, help="checkpoint folder to write")

@@ -2,12 +2,12 @@
 
     python -m tests.reachability [--without-benchmarks]
 
-Reached are, to begin with, what the package's entry points name and what runs as a program: modules with a `__main__`
-block, and those that a string of reached code, a Makefile, a recipe or a template names. From there on by reading
-(`ast`), never by running: a definition is reached when the code of a reached one, or of a loaded module outside of
-definitions, uses its name; a method when its class is reached and its name is used as an attribute or a string
-anywhere in reached code. That is too generous rather than too strict: what is listed here is used by nobody, or by
-tests alone.
+Reached are, to begin with, what the package's entry points name, what `potstill` hands on, and what runs as a program:
+modules with a `__main__` block, and those that a string of reached code, a Makefile, a recipe or a template names. From
+there on by reading (`ast`), never by running: a definition is reached when the code of a reached one, or of a loaded
+module outside of definitions, uses its name; a method when its class is reached and its name is used as an attribute or
+a string anywhere in reached code. That is too generous rather than too strict: what is listed here is used by nobody,
+or by tests alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("distill", "teacher", "students", "eval", "pipelines")
+PACKAGES = ("distill", "teacher", "students", "eval", "pipelines", "potstill")
 TEXTS = ("Makefile", "pyproject.toml", "**/*.yaml", "**/*.jinja", "**/*.sh")
 # Bases whose classes are called by the tree alone; of other foreign bases (torch's modules, HTTP protocols, trainers)
 # every method may be called by the library that they come from.
@@ -171,6 +171,13 @@ class Reach:
             else:
                 self._read(module, node)
 
+    def export(self, package: str) -> None:
+        """All that a package hands on is for people to use, with every public method."""
+        for name, targets in self.modules[package].bindings.items() if package in self.modules else ():
+            self.reach(package, name)
+            for target in targets:
+                self.names.update(method for method in self.methods.get(target, ()) if not method.startswith("_"))
+
     def settle(self) -> None:
         """Read all reached code, and methods as their names come up in it."""
         while True:
@@ -237,7 +244,7 @@ class Reach:
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
                 self._use_name(module, local, node.id)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                self._use_string(node.value)
+                self._use_string(module, node.value)
 
     def _load_bound(self, bindings: Bindings) -> None:
         for where, _ in sorted(set().union(*bindings.values())):
@@ -275,7 +282,9 @@ class Reach:
         else:
             self.load(where)
 
-    def _use_string(self, text: str) -> None:
+    def _use_string(self, module: Module, text: str) -> None:
+        if text.startswith("."):  # of `f"{__package__}.worker"`
+            text = (module.name if module.is_package else module.name.rpartition(".")[0]) + text
         if len(text) < 100 and text not in self.names:
             self.names.add(text)
             if text in self.modules:
@@ -318,6 +327,7 @@ def unreached(folder: Path = ROOT, *, benchmarks: bool = True, allowed: Iterable
     reach = Reach(folder, (*PACKAGES, "benchmarks") if benchmarks else PACKAGES)
     for entry in tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"].values():
         reach.reach(*entry.split(":"))
+    reach.export("potstill")
     for name in allowed:
         reach.reach(*name.rpartition(".")[::2])
     for name, module in reach.modules.items():

@@ -9,7 +9,7 @@ import pytest
 
 from tests.repository import REPOSITORY
 
-PACKAGES = ("distill", "teacher", "students", "eval", "pipelines", "benchmarks")
+PACKAGES = ("distill", "teacher", "students", "eval", "pipelines", "potstill", "benchmarks")
 
 
 def circles(graph: grimp.ImportGraph) -> list[list[str]]:

@@ -24,6 +24,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from distill.bundled import locate
 from distill.errors import RecipeError, nearest
 from distill.problems.split import normalise, split_of
 from distill.reading.yaml_text import read_yaml
@@ -36,7 +37,7 @@ RESERVED = ("seed", "size")
 
 
 def problem_set_path(families: str, base_dir: Path) -> Path:
-    path = base_dir / families
+    path = locate(families, base_dir)
     if not path.is_file():
         raise RecipeError("no such problem set", where=path, field="problems.families")
     return path

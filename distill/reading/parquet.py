@@ -29,8 +29,12 @@ def parquet_faults(path: Path) -> Iterator[None]:
         raise DataError(f"not a readable Parquet file ({exc})", where=path) from exc
 
 
-def parquet_rows(path: Path, limits: ReadLimits, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield rows with their place (`file: row n`, from 1), and those of `columns` that are there. Raises DataError.
+def parquet_rows(
+    path: Path, limits: ReadLimits, columns: Sequence[str] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield rows with their place (`file: row n`, from 1) and all columns, or those of `columns` that are there.
+
+    Raises DataError.
 
     A dictionary's texts stay in it until a row is made: written out, a file of a kilobyte can stand for terabytes.
     """
@@ -55,7 +59,9 @@ def parquet_rows(path: Path, limits: ReadLimits, columns: Sequence[str]) -> Iter
                     yield f"{path}: row {number}", row
 
 
-def _judged(footer: Any, path: Path, limits: ReadLimits, columns: Sequence[str]) -> tuple[list[str], int, list[str]]:
+def _judged(
+    footer: Any, path: Path, limits: ReadLimits, columns: Sequence[str] | None
+) -> tuple[list[str], int, list[str]]:
     """The columns that are there, the rows to unpack at a time, and the parts of columns that have a dictionary.
 
     Raises DataError for a file that says it holds more than `limits` allow.
@@ -63,7 +69,7 @@ def _judged(footer: Any, path: Path, limits: ReadLimits, columns: Sequence[str])
     if footer.num_rows > limits.rows:
         raise DataError(f"has {footer.num_rows} rows, over {limits.rows} (limits.rows)", where=path)
     known = footer.schema.to_arrow_schema().names
-    present = [name for name in dict.fromkeys(columns) if name in known]
+    present = [name for name in dict.fromkeys(known if columns is None else columns) if name in known]
     total, num_rows, packed = 0, BATCH_ROWS, set()
     for number in range(footer.num_row_groups):
         group = footer.row_group(number)

@@ -16,9 +16,9 @@ from distill.recipe.curation import (
     VerifyConfig,
 )
 from distill.recipe.limits import DEFAULT_LIMITS, ReadLimits
-from distill.recipe.problems import DatasetSource, LocalSource, ProblemSource, ReasoningGymSource
-from distill.recipe.reading import load_recipe, load_settings, load_student, parse
-from distill.recipe.results import EvalConfig
+from distill.recipe.problems import DatasetSource, Grader, LocalSource, ProblemSource, ReasoningGymSource
+from distill.recipe.reading import apply_override, load_recipe, load_settings, load_student, parse
+from distill.recipe.results import OWN_SUITES, EvalConfig, PushConfig
 from distill.recipe.students import PublishedScore, SFTConfig, StudentConfig
 from distill.recipe.teachers import (
     SERVER_KEY_ENV,
@@ -37,6 +37,7 @@ from distill.recipe.whole import Recipe
 
 __all__ = [
     "DEFAULT_LIMITS",
+    "OWN_SUITES",
     "SERVER_KEY_ENV",
     "AdaptiveSampling",
     "BestOfN",
@@ -48,6 +49,7 @@ __all__ = [
     "EvalConfig",
     "FlagValue",
     "GenerateConfig",
+    "Grader",
     "JudgeConfig",
     "LocalSource",
     "Mark",
@@ -57,6 +59,7 @@ __all__ = [
     "OpenAITeacher",
     "ProblemSource",
     "PublishedScore",
+    "PushConfig",
     "RayTeacher",
     "ReadLimits",
     "ReasoningGymSource",
@@ -68,6 +71,7 @@ __all__ = [
     "VerifyConfig",
     "VllmServing",
     "VllmTeacher",
+    "apply_override",
     "load_recipe",
     "load_settings",
     "load_student",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from distill.recipe.config import Config
+
+Grader = Literal["math", "choice", "code", "judge"]
 
 
 class ReasoningGymSource(Config):
@@ -25,18 +27,23 @@ class ReasoningGymSource(Config):
 
 
 class LocalSource(Config):
-    """JSON Lines or Parquet on this machine."""
+    """JSON Lines or Parquet on this machine.
+
+    With `split`, one file is both sides of an evaluation: a question's own hash puts it in `train` or `held_out`, as it
+    does with procedural ones.
+    """
 
     kind: Literal["local"] = "local"
     path: str
     prompt_field: str = "prompt"
     answer_field: str = "answer"
     choices_field: str | None = None
-    grader: Literal["math", "choice", "code", "judge"] = "math"
+    grader: Grader = "math"
     tests_field: str | None = Field(None, description="for programs: test code, assertions, or inputs with outputs")
     setup_field: str | None = Field(None, description="for programs: code that the tests need to have run")
     entry_point_field: str | None = Field(None, description="for programs: the function that check(candidate) is given")
-    limit: int | None = Field(None, ge=1)
+    split: Literal["all", "train", "held_out"] = Field("all", description="held_out: one question in eight")
+    limit: int | None = Field(None, ge=1, description="questions at the most, of the split")
 
     @model_validator(mode="after")
     def _programs_have_tests(self) -> Self:
@@ -56,7 +63,7 @@ class DatasetSource(Config):
     prompt_field: str = "problem"
     answer_field: str = "answer"
     choices_field: str | None = None
-    grader: Literal["math", "choice", "code", "judge"] = "math"
+    grader: Grader = "math"
     tests_field: str | None = Field(None, description="for programs: test code, assertions, or inputs with outputs")
     setup_field: str | None = Field(None, description="for programs: code that the tests need to have run")
     entry_point_field: str | None = Field(None, description="for programs: the function that check(candidate) is given")
@@ -69,4 +76,11 @@ class DatasetSource(Config):
         return self
 
 
+def _procedural_by_default(source: Any) -> Any:
+    return {"kind": "reasoning_gym", **source} if isinstance(source, dict) else source
+
+
+HeldOutSource = Annotated[
+    ReasoningGymSource | LocalSource, Field(discriminator="kind"), BeforeValidator(_procedural_by_default)
+]
 ProblemSource = Annotated[ReasoningGymSource | LocalSource | DatasetSource, Field(discriminator="kind")]

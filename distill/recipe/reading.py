@@ -32,7 +32,7 @@ def load_settings(model: type[M], path: Path, overrides: Iterable[str] = ()) -> 
     """The same for settings of any kind, `model`'s."""
     tree = _read_tree(path)
     for text in overrides:
-        _apply_override(tree, text)
+        apply_override(tree, text)
     return parse(model, tree, where=path)
 
 
@@ -86,7 +86,8 @@ def _same_kind(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
     return all(tag not in above or above[tag] == below.get(tag) for tag in ("backend", "kind"))
 
 
-def _apply_override(tree: dict[str, Any], text: str) -> None:
+def apply_override(tree: dict[str, Any], text: str) -> None:
+    """Lay `a.b=value` over a recipe that is not validated yet; the value is read as YAML. Raises RecipeError."""
     dotted, equals, raw = text.partition("=")
     if not equals or not dotted:
         raise RecipeError(f"must be a.b=value, got {text!r}", where="--set")

@@ -8,13 +8,16 @@ from pydantic import Field
 
 from distill.licences import Licence
 from distill.recipe.config import Config, Distinct
-from distill.recipe.problems import ReasoningGymSource
+from distill.recipe.problems import HeldOutSource
 from distill.records import Role, Sampling
+
+# Suites of the recipe's own held-out problems: one that is named for what it is, and that of the bundled scale.
+OWN_SUITES = ("held_out", "pico")
 
 
 class EvalConfig(Config):
     suites: Distinct[str] = ("pico",)
-    held_out: ReasoningGymSource | None = Field(None, description="the problems behind the suite `pico`")
+    held_out: HeldOutSource | None = Field(None, description="the problems behind the suites `held_out` and `pico`")
     bench_data: str | None = Field(None, description="folder of benchmark files; else POTSTILL_BENCH_DATA")
     num_samples: int = Field(4, ge=1, description="samples a question; pass@1 is their mean")
     sampling: Sampling = Sampling()

@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 from distill.recipe.config import Config
 from distill.recipe.curation import CurateConfig, VerifyConfig
 from distill.recipe.limits import ReadLimits
-from distill.recipe.problems import ProblemSource
-from distill.recipe.results import EvalConfig, PushConfig, PushTracesConfig
+from distill.recipe.problems import LocalSource, ProblemSource
+from distill.recipe.results import OWN_SUITES, EvalConfig, PushConfig, PushTracesConfig
 from distill.recipe.students import DistillConfig
 from distill.recipe.teachers import GenerateConfig, TeacherConfig
 
@@ -28,9 +28,11 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _held_out_is_held_out(self) -> Recipe:
-        if "pico" in self.eval.suites and self.eval.held_out is None:
-            raise ValueError("eval.held_out: the suite 'pico' needs its problems")
-        if self.eval.held_out is not None and self.eval.held_out.split != "held_out":
+        held_out = self.eval.held_out
+        if held_out is None and (own := [suite for suite in self.eval.suites if suite in OWN_SUITES]):
+            raise ValueError(f"eval.held_out: the suite {own[0]!r} needs its problems")
+        separate = isinstance(held_out, LocalSource) and held_out.split == "all"  # a file for this alone
+        if held_out is not None and held_out.split != "held_out" and not separate:
             raise ValueError("eval.held_out.split: must be 'held_out'")
         return self
 

@@ -19,7 +19,7 @@ Task = dict[str, Any]
 
 START_S = 120.0  # for imports and for data sets that take their time to be made; never counted to an answer
 END_S = 10.0  # for a killed grader to be gone
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[len(__package__.split("."))]
 
 
 class Keeper:
@@ -29,7 +29,7 @@ class Keeper:
         self._timeout_s = timeout_s
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in kill
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "distill.verify.worker", repr(timeout_s), str(memory_bytes)],
+            [sys.executable, "-m", f"{__package__}.worker", repr(timeout_s), str(memory_bytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

@@ -50,7 +50,7 @@ def problem_of(doc: Mapping[str, Any], prompt: str | None = None) -> Problem:
     )
 
 
-def pico(held_out: str = "", **_: Any) -> dict[str, Any]:
+def held_out(held_out: str = "", **_: Any) -> dict[str, Any]:
     return documents(read_records(Path(held_out), Problem))
 
 

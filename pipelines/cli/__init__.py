@@ -1,5 +1,6 @@
 """The command line, and the only room that prints: one module a concern, put together here.
 
+    potstill init [FOLDER]     potstill --version
     potstill run|generate|distill|eval|compare RECIPE [--set a.b=value] [--out runs]
     potstill push|push-traces|serve RECIPE [--dry-run]     potstill doctor [RECIPE]     potstill zoo list|show
     potstill pretrain RECIPE (under torchrun)     potstill launch JOB [--dry-run]     potstill pico teacher|bases
@@ -16,12 +17,12 @@ import os
 import signal
 import sys
 import traceback
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from distill.errors import EnvironmentFault, PotstillError
-from pipelines.cli import chain, doctor, ledger, models, serving, training, zoo
+from pipelines.cli import chain, doctor, init, ledger, models, serving, training, zoo
 from pipelines.preemption import preemptible
 from pipelines.printing import say
 
@@ -31,12 +32,31 @@ ASKS = "init"  # the one command that asks a person anything
 app = typer.Typer(
     help="Distil a reasoning teacher into small models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for commands in (chain.app, serving.app, doctor.app, zoo.app, training.app, training.pico, ledger.app, models.app):
+for commands in (
+    *(init.app, chain.app, serving.app, doctor.app, zoo.app),
+    *(models.app, training.app, training.pico, ledger.app),
+):
     app.add_typer(commands)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from distill.manifest import version_of
+
+        typer.echo(f"potstill {version_of('potstill')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version_: Annotated[
+        bool, typer.Option("--version", help="show the version and exit", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Distil a reasoning teacher into small models."""
 
 
 def main() -> NoReturn:

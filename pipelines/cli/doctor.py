@@ -21,10 +21,11 @@ def doctor(
 ) -> None:
     """Check this machine, and a recipe if one is given, before anything runs."""
     from pipelines.doctor import examine_machine, examine_recipe
+    from pipelines.recipes import find_recipe
 
     here = Path.cwd()
     findings = examine_machine(here)
     if recipe is not None:
-        findings += examine_recipe(recipe, set_, here, out, command_progress())
+        findings += examine_recipe(find_recipe(recipe), set_, here, out, command_progress())
     print_findings(findings)
     raise typer.Exit(max(finding.exit_code for finding in findings))

@@ -14,7 +14,9 @@ from distill.errors import RecipeError
 if TYPE_CHECKING:
     from distill.recipe import Recipe
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (pipelines/recipes/*.yaml)")]
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="recipe file, or a bundled one's name: pico, tiny, r1-openai, ...")
+]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="A.B=VALUE", help="override one field of the recipe; may be repeated")
 ]
@@ -22,10 +24,11 @@ Runs = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="where runs 
 
 
 def load(path: Path, overrides: list[str]) -> Recipe:
-    """The recipe of a file with its overrides; what is wrong with either raises RecipeError."""
+    """The recipe of a file, or of a bundled one's name, with its overrides. Raises RecipeError."""
     from distill.recipe import load_recipe
+    from pipelines.recipes import find_recipe
 
-    return load_recipe(path, overrides)
+    return load_recipe(find_recipe(path), overrides)
 
 
 @contextmanager

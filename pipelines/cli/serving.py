@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from distill.bundled import locate
 from distill.errors import RecipeError
 from pipelines.cli.output import command_progress
 from pipelines.cli.recipes import Overrides, load, naming
@@ -94,7 +95,7 @@ def _served_teacher(path: Path, overrides: list[str]) -> tuple[TeacherConfig, Sa
     from distill.recipe import NativeTeacher
     from distill.records import Sampling as Settings
 
-    if not (path.is_dir() or is_gguf(path)):
+    if not (locate(str(path), Path()).is_dir() or is_gguf(path)):
         recipe = load(path, overrides)
         return recipe.teacher, recipe.generate.sampling
     if overrides:

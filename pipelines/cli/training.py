@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from distill.bundled import locate
 from distill.errors import UserInputError
 from pipelines.cli.output import command_progress
-from pipelines.cli.recipes import Overrides, RecipePath
+from pipelines.cli.recipes import Overrides
 from pipelines.printing import say
 from pipelines.run_folder import check_writable
 
@@ -33,7 +34,7 @@ def pico_teacher(out: Annotated[Path, typer.Option("--out", metavar="FOLDER")] =
 
 @app.command()
 def pretrain(
-    recipe: RecipePath,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file, such as teacher/train/pico.yaml")],
     set_: Overrides = [],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="the model folder")] = Path("teacher-trained"),
     held_out: Annotated[int, typer.Option(min=1, help="problems a family for the card's accuracy")] = 64,
@@ -42,6 +43,7 @@ def pretrain(
     from distill.progress import silent
     from teacher.train.make import Launch, load_pretrain_config, make_teacher
 
+    recipe = locate(str(recipe), Path())
     rank, num_ranks, local_rank, num_local = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
+from distill.bundled import bundled
 from pipelines.launch.config import LaunchConfig
 
+ABOVE = __package__.removesuffix("pipelines.launch")  # `potstill.` where potstill is installed
+TRAIN = f"{ABOVE}students.launch"
 FSDP = "students/accelerate/fsdp2.yaml"
 
 
@@ -31,12 +35,12 @@ def node_commands(config: LaunchConfig) -> tuple[str, str]:
         return _shell(command), _shell(command)
     if config.job == "train":
         accelerate = [
-            "accelerate", "launch", "--config_file", FSDP, f"--num_machines={config.nodes}",
+            "accelerate", "launch", "--config_file", str(file_of_ours(FSDP)), f"--num_machines={config.nodes}",
             f"--num_processes={config.nodes * config.processes}", OfNode("--machine_rank=", "NODE_RANK"),
             OfNode("--main_process_ip=", "HEAD"), f"--main_process_port={config.rendezvous_port}",
         ]  # fmt: skip
         trained = ["--student", config.student or "", "--examples", config.examples or "", "--out", config.out]
-        command = [*accelerate, "-m", "students.launch", *trained, *_overrides(config), *config.arguments]
+        command = [*accelerate, "-m", TRAIN, *trained, *_overrides(config), *config.arguments]
         return _shell(command), _shell(command)
     head = ["--set", OfNode("teacher.head_address=", "HEAD")] if config.nodes > 1 else []
     of_recipe = [config.recipe or "", *_overrides(config), *head]
@@ -48,6 +52,11 @@ def node_commands(config: LaunchConfig) -> tuple[str, str]:
     if config.nodes == 1:
         return _shell(own), _shell(own)
     return _shell(others if config.job == "serve" else own), _shell(others)
+
+
+def file_of_ours(path: str) -> Path:
+    """A file of these packages as a node names it: from its checkout's folder, or where every node has it installed."""
+    return bundled(path) if ABOVE else Path(path)
 
 
 def _overrides(config: LaunchConfig) -> list[str]:

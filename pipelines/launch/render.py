@@ -9,7 +9,7 @@ import jinja2
 import yaml
 
 from pipelines.launch.config import END_OF_NODE, LaunchConfig
-from pipelines.launch.nodes import node_commands
+from pipelines.launch.nodes import file_of_ours, node_commands
 
 # How a node learns its number and the first one's address.
 _PLACES = {
@@ -40,7 +40,7 @@ def render(config: LaunchConfig) -> str:
     node = node_script(config)
     if config.launcher == "skypilot":
         return _sky_task(config, node)
-    script = Path(config.workdir) / "pipelines" / "launch" / "ray_nodes.py"
+    script = Path(config.workdir) / file_of_ours("pipelines/launch/ray_nodes.py")
     text = _templates.get_template(f"{config.launcher}.sh.jinja").render(
         config=config.model_dump(), node=node, end=END_OF_NODE, script=str(script)
     )

@@ -107,7 +107,7 @@ def _held_out(recipe: Recipe, base_dir: Path, inputs: dict[str, Path]) -> Callab
     def read() -> dict[str, list[str]]:
         questions = {name: read_benchmark(name, folder, recipe.limits) for name in benchmarks}
         if own:
-            questions["pico"] = load_problems(own, base_dir=base_dir)
+            questions["held_out"] = load_problems(own, base_dir=base_dir)
         return {suite: [problem.prompt for problem in of_suite] for suite, of_suite in questions.items()}
 
     return read

@@ -1,6 +1,6 @@
 """The eval stage: teacher, bases, bare-answer students and distilled students of a recipe on its suites.
 
-    run_dir/eval/held_out.parquet              the questions behind the suite `pico`, none of them in the training set
+    run_dir/eval/held_out.parquet              the recipe's own held-out questions, none of them in the training set
     run_dir/eval/<model>/{samples.parquet, scores.json, manifest.json}
     run_dir/eval/manifest.json                 all of them together
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from distill.bundled import locate
 from distill.cores import num_cores
 from distill.errors import DataError
 from distill.gguf import checkpoint_folder
@@ -21,7 +22,16 @@ from distill.manifest import current, read_manifest, run_stage
 from distill.problems import load_problems, normalise, source_files
 from distill.progress import Progress
 from distill.protocols import Teacher
-from distill.recipe import EvalConfig, NativeTeacher, ReadLimits, Recipe, ServedTeacher, TeacherConfig, VerifyConfig
+from distill.recipe import (
+    OWN_SUITES,
+    EvalConfig,
+    NativeTeacher,
+    ReadLimits,
+    Recipe,
+    ServedTeacher,
+    TeacherConfig,
+    VerifyConfig,
+)
 from distill.records import Example, Problem, Role, Sampling, StageManifest
 from distill.tables import read_records, write_records
 from eval.harness import SAMPLES, SCORES, Subject, score_model
@@ -62,7 +72,7 @@ class ScoringJob:
             return self.model
         if not isinstance(self.model, NativeTeacher):
             return None
-        return checkpoint_folder(self.base_dir / self.model.model)
+        return checkpoint_folder(locate(self.model.model, self.base_dir))
 
     @property
     def inputs(self) -> dict[str, Path]:
@@ -185,7 +195,7 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
 
     config = recipe.eval
     given = config.model_fields_set
-    of_pico = config.suites == ("pico",)  # no protocol of its own: the recipe's settings hold, defaults included
+    own = set(config.suites) <= set(OWN_SUITES)  # no protocol of their own: the recipe's settings hold, defaults too
     models: list[tuple[str, Role, Path | TeacherConfig]] = []
     if "teacher" in config.roles:
         models.append(("teacher", "teacher", recipe.teacher))
@@ -207,8 +217,8 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
             role=role,
             model=model,
             suites=config.suites,
-            num_samples=config.num_samples if of_pico or "num_samples" in given else None,
-            sampling=config.sampling if of_pico or "sampling" in given else None,
+            num_samples=config.num_samples if own or "num_samples" in given else None,
+            sampling=config.sampling if own or "sampling" in given else None,
             seed=config.sampling.seed,
             limit=config.limit,
             batch_size=config.batch_size,
@@ -234,6 +244,8 @@ def _task_files(suites: tuple[str, ...], bench_data: str | None) -> dict[str, Pa
     files = {"protocol": TASKS / "_r1_protocol.yaml", "metrics": TASKS / "processors.py"}
     for suite in suites:
         files[f"task:{suite}"] = TASKS / f"{suite}.yaml"
+        if suite in OWN_SUITES:
+            files["task:held_out"] = TASKS / "held_out.yaml"  # both are this one
         if suite in BENCHMARKS:
             files[f"data:{suite}"] = bench_folder(bench_data) / BENCHMARKS[suite][0]
     return files

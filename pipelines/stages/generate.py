@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.bundled import locate
 from distill.errors import CheckpointError, DataError, RecipeError
 from distill.export import export_traces
 from distill.gguf import checkpoint_folder
@@ -45,9 +46,9 @@ def generate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     base_dir, out_dir = context.base_dir, run_dir / "generate"
     inputs = source_files(recipe.problems, base_dir=base_dir)
     if isinstance(recipe.teacher, NativeTeacher):
-        inputs["teacher"] = _checkpoint_folder(base_dir / recipe.teacher.model)
-    elif isinstance(recipe.teacher, VllmServing) and (base_dir / recipe.teacher.model).exists():
-        inputs["teacher"] = base_dir / recipe.teacher.model
+        inputs["teacher"] = _checkpoint_folder(locate(recipe.teacher.model, base_dir))
+    elif isinstance(recipe.teacher, VllmServing) and (model := locate(recipe.teacher.model, base_dir)).exists():
+        inputs["teacher"] = model
     config = _what_matters(recipe)
     stage_run = StageRun("generate", inputs, config, out_dir)
     if (done := stage_run.current()) is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from distill.bundled import locate
 from distill.errors import DataError, RecipeError, nearest
 from distill.manifest import read_manifest, run_stage
 from distill.model_folder import read_config_json
@@ -159,7 +160,7 @@ def _dry_run_manifest(config: dict[str, Any], folder: Path, card: str, *, privat
 
 
 def _teacher(recipe: Recipe, base_dir: Path) -> str:
-    return published_name(recipe.teacher.model, base_dir / recipe.teacher.model)
+    return published_name(recipe.teacher.model, locate(recipe.teacher.model, base_dir))
 
 
 def _problems(recipe: Recipe) -> list[str]:

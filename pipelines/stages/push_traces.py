@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.bundled import locate
 from distill.curate import DroppedTrace, GradedTrace
 from distill.errors import DataError, RecipeError, nearest
 from distill.manifest import read_manifest, run_stage, write_atomically
@@ -153,7 +154,7 @@ def _num_samples(recipe: Recipe, generated: StageManifest) -> str:
 def _without_path(identity: Mapping[str, str], recipe: Recipe, base_dir: Path) -> dict[str, str]:
     """An endpoint may serve its model under the path that it has there."""
     model = recipe.teacher.model
-    published = published_name(model, base_dir / model).replace("`", "")
+    published = published_name(model, locate(model, base_dir)).replace("`", "")
     return {name: value.replace(model, published) for name, value in identity.items()}
 
 

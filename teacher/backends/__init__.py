@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from distill.bundled import locate
 from distill.gguf import checkpoint_folder
 from distill.recipe import NativeTeacher, RayTeacher, TeacherConfig, VllmTeacher
 
@@ -36,7 +37,7 @@ def open_teacher(
             from teacher.backends.native.fleet import open_fleet
 
             kind["over_ranks"] = partial(open_fleet, config=config, progress=progress)
-        folder = checkpoint_folder(base_dir / config.model, progress=progress)
+        folder = checkpoint_folder(locate(config.model, base_dir), progress=progress)
         return open_native(folder, batch_size=config.batch_size, **kind)
     if isinstance(config, VllmTeacher):
         from teacher.backends.vllm.backend import open_vllm

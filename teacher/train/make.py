@@ -86,7 +86,7 @@ def make_teacher(
         layout, num_ranks, where = config.layout, launch.num_ranks, str(launch.recipe)
         unnamed = _architecture(config, dict.fromkeys((BOS, EOS, PAD), 0))
         layout.checked(num_ranks=num_ranks, rows_per_step=config.rows_per_step, model=unnamed, where=where)
-        command = f"torchrun --nproc-per-node {num_ranks} -m pipelines pretrain {where}"
+        command = f"torchrun --nproc-per-node {num_ranks} -m potstill pretrain {where}"
     materials = _materials(config, num_workers=num_workers)
     staging = out_dir.with_name(f".{out_dir.name}.part")
     if launch is None:

@@ -256,3 +256,23 @@ def test_worked_reasoning_of_the_pico_set_ends_in_the_answer(tmp_path: Path) -> 
         assert worked_steps(back) == worked_steps(problem)
         if problem.source not in ("complex_arithmetic", "fraction_simplification"):
             assert problem.answer in numbers, problem
+
+
+def test_a_local_file_is_both_sides_of_an_evaluation(tmp_path: Path) -> None:
+    rows = "".join(json.dumps({"prompt": f"{n} + {n}?", "answer": 2 * n}) + "\n" for n in range(80))
+    (tmp_path / "t.jsonl").write_text(rows, encoding="utf-8")
+    sides = {
+        split: [p.prompt for p in load_problems([LocalSource(path="t.jsonl", split=split)], base_dir=tmp_path)]
+        for split in ("all", "train", "held_out")
+    }
+    assert sorted(sides["train"] + sides["held_out"]) == sorted(sides["all"])
+    assert {split_of(prompt) for prompt in sides["held_out"]} == {"held_out"}
+    few = load_problems([LocalSource(path="t.jsonl", split="held_out", limit=3)], base_dir=tmp_path)
+    assert [problem.prompt for problem in few] == sides["held_out"][:3]
+
+
+def test_a_file_too_small_to_hold_anything_out_says_so(tmp_path: Path) -> None:
+    question = next(text for n in range(99) if split_of(text := f"{n} + 1?") == "train")
+    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": question, "answer": "1"}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"t\.jsonl: problems\.split: none of its 1 questions is in .* 'held_out'"):
+        load_problems([LocalSource(path="t.jsonl", split="held_out")], base_dir=tmp_path)

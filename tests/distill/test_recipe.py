@@ -102,6 +102,13 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("distill.methods", ["distil"], r"distill\.methods\.0: must be 'distilled' or 'direct', got 'distil'"),
         ("eval.held_out", None, r"eval\.held_out: the suite 'pico' needs its problems"),
         ("eval.held_out.split", "train", r"eval\.held_out\.split: must be 'held_out'"),
+        (
+            "eval.held_out",
+            {"kind": "local", "path": "q.jsonl", "split": "train"},
+            r"eval\.held_out\.split: must be 'held",
+        ),
+        ("eval.held_out", {"kind": "local", "pth": "q.jsonl", "path": "q"}, r"held_out\.local\.pth: .*mean 'path'"),
+        ("eval", {"suites": ["held_out"]}, r"eval\.held_out: the suite 'held_out' needs its problems"),
         ("eval", 3, r"eval: .*got 3"),
     ],
 )
@@ -282,3 +289,9 @@ def test_the_documents_list_the_marked_fields() -> None:
     }
     marks = {name: mark for teacher in TEACHERS for name, mark in marked_fields(teacher).items()}
     assert listed == {mark: {name for name, of in marks.items() if of is mark} for mark in Mark}
+
+
+@pytest.mark.parametrize("split", ["all", "held_out"])
+def test_a_local_file_may_be_held_out(tmp_path: Path, split: str) -> None:
+    held_out = {"kind": "local", "path": "q.jsonl", "split": split}
+    assert load_recipe(written(tmp_path, changed("eval.held_out", held_out))).eval.held_out.split == split

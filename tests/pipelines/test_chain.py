@@ -13,6 +13,7 @@ from distill.errors import CheckpointError, DataError, RecipeError
 from distill.manifest import run_stage
 from distill.recipe import Recipe, parse
 from distill.records import StageManifest
+from pipelines import chain
 from pipelines.chain import COMMANDS, NEEDS, STAGES, Stage, _with_recipe, prepare, require_complete
 from pipelines.checks import check_recipe
 from pipelines.context import Context
@@ -57,7 +58,7 @@ def write_three_samples(recipe: Recipe, run_dir: Path, context: Context) -> Stag
 def test_every_stage_of_a_command_is_a_function_with_the_one_signature() -> None:
     for name in {name for names in COMMANDS.values() for name in names}:
         module, _, function = STAGES[name].partition(":")
-        parameters = inspect.signature(getattr(import_module(module), function)).parameters
+        parameters = inspect.signature(getattr(import_module(module, chain.__package__), function)).parameters
         assert list(parameters) == ["recipe", "run_dir", "context"], name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import os
 import pty
 import re
@@ -23,13 +24,13 @@ ZOO = {path.stem for path in (REPOSITORY / "students" / "zoo").glob("*.yaml")}
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from pipelines.cli import main; main()", *arguments]
+    return [sys.executable, "-m", "potstill", *arguments]
 
 
-def potstill(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def potstill(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*arguments),
-        cwd=REPOSITORY,
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
@@ -47,7 +48,7 @@ def test_help_is_quick_and_lists_every_command() -> None:
     assert "typer" in imported
     assert not imported & HEAVY
     assert result.returncode == 0
-    for name in ("run", "generate", "distill", "eval", "compare", "push", "serve", "doctor", "zoo"):
+    for name in ("run", "generate", "distill", "eval", "compare", "push", "serve", "doctor", "zoo", "init"):
         assert f"\n  {name} " in result.stdout
 
 
@@ -60,6 +61,32 @@ def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
     assert result.returncode == 2
     assert "Usage: potstill" in result.stderr
     assert not result.stdout
+
+
+def test_the_version_is_the_packages() -> None:
+    shown = potstill("--version")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout == f"potstill {importlib.metadata.version('potstill')}\n"
+
+
+def test_a_shell_completes_commands_without_heavy_imports() -> None:
+    asked = {"_POTSTILL_COMPLETE": "complete_bash", "COMP_WORDS": "potstill pu", "COMP_CWORD": "1"}
+    completed = potstill(PYTHONPROFILEIMPORTTIME="1", **asked)
+    assert completed.stdout.split() == ["push", "push-traces"]
+    assert not {line.rpartition("|")[2].strip() for line in completed.stderr.splitlines()} & HEAVY
+    script = potstill("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert "_POTSTILL_COMPLETE=complete_bash" in script.stdout
+
+
+def test_a_bundled_recipe_goes_by_its_name_anywhere(tmp_path: Path) -> None:
+    """In a folder that holds none of the files that the recipe names, and one that is called as the recipe is."""
+    (tmp_path / "tiny").mkdir()
+    found = potstill("compare", "tiny", cwd=tmp_path)  # looks for all of them before it misses the scores
+    assert found.stderr.startswith("potstill: runs/tiny/eval/manifest.json: not there yet; run `potstill eval`")
+    unknown = potstill("run", "tny", cwd=tmp_path)
+    assert unknown.returncode == 2
+    assert unknown.stderr == "potstill: tny: neither a file nor one of the bundled recipes; did you mean 'tiny'?\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 def test_zoo_lists_and_shows_students() -> None:

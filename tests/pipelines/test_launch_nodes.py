@@ -105,7 +105,7 @@ def test_bad_input_is_one_line_and_writes_nothing(change: dict[str, Any], said: 
     path, out = tmp_path / "job.yaml", tmp_path / "job.sh"
     tree = {"name": "t", "launcher": "slurm", "job": "generate", "recipe": "r.yaml", "nodes": 2, "workdir": "/w"}
     path.write_text(yaml.safe_dump(tree | change))
-    command = [sys.executable, "-m", "pipelines", "launch", str(path), "--dry-run", "--out", str(out)]
+    command = [sys.executable, "-m", "potstill", "launch", str(path), "--dry-run", "--out", str(out)]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from typing import Any
 
 from distill.recipe import CodeLimits
@@ -23,7 +24,7 @@ from distill.verify.code import callee, examiner, wire
 Result = tuple[VerdictState, str]
 MAX_PROGRAM_CHARS = 200_000
 WAITING = 1.5  # by the clock, for every second of processor time: other programs run as well
-PACKAGES = ("distill", "distill.verify", "distill.verify.code")
+PACKAGES = tuple(accumulate(__package__.split("."), "{}.{}".format))  # from the outermost to this one
 
 
 class ProgramKilled(Exception):

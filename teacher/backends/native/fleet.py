@@ -27,6 +27,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from distill.bundled import locate
 from distill.errors import EnvironmentFault, PotstillError, RecipeError, UserInputError
 from distill.manifest import hash_file
 from distill.progress import Progress, Task, silent
@@ -134,7 +135,7 @@ def serve_node(config: NativeTeacher, number: int, *, base_dir: Path, announce: 
 
     Raises as `open_fleet`, and UserInputError where this node's model or recipe is not that of node 0.
     """
-    folder = base_dir / config.model
+    folder = locate(config.model, base_dir)
     per_node = _checked(folder, config)
     assert config.head_address is not None
     announce(f"node {number}: waiting for node 0 at {config.head_address}:{config.rpc_port}")

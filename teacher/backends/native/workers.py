@@ -72,7 +72,7 @@ class WorkerProcess:
 
     def __enter__(self) -> WorkerProcess:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "teacher.backends.native.workers"]
+        command = [sys.executable, "-m", f"{__package__}.workers"]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
         # A session of its own: a Ctrl-C at the terminal is for this process, which then lets its workers finish.
         self._process = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from distill.bundled import locate
 from distill.errors import CheckpointError, EnvironmentFault
 from distill.gguf import checkpoint_folder, is_gguf
 from distill.model_folder import check_model_folder
@@ -57,7 +58,8 @@ def open_vllm(
 def check_vllm(config: VllmTeacher, *, base_dir: Path) -> str:
     """Say what the backend would serve, in a line; nothing is asked of the Hub. Raises as `open_vllm` does."""
     version = installed_version()
-    if (base_dir / config.model).is_dir() or not is_repository(config.model, base_dir):
+    folder = locate(config.model, base_dir)
+    if folder.exists() or not is_repository(config.model, base_dir):
         folder = _folder(config, base_dir)
         if is_cpu_build(version):
             check_cpu_sizes(folder)
@@ -66,7 +68,7 @@ def check_vllm(config: VllmTeacher, *, base_dir: Path) -> str:
 
 def located(config: VllmTeacher, base_dir: Path) -> VllmTeacher:
     """The config with its model as an absolute folder, or at the commit that the Hub names now."""
-    if (base_dir / config.model).is_dir() or not is_repository(config.model, base_dir):
+    if locate(config.model, base_dir).is_dir() or not is_repository(config.model, base_dir):
         return config.model_copy(update={"model": str(_folder(config, base_dir).resolve())})
     return config.model_copy(update={"revision": _commit(config.model, config.revision)})
 
@@ -207,7 +209,7 @@ def is_repository(model: str, base_dir: Path) -> bool:
 
 
 def _folder(config: VllmTeacher, base_dir: Path) -> Path:
-    folder = checkpoint_folder(base_dir / config.model)
+    folder = checkpoint_folder(locate(config.model, base_dir))
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", where=folder, field="teacher.model")
     check_model_folder(folder)

@@ -32,7 +32,7 @@ from distill.records import content_id
 
 VERSION_FLOOR = "0.22.0"
 KEY_VARIABLE = "VLLM_API_KEY"
-MIDDLEWARE = "teacher.backends.vllm.routes.AllowList"
+MIDDLEWARE = f"{__package__}.routes.AllowList"
 # Weights arrive from disk or network at no less than this; the rest is imports, kernels, CUDA graphs.
 LOAD_BYTES_PER_S = 200e6
 STARTUP_S = 300.0

@@ -84,7 +84,7 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}",
-        f"--max-restarts={restarts}", "--monitor-interval=0.5", "-m", "pipelines", "pretrain", *arguments,
+        f"--max-restarts={restarts}", "--monitor-interval=0.5", "-m", "potstill", "pretrain", *arguments,
     ]  # fmt: skip
     outside = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(command, env=outside, capture_output=True, text=True, timeout=280, check=False)
