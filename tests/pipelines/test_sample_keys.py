@@ -96,7 +96,7 @@ def change_one_weight(world: World) -> None:
 def another_engine(world: World) -> None:
     import teacher.backends.native.backend as native
 
-    world.patch.setattr(native, "ENGINE_VERSION", "3")
+    world.patch.setattr(native, "ENGINE_VERSION", "another")
 
 
 IN_A_FOLDER: dict[str, tuple[Change, int]] = {

@@ -62,7 +62,7 @@ from teacher.models.load import ModelFacts, check_weights, load_model, read_fact
 
 # Part of every sample's key. Raise it when the same weights, request and seed would give another text; the second is
 # that of other precisions than FP32, whose texts also change with the kernels' rounding.
-ENGINE_VERSION, ROUNDED_ENGINE_VERSION = "2", "3"
+ENGINE_VERSION, ROUNDED_ENGINE_VERSION = "3", "3"
 # Models up to this size generate in one process a core, each with a copy of the weights (FP32: 0.4 GB).
 _WORKER_PARAMETERS = 100_000_000
 

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from teacher.engine.cache import CacheShape
 from teacher.engine.step import Decodes, Step
-from teacher.models.arithmetic import fp32_product
+from teacher.models.arithmetic import fp32_product, linear
 from teacher.models.gqa.operations import GqaOperations, gqa_operations_for
 from teacher.models.gqa.weights import GqaLayer, GqaWeights, Linear, load_gqa
 
 
 class GqaModel:
     """A `teacher.engine.architecture.Architecture`."""
+
+    packed = True  # its matrices, on a CPU
 
     def __init__(self, weights: GqaWeights, operations: GqaOperations | None = None) -> None:
         self.weights = weights
@@ -41,7 +43,7 @@ class GqaModel:
         """A checkpoint folder; without `dtype` in FP32 on a CPU, in BF16 on a GPU."""
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return cls(load_gqa(folder, device, dtype))
+        return cls(load_gqa(folder, device, dtype, packed=cls.packed))
 
     @property
     def precision(self) -> str:
@@ -83,8 +85,8 @@ class GqaModel:
     def _norm(self, x_MD: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x_MD, (x_MD.shape[-1],), weight, self.config.rms_norm_eps)
 
-    def _linear(self, x: Tensor, linear: Linear) -> Tensor:
-        return F.linear(x, linear.weight, linear.bias)
+    def _linear(self, x: Tensor, part: Linear) -> Tensor:
+        return linear(x, part.weight, part.bias)
 
     def _silu(self, x: Tensor) -> Tensor:
         return F.silu(x)

@@ -20,6 +20,7 @@ from distill.errors import CheckpointError, nearest
 from distill.weights import INDEX, StoredTensor
 from teacher.model.checkpoint import check_finite
 from teacher.model.shards import read_tensors, stored_tensors
+from teacher.models.arithmetic import pack, packs
 from teacher.models.gqa.config import GqaConfig, read_gqa_config, rotary_table
 
 
@@ -43,7 +44,7 @@ class GqaLayer:
 
 @dataclass(frozen=True)
 class GqaWeights:
-    """`head` is `embedding` where the two are tied; cos and sin are FP32 [positions, A/2]."""
+    """`head` is `embedding` where they are tied and matrices not packed; cos and sin are FP32 [positions, A/2]."""
 
     config: GqaConfig
     embedding: Tensor
@@ -62,8 +63,10 @@ class _Place(NamedTuple):
     shape: tuple[int, ...]
 
 
-def load_gqa(folder: Path, device: torch.device, dtype: torch.dtype) -> GqaWeights:
-    """Raises CheckpointError for anything that is missing, unknown, duplicate, of a wrong shape, truncated, outside the
+def load_gqa(folder: Path, device: torch.device, dtype: torch.dtype, *, packed: bool = False) -> GqaWeights:
+    """The folder's weights; `packed`: matrices as `teacher.models.arithmetic.linear` takes them fastest on a CPU.
+
+    Raises CheckpointError for anything that is missing, unknown, duplicate, of a wrong shape, truncated, outside the
     folder, or not finite."""
     config = read_gqa_config(folder)
     places = _places(config)
@@ -79,7 +82,7 @@ def load_gqa(folder: Path, device: torch.device, dtype: torch.dtype) -> GqaWeigh
         check_finite(stored, name, tensor)
         place = places[name]
         state[place.entry][place.first_row : place.first_row + place.shape[0]].copy_(tensor)
-    return _assembled(config, state)
+    return _assembled(config, state, packed=packed and packs(device, dtype))
 
 
 def check_gqa(folder: Path) -> None:
@@ -157,9 +160,10 @@ def _check_names(folder: Path, stored: dict[str, StoredTensor], places: dict[str
             raise CheckpointError("missing tensor", where=where, field=name)
 
 
-def _assembled(config: GqaConfig, state: dict[str, Tensor]) -> GqaWeights:
+def _assembled(config: GqaConfig, state: dict[str, Tensor], *, packed: bool) -> GqaWeights:
     def linear(name: str) -> Linear:
-        return Linear(state[name], state.get(f"{name}.bias"))
+        weight = state.pop(name)  # as it was read, it need not outlast its packing
+        return Linear(pack(weight) if packed else weight, state.get(f"{name}.bias"))
 
     layers = tuple(
         GqaLayer(
@@ -175,5 +179,8 @@ def _assembled(config: GqaConfig, state: dict[str, Tensor]) -> GqaWeights:
         for index in range(config.num_hidden_layers)
     )
     embedding = state["embedding"]
+    head = state.pop("head", embedding)
+    if packed:
+        head = pack(head.float())  # logits are computed in FP32
     cos, sin = (table.to(embedding.device) for table in rotary_table(config))
-    return GqaWeights(config, embedding, layers, state["norm"], state.get("head", embedding), cos, sin)
+    return GqaWeights(config, embedding, layers, state["norm"], head, cos, sin)

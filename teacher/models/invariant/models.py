@@ -61,6 +61,8 @@ class _Invariant:
 class InvariantGqaModel(_Invariant, GqaModel):
     """Raises UserInputError for weights on a GPU or not in FP32, EnvironmentFault for uneven products."""
 
+    packed = False
+
     @one_thread()
     def __init__(self, weights: GqaWeights) -> None:
         _check_embedding(weights.embedding)
