@@ -23,12 +23,12 @@ from distill.errors import (
     UserInputError,
 )
 from distill.manifest import version_of
+from distill.plain_progress import PlainProgress
 from distill.progress import Progress, silent
 from distill.recipe import PushConfig, Recipe, load_recipe, parse
 from distill.records import ScoreCard, StageManifest
 from pipelines import chain
 from pipelines.context import Context
-from pipelines.display import PlainProgress
 from pipelines.draft import check_draft, draft_recipe
 from pipelines.recipes import find_recipe
 

@@ -13,7 +13,11 @@ from pathlib import Path
 
 RUN = "POTSTILL_TEST_RUN"
 # They end with the process that started them, and live as long.
-SERVANTS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "chat_templates/worker.py")
+SERVANTS = (
+    *("multiprocessing.resource_tracker", "multiprocessing.forkserver"),
+    "torch/_inductor/compile_worker",
+    "chat_templates/worker.py",
+)
 # A process that was told to end may take a moment.
 GRACE_S = 5.0
 

@@ -30,6 +30,7 @@ WORDS: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
     "literal_error": "must be {expected}",
     **dict.fromkeys(("string_type", "string_unicode"), "must be text"),
     "string_pattern_mismatch": "must be of the form {pattern}",
+    "string_too_short": lambda context: _least(context["min_length"], "characters"),
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number, written in digits"),
     "int_parsing_size": TOO_LARGE,
     **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
@@ -40,12 +41,20 @@ WORDS: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
     "less_than": "must be below {lt:g}",
     "less_than_equal": "must be at most {le:g}",
     **dict.fromkeys(("tuple_type", "list_type"), "must be a list"),
-    "too_short": lambda context: _least(context["min_length"]),
+    "too_short": lambda context: _least(context["min_length"], "entries"),
     "too_long": "must have at most {max_length} entries",
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a mapping"),
 }
 # The error says all: what was got would say nothing, or is not there.
-WITHOUT_VALUE = {"missing", "union_tag_not_found", "value_error", "extra_forbidden", "invalid_key", "too_short"}
+WITHOUT_VALUE = {
+    "missing",
+    "union_tag_not_found",
+    "value_error",
+    "extra_forbidden",
+    "invalid_key",
+    "too_short",
+    "string_too_short",
+}
 
 
 def fault_of(exc: ValidationError, model: type[BaseModel], tree: Any, where: Path | str) -> RecipeError:
@@ -106,8 +115,8 @@ def _kind(value: Any) -> str:
     return next((name for of, name in kinds if isinstance(value, of)), f"a {type(value).__name__}")
 
 
-def _least(length: int) -> str:
-    return "must not be empty" if length == 1 else f"must have at least {length} entries"
+def _least(length: int, parts: str) -> str:
+    return "must not be empty" if length == 1 else f"must have at least {length} {parts}"
 
 
 def _words(error: Mapping[str, Any], model: type[BaseModel]) -> str:
@@ -162,6 +171,6 @@ def _keys_beside(model: type[BaseModel], loc: Location) -> set[str]:
             if "allOf" in node:
                 node = node["allOf"][0]
             for option in node.get("anyOf", ()):
-                if "$ref" in option:
+                if "$ref" in option or "discriminator" in option:
                     node = option
     return set(resolve(node).get("properties", {}))

@@ -107,7 +107,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
             {"kind": "local", "path": "q.jsonl", "split": "train"},
             r"eval\.held_out\.split: must be 'held",
         ),
-        ("eval.held_out", {"kind": "local", "pth": "q.jsonl", "path": "q"}, r"held_out\.local\.pth: .*mean 'path'"),
+        ("eval.held_out", {"kind": "local", "pth": "q.jsonl", "path": "q"}, r"held_out\.pth: .*mean 'path'"),
         ("eval", {"suites": ["held_out"]}, r"eval\.held_out: the suite 'held_out' needs its problems"),
         ("eval", 3, r"eval: .*got 3"),
     ],

@@ -79,6 +79,7 @@ REFUSALS: dict[str, set[str]] = {
     "list": {"list_type"},
     "dict": {"dict_type"},
     "function-after": {"value_error"},
+    "function-before": set(),  # it lays a default below what is given, and refuses nothing
     **{kind: set() for kind in ("any", "default", "nullable", "union", "definitions", "definition-ref", "model-field")},
 }
 

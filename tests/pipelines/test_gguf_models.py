@@ -108,7 +108,7 @@ def test_a_broken_file_is_one_line_at_every_door(tmp_path: Path, file: Path, cha
         open_teacher(recipe.teacher, base_dir=tmp_path)
     with pytest.raises(CheckpointError, match=message):
         preflight(parse(StudentConfig, make_student(file).model_dump(), where="test"), "distilled")
-    found = {finding.check: finding for finding in examine_recipe(path, (), tmp_path)}
+    found = {finding.check: finding for finding in examine_recipe(path, (), tmp_path, tmp_path / "runs")}
     assert found["teacher"].exit_code == found["students"].exit_code == 2
 
 

@@ -137,8 +137,8 @@ def test_a_hostile_file_is_refused_in_one_line(forks: subprocess.Popen[str], own
     for arguments in set(case.commands) - {DOCTOR}:
         assert_refused(case, arguments, forked(forks, arguments, own_world))
         assert not (own_world / TRAP).exists()
-    # A ledger's lock stays; a data set is asked for only when its run has begun.
-    begun = ("other.sqlite.lock", "runs/tiny-world/recipe.yaml")
+    # Locks stay; a data set is asked for only when its run has begun.
+    begun = ("other.sqlite.lock", "runs/tiny-world/.lock", "runs/tiny-world/recipe.yaml")
     assert {name: seen for name, seen in tree_of(own_world).items() if name not in begun} == before
 
 

@@ -15,7 +15,7 @@ from distill.records import Example
 from students import bases
 from students.sft import train_student
 from students.tokens import IGNORED, write_tokens
-from teacher.backends.tokenizer import encode_prompt, render
+from teacher.backends.tokenizer import encode_prompt, render_question
 from tests.students.tiny_bases import make_base, make_examples, make_student, write_examples
 
 
@@ -93,11 +93,11 @@ def test_a_question_that_spells_special_tokens_is_asked_as_it_was_learned(tmp_pa
     (row,), _, tokenizer = rows_of(tmp_path, base, data)
     tokenizer.save_pretrained(tmp_path / "shipped")
     served = PreTrainedTokenizerFast.from_pretrained(tmp_path / "shipped")
-    prompt = encode_prompt(served, render(served, SMUGGLED))
+    prompt = encode_prompt(served, render_question(served, SMUGGLED))
     assert row["input_ids"][: len(prompt)] == prompt
     assert prompt == [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED]
     served.chat_template = None
-    assert tokenizer.eos_token_id not in encode_prompt(served, render(served, SMUGGLED))
+    assert tokenizer.eos_token_id not in encode_prompt(served, render_question(served, SMUGGLED))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from students.preflight import preflight
 from students.publish.hub import lay_out
 from students.sft import train_student
 from students.tokens import IGNORED, write_tokens
-from teacher.backends.tokenizer import render
+from teacher.backends.tokenizer import render_question
 from tests.students.tiny_bases import make_base, make_examples, make_student
 
 # Qwen3's template (Qwen/Qwen3-0.6B) without its tools.
@@ -237,7 +237,7 @@ def test_the_control_of_a_hybrid_base_answers_without_thinking_wherever_it_is_as
     question = [{"role": "user", "content": "1 + 1?"}]
     asked = shipped.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
     assert asked.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    served = render(PreTrainedTokenizerFast.from_pretrained(tmp_path / "out"), "1 + 1?")
+    served = render_question(PreTrainedTokenizerFast.from_pretrained(tmp_path / "out"), "1 + 1?")
     assert served == asked
     thinking = shipped.apply_chat_template(question, add_generation_prompt=True, tokenize=False, enable_thinking=True)
     assert thinking.endswith("<|im_start|>assistant\n")
@@ -261,6 +261,6 @@ def test_a_template_that_asks_for_the_date_is_rendered_alike_on_every_day(tmp_pa
     own = AutoTokenizer.from_pretrained(base).chat_template
     (folder / "chat_template.jinja").write_text(dated + "{{- 'Today Date: ' + date_string + '\\n' }}" + own)
     tokenizer = bases.open_tokenizer(make_student(folder), "direct", folder)
-    assert render(tokenizer, "1 + 1?").startswith("Today Date: 26 Jul 2024\n<|im_start|>user")
+    assert render_question(tokenizer, "1 + 1?").startswith("Today Date: 26 Jul 2024\n<|im_start|>user")
     question = [{"role": "user", "content": "1 + 1?"}]
     assert "1 Jan 2020" in tokenizer.apply_chat_template(question, tokenize=False, date_string="1 Jan 2020")

@@ -85,7 +85,9 @@ def test_a_worker_tells_its_counts_as_it_goes(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(workers, "COUNTS_EVERY_S", 0.0)
     settings = EngineSettings(folder, batch_size=2, eos_token_ids=frozenset())
     sequences = [Sequence(n, [5, 6, 7], 9, n, SamplingParams(0.0)) for n in range(3)]
-    lines = io.StringIO("\n".join([json.dumps(settings.packed()), begin_line(sequences), workers.END_LINE]) + "\n")
+    lines = io.StringIO(
+        "\n".join([json.dumps(settings.packed()), begin_line(enumerate(sequences)), workers.END_LINE]) + "\n"
+    )
     output = io.StringIO()
     workers._work(lines, output)
     news = [json.loads(line) for line in output.getvalue().splitlines()]
