@@ -3,6 +3,7 @@
     python -m benchmarks.serve [--engines ours,vllm,transformers]
 
 On a GPU: decode steps and prefill of a slice of DeepSeek-V3 (`v3`). On a CPU: the bundled pico teacher and a student
-under 64 requests at once, and ours under half and twice as many (`pico`). Every engine runs in a process of its own;
-one that is not installed, or fails, is left out and named. Results go to benchmarks/results/<device>/serve.json.
+under 64 requests at once, and ours under half and twice as many (`pico`); published models in FP32 and BF16 at 1, 6 and
+32 streams, where they have been fetched (`real`). Every engine runs in a process of its own; one that is not installed,
+or fails, is left out and named. Results go to benchmarks/results/<device>/serve.json.
 """

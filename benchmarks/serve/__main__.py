@@ -19,7 +19,7 @@ import torch
 from benchmarks import serve
 from benchmarks.device import device_name, driver_version, write_result
 from benchmarks.generation import machine_speed
-from benchmarks.serve import pico, v3
+from benchmarks.serve import pico, real, v3
 from distill.cores import num_cores
 
 PACKAGES = ("torch", "transformers", "vllm")
@@ -46,6 +46,8 @@ def main() -> None:
 def _one(args: argparse.Namespace) -> dict[str, Any]:
     if args.scenario in pico.MODELS:
         return pico.ENGINES[args.engine](pico.MODELS[args.scenario], pico.scale(toy=args.dry_run))
+    if args.scenario in (published := real.scenarios()):
+        return real.ENGINES[args.engine](*published[args.scenario], real.scale(toy=args.dry_run))
     return v3.ENGINES[args.engine](args.folder, _slice(args))
 
 
@@ -64,6 +66,7 @@ def _compare(args: argparse.Namespace) -> None:
         rows += _measure_slice(args, device, details, missing)
     if not on_gpu:
         rows += _measure_bundled(args, details, missing)
+        rows += _measure_published(args, missing)
     for row in rows:
         share = f"{row['share_of_floor']:.0%}" if row["share_of_floor"] else "-"
         step = f"{row['step_ms']:.3f} ms" if row["step_ms"] else "-"
@@ -109,14 +112,22 @@ def _measure_bundled(args: argparse.Namespace, details: dict[str, Any], missing:
         yield from pico.rows(model, pico.scale(toy=args.dry_run), _measure(args, model, None, missing), *speed)
 
 
+def _measure_published(args: argparse.Namespace, missing: list[str]) -> Iterator[dict[str, Any]]:
+    found = real.scenarios()
+    if not found:
+        missing.append("published models: none in models/ or $POTSTILL_MODELS (potstill models fetch small)")
+    for scenario in found:
+        yield from real.rows(scenario, real.scale(toy=args.dry_run), _measure(args, scenario, None, missing))
+
+
 def _measure(args: argparse.Namespace, scenario: str, folder: Path | None, missing: list[str]) -> dict[str, Any]:
     given = [f"--moe-layers={args.moe_layers}", f"--batches={args.batches}", f"--scenario={scenario}"]
     given += [f"--folder={folder}"] if folder else []
     given += ["--dry-run"] if args.dry_run else []
     found = {}
-    able = v3.ENGINES if scenario == "v3" else pico.ENGINES
+    able = v3.ENGINES if scenario == "v3" else pico.ENGINES if scenario in pico.MODELS else real.ENGINES
     for name in args.engines.split(","):
-        if name not in able and name in pico.ENGINES:  # the slice has no batch-invariant form
+        if name not in able and name in pico.ENGINES:  # not every scenario has every engine
             continue
         print(f"{scenario}, {name}:", flush=True)
         result = _run([sys.executable, "-m", "benchmarks.serve", f"--engine={name}", *given])

@@ -53,7 +53,7 @@ def ours(folder: Path, scale: Scale, *, batch_invariant: bool = False) -> dict[s
         for _ in prompts:
             left.acquire()
 
-    result = _timed(generate, folder, scale, scale.requests)
+    result = timed(generate, folder, scale, scale.requests)
     engines.close()
     return result
 
@@ -75,6 +75,13 @@ def transformers(folder: Path, scale: Scale) -> dict[str, Any]:
             scratch if latent else folder, dtype=torch.float32, trust_remote_code=False
         ).eval()
 
+    return timed(generate_padded(model), folder, scale, scale.requests[:1])
+
+
+def generate_padded(model: Any) -> Generate:
+    """All requests as one batch of transformers' `generate`, padded at the left."""
+    import torch
+
     def generate(prompts: list[list[int]], num_tokens: int) -> None:
         longest = max(len(ids) for ids in prompts)
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
@@ -82,7 +89,7 @@ def transformers(folder: Path, scale: Scale) -> dict[str, Any]:
         settings = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False, "pad_token_id": 0}
         model.generate(ids, attention_mask=mask, **settings)
 
-    return _timed(generate, folder, scale, scale.requests[:1])
+    return generate
 
 
 def vllm(folder: Path, scale: Scale) -> dict[str, Any]:
@@ -101,7 +108,7 @@ def vllm(folder: Path, scale: Scale) -> dict[str, Any]:
         sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
         llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
 
-    return _timed(generate, folder, scale, scale.requests[:1])
+    return timed(generate, folder, scale, scale.requests[:1])
 
 
 ENGINES: dict[str, Callable[[Path, Scale], dict[str, Any]]] = {
@@ -126,7 +133,7 @@ def rows(
             }  # fmt: skip
 
 
-def _timed(generate: Generate, folder: Path, scale: Scale, requests: list[int]) -> dict[str, Any]:
+def timed(generate: Generate, folder: Path, scale: Scale, requests: list[int]) -> dict[str, Any]:
     """Seconds a whole run, medians."""
     prompts = tokenised_prompts(folder, read_facts(folder), max(requests))
     generate(prompts, scale.num_tokens)

@@ -65,6 +65,10 @@ class NativeTeacher(OverNodes):
     batch_invariant: bool = Field(
         False, description="on a CPU: the same bits for a request whatever is computed beside it; slower"
     )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of a student's folder on a CPU: bfloat16 reads half the bytes of float32, which is auto there",
+    )
     num_ranks: int = Field(1, ge=1, description="of a deepseek_v3 folder, in FP8; each has sequences of its own")
     num_redundant: Annotated[int, Mark.SPEED] = Field(
         0, ge=0, description="slots beyond one an expert, for those that are used most"
@@ -83,6 +87,8 @@ class NativeTeacher(OverNodes):
         for name in ("speculate", "batch_invariant") if self.num_ranks > 1 else ():
             if getattr(self, name):
                 raise ValueError(f"{name}: is for one rank, got num_ranks {self.num_ranks}")
+        if self.dtype != "auto" and (self.num_ranks > 1 or self.batch_invariant):
+            raise ValueError(f"dtype: {self.dtype} goes neither with ranks nor with batch_invariant")
         for name in ("in_halves", "num_redundant", "rebalance") if self.num_ranks == 1 else ():
             if getattr(self, name):
                 raise ValueError(f"{name}: is for several ranks")

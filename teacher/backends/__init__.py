@@ -32,6 +32,7 @@ def open_teacher(
         from teacher.backends.native.backend import open_native
 
         kind: dict[str, Any] = {"speculate": config.speculate, "batch_invariant": config.batch_invariant}
+        kind["dtype"] = None if config.dtype == "auto" else config.dtype
         kind["as_student"] = not needs_template
         if config.num_ranks > 1:
             from teacher.backends.native.fleet import open_fleet

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from distill.errors import CheckpointError, nearest
+from distill.errors import CheckpointError, UserInputError, nearest
 from distill.model_folder import check_model_folder, read_config_json
 from teacher.engine.architecture import Architecture
 from teacher.model.checkpoint import check_checkpoint
@@ -48,13 +48,23 @@ def read_facts(folder: Path) -> ModelFacts:
 
 
 def load_model(
-    folder: Path, device: torch.device, *, with_mtp: bool = False, batch_invariant: bool = False
+    folder: Path,
+    device: torch.device,
+    *,
+    with_mtp: bool = False,
+    batch_invariant: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Architecture:
     """The folder's model: in FP32 on a CPU; on a GPU in BF16, or in FP8 where folder and GPU are for it.
 
-    `batch_invariant` is for CPUs. Raises CheckpointError for anything wrong with config or weights, UserInputError for
-    `batch_invariant` on a GPU.
+    `batch_invariant` is for CPUs, `dtype` for students' architectures on them. Raises CheckpointError for anything
+    wrong with config or weights, UserInputError for `batch_invariant` or `dtype` where they are not for.
     """
+    if dtype is not None and (_model_type(folder) == LATENT or device.type != "cpu"):
+        message = f"{dtype} is for {', '.join(FAMILIES)} on a CPU; this is {_model_type(folder)} on a {device.type}"
+        raise UserInputError(message, where="teacher", field="dtype")
+    if dtype is not None:
+        return GqaModel.load(folder, device, dtype)
     if _model_type(folder) == LATENT:
         return (InvariantLatentModel if batch_invariant else LatentModel).load(folder, device, with_mtp=with_mtp)
     return (InvariantGqaModel if batch_invariant else GqaModel).load(folder, device)

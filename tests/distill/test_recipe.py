@@ -256,7 +256,7 @@ def test_no_tree_whatever_ends_in_anything_but_one_line(
 
 ASKED = {"model", "revision", "system_prompt", "extra_body", "budget_forcing", "think_prefilled"}
 TEACHERS = {
-    NativeTeacher: {"backend", "model", "batch_invariant", "num_ranks"},
+    NativeTeacher: {"backend", "model", "batch_invariant", "dtype", "num_ranks"},
     OpenAITeacher: {"backend", "base_url", *ASKED},
     VllmTeacher: {"backend", "flags", "environment", *ASKED},
     RayTeacher: {"backend", "flags", "environment", *ASKED},

@@ -73,6 +73,7 @@ def open_native(
     batch_size: int,
     speculate: bool = False,
     batch_invariant: bool = False,
+    dtype: str | None = None,
     as_student: bool = False,
     over_ranks: Callable[[EngineSettings], Fleet] | None = None,
 ) -> NativeBackend:
@@ -81,7 +82,7 @@ def open_native(
     `as_student`: it is there to be scored, bases included. It needs no chat template, and a prompt that fills its
     positions is an answer that ended by length, no fault. `over_ranks` opens the engine elsewhere than here. Raises
     what that raises, CheckpointError for anything wrong with weights, config or tokenizer, and with `speculate` for a
-    model that has no MTP layer; UserInputError for `batch_invariant` on a GPU.
+    model that has no MTP layer; UserInputError for `batch_invariant` and `dtype` (torch's name) where they are not for.
     """
     facts, tokenizer, eos_token_ids = _read_folder(folder, speculate=speculate, as_student=as_student)
     if over_ranks is not None:
@@ -91,7 +92,8 @@ def open_native(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = device.type == "cpu" and facts.num_parameters <= _WORKER_PARAMETERS
     decode = decode_by(tokenizer.backend_tokenizer)
-    model = load_model(folder, device, with_mtp=speculate, batch_invariant=batch_invariant)
+    how = {"with_mtp": speculate, "batch_invariant": batch_invariant}
+    model = load_model(folder, device, dtype=None if dtype is None else getattr(torch, dtype), **how)
     limits = {"batch_size": batch_size, "eos_token_ids": eos_token_ids}
     engine = Engine(model, **limits, speculate=speculate, decode=decode)
     max_workers = torch.get_num_threads() if small else 1
@@ -365,6 +367,8 @@ class NativeBackend:
     def _worker_engine(self) -> EngineSettings:
         engine = self.engine
         kind = {"speculate": engine.speculate, "batch_invariant": self._precision == INVARIANT}
+        if self._precision == "bfloat16":
+            kind["dtype"] = self._precision
         return EngineSettings(self.folder, engine.batch_size, engine.eos_token_ids, **kind)
 
     def close(self) -> None:

@@ -51,6 +51,7 @@ class EngineSettings:
     eos_token_ids: frozenset[int]
     speculate: bool = False
     batch_invariant: bool = False
+    dtype: str | None = None
     tokenizer: str | None = None
     place: RankPlace | None = None
 
@@ -182,7 +183,8 @@ def _engine(settings: dict[str, Any]) -> Engine:
     torch.set_num_threads(1)
     speculate, invariant = settings["speculate"], settings["batch_invariant"]
     folder = Path(settings["folder"])
-    model = load_model(folder, torch.device("cpu"), with_mtp=speculate, batch_invariant=invariant)
+    dtype = None if settings["dtype"] is None else getattr(torch, settings["dtype"])
+    model = load_model(folder, torch.device("cpu"), with_mtp=speculate, batch_invariant=invariant, dtype=dtype)
     limits = {"batch_size": settings["batch_size"], "eos_token_ids": settings["eos_token_ids"]}
     return Engine(model, **limits, speculate=speculate, decode=_decode(settings))
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, UserInputError
 from distill.recipe import NativeTeacher
 from distill.records import Problem, Sampling, TraceRequest
 from teacher.backends import open_teacher
@@ -60,6 +61,25 @@ def test_what_changes_results_changes_the_identity() -> None:
     assert plain.identity.weights == invariant.identity.weights != other.identity.weights
     assert invariant._worker_engine.batch_invariant
     assert not plain._worker_engine.batch_invariant
+
+
+def test_a_student_s_type_on_a_cpu_can_be_chosen() -> None:
+    auto, same, half = opened(NAMES[0]), opened(NAMES[0], dtype="float32"), opened(NAMES[0], dtype="bfloat16")
+    assert texts(auto, 4) == texts(same, 4)
+    assert half.engine.precision == half._worker_engine.dtype == "bfloat16"
+    assert half.identity.backend_version != auto.identity.backend_version
+    half.max_workers = 1
+    here = texts(half, 8)
+    half.max_workers = 2
+    assert texts(half, 8) == here
+
+
+def test_a_type_is_refused_where_it_is_not_for() -> None:
+    teacher = NativeTeacher(model="teacher/pico", dtype="bfloat16")
+    with pytest.raises(UserInputError, match=r"teacher: dtype: .*is for qwen2.* this is deepseek_v3 on a cpu"):
+        open_teacher(teacher, base_dir=REPOSITORY)
+    with pytest.raises(ValidationError, match="dtype: bfloat16 goes neither with ranks nor with batch_invariant"):
+        NativeTeacher(model=NAMES[0], dtype="bfloat16", batch_invariant=True)
 
 
 def test_the_end_of_a_turn_ends_an_answer_where_only_the_template_says_so(tmp_path: Path) -> None:
