@@ -51,14 +51,14 @@ def check_weights(recipe: Recipe, stages: Collection[str], *, known: Collection[
         if _is_new(folder, known):
             from teacher.backends import check_folder
 
-            check_folder(folder, speculate=recipe.teacher.speculate)
+            check_folder(folder, speculate=recipe.teacher.speculate, instruction=recipe.teacher.instruction)
     if {"distill", "eval"} & set(stages):
         folders = map(checkpoint_folder, _local_bases(recipe))
         new = [folder for folder in folders if _is_new(folder, known)]
         for folder in new:
             from teacher.backends import check_folder
 
-            check_folder(folder, as_student=True)
+            check_folder(folder, as_student=True, instruction=recipe.learned_instruction)
         if new and "distill" in stages:
             _preflight(recipe)
 

@@ -22,7 +22,15 @@ from distill.errors import EnvironmentFault, PotstillError
 from distill.findings import Finding
 from distill.gguf import checkpoint_folder
 from distill.progress import Progress
-from distill.recipe import NativeTeacher, OpenAITeacher, ReasoningGymSource, Recipe, load_recipe
+from distill.recipe import (
+    NativeTeacher,
+    OpenAITeacher,
+    ReasoningGymSource,
+    Recipe,
+    TeacherConfig,
+    VllmServing,
+    load_recipe,
+)
 from pipelines.ports import SERVE_PORT
 
 PACKAGES = ("transformers", "tokenizers", "datasets", "accelerate", "trl", "lm-eval", "math-verify", "reasoning-gym")
@@ -102,22 +110,33 @@ def _questions(recipe: Recipe, base_dir: Path) -> str:
 
 
 def _teacher(recipe: Recipe, base_dir: Path) -> Iterator[Finding]:
-    """The weights and the prompt of a native teacher, the answer of an endpoint."""
+    """The weights of a native teacher, the prompt of any, whether an endpoint answers."""
     from pipelines.checks import check_weights
 
-    if isinstance(recipe.teacher, NativeTeacher):
-        from teacher.backends import describe_prompt_of
+    teacher, folder = recipe.teacher, None
+    if isinstance(teacher, NativeTeacher):
 
         def weights() -> str:
             check_weights(recipe, ("generate",), known=(), base_dir=base_dir)
             return "whole and finite"
 
         yield _outcome("teacher weights", weights)
-        yield _outcome(
-            "teacher prompt", lambda: describe_prompt_of(checkpoint_folder(locate(recipe.teacher.model, base_dir)))
-        )
-    if isinstance(recipe.teacher, OpenAITeacher):
-        yield _endpoint(recipe.teacher)
+        folder = checkpoint_folder(locate(teacher.model, base_dir))
+    elif isinstance(teacher, VllmServing) and (local := locate(teacher.model, base_dir)).exists():
+        folder = checkpoint_folder(local)
+    yield _outcome("teacher prompt", lambda: _prompt(teacher, folder))
+    if isinstance(teacher, OpenAITeacher):
+        yield _endpoint(teacher)
+
+
+def _prompt(teacher: TeacherConfig, folder: Path | None) -> str:
+    """The prompt as the template in `folder` makes it; without one the turns, around which an endpoint puts its own."""
+    if folder is not None:
+        from teacher.backends import describe_prompt_of
+
+        return describe_prompt_of(folder, teacher.instruction)
+    turns = (f"{turn['role']} {turn['content']!r}" for turn in teacher.instruction.turns("QUESTION"))
+    return f"sends {', '.join(turns)}; the template is the endpoint's"
 
 
 def _endpoint(config: OpenAITeacher) -> Finding:
