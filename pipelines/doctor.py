@@ -28,7 +28,6 @@ from distill.recipe import (
     ReasoningGymSource,
     Recipe,
     TeacherConfig,
-    VllmServing,
     load_recipe,
 )
 from pipelines.ports import SERVE_PORT
@@ -113,30 +112,26 @@ def _teacher(recipe: Recipe, base_dir: Path) -> Iterator[Finding]:
     """The weights of a native teacher, the prompt of any, whether an endpoint answers."""
     from pipelines.checks import check_weights
 
-    teacher, folder = recipe.teacher, None
-    if isinstance(teacher, NativeTeacher):
+    if isinstance(recipe.teacher, NativeTeacher):
 
         def weights() -> str:
             check_weights(recipe, ("generate",), known=(), base_dir=base_dir)
             return "whole and finite"
 
         yield _outcome("teacher weights", weights)
-        folder = checkpoint_folder(locate(teacher.model, base_dir))
-    elif isinstance(teacher, VllmServing) and (local := locate(teacher.model, base_dir)).exists():
-        folder = checkpoint_folder(local)
-    yield _outcome("teacher prompt", lambda: _prompt(teacher, folder))
-    if isinstance(teacher, OpenAITeacher):
-        yield _endpoint(teacher)
+    yield _outcome("teacher prompt", lambda: _prompt(recipe.teacher, base_dir))
+    if isinstance(recipe.teacher, OpenAITeacher):
+        yield _endpoint(recipe.teacher)
 
 
-def _prompt(teacher: TeacherConfig, folder: Path | None) -> str:
-    """The prompt as the template in `folder` makes it; without one the turns, around which an endpoint puts its own."""
-    if folder is not None:
+def _prompt(teacher: TeacherConfig, base_dir: Path) -> str:
+    """The prompt that a native teacher's template makes; of a served one the turns that its server makes one of."""
+    if isinstance(teacher, NativeTeacher):
         from teacher.backends import describe_prompt_of
 
-        return describe_prompt_of(folder, teacher.instruction)
+        return describe_prompt_of(checkpoint_folder(locate(teacher.model, base_dir)), teacher.instruction)
     turns = (f"{turn['role']} {turn['content']!r}" for turn in teacher.instruction.turns("QUESTION"))
-    return f"sends {', '.join(turns)}; the template is the endpoint's"
+    return f"sends {', '.join(turns)}; the template is the server's"
 
 
 def _endpoint(config: OpenAITeacher) -> Finding:

@@ -157,7 +157,7 @@ def test_the_prompt_is_shown_as_the_teacher_is_instructed(world: Path, tmp_path:
     assert "QUESTION\\n\\nBox it." in found["teacher prompt"].text
     served = {"backend": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1", **words}
     found = examined(changed(world, tmp_path, lambda tree: tree.update(teacher=served)), tmp_path)
-    sent = r"sends system 'Be brief.', user 'QUESTION\n\nBox it.'; the template is the endpoint's"
+    sent = r"sends system 'Be brief.', user 'QUESTION\n\nBox it.'; the template is the server's"
     assert found["teacher prompt"].text == sent
 
 
