@@ -15,7 +15,7 @@ from distill.recipe.curation import (
     NearDuplicates,
     VerifyConfig,
 )
-from distill.recipe.instruction import UNINSTRUCTED, InstructedTeacher, Instruction, Reasoning
+from distill.recipe.instruction import UNINSTRUCTED, Instruction, Reasoning
 from distill.recipe.limits import DEFAULT_LIMITS, ReadLimits
 from distill.recipe.problems import DatasetSource, Grader, LocalSource, ProblemSource, ReasoningGymSource
 from distill.recipe.reading import apply_override, load_recipe, load_settings, load_student, parse
@@ -52,7 +52,6 @@ __all__ = [
     "FlagValue",
     "GenerateConfig",
     "Grader",
-    "InstructedTeacher",
     "Instruction",
     "JudgeConfig",
     "LocalSource",
