@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.device import RESULTS, device_name, write_result
-from distill.curate import DroppedTrace, filter_traces, outcomes
-from distill.recipe import BestOfN, CurateConfig, Difficulty, NearDuplicates
+from distill.curate import DroppedTrace, ExampleForm, filter_traces, outcomes
+from distill.recipe import UNINSTRUCTED, BestOfN, CurateConfig, Difficulty, NearDuplicates
 from distill.records import Example, Problem, Trace, Verdict
 from distill.tables import iterate_records, read_records, record_writer, write_records
 
@@ -130,13 +130,14 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
             yield trace, wrong if states.random() < WRONG_SHARE else correct
 
     started, cpu = time.perf_counter(), time.process_time()
-    filtered = filter_traces(problems, graded, config, {"held out": (folder / "held_out.txt").read_text().splitlines()})
+    held_out = {"held out": (folder / "held_out.txt").read_text().splitlines()}
+    filtered = filter_traces(problems, graded, config, held_out, "tagged")
     sifting = time.perf_counter() - started
     with (
         record_writer(folder / "examples.parquet", Example) as examples,
         record_writer(folder / "dropped.parquet", DroppedTrace) as dropped,
     ):
-        for _, one in outcomes(problems, graded(), filtered.dropped):
+        for _, one in outcomes(problems, graded(), filtered.dropped, ExampleForm("tagged", UNINSTRUCTED)):
             if isinstance(one, DroppedTrace):
                 dropped.write(one)
             else:

@@ -23,9 +23,12 @@ def own_words(prompt: str, question: str) -> str:
     return " ".join(piece for piece in pieces if piece and piece.lower().rstrip(":") not in ROLES)
 
 
-def describe_prompt(prompt: str, question: str) -> str:
-    """The prompt in one line, with QUESTION for the question; before it, what the template adds, where it does."""
+def describe_prompt(prompt: str, question: str, system_prompt: str | None = None) -> str:
+    """The prompt in one line, with QUESTION for the question; before it, what the template adds, where it does.
+
+    `system_prompt` was asked for: those are no words of the template's.
+    """
     shown = prompt.replace(question, "QUESTION")
     shown = shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}…"
-    added = own_words(prompt, question)
+    added = own_words(prompt.replace(system_prompt.strip(), "") if system_prompt else prompt, question)
     return (f"the template itself adds {added!r}; " if added else "") + f"prompt {shown!r}"

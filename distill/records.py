@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -89,9 +90,13 @@ class TeacherIdentity(Record):
 
     name: str
     weights: str = Field(description="hash of the weight files, or the served model's name and revision")
-    template: str = Field(description="hash of chat template, tokenizer and system prompt")
+    template: str = Field(description="hash of chat template, tokenizer and instruction")
     backend: str
     backend_version: str
+
+    def asked_with(self, settings: Sequence[Any]) -> TeacherIdentity:
+        """The same teacher, asked with these settings (an instruction, say): part of `template` where there are any."""
+        return self.model_copy(update={"template": content_id([self.template, *settings])}) if settings else self
 
 
 class SampleKeys:

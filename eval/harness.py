@@ -52,6 +52,7 @@ def score_model(
     seed: int,
     num_samples: int | None = None,
     sampling: Sampling | None = None,
+    question_alone: bool = False,
     limit: int | None = None,
     held_out: Path | None = None,
     bench_data: str | None = None,
@@ -60,14 +61,15 @@ def score_model(
 ) -> list[ScoreCard]:
     """Write samples.parquet and scores.json to `out_dir` and return the ScoreCards.
 
-    `num_samples` and `sampling` replace what the task files say (R1's protocol); `limit` is questions a suite. Raises
-    EnvironmentFault where more than 2% of the samples could not be graded.
+    `num_samples` and `sampling` replace what the task files say (R1's protocol), `question_alone` leaves out the words
+    in which they ask for a boxed answer; `limit` is questions a suite. Raises EnvironmentFault where more than 2% of
+    the samples could not be graded.
     """
     rows: list[dict[str, Any]] = []
     cards: list[ScoreCard] = []
     metadata = {"held_out": str(held_out or ""), "bench_data": bench_data, "limits": limits.model_dump()}
     for suite in suites:
-        config = task_config(suite, num_samples=num_samples, sampling=sampling)
+        config = task_config(suite, num_samples=num_samples, sampling=sampling, question_alone=question_alone)
         samples, results = _run_task(model, verifier, config, seed, limit, metadata, subject, progress or silent())
         of_suite = [_row(sample) for sample in samples]
         suite_cards = score_rows(of_suite, subject, suite)
@@ -79,14 +81,18 @@ def score_model(
     return cards
 
 
-def task_config(suite: str, *, num_samples: int | None = None, sampling: Sampling | None = None) -> dict[str, Any]:
-    """A task file as lm-eval reads it, with the recipe's own sampling laid over it where it states one."""
+def task_config(
+    suite: str, *, num_samples: int | None = None, sampling: Sampling | None = None, question_alone: bool = False
+) -> dict[str, Any]:
+    """A task file as lm-eval reads it, with what the recipe states itself laid over it."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = dict(load_yaml(TASKS / f"{suite}.yaml"))
     if num_samples is not None:
         config["repeats"] = num_samples
         config["filter_list"] = [{"name": "all", "filter": [{"function": "take_first_k", "k": num_samples}]}]
+    if question_alone:
+        config["doc_to_text"] = "{{question}}"
     if sampling is not None:
         config["generation_kwargs"] = {
             **config["generation_kwargs"],

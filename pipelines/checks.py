@@ -11,7 +11,16 @@ from distill.gguf import checkpoint_folder
 from distill.manifest import hash_file
 from distill.model_folder import check_model_folder
 from distill.progress import Progress
-from distill.recipe import LocalSource, NativeTeacher, OpenAITeacher, RayTeacher, Recipe, StudentConfig, VllmTeacher
+from distill.recipe import (
+    UNINSTRUCTED,
+    LocalSource,
+    NativeTeacher,
+    OpenAITeacher,
+    RayTeacher,
+    Recipe,
+    StudentConfig,
+    VllmTeacher,
+)
 
 # Weights up to this size are read whole beforehand; larger ones show faults in their values only when they are loaded.
 MAX_CHECKED_BYTES = 2 * 2**30
@@ -51,14 +60,15 @@ def check_weights(recipe: Recipe, stages: Collection[str], *, known: Collection[
         if _is_new(folder, known):
             from teacher.backends import check_folder
 
-            check_folder(folder, speculate=recipe.teacher.speculate)
+            check_folder(folder, speculate=recipe.teacher.speculate, instruction=recipe.teacher.instruction)
     if {"distill", "eval"} & set(stages):
         folders = map(checkpoint_folder, _local_bases(recipe))
+        asked = recipe.learned_instruction if "eval" in stages and "base" in recipe.eval.roles else UNINSTRUCTED
         new = [folder for folder in folders if _is_new(folder, known)]
         for folder in new:
             from teacher.backends import check_folder
 
-            check_folder(folder, as_student=True)
+            check_folder(folder, as_student=True, instruction=asked)
         if new and "distill" in stages:
             _preflight(recipe)
 

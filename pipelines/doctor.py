@@ -22,7 +22,14 @@ from distill.errors import EnvironmentFault, PotstillError
 from distill.findings import Finding
 from distill.gguf import checkpoint_folder
 from distill.progress import Progress
-from distill.recipe import NativeTeacher, OpenAITeacher, ReasoningGymSource, Recipe, load_recipe
+from distill.recipe import (
+    NativeTeacher,
+    OpenAITeacher,
+    ReasoningGymSource,
+    Recipe,
+    TeacherConfig,
+    load_recipe,
+)
 from pipelines.ports import SERVE_PORT
 
 PACKAGES = ("transformers", "tokenizers", "datasets", "accelerate", "trl", "lm-eval", "math-verify", "reasoning-gym")
@@ -102,22 +109,29 @@ def _questions(recipe: Recipe, base_dir: Path) -> str:
 
 
 def _teacher(recipe: Recipe, base_dir: Path) -> Iterator[Finding]:
-    """The weights and the prompt of a native teacher, the answer of an endpoint."""
+    """The weights of a native teacher, the prompt of any, whether an endpoint answers."""
     from pipelines.checks import check_weights
 
     if isinstance(recipe.teacher, NativeTeacher):
-        from teacher.backends import describe_prompt_of
 
         def weights() -> str:
             check_weights(recipe, ("generate",), known=(), base_dir=base_dir)
             return "whole and finite"
 
         yield _outcome("teacher weights", weights)
-        yield _outcome(
-            "teacher prompt", lambda: describe_prompt_of(checkpoint_folder(locate(recipe.teacher.model, base_dir)))
-        )
+    yield _outcome("teacher prompt", lambda: _prompt(recipe.teacher, base_dir))
     if isinstance(recipe.teacher, OpenAITeacher):
         yield _endpoint(recipe.teacher)
+
+
+def _prompt(teacher: TeacherConfig, base_dir: Path) -> str:
+    """The prompt that a native teacher's template makes; of a served one the turns that its server makes one of."""
+    if isinstance(teacher, NativeTeacher):
+        from teacher.backends import describe_prompt_of
+
+        return describe_prompt_of(checkpoint_folder(locate(teacher.model, base_dir)), teacher.instruction)
+    turns = (f"{turn['role']} {turn['content']!r}" for turn in teacher.instruction.turns("QUESTION"))
+    return f"sends {', '.join(turns)}; the template is the server's"
 
 
 def _endpoint(config: OpenAITeacher) -> Finding:

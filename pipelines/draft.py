@@ -90,9 +90,12 @@ def draft_recipe(
         source = look_at(
             problems, base_dir=base_dir, grader=grader, prompt_field=prompt_field, answer_field=answer_field
         )
+    settings = teacher_settings(teacher)
     if system_prompt is None:
-        system_prompt = "" if source is not None and source.grader == "code" else BOXED
-    settings = teacher_settings(teacher, system_prompt=system_prompt)
+        needs_none = settings["backend"] == "native" or (source is not None and source.grader == "code")
+        system_prompt = "" if needs_none else BOXED
+    if system_prompt:
+        settings["system_prompt"] = system_prompt
     name = name or (FIRST if source is None else name_of(Path(problems)))
     return Draft(name, source, settings, student, limit, num_samples)
 
@@ -117,17 +120,13 @@ def name_of(path: Path) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", path.absolute().name.partition(".")[0].lower()).strip("-._") or FIRST
 
 
-def teacher_settings(text: str, *, system_prompt: str = "") -> dict[str, Any]:
-    """The `teacher` of a recipe from one string, as in `TEACHERS`. The system prompt is for a served model alone.
-
-    Raises RecipeError for a string that is none of these.
-    """
+def teacher_settings(text: str) -> dict[str, Any]:
+    """The `teacher` of a recipe from one string, as in `TEACHERS`. Raises RecipeError for one that is none of these."""
     kind, colon, name = text.partition(":")
     if not colon or not name or kind not in _KINDS:
         hint = nearest(kind, _KINDS) if colon else f"write {TEACHERS}"
         raise RecipeError(f"{text!r} is no teacher; {hint}", where="teacher")
-    settings = _KINDS[kind](name)
-    return settings if kind == "native" or not system_prompt else {**settings, "system_prompt": system_prompt}
+    return _KINDS[kind](name)
 
 
 def _openai(name: str) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def serve_teacher(
     from teacher.http.app import build_app
     from teacher.http.server import serve
 
+    config = config.model_copy(update={"system_prompt": None, "prompt_suffix": None})  # clients send what they mean
     if speculate:
         config = config.model_copy(update={"speculate": True})
     with (progress or silent()).task(f"load {name}", None):

@@ -106,9 +106,17 @@ def _render_all(tokenizer: Tokenizer, conversations: Sequence[list[dict[str, str
     prompts = _render(tokenizer, [turns[:-1] for turns in conversations], add_generation_prompt=True)
     wholes = _render(tokenizer, conversations, add_generation_prompt=False)
     return [
-        (prompt, _rest(tokenizer, prompt, whole, turns[-1]["content"]))
+        (_with_system_turn(tokenizer, prompt, turns), _rest(tokenizer, prompt, whole, turns[-1]["content"]))
         for prompt, whole, turns in zip(prompts, wholes, conversations, strict=True)
     ]
+
+
+def _with_system_turn(tokenizer: Tokenizer, prompt: str, turns: Sequence[dict[str, str]]) -> str:
+    """The prompt. Raises DataError where the template has left a system turn out of it without a word."""
+    first = turns[0]
+    if first["role"] == "system" and special_tokens(tokenizer).veil(first["content"]).strip() not in prompt:
+        raise DataError("the chat template has no system turn")
+    return prompt
 
 
 def _rest(tokenizer: Tokenizer, prompt: str, whole: str, completion: str) -> str:

@@ -5,6 +5,7 @@
 
 from distill.curate.candidates import DroppedTrace, GradedTrace
 from distill.curate.filters import repetition
+from distill.curate.form import ExampleForm
 from distill.curate.funnel import FilterResult, filter_traces, outcomes
 from distill.curate.lost import LostSamples
 from distill.curate.shown import DroppedExamples
@@ -12,6 +13,7 @@ from distill.curate.shown import DroppedExamples
 __all__ = [
     "DroppedExamples",
     "DroppedTrace",
+    "ExampleForm",
     "FilterResult",
     "GradedTrace",
     "LostSamples",

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from distill.curate.candidates import Candidate
 from distill.decontaminate import HeldOutQuestions
-from distill.recipe import CurateConfig
+from distill.recipe import CurateConfig, Reasoning
 from distill.records import Problem
-from distill.verify.extract import reasoning_is_complete
+from distill.verify.extract import answer_of, has_tags, reasoning_is_complete
 from distill.verify.language import share_of_language
 from distill.verify.repetition import loop
 
@@ -20,13 +20,16 @@ Filter = Callable[[Candidate], str | None]
 
 
 def single_filters(
-    config: CurateConfig, problems: Mapping[str, Problem], held_out: Mapping[str, Iterable[str]]
+    config: CurateConfig,
+    problems: Mapping[str, Problem],
+    held_out: Mapping[str, Iterable[str]],
+    reasoning: Reasoning,
 ) -> Iterator[tuple[str, Filter]]:
     """The filters that are on, in their order. `held_out` maps a suite to its questions."""
     if config.correct_only:
         yield "verdict", _not_correct
     if config.complete_reasoning:
-        yield "complete_reasoning", _not_complete
+        yield "complete_reasoning", _not_complete if reasoning == "tagged" else _not_complete_and_plain
     if config.max_tokens is not None:
         yield "length", _longer_than(config.max_tokens)
     if config.language is not None:
@@ -56,6 +59,16 @@ def _not_complete(candidate: Candidate) -> str | None:
         return "cut off at the token limit"
     complete = reasoning_is_complete(candidate.trace.text, candidate.problem.grader)
     return None if complete else "no closed reasoning with an answer after it"
+
+
+def _not_complete_and_plain(candidate: Candidate) -> str | None:
+    """A text that is finished and has an answer; tags of its own would nest when it is put between tags."""
+    trace, grader = candidate.trace, candidate.problem.grader
+    if trace.finish_reason != "stop":
+        return "cut off at the token limit"
+    if has_tags(trace.text):
+        return "has reasoning tags, and teacher.reasoning is plain"
+    return "no answer" if answer_of(trace.text, grader) is None else None
 
 
 def _longer_than(max_tokens: int) -> Filter:

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 from distill.curate.candidates import Candidate, DroppedTrace, Sample, sample_of
 from distill.curate.filters import single_filters
+from distill.curate.form import ExampleForm
 from distill.curate.mix import check_sources, outside_mix
 from distill.curate.near_duplicates import Signatures, near_duplicates, reasons
 from distill.curate.selection import PassRates, Reasons, beyond, duplicates, not_best, outside_difficulty
 from distill.errors import DataError
-from distill.recipe import CurateConfig, NearDuplicates
+from distill.recipe import CurateConfig, NearDuplicates, Reasoning
 from distill.records import Example, Problem, Trace, Verdict
-from distill.verify.extract import bare_answer
 
 Graded = Callable[[], Iterable[tuple[Trace, Verdict]]]  # the traces from the first one on, at every call
 HeldOut = Mapping[str, Iterable[str]]  # suite -> questions
@@ -37,16 +37,20 @@ class FilterResult(NamedTuple):
 
 
 def filter_traces(
-    problems: Mapping[str, Problem], graded: Graded, config: CurateConfig, held_out: HeldOut
+    problems: Mapping[str, Problem],
+    graded: Graded,
+    config: CurateConfig,
+    held_out: HeldOut,
+    reasoning: Reasoning,
 ) -> FilterResult:
-    """Run every filter that is on.
+    """Run every filter that is on, over texts whose reasoning is marked so.
 
     Raises DataError for a trace whose problem is not there and for a mix that cannot be made, RecipeError for shares
     of sources that there are not.
     """
     if config.mix is not None:
         check_sources(config.mix, {problem.source for problem in problems.values()})
-    filters = list(single_filters(config, problems, held_out))
+    filters = list(single_filters(config, problems, held_out, reasoning))
     passed = [0] * (len(filters) + 1)
     dropped: dict[int, tuple[str, str]] = {}
     samples: list[Sample] = []
@@ -78,7 +82,10 @@ def filter_traces(
 
 
 def outcomes(
-    problems: Mapping[str, Problem], graded: Iterable[tuple[Trace, Verdict]], dropped: Mapping[int, tuple[str, str]]
+    problems: Mapping[str, Problem],
+    graded: Iterable[tuple[Trace, Verdict]],
+    dropped: Mapping[int, tuple[str, str]],
+    form: ExampleForm,
 ) -> Iterator[tuple[Candidate, Example | DroppedTrace]]:
     """Tell what became of each trace, in their order: an Example or a DroppedTrace.
 
@@ -92,17 +99,11 @@ def outcomes(
             name, reason = dropped[position]
             yield candidate, DroppedTrace(key=trace.key, problem_id=trace.problem_id, filter=name, detail=reason)
             continue
-        fields = {
-            "question": problem.prompt,
-            "problem_id": trace.problem_id,
-            "source": problem.source,
-            "relabelled": verdict.relabelled,
-        }
-        yield candidate, Example(completion=trace.text, trace_key=trace.key, **fields)
+        yield candidate, form.reasoned(problem, trace, verdict)
         answer = problem.answer if problem.answer is not None else verdict.extracted
         if answer is not None and trace.problem_id not in answered:
             answered.add(trace.problem_id)
-            yield candidate, Example(completion=bare_answer(answer, candidate.problem.grader), trace_key=None, **fields)
+            yield candidate, form.bare(problem, answer, verdict)
 
 
 def _set_filters(

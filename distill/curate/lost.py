@@ -6,13 +6,17 @@ from collections import Counter
 from collections.abc import Iterator
 
 from distill.curate.candidates import Candidate, DroppedTrace
-from distill.verify.extract import CLOSE, OPEN, answer_of
+from distill.recipe import Reasoning
+from distill.verify.extract import CLOSE, OPEN, answer_of, has_tags
 
 # What the samples have in common, after "20 of 20 samples", and what helps.
 CUT_OFF = ("were cut off at the token limit", "raise generate.sampling.max_tokens")
-NO_BOX = ("have no \\boxed{} after the reasoning", "ask for one in the problems or in teacher.system_prompt")
-NO_PROGRAM = ("have no ```python block after the reasoning", "ask for one in the problems or in teacher.system_prompt")
+ASK = "ask for one in the problems, in teacher.prompt_suffix or in teacher.system_prompt"
+NO_BOX = ("have no \\boxed{} after the reasoning", ASK)
+NO_PROGRAM = ("have no ```python block after the reasoning", ASK)
 NO_REASONING = ("have no closed reasoning", "curate.complete_reasoning=false learns from them as they are")
+UNTAGGED = ("have no closed reasoning", "teacher.reasoning=plain takes the whole text for it")
+TAGGED = ("have reasoning tags", "set teacher.reasoning=tagged")
 OTHER_ANSWER = ("have another answer than the reference", "see audit.json, or set curate.correct_only=false")
 UNGRADED = ("could not be graded in time", "raise verify.timeout_s and verify.memory_mib")
 UNVERIFIABLE = ("have no answer that rules can decide", "give the problems references, or set verify.judge")
@@ -32,13 +36,14 @@ SHOWN = 4
 class LostSamples:
     """Counts what is wrong with each; a sample may have several faults."""
 
-    def __init__(self) -> None:
+    def __init__(self, reasoning: Reasoning) -> None:
+        self._reasoning: Reasoning = reasoning
         self._num_samples = 0
         self._counts: Counter[tuple[str, str]] = Counter()
 
     def add(self, candidate: Candidate, dropped: DroppedTrace) -> None:
         self._num_samples += 1
-        self._counts.update(_faults(candidate, dropped))
+        self._counts.update(_faults(candidate, dropped, self._reasoning))
 
     def summary(self) -> str:
         r"""Say it in one line, the most frequent first.
@@ -52,7 +57,7 @@ class LostSamples:
         return ", ".join([f"{number} of {self._num_samples} samples {rest}", *parts[1:]])
 
 
-def _faults(candidate: Candidate, dropped: DroppedTrace) -> Iterator[tuple[str, str]]:
+def _faults(candidate: Candidate, dropped: DroppedTrace, reasoning: Reasoning) -> Iterator[tuple[str, str]]:
     problem, trace, verdict = candidate
     if dropped.filter not in ("verdict", "complete_reasoning"):
         yield OF_FILTER.get(dropped.filter, (f"went with the filter {dropped.filter!r}", "see dropped.parquet"))
@@ -61,7 +66,13 @@ def _faults(candidate: Candidate, dropped: DroppedTrace) -> Iterator[tuple[str, 
         yield NO_PROGRAM if problem.grader == "code" else NO_BOX
     if trace.finish_reason == "length":
         yield CUT_OFF
-    if not trace.text.startswith(OPEN) or CLOSE not in trace.text:
+    tagged = has_tags(trace.text)
+    if reasoning == "plain":
+        if tagged:
+            yield TAGGED
+    elif not tagged:
+        yield UNTAGGED
+    elif not trace.text.startswith(OPEN) or CLOSE not in trace.text:
         yield NO_REASONING
     if verdict.state == "wrong" and verdict.extracted is not None:
         yield OTHER_ANSWER

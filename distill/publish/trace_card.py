@@ -24,6 +24,8 @@ class Provenance:
     sampling: Mapping[str, Any]
     num_samples: str
     system_prompt: str | None
+    prompt_suffix: str | None
+    reasoning: str
     funnel: Sequence[Mapping[str, Any]]
     suites: Sequence[str]
     hashes: Mapping[str, str]
@@ -145,7 +147,11 @@ def _funnel(provenance: Provenance) -> str:
 def _teacher(provenance: Provenance) -> str:
     rows = {
         **{name.replace("_", " "): f"`{value}`" for name, value in provenance.identity.items()},
-        "system prompt": "none" if provenance.system_prompt is None else f"`{provenance.system_prompt}`",
+        "system prompt": f"`{provenance.system_prompt}`" if provenance.system_prompt else "none",
+        "behind each question": f"`{provenance.prompt_suffix}`" if provenance.prompt_suffix else "nothing",
+        "reasoning": "between `<think>` and `</think>`"
+        if provenance.reasoning == "tagged"
+        else "the whole text, untagged",
         "samples a question": provenance.num_samples,
         **{name.replace("_", " "): str(value) for name, value in provenance.sampling.items() if value is not None},
     }

@@ -15,6 +15,7 @@ from distill.recipe.curation import (
     NearDuplicates,
     VerifyConfig,
 )
+from distill.recipe.instruction import UNINSTRUCTED, Instruction, Reasoning
 from distill.recipe.limits import DEFAULT_LIMITS, ReadLimits
 from distill.recipe.problems import DatasetSource, Grader, LocalSource, ProblemSource, ReasoningGymSource
 from distill.recipe.reading import apply_override, load_recipe, load_settings, load_student, parse
@@ -39,6 +40,7 @@ __all__ = [
     "DEFAULT_LIMITS",
     "OWN_SUITES",
     "SERVER_KEY_ENV",
+    "UNINSTRUCTED",
     "AdaptiveSampling",
     "BestOfN",
     "CodeLimits",
@@ -50,6 +52,7 @@ __all__ = [
     "FlagValue",
     "GenerateConfig",
     "Grader",
+    "Instruction",
     "JudgeConfig",
     "LocalSource",
     "Mark",
@@ -62,6 +65,7 @@ __all__ = [
     "PushConfig",
     "RayTeacher",
     "ReadLimits",
+    "Reasoning",
     "ReasoningGymSource",
     "Recipe",
     "SFTConfig",

@@ -54,10 +54,13 @@ class Mix(Config):
 
 
 class CurateConfig(Config):
-    """Filters in the order in which they run. Each is a switch; the funnel counts what each one drops."""
+    """Filters in the order in which they run, each a switch whose drops the funnel counts; the form of what is left."""
 
     correct_only: bool = True
-    complete_reasoning: bool = Field(True, description="drop traces without a closed <think> block and a final answer")
+    complete_reasoning: bool = Field(
+        True,
+        description="drop traces without a closed <think> block (where the teacher's are tagged) and a final answer",
+    )
     max_tokens: int | None = Field(None, ge=1, description="drop longer traces (teacher tokens)")
     language: str | None = Field(None, description="drop traces that are not in this language (ISO 639-1)")
     min_language_share: float = Field(0.9, gt=0, le=1, description="language: share of the words that must be in it")
@@ -73,6 +76,10 @@ class CurateConfig(Config):
     best_of_n: BestOfN | None = Field(None, description="keep the shortest or longest correct samples of a problem")
     max_per_problem: int | None = Field(None, ge=1)
     mix: Mix | None = Field(None, description="bring the sources to these shares")
+    instruction: Literal["drop", "keep"] = Field(
+        "drop",
+        description="whether students learn questions with the teacher's system prompt and prompt suffix",
+    )
 
     @field_validator("language")
     @classmethod

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from distill.recipe.config import Config, Mark
+from distill.recipe.instruction import InstructedTeacher
 from distill.records import Sampling
 
 FlagValue = bool | int | float | str | list[Any] | dict[str, Any] | None
@@ -50,7 +51,7 @@ class ExpertRebalancing(Config):
     least_gain: float = Field(0.05, gt=0, lt=1, description="of the imbalance; a layer that gains less stays")
 
 
-class NativeTeacher(OverNodes):
+class NativeTeacher(InstructedTeacher, OverNodes):
     """This project's own engine: a `deepseek_v3` folder, or a student's (qwen2, qwen3, llama).
 
     In this process, or over ranks (processes, a GPU each), which share the requests and the routed experts.
@@ -113,13 +114,12 @@ SET_BY_POTSTILL = {
 }
 
 
-class ServedTeacher(Config):
+class ServedTeacher(InstructedTeacher):
     """A model behind an OpenAI-compatible endpoint, whoever started the endpoint, and how it is asked."""
 
     model: str = Field(description="the served model's name")
     revision: str = "unknown"
     api_key_env: Annotated[str, Mark.PLACE] = "OPENAI_API_KEY"
-    system_prompt: str | None = None
     max_concurrency: Annotated[int, Mark.SPEED] = Field(
         256, ge=1, description="requests in flight at the most; how many it is adapts"
     )
@@ -141,7 +141,9 @@ class ServedTeacher(Config):
         None, ge=0, description="for the costs shown and noted"
     )
     price_per_million_completion_tokens: Annotated[float | None, Mark.PRICE] = Field(None, ge=0)
-    think_prefilled: bool = Field(True, description="the served template already opens <think>: put it back in front")
+    think_prefilled: bool = Field(
+        True, description="the served template already opens <think>: put it back in front of tagged reasoning"
+    )
 
     @field_validator("extra_body")
     @classmethod
@@ -149,6 +151,10 @@ class ServedTeacher(Config):
         if taken := SET_BY_POTSTILL & body.keys():
             raise ValueError(f"{min(taken)!r} is set by potstill itself")
         return body
+
+    @property
+    def opens_thinking(self) -> bool:
+        return self.think_prefilled and self.reasoning == "tagged"
 
     def cost(self, num_prompt_tokens: int, num_completion_tokens: int) -> float | None:
         """The cost in the currency of the prices; None where there is none."""

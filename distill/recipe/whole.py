@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from distill.recipe.config import Config
 from distill.recipe.curation import CurateConfig, VerifyConfig
+from distill.recipe.instruction import UNINSTRUCTED, Instruction
 from distill.recipe.limits import ReadLimits
 from distill.recipe.problems import LocalSource, ProblemSource
 from distill.recipe.results import OWN_SUITES, EvalConfig, PushConfig, PushTracesConfig
@@ -25,6 +26,19 @@ class Recipe(Config):
     eval: EvalConfig = EvalConfig()
     push: PushConfig = PushConfig()
     push_traces: PushTracesConfig = PushTracesConfig()
+
+    @property
+    def learned_instruction(self) -> Instruction:
+        """The words in which students learn a question, and in which they and their bases are asked."""
+        return self.teacher.instruction if self.curate.instruction == "keep" else UNINSTRUCTED
+
+    @model_validator(mode="after")
+    def _plain_reasoning_has_no_budget(self) -> Recipe:
+        if self.teacher.reasoning == "plain" and self.generate.sampling.max_thinking_tokens is not None:
+            raise ValueError(
+                "generate.sampling.max_thinking_tokens: needs a teacher whose reasoning is tagged, not plain"
+            )
+        return self
 
     @model_validator(mode="after")
     def _held_out_is_held_out(self) -> Recipe:

@@ -62,6 +62,10 @@ def bare_answer(answer: str, grader: Grader) -> str:
     return f"```python\n{answer.strip()}\n```" if grader == "code" else f"\\boxed{{{answer}}}"
 
 
+def has_tags(text: str) -> bool:
+    return OPEN in text or CLOSE in text
+
+
 def reasoning_is_complete(text: str, grader: Grader = "math") -> bool:
     """Tell whether the text opens its reasoning, closes it once, and answers after it."""
     return text.startswith(OPEN) and text.count(OPEN) == text.count(CLOSE) == 1 and answer_of(text, grader) is not None

@@ -37,7 +37,8 @@ def init(
     prompt_field: Annotated[str | None, typer.Option(help="the file's field with the question")] = None,
     answer_field: Annotated[str | None, typer.Option(help="the file's field with the answer")] = None,
     system_prompt: Annotated[
-        str | None, typer.Option(help="for a served teacher; '' for none; left out: to reason, and box the answer")
+        str | None,
+        typer.Option(help="the teacher's; left out: a served one is told to reason and box its answer, '': it is not"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace a recipe that is there")] = False,
 ) -> None:

@@ -19,7 +19,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distill.curate import DroppedExamples, DroppedTrace, GradedTrace, LostSamples, filter_traces, outcomes
+from distill.curate import (
+    DroppedExamples,
+    DroppedTrace,
+    ExampleForm,
+    GradedTrace,
+    LostSamples,
+    filter_traces,
+    outcomes,
+)
 from distill.curate.mix import check_sources
 from distill.errors import DataError, EnvironmentFault
 from distill.ledger import Ledger
@@ -67,6 +75,7 @@ def curate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     config: dict[str, Any] = {
         "verify": grading_settings(recipe.verify) | recipe.verify.model_dump(mode="json", include=AFTERWARDS),
         "curate": recipe.curate.model_dump(mode="json"),
+        "form": {"reasoning": recipe.teacher.reasoning, "instruction": recipe.learned_instruction.words},
     }
     held_out: Callable[[], dict[str, list[str]]] = dict
     if recipe.curate.decontaminate:
@@ -217,14 +226,15 @@ def _write_examples(
                 yield trace, one.verdict
                 task.advance(1)
 
-    filtered = filter_traces(problems, graded, recipe.curate, held_out)
-    shown, lost = DroppedExamples(), LostSamples()
+    form = ExampleForm(recipe.teacher.reasoning, recipe.learned_instruction)
+    filtered = filter_traces(problems, graded, recipe.curate, held_out, form.reasoning)
+    shown, lost = DroppedExamples(), LostSamples(form.reasoning)
     with (
         record_writer(out_dir / EXAMPLES, Example) as examples,
         record_writer(out_dir / DIRECT, Example) as direct,
         record_writer(out_dir / DROPPED, DroppedTrace) as dropped,
     ):
-        for candidate, one in outcomes(problems, graded(), filtered.dropped):
+        for candidate, one in outcomes(problems, graded(), filtered.dropped, form):
             if isinstance(one, DroppedTrace):
                 dropped.write(one)
                 shown.add(candidate, one)

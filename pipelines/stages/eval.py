@@ -25,6 +25,7 @@ from distill.protocols import Teacher
 from distill.recipe import (
     OWN_SUITES,
     EvalConfig,
+    Instruction,
     NativeTeacher,
     ReadLimits,
     Recipe,
@@ -51,6 +52,8 @@ class ScoringJob:
     name: str
     role: Role
     model: Path | TeacherConfig
+    instruction: Instruction
+    question_alone: bool
     suites: tuple[str, ...]
     num_samples: int | None
     sampling: Sampling | None
@@ -88,6 +91,8 @@ class ScoringJob:
         return engine | {
             "name": self.name,
             "role": self.role,
+            "instruction": self.instruction.words,
+            "question_alone": self.question_alone,
             "suites": list(self.suites),
             "num_samples": self.num_samples,
             "sampling": None if self.sampling is None else self.sampling.model_dump(),
@@ -110,10 +115,13 @@ def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     inputs |= _suite_files(config, base_dir)
     if examples.exists():
         inputs["examples"] = examples
-    settings = {name: getattr(recipe, name).model_dump(mode="json") for name in ("eval", "verify", "teacher")}
+    settings: dict[str, Any] = {
+        name: getattr(recipe, name).model_dump(mode="json") for name in ("eval", "verify", "teacher")
+    }
+    settings["instruction"] = recipe.learned_instruction.words
 
     def body() -> dict[str, Any]:
-        counts = _write_held_out(config, out_dir, examples, base_dir)
+        counts = _write_held_out(recipe, out_dir, examples, base_dir)
         with preemptible():
             _score_all(jobs, context.num_workers or _num_workers(), context.progress)
         manifests = [read_manifest(job.out_dir) for job in jobs]
@@ -156,6 +164,7 @@ def score(job: ScoringJob, progress: Progress) -> None:
                     seed=job.seed,
                     num_samples=job.num_samples,
                     sampling=job.sampling,
+                    question_alone=job.question_alone,
                     limit=job.limit,
                     held_out=job.held_out,
                     bench_data=job.bench_data,
@@ -179,7 +188,7 @@ def _open(job: ScoringJob) -> tuple[Teacher, Subject]:
     from teacher.models.load import read_facts
 
     if isinstance(job.model, Path):
-        model = open_student(job.model, engine=job.engine, batch_size=job.batch_size)
+        model = open_student(job.model, engine=job.engine, batch_size=job.batch_size, instruction=job.instruction)
     else:
         model = open_teacher(job.model, base_dir=job.base_dir, log_dir=job.out_dir)
     if job.weights is None:
@@ -216,6 +225,9 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
             name=name,
             role=role,
             model=model,
+            # The teacher is asked as for its traces; bases in the words in which their students learned.
+            instruction=recipe.teacher.instruction if role == "teacher" else recipe.learned_instruction,
+            question_alone=bool(recipe.teacher.prompt_suffix),
             suites=config.suites,
             num_samples=config.num_samples if own or "num_samples" in given else None,
             sampling=config.sampling if own or "sampling" in given else None,
@@ -251,8 +263,9 @@ def _task_files(suites: tuple[str, ...], bench_data: str | None) -> dict[str, Pa
     return files
 
 
-def _write_held_out(config: EvalConfig, out_dir: Path, examples: Path, base_dir: Path) -> dict[str, int]:
+def _write_held_out(recipe: Recipe, out_dir: Path, examples: Path, base_dir: Path) -> dict[str, int]:
     """Write the held-out problems and check that training never saw one of them. Raises DataError."""
+    config, learned = recipe.eval, recipe.learned_instruction
     if config.held_out is None:
         return {"held_out": 0, "training_questions": 0, "shared_with_training": 0}
     # By id, which is a hash: a `limit` then takes a fair share of every family.
@@ -260,7 +273,7 @@ def _write_held_out(config: EvalConfig, out_dir: Path, examples: Path, base_dir:
     trained = (
         {normalise(example.question) for example in read_records(examples, Example)} if examples.exists() else set()
     )
-    shared = [problem for problem in problems if normalise(problem.prompt) in trained]
+    shared = [problem for problem in problems if normalise(learned.asked(problem.prompt)) in trained]
     if shared:
         raise DataError(
             f"{len(shared)} of {len(problems)} held-out questions occur among the training examples, "

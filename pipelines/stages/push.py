@@ -126,6 +126,7 @@ def _card(
         recipe=recipe.name,
         teacher=_teacher(recipe, base_dir),
         problems="; ".join(_problems(recipe)),
+        instruction=recipe.learned_instruction,
         funnel=_funnel(run_dir),
         hashes=_hashes(run_dir, folder),
         versions={key: value for key, value in (manifest.versions if manifest else {}).items() if value[:1].isdigit()},

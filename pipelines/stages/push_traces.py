@@ -165,7 +165,9 @@ def _provenance(recipe: Recipe, generated: StageManifest, curated: StageManifest
         identity=_without_path(generated.counts.get("identity", {"name": recipe.teacher.model}), recipe, base_dir),
         sampling=recipe.generate.sampling.content(),
         num_samples=_num_samples(recipe, generated),
-        system_prompt=getattr(recipe.teacher, "system_prompt", None),
+        system_prompt=recipe.teacher.system_prompt,
+        prompt_suffix=recipe.teacher.prompt_suffix,
+        reasoning=recipe.teacher.reasoning,
         funnel=curated.counts["funnel"],
         suites=[*recipe.eval.suites] if recipe.curate.decontaminate else [],
         hashes={

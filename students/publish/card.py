@@ -14,14 +14,14 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from distill.licences import card_fields
 from distill.publish.origin import published_name, repository_of
-from distill.recipe import StudentConfig
+from distill.recipe import UNINSTRUCTED, Instruction, StudentConfig
 from distill.records import ScoreCard
 from students.base_folder import locate
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """Sources of a student; `teacher` and `problems` are Markdown.
+    """Sources of a student; `teacher` and `problems` are Markdown, `instruction` is what it learned questions with.
 
     Hashes are SHA-256 of files and folders, as the stages' manifests have them.
     """
@@ -29,6 +29,7 @@ class Lineage:
     recipe: str
     teacher: str
     problems: str
+    instruction: Instruction = UNINSTRUCTED
     funnel: Sequence[Mapping[str, Any]] = ()
     hashes: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -97,8 +98,15 @@ def _summary(student: StudentConfig, log: Mapping[str, Any], lineage: Lineage) -
         f"{opening} {log['num_examples']:,} verified worked solutions of the reasoning teacher {lineage.teacher}, "
         f"with potstill's recipe `{lineage.recipe}`.\n\n"
         "The chat template opens the reasoning (`<think>`) itself; the answer stands in the last `\\boxed{}` after "
-        "`</think>`. Sample at temperature 0.6 and top-p 0.95, without a system prompt.\n"
+        "`</think>`. Sample at temperature 0.6 and top-p 0.95, "
+        f"{_asked(lineage.instruction)}.\n"
     )
+
+
+def _asked(instruction: Instruction) -> str:
+    system, suffix = instruction.system_prompt, instruction.prompt_suffix
+    asked = f"with the system prompt `{system}`" if system else "without a system prompt"
+    return f"{asked}, and with a blank line and `{suffix}` behind the question" if suffix else asked
 
 
 def _scores(scores: Sequence[ScoreCard], name: str) -> str:

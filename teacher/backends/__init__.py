@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill.bundled import locate
 from distill.gguf import checkpoint_folder
-from distill.recipe import NativeTeacher, RayTeacher, TeacherConfig, VllmTeacher
+from distill.recipe import UNINSTRUCTED, Instruction, NativeTeacher, RayTeacher, TeacherConfig, VllmTeacher
 
 if TYPE_CHECKING:
     from distill.progress import Progress
@@ -33,7 +33,7 @@ def open_teacher(
 
         kind: dict[str, Any] = {"speculate": config.speculate, "batch_invariant": config.batch_invariant}
         kind["dtype"] = None if config.dtype == "auto" else config.dtype
-        kind["as_student"] = not needs_template
+        kind |= {"as_student": not needs_template, "instruction": config.instruction}
         if config.num_ranks > 1:
             from teacher.backends.native.fleet import open_fleet
 
@@ -53,29 +53,46 @@ def open_teacher(
     return OpenAICompatibleTeacher(config)
 
 
-def open_student(folder: Path, *, engine: Literal["native", "transformers"], batch_size: int) -> Teacher:
-    """A student's or base's folder, opened to be scored. Raises CheckpointError (one line) for anything wrong in it."""
+def open_student(
+    folder: Path,
+    *,
+    engine: Literal["native", "transformers"],
+    batch_size: int,
+    instruction: Instruction = UNINSTRUCTED,
+) -> Teacher:
+    """A student's or base's folder, opened to be scored, asked with the instruction that it learned.
+
+    Raises CheckpointError (one line) for anything wrong in it, RecipeError for a system prompt that its chat template
+    has no place for.
+    """
     if engine == "native":
         from teacher.backends.native.backend import open_native
 
-        return open_native(folder, batch_size=batch_size, as_student=True)
+        return open_native(folder, batch_size=batch_size, as_student=True, instruction=instruction)
     from teacher.backends.transformers import open_transformers
 
-    return open_transformers(folder, batch_size=batch_size)
+    return open_transformers(folder, batch_size=batch_size, instruction=instruction)
 
 
-def describe_prompt_of(folder: Path) -> str:
-    """What a native teacher is given around a question. Raises CheckpointError where the folder has no template."""
+def describe_prompt_of(folder: Path, instruction: Instruction) -> str:
+    """What a teacher in a folder is given around a question.
+
+    Raises CheckpointError where the folder has no template, RecipeError where that has no place for a system prompt.
+    """
     from distill.prompt_text import describe_prompt
-    from teacher.backends.tokenizer import load_tokenizer, render_question
+    from teacher.backends.tokenizer import check_instruction, load_tokenizer, render_question
     from teacher.models.load import read_facts
 
+    tokenizer = load_tokenizer(folder, read_facts(folder))
+    check_instruction(tokenizer, instruction, folder)
     question = "What is 2 + 3?"
-    return describe_prompt(render_question(load_tokenizer(folder, read_facts(folder)), question), question)
+    return describe_prompt(render_question(tokenizer, question, instruction), question, instruction.system_prompt)
 
 
-def check_folder(folder: Path, *, speculate: bool = False, as_student: bool = False) -> None:
-    """Raise CheckpointError for what opening the folder would find wrong, without making the model."""
+def check_folder(
+    folder: Path, *, speculate: bool = False, as_student: bool = False, instruction: Instruction = UNINSTRUCTED
+) -> None:
+    """Raise what opening the folder would find wrong, without making the model."""
     from teacher.backends.native.backend import check_native
 
-    check_native(folder, speculate=speculate, as_student=as_student)
+    check_native(folder, speculate=speculate, as_student=as_student, instruction=instruction)

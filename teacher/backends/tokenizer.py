@@ -9,8 +9,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distill import chat_templates
-from distill.errors import CheckpointError, UserInputError
+from distill.errors import CheckpointError, RecipeError, UserInputError
 from distill.reading.json_text import read_json
+from distill.recipe import Instruction
 from distill.special_tokens import special_tokens
 from teacher.models.gqa.config import FAMILIES
 from teacher.models.load import ModelFacts
@@ -44,11 +45,30 @@ def load_tokenizer(folder: Path, facts: ModelFacts, *, of_base: bool = False) ->
     return tokenizer
 
 
-def render_question(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """Text of the prompt, up to where the answer begins; without a chat template the question and a line break."""
+def render_question(tokenizer: PreTrainedTokenizerBase, question: str, instruction: Instruction) -> str:
+    """Text of the prompt, up to where the answer begins.
+
+    Without a chat template: the system prompt and a blank line, the question and a line break.
+    """
+    turns = instruction.turns(question)
     if not tokenizer.chat_template:
-        return special_tokens(tokenizer).veil(question) + "\n"
-    return render(tokenizer, [{"role": "user", "content": question}])
+        return special_tokens(tokenizer).veil("\n\n".join(turn["content"] for turn in turns)) + "\n"
+    return render(tokenizer, turns)
+
+
+def check_instruction(tokenizer: PreTrainedTokenizerBase, instruction: Instruction, folder: Path) -> None:
+    """Raise RecipeError where the folder's chat template refuses a system turn, or leaves it out without a word."""
+    if not instruction.system_prompt or not tokenizer.chat_template:
+        return
+    marker = "potstill-system"
+    why = ""
+    try:
+        shows = marker in render(tokenizer, Instruction(system_prompt=marker).turns("?"))
+    except UserInputError as exc:
+        shows, why = False, f" ({exc})"
+    if not shows:
+        message = f"the chat template of {folder} has no system turn{why}; use prompt_suffix"
+        raise RecipeError(message, where="recipe", field="teacher.system_prompt")
 
 
 def render(

@@ -29,16 +29,22 @@ from transformers.utils import logging as transformers_logging
 
 from distill.errors import CheckpointError
 from distill.reasoning import THINK_LINE
+from distill.recipe import Instruction
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest, content_id
 from distill.weights import folder_identity
-from teacher.backends.tokenizer import encode_prompt, end_tokens, load_tokenizer, render_question
+from teacher.backends.tokenizer import check_instruction, encode_prompt, end_tokens, load_tokenizer, render_question
 from teacher.models.load import check_weights, read_facts
 
 
-def open_transformers(folder: Path, *, batch_size: int) -> TransformersBackend:
-    """Open a student's or base's folder. Raises CheckpointError (one line) for anything wrong in it."""
+def open_transformers(folder: Path, *, batch_size: int, instruction: Instruction) -> TransformersBackend:
+    """Open a student's or base's folder.
+
+    Raises CheckpointError (one line) for anything wrong in it, RecipeError for a system prompt that its chat template
+    has no place for.
+    """
     facts = read_facts(folder)
     tokenizer = load_tokenizer(folder, facts, of_base=True)
+    check_instruction(tokenizer, instruction, folder)
     ends = end_tokens(folder, tokenizer, facts)
     # transformers fills what is missing with random numbers, follows an index out of its folder and reads NaN.
     check_weights(folder)
@@ -60,7 +66,7 @@ def open_transformers(folder: Path, *, batch_size: int) -> TransformersBackend:
         if bars:
             transformers_logging.enable_progress_bar()
     model = model.to("cuda" if on_gpu else "cpu").eval()
-    return TransformersBackend(folder, model, tokenizer, ends, batch_size=batch_size)
+    return TransformersBackend(folder, model, tokenizer, ends, batch_size=batch_size, instruction=instruction)
 
 
 class _TokenCounter(StoppingCriteria):
@@ -82,9 +88,17 @@ class TransformersBackend:
     """A `Teacher` over one transformers decoder."""
 
     def __init__(
-        self, folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], *, batch_size: int
+        self,
+        folder: Path,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: Sequence[int],
+        *,
+        batch_size: int,
+        instruction: Instruction,
     ) -> None:
         self.folder, self.tokenizer, self.batch_size = folder, tokenizer, batch_size
+        self._instruction = instruction
         self._model, self._ends = model, sorted(ends)
         self._context: int = model.config.max_position_embeddings
         # `generate` lays its arguments over the folder's own, where a base may have a penalty or a top-k.
@@ -94,7 +108,8 @@ class TransformersBackend:
     @cached_property
     def identity(self) -> TeacherIdentity:
         version = importlib.metadata.version("transformers")
-        return folder_identity(self.folder, backend="transformers", backend_version=version)
+        identity = folder_identity(self.folder, backend="transformers", backend_version=version)
+        return identity.asked_with(self._instruction.words)
 
     def facts(self) -> dict[str, str | float]:
         """Tokens written by the call of `generate` that is under way, rows that have ended and are padded included."""
@@ -103,7 +118,7 @@ class TransformersBackend:
     def generate(self, requests: Sequence[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
         """Yield completions batch by batch. A prompt that fills the model's context ends at once, by length."""
         self._counter = _TokenCounter()
-        prompts = [render_question(self.tokenizer, request.problem.prompt) for request in requests]
+        prompts = [render_question(self.tokenizer, request.problem.prompt, self._instruction) for request in requests]
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         openings = [THINK_LINE if prompt.endswith(THINK_LINE) else "" for prompt in prompts]
         fitting = [number for number, prompt_ids in enumerate(ids) if len(prompt_ids) < self._context]

@@ -254,9 +254,10 @@ def test_no_tree_whatever_ends_in_anything_but_one_line(
 
 # --- fields of a teacher that change none of its texts ----------------------------------------------------------------
 
-ASKED = {"model", "revision", "system_prompt", "extra_body", "budget_forcing", "think_prefilled"}
+INSTRUCTED = {"system_prompt", "prompt_suffix", "reasoning"}
+ASKED = {"model", "revision", "extra_body", "budget_forcing", "think_prefilled", *INSTRUCTED}
 TEACHERS = {
-    NativeTeacher: {"backend", "model", "batch_invariant", "dtype", "num_ranks"},
+    NativeTeacher: {"backend", "model", "batch_invariant", "dtype", "num_ranks", *INSTRUCTED},
     OpenAITeacher: {"backend", "base_url", *ASKED},
     VllmTeacher: {"backend", "flags", "environment", *ASKED},
     RayTeacher: {"backend", "flags", "environment", *ASKED},
@@ -289,6 +290,24 @@ def test_the_documents_list_the_marked_fields() -> None:
     }
     marks = {name: mark for teacher in TEACHERS for name, mark in marked_fields(teacher).items()}
     assert listed == {mark: {name for name, of in marks.items() if of is mark} for mark in Mark}
+
+
+@pytest.mark.parametrize("teacher", TEACHERS, ids=lambda teacher: teacher.__name__)
+def test_every_teacher_can_be_instructed(teacher: type[NativeTeacher]) -> None:
+    told = teacher(model="m", system_prompt="Be brief.", prompt_suffix="Box it.")
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?\n\nBox it."}]
+    assert told.instruction.turns("1 + 1?") == turns
+    assert teacher(model="m", system_prompt="").instruction.turns("1 + 1?") == [{"role": "user", "content": "1 + 1?"}]
+
+
+def test_a_budget_of_thinking_needs_tags(tmp_path: Path) -> None:
+    tree = changed("generate.sampling.max_thinking_tokens", 8)
+    load_recipe(written(tmp_path, tree))
+    tree["teacher"]["reasoning"] = "plain"
+    with pytest.raises(
+        RecipeError, match=r"generate\.sampling\.max_thinking_tokens: needs a teacher whose reasoning is"
+    ):
+        load_recipe(written(tmp_path, tree))
 
 
 @pytest.mark.parametrize("split", ["all", "held_out"])

@@ -168,6 +168,8 @@ def test_truncated_is_not_correct_and_our_failures_are_not_wrong():
 def test_overrides_reach_the_protocol_and_defaults_stay():
     assert task_config("aime24")["repeats"] == 64
     assert task_config("aime24", num_samples=2)["repeats"] == 2
+    assert "boxed" in task_config("gsm8k")["doc_to_text"]
+    assert task_config("gsm8k", question_alone=True)["doc_to_text"] == "{{question}}"
     greedy = task_config("math500", sampling=Sampling(temperature=0, max_tokens=8))["generation_kwargs"]
     assert (greedy["do_sample"], greedy["max_gen_toks"], greedy["until"]) == (False, 8, [])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -146,6 +147,41 @@ def test_a_system_turn_of_the_template_is_shown(world: Path, tmp_path: Path) -> 
         world, tmp_path, lambda tree: tree.update(distill={"students": [str(student)], "methods": ["distilled"]})
     )
     assert "the template itself adds 'You are a careful model.'" in examined(path, tmp_path)["tiny distilled"].text
+
+
+def test_the_prompt_is_shown_as_the_teacher_is_instructed(world: Path, tmp_path: Path) -> None:
+    words = {"system_prompt": "Be brief.", "prompt_suffix": "Box it."}
+    found = examined(changed(world, tmp_path, lambda tree: tree["teacher"].update(words)), tmp_path)
+    assert found["teacher prompt"].text.startswith("prompt '"), "the words are the recipe's, not the template's"
+    assert "Be brief." in found["teacher prompt"].text
+    assert "QUESTION\\n\\nBox it." in found["teacher prompt"].text
+    served = {"backend": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1", **words}
+    found = examined(changed(world, tmp_path, lambda tree: tree.update(teacher=served)), tmp_path)
+    sent = r"sends system 'Be brief.', user 'QUESTION\n\nBox it.'; the template is the server's"
+    assert found["teacher prompt"].text == sent
+
+
+def test_a_system_prompt_replaces_the_one_of_the_template_and_needs_a_place_in_it(world: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(world / "teacher", teacher)
+    template = teacher / "chat_template.jinja"
+    turns = template.read_text(encoding="utf-8")
+    path = changed(world, tmp_path, lambda tree: tree["teacher"].update(model=str(teacher)))
+    instructed = "teacher.system_prompt=Be brief."
+
+    def prompt(*overrides: str) -> Finding:
+        found = examine_recipe(path, overrides, REPOSITORY, tmp_path / "runs")
+        return next(finding for finding in found if finding.check == "teacher prompt")
+
+    of_its_own = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nI am I.<|im_end|>\n{% endif %}"
+    template.write_text(of_its_own + turns, encoding="utf-8")
+    assert prompt().text.startswith("the template itself adds 'I am I.'")
+    assert "I am I." not in prompt(instructed).text
+    template.write_text("{% set messages = messages[-1:] %}" + turns, encoding="utf-8")
+    assert prompt().state == "ok"
+    refused = prompt(instructed)
+    assert (refused.state, refused.exit_code) == ("error", 2)
+    assert refused.text.startswith(f"{path}: teacher.system_prompt: the chat template of {teacher} has no system turn")
 
 
 def test_a_run_folder_that_cannot_be_written_is_the_machines_fault(world: Path) -> None:

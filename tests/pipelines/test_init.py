@@ -207,6 +207,15 @@ def test_any_name_survives_the_page(tmp_path: Path, awkward: str) -> None:
     assert (recipe.teacher.model, recipe.teacher.system_prompt) == (awkward, awkward)
 
 
+@pytest.mark.parametrize("teacher", ["native:teacher/pico", "openai:m"])
+def test_a_system_prompt_that_is_given_reaches_every_teacher(tmp_path: Path, teacher: str) -> None:
+    asked = {"problems": "pico", "teacher": teacher, "student": "qwen2-0.2m", "base_dir": tmp_path}
+    recipe = Recipe.model_validate(yaml.safe_load(draft_recipe(**asked, system_prompt="Be brief.").text()))
+    assert recipe.teacher.system_prompt == "Be brief."
+    recipe = Recipe.model_validate(yaml.safe_load(draft_recipe(**asked, system_prompt="").text()))
+    assert recipe.teacher.system_prompt is None
+
+
 def test_a_student_that_is_not_there_is_named(tmp_path: Path) -> None:
     draft = draft_recipe(problems="pico", teacher="native:x", student="qwen2-0.3m", base_dir=tmp_path)
     with pytest.raises(PotstillError, match=r"no student 'qwen2-0\.3m'"):

@@ -69,6 +69,9 @@ ANYWHERE: dict[str, tuple[Change, int]] = {
     "the reference answers": (lambda w: w.write(["0 + 1?", "1 + 2?", "2 + 3?"], answer="2"), 0),
     "more samples": (lambda w: w.generate.update(num_samples=5), ALL),
     "fewer samples": (lambda w: w.generate.update(num_samples=1), NUM_PROBLEMS),
+    "system prompt": (lambda w: w.teacher.update(system_prompt="Think."), 0),
+    "prompt suffix": (lambda w: w.teacher.update(prompt_suffix="Think."), 0),
+    "an empty instruction": (lambda w: w.teacher.update(prompt_suffix=""), ALL),
     "the order of the problems": (lambda w: w.write(["2 + 3?", "0 + 1?", "1 + 2?"]), ALL),
     "nothing": (lambda w: None, ALL),
 }
@@ -101,6 +104,7 @@ def another_engine(world: World) -> None:
 
 IN_A_FOLDER: dict[str, tuple[Change, int]] = {
     **ANYWHERE,
+    "plain reasoning": (lambda w: w.teacher.update(reasoning="plain"), ALL),
     "chat template": (edit("chat_template.jinja", "assistant", "Assistant"), 0),
     "tokenizer": (edit("tokenizer.json", '"version"', ' "version"'), 0),
     "one weight": (change_one_weight, 0),
@@ -146,7 +150,7 @@ def test_native(
 
 ON_AN_ENDPOINT: dict[str, tuple[Change, int]] = {
     **ANYWHERE,
-    "system prompt": (lambda w: w.teacher.update(system_prompt="Think."), 0),
+    "plain reasoning": (lambda w: w.teacher.update(reasoning="plain"), 0),  # no <think> is put in front
     "model": (lambda w: (setattr(w.endpoint, "model", "other"), w.teacher.update(model="other")), 0),
     "revision": (lambda w: w.teacher.update(revision="two"), 0),
     "prefilled template": (lambda w: w.teacher.update(think_prefilled=False), 0),

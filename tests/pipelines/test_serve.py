@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from tests.lateness import seconds_to_end
 from tests.pipelines.tiny_world import COMMAND, ENVIRONMENT, potstill
@@ -22,7 +23,7 @@ QUESTION = "State the final answer to the following arithmetic problem: 12 + 34 
 @pytest.fixture
 def server() -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [*COMMAND, "serve", PICO, "--port", "0"],
+        [*COMMAND, "serve", PICO, "--port", "0", "--set", "teacher.prompt_suffix=7 + 7 ="],
         cwd=REPOSITORY,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -35,6 +36,7 @@ def server() -> Iterator[subprocess.Popen[str]]:
 
 
 def test_the_bundled_teacher_answers(server: subprocess.Popen[str]) -> None:
+    """Asked what the client sends: the recipe's own instruction is for its own questions."""
     announced = server.stdout.readline()
     assert announced.startswith("serving 'pico' on http://127.0.0.1:"), server.stderr.read()
     body = {"model": "pico", "temperature": 0, "messages": [{"role": "user", "content": QUESTION}]}
@@ -43,6 +45,9 @@ def test_the_bundled_teacher_answers(server: subprocess.Popen[str]) -> None:
     (choice,) = answer["choices"]
     assert choice["message"]["content"] == ("<think>\n12 + 34 = 46\n46 - 5 = 41\n41 + 20 = 61\n</think>\n\n\\boxed{61}")
     assert choice["finish_reason"] == "stop"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(REPOSITORY / "teacher/pico")
+    prompt = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=True)
+    assert answer["usage"]["prompt_tokens"] == len(prompt["input_ids"])
     with httpx.Client() as idle:
         assert idle.get(f"{address}/models").status_code == 200  # and its connection stays
         assert seconds_to_end(server, signal=signal.SIGTERM) < 1

@@ -208,7 +208,8 @@ def test_a_run_without_a_single_example_says_why_and_what_to_set(run_dir: Path) 
     assert str(caught.value) == (
         f"{run_dir}/curate/funnel.json: no trace is left: 80 of 160 samples are too long (raise curate.max_tokens), "
         "40 have another answer than the reference (see audit.json, or set curate.correct_only=false), "
-        "40 have no \\boxed{} after the reasoning (ask for one in the problems or in teacher.system_prompt), "
+        "40 have no \\boxed{} after the reasoning (ask for one in the problems, in teacher.prompt_suffix or in "
+        "teacher.system_prompt), "
         "40 were cut off at the token limit (raise generate.sampling.max_tokens)"
     )
     assert read_manifest(run_dir / "curate") is None
@@ -222,7 +223,11 @@ def test_a_run_without_a_single_example_says_why_and_what_to_set(run_dir: Path) 
 @pytest.mark.parametrize(
     ("text", "reason", "says"),
     [
-        ("The answer is 5.", "stop", (r"20 of 20 samples have no \boxed{}", "20 have no closed reasoning")),
+        (
+            "The answer is 5.",
+            "stop",
+            (r"20 of 20 samples have no \boxed{}", "20 have no closed reasoning (teacher.reasoning=plain"),
+        ),
         (
             "<think>\nand so",
             "length",
@@ -242,9 +247,64 @@ def test_the_samples_of_a_teacher_that_was_asked_amiss(
         run(tmp_path, recipe(curate={"decontaminate": False}))
     message = str(caught.value)
     assert all(said in message for said in says), message
-    assert message.count("set ") + message.count("ask ") + message.count("raise ") + message.count("learns") == len(
-        says
+    assert sum(message.count(word) for word in ("set ", "ask ", "raise ", "learns", "takes")) == len(says)
+
+
+PLAIN = {"backend": "openai", "model": "x", "reasoning": "plain", "prompt_suffix": "Box it.", "system_prompt": "Think."}
+
+
+def written_by_a_plain_teacher(run_dir: Path) -> list[Problem]:
+    """Of each question one finished text, one that was cut off behind its answer, one with a tag of its own."""
+    problems = [Problem(prompt=f"{n} + {n}?", answer=str(2 * n), grader="math", source="s") for n in range(20)]
+    texts = [("Twice {n} is\n\n\\boxed{{{m}}}.\n", "stop"), ("So \\boxed{{{m}}}, and", "length")]
+    texts.append(("<think>\nno\n</think>\n\n\\boxed{{{m}}}", "stop"))
+    traces = [
+        trace_of(problem, text.format(n=n, m=2 * n), reason, index)
+        for n, problem in enumerate(problems)
+        for index, (text, reason) in enumerate(texts)
+    ]
+    write_records(run_dir / "generate" / "problems.parquet", problems, Problem)
+    write_records(run_dir / "generate" / "traces" / "part-00000.parquet", traces, Trace)
+    return problems
+
+
+@pytest.mark.parametrize("instruction", ["drop", "keep"])
+def test_plain_traces_are_learned_between_the_tags_with_their_answer_behind(tmp_path: Path, instruction: str) -> None:
+    problems = written_by_a_plain_teacher(tmp_path)
+    settings = {"decontaminate": False, "max_repetition": None, "instruction": instruction}
+    manifest = run(tmp_path, recipe(teacher=PLAIN, curate=settings))
+    assert manifest.counts["funnel"][:2] == [
+        {"filter": "verdict", "in": 60, "out": 60},
+        {"filter": "complete_reasoning", "in": 60, "out": 20},
+    ]
+    examples, direct = (
+        read_records(tmp_path / "curate" / f"{name}.parquet", Example) for name in ("examples", "direct")
     )
+    assert examples[3].completion == "<think>\nTwice 3 is\n\n\\boxed{6}.\n</think>\n\n\\boxed{6}"
+    assert direct[3].completion == "\\boxed{6}"
+    kept = instruction == "keep"
+    for example, problem in zip(examples, problems, strict=True):
+        assert example.question == (f"{problem.prompt}\n\nBox it." if kept else problem.prompt)
+        assert [(turn.role, turn.content) for turn in example.history] == ([("system", "Think.")] if kept else [])
+        assert example.problem_id == problem.id
+    assert [(d.question, d.history) for d in direct] == [(e.question, e.history) for e in examples]
+    stored = read_records(tmp_path / "generate" / "traces", Trace)
+    assert stored[9].text == "Twice 3 is\n\n\\boxed{6}.\n", "what the teacher wrote stays as it wrote it"
+    reasons = [one.detail for one in read_records(tmp_path / "curate" / "dropped.parquet", DroppedTrace)]
+    assert set(reasons) == {"cut off at the token limit", "has reasoning tags, and teacher.reasoning is plain"}
+
+
+def test_the_form_is_made_anew_when_the_recipe_says_another(tmp_path: Path) -> None:
+    written_by_a_plain_teacher(tmp_path)
+    curate_ = {"decontaminate": False, "complete_reasoning": False, "max_repetition": None}
+    tagged = run(tmp_path, recipe(curate=curate_))
+    first = read_records(tmp_path / "curate" / "examples.parquet", Example)
+    plain = run(tmp_path, recipe(teacher=PLAIN, curate=curate_))
+    second = read_records(tmp_path / "curate" / "examples.parquet", Example)
+    assert tagged.fingerprint != plain.fingerprint
+    assert first[0].completion == "Twice 0 is\n\n\\boxed{0}.\n"
+    assert second[0].completion.startswith("<think>\nTwice 0 is")
+    assert first[2].completion == second[2].completion == "<think>\nno\n</think>\n\n\\boxed{0}"
 
 
 def trace_of(problem: Problem, text: str, reason: FinishReason, index: int = 0) -> Trace:

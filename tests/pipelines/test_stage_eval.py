@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from distill.errors import DataError
@@ -102,6 +103,37 @@ def test_every_model_is_scored_once(student, run_dir, workers):
     before = stamps(run_dir)
     assert evaluate(recipe, run_dir, Context(Path(), num_workers=workers)) == manifest
     assert stamps(run_dir) == before, "the second time nothing is done"
+
+
+@pytest.mark.parametrize("instruction", ["keep", "drop"])
+def test_everyone_is_asked_in_the_words_that_they_know(student, run_dir, tmp_path, instruction):
+    """GSM8K's own words give way to the teacher's suffix; students and bases have it where they learned with it."""
+    rows = [{"question": f"{n} + {n}?", "answer": f"so\n#### {2 * n}"} for n in range(2)]
+    (tmp_path / "gsm8k_test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    plain = recipe_of(student, suites=["gsm8k"], held_out=None, bench_data=str(tmp_path))
+    words = {"system_prompt": "Be brief.", "prompt_suffix": "Box it."}
+
+    def prompt_tokens(recipe: Recipe) -> dict[str, list[int]]:
+        evaluate(recipe, run_dir, ALONE)
+        return {
+            path.parent.name: pq.read_table(path)["num_prompt_tokens"].to_pylist()
+            for path in (run_dir / "eval").glob("*/samples.parquet")
+        }
+
+    r1 = prompt_tokens(plain)
+    told = plain.model_copy(
+        update={
+            "teacher": plain.teacher.model_copy(update=words),
+            "curate": plain.curate.model_copy(update={"instruction": instruction}),
+        }
+    )
+    mine = prompt_tokens(told)
+    # The tiny tokenizer has a token for every character, and one for each marker of a turn.
+    r1_words = len("\nPlease reason step by step, and put your final answer within \\boxed{}.")
+    added = len("\n\nBox it.") + len("system\nBe brief.\n") + 2 if instruction == "keep" else 0
+    for name in ("mini-base", "mini-distilled"):
+        assert [after - before for after, before in zip(mine[name], r1[name], strict=True)] == [added - r1_words] * 4
+    assert mine["teacher"] != r1["teacher"]
 
 
 def test_transformers_scores_bases_and_students_too(student, run_dir):

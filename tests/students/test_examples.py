@@ -172,17 +172,23 @@ def test_of_a_conversation_the_last_turn_is_learned_or_every_one(tmp_path, base,
     assert rows[1] == last
 
 
-def test_a_turn_that_the_template_refuses_is_named(tmp_path, base):
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [
+        ("{{ raise_exception('System role not supported') }}", r"the chat template refuses it \(System role not"),
+        ("{%- set messages = messages[1:] %}", "the chat template has no system turn"),
+    ],
+    ids=["refuses", "leaves out"],
+)
+def test_a_turn_that_the_template_does_not_take_is_named(tmp_path, base, does, says):
     folder = shutil.copytree(base, tmp_path / "base")
     own = AutoTokenizer.from_pretrained(base).chat_template
-    refusal = "{%- if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{%- endif %}"
-    (folder / "chat_template.jinja").write_text(refusal + own)
+    (folder / "chat_template.jinja").write_text(f"{{%- if messages[0]['role'] == 'system' %}}{does}{{%- endif %}}{own}")
     answer = {"role": "assistant", "content": "\\boxed{2}"}
     data = tmp_path / "m.parquet"
     turns = [{"role": "user", "content": "1 + 1?"}, answer]
     Dataset.from_dict({"messages": [turns, [TURNS[0], *turns]], "problem_id": ["a", "b"]}).to_parquet(str(data))
-    message = r"template_fit: 1 of 2 examples .*problem b of m\.parquet: the chat template refuses it \(System role not"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=rf"template_fit: 1 of 2 examples .*problem b of m\.parquet: {says}"):
         train_student(make_student(folder), data, "direct", tmp_path / "out")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from distill.errors import RecipeError
 from distill.publish.origin import UNNAMED, published_name
+from distill.recipe import Instruction
 from distill.records import ScoreCard
 from students.publish.card import Lineage, model_card
 from students.publish.hub import check_repo_name, lay_out, tree
@@ -71,6 +73,14 @@ def test_the_card_carries_lineage_scores_recipe_and_licence():
     assert "4. Traces: 8,192 -> correct 7,900 -> deduplicate 7,000" in text
     assert f"| examples | `{'e' * 64}` |" in text
     assert "| steps, seed | 875, 17 |" in text
+    assert "top-p 0.95, without a system prompt.\n" in text
+
+
+def test_the_card_says_how_a_student_that_learned_with_an_instruction_is_asked():
+    student = find_student("r1-distill-qwen-1.5b")
+    lineage = replace(LINEAGE, instruction=Instruction(system_prompt="Be brief.", prompt_suffix="Box it."))
+    text = model_card("me/x", student, log_of(student), [], lineage)
+    assert "with the system prompt `Be brief.`, and with a blank line and `Box it.` behind the question." in text
 
 
 def test_cards_and_logs_name_published_bases_and_never_a_path(tmp_path):

@@ -14,6 +14,7 @@ from collections.abc import Sequence as Many
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ from distill.errors import CheckpointError, DataError, PotstillError, UserInputE
 from distill.logprobs import TokenLogprobs
 from distill.model_folder import check_model_folder
 from distill.reasoning import END_OF_THINKING, FORCED_END, THINK_LINE
+from distill.recipe import UNINSTRUCTED, Instruction
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
 from distill.special_tokens import special_tokens
 from distill.weights import folder_identity
@@ -31,6 +33,7 @@ from teacher.backends.native.live import LiveEngine, LocalEngine, WorkerEngines,
 from teacher.backends.native.pace import Pace
 from teacher.backends.native.workers import EngineSettings
 from teacher.backends.tokenizer import (
+    check_instruction,
     encode_prompt,
     encode_text,
     end_tokens,
@@ -75,6 +78,7 @@ def open_native(
     batch_invariant: bool = False,
     dtype: str | None = None,
     as_student: bool = False,
+    instruction: Instruction = UNINSTRUCTED,
     over_ranks: Callable[[EngineSettings], Fleet] | None = None,
 ) -> NativeBackend:
     """Load a checkpoint folder, of the teacher's architecture or of a student's (`teacher.models.load`).
@@ -82,13 +86,16 @@ def open_native(
     `as_student`: it is there to be scored, bases included. It needs no chat template, and a prompt that fills its
     positions is an answer that ended by length, no fault. `over_ranks` opens the engine elsewhere than here. Raises
     what that raises, CheckpointError for anything wrong with weights, config or tokenizer, and with `speculate` for a
-    model that has no MTP layer; UserInputError for `batch_invariant` and `dtype` (torch's name) where they are not for.
+    model that has no MTP layer; RecipeError for a system prompt that the chat template has no place for, UserInputError
+    for `batch_invariant` and `dtype` (torch's name) where they are not for.
     """
     facts, tokenizer, eos_token_ids = _read_folder(folder, speculate=speculate, as_student=as_student)
+    check_instruction(tokenizer, instruction, folder)
+    kind: dict[str, Any] = {"as_student": as_student, "instruction": instruction}
     if over_ranks is not None:
         spelled = tokenizer.backend_tokenizer.to_str()
         fleet = over_ranks(EngineSettings(folder, batch_size, frozenset(eos_token_ids), tokenizer=spelled))
-        return NativeBackend(folder, tokenizer, fleet)
+        return NativeBackend(folder, tokenizer, fleet, **kind)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = device.type == "cpu" and facts.num_parameters <= _WORKER_PARAMETERS
     decode = decode_by(tokenizer.backend_tokenizer)
@@ -97,12 +104,15 @@ def open_native(
     limits = {"batch_size": batch_size, "eos_token_ids": eos_token_ids}
     engine = Engine(model, **limits, speculate=speculate, decode=decode)
     max_workers = torch.get_num_threads() if small else 1
-    return NativeBackend(folder, tokenizer, engine, max_workers=max_workers, as_student=as_student)
+    return NativeBackend(folder, tokenizer, engine, max_workers=max_workers, **kind)
 
 
-def check_native(folder: Path, *, speculate: bool = False, as_student: bool = False) -> None:
-    """Raise CheckpointError for what `open_native` would find wrong in the folder. Reads every weight, keeps none."""
-    _read_folder(folder, speculate=speculate, as_student=as_student)
+def check_native(
+    folder: Path, *, speculate: bool = False, as_student: bool = False, instruction: Instruction = UNINSTRUCTED
+) -> None:
+    """Raise what `open_native` would find wrong in the folder. Reads every weight, keeps none."""
+    _, tokenizer, _ = _read_folder(folder, speculate=speculate, as_student=as_student)
+    check_instruction(tokenizer, instruction, folder)
     check_weights(folder)
 
 
@@ -130,6 +140,7 @@ class NativeBackend:
         *,
         max_workers: int = 1,
         as_student: bool = False,
+        instruction: Instruction = UNINSTRUCTED,
     ) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
@@ -138,6 +149,7 @@ class NativeBackend:
         self._precision, self._eos_token_ids = engine.precision, engine.eos_token_ids
         self.max_workers = max_workers
         self._as_student = as_student
+        self._instruction = instruction
         self._alive: LiveEngine | None = engine if isinstance(engine, Fleet) else None
         self._starting = threading.Lock()
         self._last_prompt: tuple[GenerationRequest, tuple[str, list[int]]] | None = None
@@ -146,7 +158,8 @@ class NativeBackend:
     @cached_property
     def identity(self) -> TeacherIdentity:
         version = ENGINE_VERSION if self._precision == "float32" else f"{ROUNDED_ENGINE_VERSION}-{self._precision}"
-        return folder_identity(self.folder, backend="native", backend_version=version)
+        identity = folder_identity(self.folder, backend="native", backend_version=version)
+        return identity.asked_with(self._instruction.words)
 
     def facts(self) -> dict[str, str | float]:
         """Tokens written and read by the call of `generate` that is under way, for the eyes of who waits."""
@@ -279,7 +292,7 @@ class NativeBackend:
 
     def _prompt(self, request: TraceRequest) -> tuple[str, list[int]]:
         """Opening of the answer that the prompt has already written, and the prompt's tokens."""
-        prompt = render_question(self.tokenizer, request.problem.prompt)
+        prompt = render_question(self.tokenizer, request.problem.prompt, self._instruction)
         return THINK_LINE if prompt.endswith(THINK_LINE) else "", encode_prompt(self.tokenizer, prompt)
 
     def _begin(

@@ -48,7 +48,7 @@ class Asker:
         return self._completion(request, text, answer)
 
     def _text(self, answer: Answer) -> str:
-        text = whole_text(answer.reasoning, answer.content, think_prefilled=self._config.think_prefilled)
+        text = whole_text(answer.reasoning, answer.content, think_prefilled=self._config.opens_thinking)
         if self._client.key.is_in(text):
             said = RecipeError(
                 "answers with the API key in its text; nothing of it is kept", where=self._client.base_url
@@ -70,9 +70,7 @@ class Asker:
         return payload
 
     def _messages(self, request: TraceRequest, *continued: dict[str, str]) -> dict[str, Any]:
-        system = self._config.system_prompt
-        first = [{"role": "system", "content": system}] if system else []
-        return {"messages": [*first, {"role": "user", "content": request.problem.prompt}, *continued]}
+        return {"messages": [*self._config.turns(request.problem.prompt), *continued]}
 
     def _chat_logprobs(self) -> dict[str, Any]:
         top = self._sampling.top_logprobs

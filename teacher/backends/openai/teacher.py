@@ -126,15 +126,16 @@ class OpenAICompatibleTeacher:
         return TeacherIdentity(
             name=config.model,
             weights=f"{config.model}@{config.revision}",
-            template=content_id(["openai", config.system_prompt, config.think_prefilled, *self._what_else_matters()]),
+            template=content_id(["openai", config.system_prompt, config.opens_thinking, *self._what_else_matters()]),
             backend="openai",
             backend_version=served if isinstance(served, str) else "unknown",
         )
 
     def _what_else_matters(self) -> list[Any]:
         """Settings that change the text where they are used; none of them leaves the identity as it always was."""
-        body, forcing = self.config.extra_body, self.config.budget_forcing
-        return [body, forcing] if body or forcing != "completions" else []
+        body, forcing, suffix = self.config.extra_body, self.config.budget_forcing, self.config.prompt_suffix
+        matters: list[Any] = [body, forcing] if body or forcing != "completions" else []
+        return [*matters, {"prompt_suffix": suffix}] if suffix else matters
 
     def _forced_ids(self, sampling: Sampling) -> list[int]:
         if sampling.max_thinking_tokens is None or self.config.budget_forcing != "completions":

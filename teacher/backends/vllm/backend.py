@@ -195,10 +195,9 @@ def vllm_identity(config: VllmTeacher, version: str) -> TeacherIdentity:
             backend="vllm",
             backend_version=engine,
         )
-    asked = [config.system_prompt, config.extra_body, config.budget_forcing, config.think_prefilled]
-    if asked == [None, {}, "completions", True]:
-        return identity
-    return identity.model_copy(update={"template": content_id([identity.template, *asked])})
+    asked = [config.system_prompt, config.extra_body, config.budget_forcing, config.opens_thinking]
+    asked += [config.prompt_suffix] if config.prompt_suffix else []
+    return identity.asked_with([] if asked == [None, {}, "completions", True] else asked)
 
 
 def is_repository(model: str, base_dir: Path) -> bool:

@@ -8,10 +8,11 @@ import shutil
 import pytest
 import torch
 
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, RecipeError
 from distill.protocols import Reporting, Teacher
+from distill.recipe import Instruction
 from distill.records import Problem, Sampling, TraceRequest
-from teacher.backends import check_folder, open_student
+from teacher.backends import check_folder, describe_prompt_of, open_student
 
 ENGINES = pytest.mark.parametrize("engine", ["native", "transformers"])
 
@@ -116,6 +117,48 @@ def test_a_base_without_a_chat_template_is_asked_the_question_alone(make_checkpo
     model = open_student(make_checkpoint(template=None), engine=engine, batch_size=2)
     (done,) = model.generate([request_of("1 + 1")], Sampling(max_tokens=5))
     assert done.num_prompt_tokens == len("1 + 1\n")
+
+
+INSTRUCTION = Instruction(system_prompt="Be brief.", prompt_suffix="Box it.")
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    ("template", "system_prompt", "asked"),
+    [("plain", "Be brief.", "1 + 1\n\nBox it."), (None, None, "Be brief.\n\n1 + 1\n\nBox it.")],
+    ids=["template", "no template"],
+)
+def test_a_student_is_asked_with_the_instruction_that_it_learned(
+    make_checkpoint, engine, template, system_prompt, asked
+):
+    """As if the question were spelled with it; a model without a template gets all as one text."""
+    folder = make_checkpoint(template=template)
+    told = open_student(folder, engine=engine, batch_size=2, instruction=INSTRUCTION)
+    alone = Instruction(system_prompt=system_prompt)
+    spelled = open_student(folder, engine=engine, batch_size=2, instruction=alone)
+    greedy = Sampling(max_tokens=8, temperature=0)
+    (done,), (same,) = told.generate([request_of("1 + 1")], greedy), spelled.generate([request_of(asked)], greedy)
+    assert (done.text, done.num_prompt_tokens) == (same.text, same.num_prompt_tokens)
+    assert told.identity != spelled.identity
+
+
+@pytest.mark.parametrize("refuses", ["{{ raise_exception('no system') }}", ""], ids=["refused", "left out"])
+def test_a_template_without_a_system_turn_is_named(make_checkpoint, refuses):
+    folder = make_checkpoint()
+    path = folder / "chat_template.jinja"
+    loop = "{% for message in messages %}"
+    skip = f"{{% if message['role'] == 'system' %}}{refuses}{{% else %}}"
+    text = path.read_text().replace(loop, loop + skip).replace("{% endfor %}", "{% endif %}{% endfor %}")
+    path.write_text(text)
+    fault = r"recipe: teacher\.system_prompt: the chat template of .* has no system turn"
+    for engine in ("native", "transformers"):
+        with pytest.raises(RecipeError, match=fault):
+            open_student(folder, engine=engine, batch_size=2, instruction=INSTRUCTION)
+        open_student(folder, engine=engine, batch_size=2, instruction=Instruction(prompt_suffix="Box it."))
+    with pytest.raises(RecipeError, match=fault):
+        check_folder(folder, instruction=INSTRUCTION)
+    with pytest.raises(RecipeError, match=fault):
+        describe_prompt_of(folder, INSTRUCTION)
 
 
 @ENGINES

@@ -53,11 +53,14 @@ def check_all(completions: list[Completion], asked: list[TraceRequest]) -> None:
         assert (completion.finish_reason, completion.num_prompt_tokens, completion.num_tokens) == ("stop", 9, 20)
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 @pytest.mark.parametrize("style", ["prefilled", "reasoning_content", "reasoning"])
-def test_every_request_is_answered_once_whatever_the_server_parses(endpoint: ChatEndpoint, style: str) -> None:
+def test_every_request_is_answered_once_whatever_the_server_parses(
+    endpoint: ChatEndpoint, style: str, stream: bool
+) -> None:
     endpoint.style = style
     asked = requests(20)
-    source = teacher(endpoint)
+    source = teacher(endpoint, stream=stream)
     assert isinstance(source, Teacher)
     check_all(list(source.generate(asked, SAMPLING)), asked)
     assert len({payload["seed"] for payload in endpoint.payloads}) == 40
@@ -182,16 +185,26 @@ def test_identity_changes_with_what_changes_the_text(endpoint: ChatEndpoint) -> 
         teacher(endpoint, revision="abc").identity,
         teacher(endpoint, system_prompt="Think.").identity,
         teacher(endpoint, think_prefilled=False).identity,
+        teacher(endpoint, prompt_suffix="Think.").identity,
     ]
     endpoint.version = None
     others.append(teacher(endpoint).identity)
     assert others[-1].backend_version == "unknown"
-    assert len({identity.model_dump_json() for identity in [first, *others]}) == 5
+    assert len({identity.model_dump_json() for identity in [first, *others]}) == 6
 
 
-def test_the_system_prompt_is_sent(endpoint: ChatEndpoint) -> None:
-    list(teacher(endpoint, system_prompt="Think first.").generate(requests(1), SAMPLING))
-    assert endpoint.payloads[0]["messages"][0] == {"role": "system", "content": "Think first."}
+def test_the_instruction_is_sent(endpoint: ChatEndpoint) -> None:
+    instruction = {"system_prompt": "Think first.", "prompt_suffix": "Box it."}
+    list(teacher(endpoint, **instruction).generate(requests(1), SAMPLING))
+    assert endpoint.payloads[0]["messages"] == [
+        {"role": "system", "content": "Think first."},
+        {"role": "user", "content": "0 + 1?\n\nBox it."},
+    ]
+
+
+def test_nothing_is_put_in_front_of_plain_text(endpoint: ChatEndpoint) -> None:
+    (first, *_) = teacher(endpoint, reasoning="plain").generate(requests(1), SAMPLING)
+    assert first.text.startswith("seed ")
 
 
 @pytest.mark.parametrize(
