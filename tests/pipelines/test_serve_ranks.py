@@ -58,8 +58,9 @@ class Nodes:
         return self.head.wait(60), self.other.wait(60)
 
     def ranks(self) -> list[int]:
-        """Processes of ranks: children of either program."""
-        listed = [subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True) for p in (self.head, self.other)]
+        """Processes of ranks: children of either program, but for those that render templates and read bodies."""
+        command = ["pgrep", "-f", "native.workers", "-P"]
+        listed = [subprocess.run([*command, str(p.pid)], capture_output=True) for p in (self.head, self.other)]
         return [int(pid) for found in listed for pid in found.stdout.split()]
 
 
