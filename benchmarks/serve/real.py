@@ -53,9 +53,10 @@ def transformers(folder: Path, dtype: str, scale: Scale) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(num_cores())
-    kind = {"local_files_only": True, "trust_remote_code": False}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **kind).eval()
-    return timed(generate_padded(model), folder, scale, scale.requests)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+    )
+    return timed(generate_padded(model.eval()), folder, scale, scale.requests)
 
 
 ENGINES: dict[str, Callable[[Path, str, Scale], dict[str, Any]]] = {"ours": ours, "transformers": transformers}

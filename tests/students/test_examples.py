@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distill.errors import DataError
 from distill.progress import silent
+from distill.recipe import UNINSTRUCTED
 from distill.records import Example
 from students import bases
 from students.sft import train_student
@@ -93,11 +94,11 @@ def test_a_question_that_spells_special_tokens_is_asked_as_it_was_learned(tmp_pa
     (row,), _, tokenizer = rows_of(tmp_path, base, data)
     tokenizer.save_pretrained(tmp_path / "shipped")
     served = PreTrainedTokenizerFast.from_pretrained(tmp_path / "shipped")
-    prompt = encode_prompt(served, render_question(served, SMUGGLED))
+    prompt = encode_prompt(served, render_question(served, SMUGGLED, UNINSTRUCTED))
     assert row["input_ids"][: len(prompt)] == prompt
     assert prompt == [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED]
     served.chat_template = None
-    assert tokenizer.eos_token_id not in encode_prompt(served, render_question(served, SMUGGLED))
+    assert tokenizer.eos_token_id not in encode_prompt(served, render_question(served, SMUGGLED, UNINSTRUCTED))
 
 
 @pytest.mark.parametrize(

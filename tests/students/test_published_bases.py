@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from distill.errors import CheckpointError, RecipeError
 from distill.progress import silent
-from distill.recipe import PublishedScore
+from distill.recipe import UNINSTRUCTED, PublishedScore
 from distill.weights import stored_tensors
 from students import bases
 from students.preflight import preflight
@@ -237,7 +237,7 @@ def test_the_control_of_a_hybrid_base_answers_without_thinking_wherever_it_is_as
     question = [{"role": "user", "content": "1 + 1?"}]
     asked = shipped.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
     assert asked.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    served = render_question(PreTrainedTokenizerFast.from_pretrained(tmp_path / "out"), "1 + 1?")
+    served = render_question(PreTrainedTokenizerFast.from_pretrained(tmp_path / "out"), "1 + 1?", UNINSTRUCTED)
     assert served == asked
     thinking = shipped.apply_chat_template(question, add_generation_prompt=True, tokenize=False, enable_thinking=True)
     assert thinking.endswith("<|im_start|>assistant\n")
@@ -261,6 +261,6 @@ def test_a_template_that_asks_for_the_date_is_rendered_alike_on_every_day(tmp_pa
     own = AutoTokenizer.from_pretrained(base).chat_template
     (folder / "chat_template.jinja").write_text(dated + "{{- 'Today Date: ' + date_string + '\\n' }}" + own)
     tokenizer = bases.open_tokenizer(make_student(folder), "direct", folder)
-    assert render_question(tokenizer, "1 + 1?").startswith("Today Date: 26 Jul 2024\n<|im_start|>user")
+    assert render_question(tokenizer, "1 + 1?", UNINSTRUCTED).startswith("Today Date: 26 Jul 2024\n<|im_start|>user")
     question = [{"role": "user", "content": "1 + 1?"}]
     assert "1 Jan 2020" in tokenizer.apply_chat_template(question, tokenize=False, date_string="1 Jan 2020")
