@@ -103,7 +103,7 @@ def assert_refused(case: Case, arguments: tuple[str, ...], outcome: Outcome) -> 
     else:
         lines = [line for line in outcome.err.splitlines() if not line.startswith("  ")]  # others say how it stands
         assert len(lines) == 1, outcome.err
-        assert outcome.err.startswith("potstill: ")
+        assert lines[0].startswith("potstill: ")
     assert outcome.peak_bytes < MOST_BYTES
     assert outcome.cpu_s < MOST_CPU_S
 
