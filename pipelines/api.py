@@ -12,18 +12,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+# `X as X`: potstill hands it on.
 from distill.errors import (
-    CheckpointError,
-    DataError,
-    EnvironmentFault,
-    PotstillError,
-    Preempted,
-    RecipeError,
-    TrainingFailure,
-    UserInputError,
+    CheckpointError as CheckpointError,
+    DataError as DataError,
+    EnvironmentFault as EnvironmentFault,
+    PotstillError as PotstillError,
+    Preempted as Preempted,
+    RecipeError as RecipeError,
+    TrainingFailure as TrainingFailure,
+    UserInputError as UserInputError,
 )
 from distill.manifest import version_of
-from distill.plain_progress import PlainProgress
+from distill.plain_progress import PlainProgress as PlainProgress
 from distill.progress import Progress, silent
 from distill.recipe import PushConfig, Recipe, load_recipe, parse
 from distill.records import ScoreCard, StageManifest
@@ -31,22 +32,6 @@ from pipelines import chain
 from pipelines.context import Context
 from pipelines.draft import check_draft, draft_recipe
 from pipelines.recipes import find_recipe
-
-__all__ = [
-    "CheckpointError",
-    "DataError",
-    "EnvironmentFault",
-    "PlainProgress",
-    "PotstillError",
-    "Preempted",
-    "Recipe",
-    "RecipeError",
-    "Run",
-    "ScoreCard",
-    "TrainingFailure",
-    "UserInputError",
-    "__version__",
-]
 
 __version__ = version_of("potstill")
 

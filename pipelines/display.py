@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
-from rich.progress import Task as RichTask
+from rich.progress import BarColumn, Progress, ProgressColumn, Task as RichTask, TaskID, TextColumn
 from rich.text import Text
 
 from distill.plain_progress import Count, facts_text

@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer as RawTokenizer
-from transformers import PreTrainedConfig
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase as Tokenizer
 
 from distill.errors import CheckpointError, DataError, UserInputError
 from distill.findings import Finding

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers import PrinterCallback
+from transformers import PreTrainedTokenizerBase as Tokenizer, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig as TRLConfig
 

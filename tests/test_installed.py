@@ -6,7 +6,6 @@ The environment is a new one in which the dependencies of this one can be import
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import re
 import shutil
@@ -27,20 +26,20 @@ NOT_INSTALLED = {"pipelines/setup.sh"}  # builds a checkout's .venv
 COMMANDS = re.compile(r"^  ([a-z-]+)  ", re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def setup(monkeypatch_module: pytest.MonkeyPatch):
-    """setup.py as a module; what it does when it is run is kept from it."""
-    monkeypatch_module.setattr("setuptools.setup", lambda **_: None)
-    spec = importlib.util.spec_from_file_location("potstill_setup", REPOSITORY / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# In a process of its own: setuptools must be the first to import distutils, and here somebody else may have been.
+REWRITTEN = """
+import runpy, setuptools, sys
+setuptools.setup = lambda **_: None
+rewrite = runpy.run_path("setup.py")["below_top"]
+sys.stdout.buffer.write(rewrite(sys.stdin.buffer.read()))
+"""
 
 
-@pytest.fixture(scope="module")
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
+def rewritten(source: str) -> subprocess.CompletedProcess[bytes]:
+    """What setup.py makes of a module's source."""
+    return subprocess.run(
+        [sys.executable, "-c", REWRITTEN], cwd=REPOSITORY, input=source.encode(), capture_output=True, check=False
+    )
 
 
 BLOCK = "def f():\n    from {}students.zoo import (\n        a,\n    )\n"
@@ -59,13 +58,14 @@ BLOCK = "def f():\n    from {}students.zoo import (\n        a,\n    )\n"
         ("from potstill.distill import x\n", None),
     ],
 )
-def test_imports_are_rewritten_and_nothing_else(setup, source: str, installed: str | None) -> None:
-    assert setup.below_top(source.encode()).decode() == (source if installed is None else installed)
+def test_imports_are_rewritten_and_nothing_else(source: str, installed: str | None) -> None:
+    assert rewritten(source).stdout.decode() == (source if installed is None else installed)
 
 
-def test_an_import_that_the_wheel_could_not_serve_stops_the_build(setup) -> None:
-    with pytest.raises(ValueError, match=r"line 2: write `from \.\.\. import`, got `import distill\.errors`"):
-        setup.below_top(b"\nimport distill.errors\n")
+def test_an_import_that_the_wheel_could_not_serve_stops_the_build() -> None:
+    stopped = rewritten("\nimport distill.errors\n")
+    assert stopped.returncode != 0
+    assert b"ValueError: line 2: write `from ... import`, got `import distill.errors`" in stopped.stderr
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
@@ -75,7 +75,8 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
 
 
 def _parsed(source: str) -> ast.Module:
-    """Once more where Python 3.11 loses count of its own depth, as it does when another thread parses meanwhile."""
+    """Once more where CPython 3.11 loses count of its depth ("AST constructor recursion depth mismatch"), as it did
+    once in a long run."""
     try:
         return ast.parse(source)
     except SystemError:

@@ -136,8 +136,7 @@ def vllm(folder: Path, scale: Scale) -> dict[str, Any]:
 
 
 def transformers(folder: Path, scale: Scale) -> dict[str, Any]:
-    from transformers import DeepseekV3Config as PeerConfig
-    from transformers import DeepseekV3ForCausalLM
+    from transformers import DeepseekV3Config as PeerConfig, DeepseekV3ForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tree = {key: value for key, value in scale.config.to_json().items() if key != "num_nextn_predict_layers"}

@@ -7,8 +7,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from benchmarks.schedules import draw
 from benchmarks.schedules.schedules import SCHEDULES, Durations, Schedule, Work, dual_pipe, dual_pipe_v, paper_bound

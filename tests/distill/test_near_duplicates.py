@@ -7,8 +7,7 @@ from random import Random
 
 import pytest
 from datasketch import MinHash, MinHashLSH
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from distill.curate.near_duplicates import Signatures, jaccard, near_duplicates, shingles
 from distill.recipe import NearDuplicates

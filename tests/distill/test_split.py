@@ -7,8 +7,7 @@ import random
 import re
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from distill.problems.split import HELD_OUT_SHARE, split_of
 from distill.problems.stream import pico_families, stream

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from benchmarks.code_sets import CODE_SETS, spoiled
 from distill.errors import DataError, EnvironmentFault, RecipeError

@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from distill.problems.packed import BLOCK, BLOCKS_OPEN, PackedProblems
 from distill.records import Problem, SampleKeys, Sampling, TeacherIdentity, TraceRequest, content_id

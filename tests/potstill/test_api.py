@@ -15,8 +15,7 @@ import pytest
 import potstill
 from distill.recipe import load_recipe
 from tests.pipelines.test_init import write_rows
-from tests.pipelines.tiny_world import ENVIRONMENT, make_world, tree_of
-from tests.pipelines.tiny_world import potstill as command
+from tests.pipelines.tiny_world import ENVIRONMENT, make_world, potstill as command, tree_of
 from tests.repository import REPOSITORY
 
 PAGE = (REPOSITORY / "docs/api.md").read_text(encoding="utf-8")

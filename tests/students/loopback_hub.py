@@ -11,9 +11,6 @@ import asyncio
 import base64
 import hashlib
 import json
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +22,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from tests.loopback import on_loopback
 
 OWNER, TOKEN = "tester", "hf_loopback_secret"
 
@@ -187,16 +186,6 @@ def _mode(path: str) -> str:
 @contextmanager
 def loopback_hub(root: Path) -> Iterator[LoopbackHub]:
     hub = LoopbackHub(root)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        hub.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(hub.app(), log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield hub
-        finally:
-            server.should_exit = True
-            thread.join()
+    with on_loopback(uvicorn.Config(hub.app(), log_level="error", lifespan="off")) as (host, port):
+        hub.url = f"http://{host}:{port}"
+        yield hub

@@ -17,17 +17,7 @@ from students import bases
 from students.sft import train_student
 from students.tokens import IGNORED, write_tokens
 from teacher.backends.tokenizer import encode_prompt, render_question
-from tests.students.tiny_bases import make_base, make_examples, make_student, write_examples
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory):
-    return make_examples(tmp_path_factory.mktemp("data") / "examples.parquet", 16)
+from tests.students.tiny_bases import make_student, write_examples
 
 
 def rows_of(tmp_path, base, data, method="distilled", **sft):

@@ -27,11 +27,6 @@ CHECKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base") / "tiny")
-
-
 def errors(student, method, folder, change=lambda tokenizer, config: None) -> set[str]:
     config, tokenizer = bases.open_config(folder), bases.open_tokenizer(student, method, folder)
     change(tokenizer, config)

@@ -55,16 +55,6 @@ QWEN3 = """
 """
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory):
-    return make_examples(tmp_path_factory.mktemp("data") / "examples.parquet", 16)
-
-
 def edit(folder, name: str, **changes) -> None:
     path = folder / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -27,11 +27,6 @@ WORKED = "<think>\n1 + 2 = 3\n3 + 3 = 6\n</think>\n\n\\boxed{6}"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def examples(tmp_path_factory):
     return make_examples(tmp_path_factory.mktemp("data") / "examples.parquet")
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Generator, Iterator, Sequence as Many
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path

@@ -19,8 +19,7 @@ import queue
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Iterator, Sequence as Many
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

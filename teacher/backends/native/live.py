@@ -12,8 +12,7 @@ import itertools
 import json
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence as Many
 from functools import partial
 from typing import Any, Protocol
 

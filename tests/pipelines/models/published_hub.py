@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +14,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from tests.loopback import on_loopback
 
 
 @dataclass
@@ -69,16 +68,6 @@ def _blob(name: str, data: bytes) -> dict[str, Any]:
 def published_hub(repository: str, revision: str, folder: Path) -> Iterator[PublishedHub]:
     """Serve the folder's files on a free port, in a thread."""
     hub = PublishedHub(repository, revision, {path.name: path.read_bytes() for path in folder.iterdir()})
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        hub.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(hub.app(), log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield hub
-        finally:
-            server.should_exit = True
-            thread.join()
+    with on_loopback(uvicorn.Config(hub.app(), log_level="error", lifespan="off")) as (host, port):
+        hub.url = f"http://{host}:{port}"
+        yield hub

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from teacher.admission import reader as reader_module
 from teacher.admission.documents import MAX_DEPTH, MAX_VALUES, DocumentError, loads

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from distill.reasoning import END_OF_THINKING
 from teacher.engine.detokenizer import decode_by

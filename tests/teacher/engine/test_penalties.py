@@ -9,8 +9,7 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from teacher.engine.engine import Engine
 from teacher.engine.sampler import SamplingParams, choose

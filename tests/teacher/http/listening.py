@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 
 from teacher.http.server import guarded
-from tests.teacher.http.test_http_server import wait_until
-
-Address = tuple[str, int]
+from tests.loopback import Address, on_loopback
 
 
 @contextmanager
 def listening(app: Starlette) -> Iterator[Address]:
-    server = uvicorn.Server(guarded(app))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    wait_until(lambda: server.started)
-    try:
-        yield listener.getsockname()
-    finally:
-        server.should_exit = True
-        thread.join(30)
+    with on_loopback(guarded(app)) as address:
+        yield address
 
 
 def said(connection: socket.socket) -> tuple[int, Any]:

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from teacher.http.app import build_app
 from tests.teacher.http.listening import Address, asked, is_openai_error, listening, posted
-from tests.teacher.http.test_http_server import DEFAULTS, SpellingTeacher
+from tests.teacher.http.spelling_teacher import DEFAULTS, SpellingTeacher
 
 KEY = "sk-canary-0916"
 QUESTION = json.dumps({"model": "pico", "messages": [{"role": "user", "content": "what is 2 + 2"}]}).encode()
 ROUTES = ("/health", "/version", "/metrics", "/v1/models", "/v1/nothing")
-
-
-@pytest.fixture
-def teacher() -> SpellingTeacher:
-    return SpellingTeacher()
-
-
-@pytest.fixture
-def address(teacher: SpellingTeacher) -> Iterator[Address]:
-    with listening(build_app(teacher, model="pico", sampling=DEFAULTS)) as address:
-        yield address
 
 
 @pytest.mark.parametrize(

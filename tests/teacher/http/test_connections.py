@@ -7,7 +7,6 @@ import json
 import socket
 import struct
 import time
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -16,22 +15,11 @@ from teacher.admission.bodies import MAX_BODY_BYTES
 from teacher.http import guard
 from teacher.http.app import build_app
 from tests.teacher.http.listening import Address, asked, is_openai_error, listening, posted, said
-from tests.teacher.http.test_http_server import DEFAULTS, SpellingTeacher, wait_until
+from tests.teacher.http.spelling_teacher import DEFAULTS, SpellingTeacher, wait_until
 
 POST = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 QUESTION = json.dumps({"model": "pico", "messages": [{"role": "user", "content": "what is 2 + 2"}]}).encode()
 FIVE_MB = 5 * 10**6
-
-
-@pytest.fixture
-def teacher() -> SpellingTeacher:
-    return SpellingTeacher()
-
-
-@pytest.fixture
-def address(teacher: SpellingTeacher) -> Iterator[Address]:
-    with listening(build_app(teacher, model="pico", sampling=DEFAULTS)) as address:
-        yield address
 
 
 def in_chunks(body: bytes, size: int) -> bytes:

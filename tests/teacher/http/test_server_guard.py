@@ -6,7 +6,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -16,23 +15,12 @@ from distill.errors import EnvironmentFault
 from teacher.admission.bodies import MAX_BODY_BYTES
 from teacher.http import guard
 from teacher.http.app import build_app
-from tests.teacher.http.listening import is_openai_error, listening, said
-from tests.teacher.http.test_http_server import DEFAULTS, SpellingTeacher, chat, wait_until
+from tests.teacher.http.listening import is_openai_error, said
+from tests.teacher.http.spelling_teacher import DEFAULTS, SpellingTeacher, chat, wait_until
 
 KEY = "sk-canary-0916"
 LOCAL = "host: localhost\r\ncontent-type: application/json\r\n"
 QUESTION = {"model": "pico", "messages": [{"role": "user", "content": "what is 2 + 2"}]}
-
-
-@pytest.fixture
-def teacher() -> SpellingTeacher:
-    return SpellingTeacher()
-
-
-@pytest.fixture
-def address(teacher: SpellingTeacher) -> Iterator[tuple[str, int]]:
-    with listening(build_app(teacher, model="pico", sampling=DEFAULTS)) as address:
-        yield address
 
 
 def test_a_head_that_does_not_come_ends_its_connection_alone(

@@ -17,7 +17,7 @@ from teacher.backends import open_teacher
 from teacher.http.app import build_app
 from tests.teacher.backends.published_templates import template
 from tests.teacher.backends.tiny_models import save_tiny_model
-from tests.teacher.http.test_http_server import events
+from tests.teacher.http.spelling_teacher import events
 
 # Where published models lie, a folder each; without it the tests of real ones are skipped.
 MODELS = Path(os.environ.get("POTSTILL_MODELS", "/nonexistent"))

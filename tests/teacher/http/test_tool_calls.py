@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from teacher.http.chat_form import ChatForm, ReasoningPlace
 from teacher.http.chat_request import ChatRequest

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from teacher.model.fp8 import BLOCK, E4M3_MAX, dequantise_blocks, quantise_blocks, scale_shape
 

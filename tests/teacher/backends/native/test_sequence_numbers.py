@@ -16,7 +16,7 @@ from distill.errors import EnvironmentFault
 from teacher.backends.native.live import LocalEngine, WorkerEngines
 from teacher.backends.native.workers import _write
 from teacher.engine.sequence import Sequence
-from tests.teacher.http.test_http_server import wait_until
+from tests.teacher.http.spelling_teacher import wait_until
 
 
 class Worker:

@@ -6,8 +6,7 @@ import heapq
 import random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from teacher.backends.openai.concurrency import BACK_OFF, AdaptiveConcurrency
 

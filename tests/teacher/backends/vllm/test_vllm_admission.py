@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,8 +15,8 @@ from starlette.routing import Route
 
 from teacher.admission.reader import SMALL_BYTES
 from teacher.backends.vllm.routes import AllowList
+from tests.loopback import on_loopback
 from tests.teacher.http.listening import Address, asked, posted
-from tests.teacher.http.test_http_server import wait_until
 
 KEY = "sk-canary-0917"
 QUESTION = json.dumps({"model": "m", "messages": [{"role": "user", "content": "1 + 1?"}]}).encode()
@@ -33,17 +31,8 @@ def listening() -> Iterator[Address]:
     """As `vllm serve --middleware` puts it around its application, behind a plain uvicorn."""
     app = Starlette(routes=[Route("/v1/chat/completions", echo, methods=["POST"]), Route("/health", echo)])
     app.add_middleware(AllowList)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    wait_until(lambda: server.started)
-    try:
-        yield listener.getsockname()
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
+    with on_loopback(uvicorn.Config(app, log_level="error")) as address:
+        yield address
 
 
 @pytest.fixture

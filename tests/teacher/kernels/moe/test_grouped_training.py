@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from teacher.kernels.moe.training import experts_training as training
-from teacher.kernels.moe.training import grouped, grouped_gemm, grouped_quantise
+from teacher.kernels.moe.training import experts_training as training, grouped, grouped_gemm, grouped_quantise
 from teacher.kernels.moe.training.experts_training import (
     MainGrads,
     Precision,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from teacher.kernels.dense.reference import block_gemm_twin
 from teacher.kernels.device import runs_hopper_kernels

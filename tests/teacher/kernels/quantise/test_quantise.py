@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from teacher.kernels.exponential import exp_of_minus_abs, sigmoid
 from teacher.kernels.quantise import quantise as q
