@@ -40,7 +40,8 @@ def run(tmp_path: Path) -> subprocess.CompletedProcess[str]:
     (tmp_path / "conftest.py").write_text((REPOSITORY / "tests/conftest.py").read_text() + hurried)
     (tmp_path / "test_some.py").write_text(TESTS.replace("PIDS", str(tmp_path / "pids")))
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)],
+        # Without a summary: it repeats what it does not shorten, and it shortens nothing where CI is set.
+        [sys.executable, "-m", "pytest", "-qrN", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,

@@ -13,7 +13,6 @@ from distill.errors import UserInputError
 from pipelines.cli.output import command_progress
 from pipelines.cli.recipes import Overrides
 from pipelines.printing import say
-from pipelines.run_folder import check_writable
 
 app = typer.Typer()
 pico = typer.Typer(
@@ -24,6 +23,7 @@ pico = typer.Typer(
 @pico.command("teacher")
 def pico_teacher(out: Annotated[Path, typer.Option("--out", metavar="FOLDER")] = Path("teacher/pico")) -> None:
     """Train the pico teacher by teacher/train/pico.yaml."""
+    from pipelines.run_folder import check_writable
     from teacher.train.make import load_pretrain_config, make_teacher
 
     check_writable(out)
@@ -41,6 +41,7 @@ def pretrain(
 ) -> None:
     """Train a teacher over the recipe's layout, one process a rank: torchrun --no-python potstill pretrain ..."""
     from distill.progress import silent
+    from pipelines.run_folder import check_writable
     from teacher.train.make import Launch, load_pretrain_config, make_teacher
 
     recipe = locate(str(recipe), Path())
@@ -70,6 +71,7 @@ def pico_bases(
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER")] = Path("students/pico"),
 ) -> None:
     """Pre-train the pico bases by students/pretrain/pico.yaml, side by side on one device."""
+    from pipelines.run_folder import check_writable
     from students.pretrain.bases import load_bases_config, make_bases
 
     check_writable(out)

@@ -168,8 +168,12 @@ class NativeBackend:
         """Yield a completion a request, each as soon as it is finished. Raises DataError for a prompt too long."""
         prefixes: dict[int, str] = {}
         sequences = []
+        prompts: dict[str, tuple[str, list[int]]] = {}  # samples of one question share its prompt
         for number, request in enumerate(requests):
-            prefix, prompt_ids = self._prompt(request)
+            question = request.problem.prompt
+            if question not in prompts:
+                prompts[question] = self._prompt(request)
+            prefix, prompt_ids = prompts[question]
             if self._as_student and len(prompt_ids) >= self.engine.max_positions:
                 counts = {"num_prompt_tokens": len(prompt_ids), "num_tokens": 0}
                 yield Completion(request=request, text=prefix, finish_reason="length", **counts)
