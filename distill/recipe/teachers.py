@@ -68,7 +68,7 @@ class NativeTeacher(InstructedTeacher, OverNodes):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="of a student's folder on a CPU: bfloat16 reads half the bytes of float32, which is auto there",
+        description="of a student's folder on a CPU: float32 is auto; bfloat16 reads half the bytes, if the CPU has it",
     )
     num_ranks: int = Field(1, ge=1, description="of a deepseek_v3 folder, in FP8; each has sequences of its own")
     num_redundant: Annotated[int, Mark.SPEED] = Field(

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from teacher.models import arithmetic
 from teacher.models.arithmetic import fp32_product, linear, pack, packs
 
 CPU = torch.device("cpu")
@@ -13,14 +14,23 @@ CPU = torch.device("cpu")
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
 
+@pytest.mark.parametrize("has_bf16", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 64, 301])
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(24, 8), (97, 65), (640, 576)])
 def test_a_packed_product_is_the_plain_one(
-    dtype: torch.dtype, num_rows: int, num_outputs: int, num_inputs: int
+    dtype: torch.dtype,
+    num_rows: int,
+    num_outputs: int,
+    num_inputs: int,
+    has_bf16: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not packs(CPU, dtype):
-        pytest.skip(f"oneDNN has no {dtype} here")
+        pytest.skip("this torch has no oneDNN")
+    if has_bf16 and dtype == torch.bfloat16 and not arithmetic._has_bf16_products():
+        pytest.skip("this processor has no BF16 products")
+    monkeypatch.setattr(arithmetic, "_has_bf16_products", lambda: has_bf16)
     generator = torch.Generator().manual_seed(num_rows)
     weight = torch.randn(num_outputs, num_inputs, generator=generator).to(dtype)
     bias = torch.randn(num_outputs, generator=generator).to(dtype)
@@ -31,6 +41,7 @@ def test_a_packed_product_is_the_plain_one(
         expected = F.linear(x.double(), weight.double(), None if given is None else given.double())
         result = linear(x, packed, given)
         assert result.dtype == dtype
+        assert packed.dtype == (dtype if has_bf16 else torch.float32)
         assert (result - expected).norm() <= TOLERANCES[dtype] * expected.norm()
 
 
