@@ -65,6 +65,7 @@ class ScoringJob:
     held_out: Path | None
     bench_data: str | None
     limits: ReadLimits
+    max_unverifiable: float
     out_dir: Path
     base_dir: Path
 
@@ -169,6 +170,7 @@ def score(job: ScoringJob, progress: Progress) -> None:
                     held_out=job.held_out,
                     bench_data=job.bench_data,
                     limits=job.limits,
+                    max_unverifiable=job.max_unverifiable,
                     progress=progress,
                 )
         finally:
@@ -239,6 +241,7 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
             held_out=None if config.held_out is None else run_dir / "eval" / HELD_OUT,
             bench_data=config.bench_data,
             limits=recipe.limits,
+            max_unverifiable=config.max_unverifiable,
             out_dir=run_dir / "eval" / name,
             base_dir=base_dir,
         )
