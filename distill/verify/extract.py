@@ -17,6 +17,7 @@ OPEN, CLOSE = "<think>", "</think>"
 FENCE = re.compile(r"(`{3,}|~{3,})[ \t]*([\w+#.-]*)")
 PYTHON = ("python", "py", "python3")
 BETWEEN = re.compile(r"[\s$]*(?:,|;|,?[\s$]*(?:\\text\{)?\s*(?:and|or)\s*\}?)[\s$]*")
+MAX_BETWEEN = 40  # characters
 MAX_BOXES = 12  # of one answer
 TOKEN = re.compile(r"\\(?:boxed|fbox|framebox)[ \t]*\{|\\.|[{}]", re.DOTALL)
 
@@ -33,19 +34,20 @@ def extract_answer(text: str) -> str | None:
     >>> extract_answer("<think>\n\\boxed{1}\n</think>\n\nSo \\boxed{\\frac{1}{2}}.")
     '\\frac{1}{2}'
     >>> extract_answer("It is $\\boxed{2}$ or $\\boxed{5}$.")
-    '2, 5'
+    '2 \\text{ or } 5'
     """
     after = _after_reasoning(text)
     boxes = [] if after is None else _boxes(after)
     if after is None or not boxes:
         return None
-    first = len(boxes) - 1
-    while first > 0 and len(boxes) - first < MAX_BOXES:
-        between = after[boxes[first - 1].end + 1 : boxes[first].opened_at]
-        if len(between) > 40 or not BETWEEN.fullmatch(between):
+    contents = [after[box.start : box.end].strip() for box in boxes[-MAX_BOXES:]]
+    answer = contents.pop()
+    for box, following in zip(reversed(boxes[:-1]), reversed(boxes), strict=False):
+        between = after[box.end + 1 : following.opened_at]
+        if not contents or len(between) > MAX_BETWEEN or not BETWEEN.fullmatch(between):
             break
-        first -= 1
-    return in_one_line([after[box.start : box.end].strip() for box in boxes[first:]])
+        answer = contents.pop() + (" \\text{ or } " if "or" in between else ", ") + answer
+    return answer
 
 
 def in_one_line(parts: Sequence[str]) -> str:

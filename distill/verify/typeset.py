@@ -60,6 +60,7 @@ SCRIPT = re.compile(f"([{''.join(RAISED)}]+)|([{''.join(LOWERED)}]+)")
 RAISED_FRACTION = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹]+)[/⁄∕]([₀₁₂₃₄₅₆₇₈₉]+)")
 TRAILING = re.compile(r"(?<!\\)\\$")  # `\ ` of which the end was stripped
 EMPTY = re.compile(r"(?<![}\])\\A-Za-z])\{\s*\}")
+BRACED_SIGN = re.compile(r"(?<![}\])\\A-Za-z^_])\{\s*([:,=+<>-])\s*\}")
 OTHER_SIGN = re.compile(f"[{re.escape(''.join(SIGNS))}]")
 # `22\,333\,444`, `22 333 444`, `22,\!333`: groups of three digits, the same separator between all.
 GROUPED = re.compile(
@@ -118,7 +119,7 @@ SAME_AS = {
     **{r"\neq": r"\ne", r"\lt": "<", r"\gt": ">", r"\ast": r"\cdot", r"\colon": ":", r"\lor": r"\text{or}"},
     **{r"\land": r"\text{and}", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]"},
     **{r"\lparen": "(", r"\rparen": ")", r"\percent": r"\%", r"\minus": "-", r"\plus": "+"},
-    **{r"\pounds": "£", r"\euro": "€", r"\textdollar": r"\$", r"\textasciitilde": " ", r"\arsinh": r"\arcsinh"},
+    **{r"\cr": r"\\", r"\pounds": "£", r"\euro": "€", r"\textdollar": r"\$", r"\textasciitilde": " ", r"\arsinh": r"\arcsinh"},
 }
 MARKDOWN = re.compile(r"(\*\*\*?|__|`+)(?P<inner>[^*_`].*?)\1", re.DOTALL)
 DEGREES = re.compile(r"\^\s*(?:\{\s*(?:\\circ|o|\\text\{o\}|\^\\circ)\s*\}|o(?![A-Za-z])|\\circ\b)")
@@ -149,7 +150,8 @@ def plain(text: str) -> str:
         text = marked["inner"].strip()
     text = GROUPED.sub(lambda number: re.sub(r"\D", "", number[0]), text)
     text = DEGREES.sub(r"^\\circ ", _retype(text))
-    text = re.sub(r"[ \t\r\f\v]+", " ", EMPTY.sub("", text)).strip()
+    text = BRACED_SIGN.sub(r"\1", EMPTY.sub("", text))
+    text = re.sub(r"[ \t\r\f\v]+", " ", text).strip()
     while True:
         shorter = _without_outer_braces(text.rstrip(" ,;:"))
         if shorter.endswith(".") and not shorter.endswith(".."):
@@ -254,7 +256,7 @@ def _closed(group: _Group) -> str:
     # A font's argument is a sign of mathematics, or a word: `\mathrm{km}`.
     if UNIT_LETTERS.fullmatch(bare):
         return "\\text{" + bare + "}"
-    if WORDS.search(bare) and not re.search(r"\\(?:text|frac|sqrt)\b", bare):
+    if WORDS.search(bare) and not re.search(r"\\(?:text|frac|sqrt|begin|mathbb|mathcal|sin|cos|tan|log|ln)\b", bare):
         return "\\text{" + bare + "}"
     return content if "\\" not in bare or len(bare) < 2 else "{" + content + "}"
 
@@ -288,7 +290,7 @@ def words_of(text: str) -> str:
     >>> words_of("\\\\text{June }20"), words_of("(C)")
     ('june20', 'c')
     """
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r",?\s*(?<![A-Za-z])and(?![A-Za-z])\s*", ",", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
     text = re.sub(r"""[\s"'`{}]+""", "", text).casefold().rstrip(".!,;:")
     alone = re.fullmatch(r"[(\[]?([^\W\d_])[)\]]?", text)
     return alone[1] if alone else text

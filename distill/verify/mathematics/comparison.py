@@ -72,7 +72,7 @@ def _same_kind(reference: Value, given: Value, question: str) -> bool:
             return alike and all(map(_pairwise, reference.rows, given.rows))
         case Ratio(), Ratio():
             return same_unit(reference.unit, given.unit) and _pairwise(reference.items, given.items)
-        case Ratio(items=(above, below)), Term():
+        case Ratio(items=(above, below)), Term() if len(below.latex) == 1 or not below.latex.isdigit():
             return same_terms(given, Term(f"({above.latex})/({below.latex})"))
         case Based(), Based():
             return reference == given

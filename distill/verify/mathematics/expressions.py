@@ -28,7 +28,7 @@ COMMANDS = frozenset(
     )
 )
 COMMAND = re.compile(r"\\([A-Za-z]+|.)")
-UNREADABLE = re.compile(r"[?&;$@#\"~`]|\\\\|\d_|\)_|[^\x00-\x7f]|^\s*$|[<>=]|\.\.|\\to\b")
+UNREADABLE = re.compile(r"[?&;$@#\"~`]|\\\\|\d_|\)_|[^\x00-\x7f]|^\s*$|[<>=]|\.\.|\\to\b|(?<![A-Za-z}])'")
 RANGE = re.compile(r"\\(?:sum|prod|lim)\s*_\s*\{[^{}]*\}")
 ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ")
 RECURRING_IN = re.compile(r"(\d*\.\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")

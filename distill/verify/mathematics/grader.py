@@ -16,7 +16,7 @@ from distill.verify.typeset import words_of
 
 Result = tuple[VerdictState, str]
 # A choice as contests write it, `(B) 15`: its letter, where no other letter follows.
-LETTERED = re.compile(r"(?:\\text\{\s*)?\(([A-Z])\)\s*\}?\s*(?P<rest>(?:(?![A-Z]).)+)", re.DOTALL)
+LETTERED = re.compile(r"(?:\\text\{\s*)?\(?([A-Z])\)\s*\}?\s*(?P<rest>(?:(?![A-Z]).)+)", re.DOTALL)
 LETTER = re.compile(r"\\text\{\s*\(?([A-Z])\)?\s*\}")
 
 

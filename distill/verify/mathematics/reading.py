@@ -15,6 +15,7 @@ from distill.verify.mathematics.chains import read_chain, relations
 from distill.verify.mathematics.keyboard import to_latex
 from distill.verify.mathematics.numerals import GROUPED, read_numeral
 from distill.verify.mathematics.regions import combine_regions, complement, is_region, region_of
+from distill.verify.mathematics.sameness import same_terms
 from distill.verify.mathematics.splitting import AND, OR, connect, split, whole
 from distill.verify.mathematics.units import measured
 from distill.verify.mathematics.values import (
@@ -46,7 +47,8 @@ MATRIX = re.compile(
     re.DOTALL,
 )
 BASED = re.compile(
-    r"\(?(?:\\text\{\s*)?(?P<digits>[0-9A-Z]*[0-9][0-9A-Z]*)\s*\}?\)?_\s*(?:\{\s*(?:\\text\{)?\s*)?(?P<base>\d+|[a-z]+)\s*\}*"
+    r"[({]*(?:\\text\{\s*)?(?P<digits>[0-9A-Z]*[0-9][0-9A-Z]*)\s*\}?[)}]*\s*(?:_\s*[{(\s]*(?:\\text\{\s*(?:base)?\s*)?[})\s]*"
+    r"|\\text\{\s*\(?\s*(?:in\s+)?base\s*)(?P<base>\d+|[a-z]+)[\s})]*"
 )
 BASES = {
     name: str(number)
@@ -71,6 +73,8 @@ TIME = re.compile(r"\d+(?::\d+)+")
 LABEL = re.compile(r"\\text\{[^{}]*(?::|\bis)\s*\}\s*:?\s*(?=.)")
 SENTENCE = re.compile(r"^\\text\{[^{}]*(?::|\bis)\s+([^{}A-Za-z]+)\}$")
 LESS = re.compile(r"(\\mathbb\s*\{R\}\s*)-\s*(?=\\\{)")
+COUNTED = re.compile(r"^\\text\{\s*([-+]?\d[\d.,:]*)\s*([^{}\d=]+)\}$")  # `\text{12 apples}`
+TO = re.compile(r"(?<=\d)\s*(?:\\text\{\s*to\s*\}|(?<![A-Za-z])to(?![A-Za-z]))\s*(?=\d)")
 PLUS_MINUS = re.compile(r"\\(?:pm|mp)\b")
 ELLIPSIS = Described("...")
 
@@ -78,6 +82,7 @@ ELLIPSIS = Described("...")
 def prepare(text: str) -> str:
     """Plainly set LaTeX of an answer as it was written."""
     prepared = SENTENCE.sub(r"\1", to_latex(plain(text)).strip())
+    prepared = TO.sub(":", COUNTED.sub(r"\1 \\text{\2}", prepared))
     prepared = LESS.sub(r"\1\\setminus ", prepared)
     return prepared if (label := LABEL.match(prepared)) is None else prepared[label.end() :]
 
@@ -106,8 +111,8 @@ def _read(text: str, term: Reader, depth: int) -> Value:
     if depth > MAX_DEPTH:
         raise UnreadableError("nested too deeply")
     text = connect(_bare(text))
-    if (domain := _domain(text)) is not None:
-        return domain
+    if (special := _domain(text) or _based(text)) is not None:
+        return special
     if (word := as_words(text)) is not None and not _is_measured(text, term):
         return Words(word)
     if GROUPED.fullmatch(text.lstrip("-+ ")) or (text.count(",") and _is_measured(text, term)):
@@ -147,8 +152,8 @@ def _unconditional(parts: Sequence[str]) -> list[str]:
 def _read_one(text: str, term: Reader, depth: int) -> Value:
     text = _bare(text)
     recur = partial(_read, term=term, depth=depth + 1)
-    if (domain := _domain(text)) is not None:
-        return domain
+    if (special := _domain(text) or _based(text)) is not None:
+        return special
     if (word := as_words(text)) is not None and not _is_measured(text, term):
         return Words(word)
     if (modulo := MODULO.fullmatch(text)) is not None:
@@ -158,9 +163,8 @@ def _read_one(text: str, term: Reader, depth: int) -> Value:
         return read_chain(sides, signs, term, recur)
     if text == "\\ldots":
         return ELLIPSIS
-    for special in (_based, partial(_matrix, term=term)):
-        if (value := special(text)) is not None:
-            return value
+    if (grid := _matrix(text, term)) is not None:
+        return grid
     if INTERVALS.search(text):
         operands, operators = split(text, ("\\cup", "\\cap", "\\setminus"))
         if operators:
@@ -306,6 +310,9 @@ def _combined(values: list[Value], links: Sequence[str]) -> Value:
         return System(tuple(named))
     if len(named) == 1 and values[0] is named[0]:  # `n = 3, 5, 8`
         return Named(named[0].name, Collection(tuple(_flat([named[0].value, *values[1:]]))))
+    terms = [value for value in values if isinstance(value, Term)]
+    if set(links) == {OR} and len(terms) == len(values) and all(same_terms(terms[0], other) for other in terms):
+        return terms[0]  # one value in two forms
     if any(isinstance(value, (Equation, Inequality)) for value in values) and OR in links:
         raise UnreadableError("alternatives of equations")
     return Collection(tuple(values))

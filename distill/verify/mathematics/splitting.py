@@ -10,13 +10,16 @@ TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 OPENING = frozenset(("(", "[", "{", "\\{", "\\langle", "\\lfloor", "\\lceil"))
 CLOSING = frozenset((")", "]", "}", "\\}", "\\rangle", "\\rfloor", "\\rceil"))
 PAIRS = {"(": ")", "[": "]", "\\{": "\\}", "\\langle": "\\rangle"}
-LINK = re.compile(r"[\s,;]*(?:\\text\{\s*,?\s*(and|or)\s*\}|(?<![A-Za-z\\])(and|or)(?![A-Za-z]))[\s,]*")
-ENVIRONMENT = re.compile(r"\\(begin|end)\b")
+# `and` and `or` between parts; within a text that says more (`\text{Anna and Bob}`) they are its own.
+LINK = re.compile(
+    r"[\s,;]*(?:\\text\{\s*,?\s*(and|or)\s*\}|(?<![A-Za-z\\])(and|or)(?![A-Za-z]))[\s,]*|\\text\{[^{}]*\}"
+)
 
 
 def connect(text: str) -> str:
     """Put one sign for `and`, and one for `or`, in whichever way they are written."""
-    return LINK.sub(lambda link: AND if "and" in (link[1], link[2]) else OR, text)
+    signs = {"and": AND, "or": OR}
+    return LINK.sub(lambda link: signs.get(link[1] or link[2], link[0]), text)
 
 
 def split(text: str, separators: str | Sequence[str]) -> tuple[list[str], list[str]]:
