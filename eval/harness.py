@@ -157,6 +157,14 @@ def score_rows(
     return cards
 
 
+def count_unverifiable(samples: Path) -> dict[str, int]:
+    """Answers of each suite whose reference could not be read, out of a samples.parquet; suites without any left out."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(samples, columns=["suite", "verdict"]).to_pylist()
+    return dict(Counter(row["suite"] for row in rows if row["verdict"] == "unverifiable"))
+
+
 def group_outcomes(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[bool]]:
     """Graded rows as `problem id -> correct?` lists, what `eval.statistics` works on; ungraded rows are left out."""
     grouped: dict[str, list[bool]] = defaultdict(list)

@@ -1,8 +1,8 @@
 """The answer of a completion, after its reasoning: the last `\\boxed{}`, or the last block of Python where a program is
 asked for. Linear in the text.
 
-`\\fbox{}` and `\\framebox{}`, LaTeX's own boxes, count as well. Boxes with nothing between them but a comma, `and` or `or`
-are one answer. A last box that is never closed is no answer, and none before it takes its place.
+`\\fbox{}` and `\\framebox{}`, LaTeX's own boxes, count as well. Boxes with nothing between them but a comma, `and` or
+`or` are one answer. A last box that is never closed is no answer, and none before it takes its place.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-r"""Typesetting taken off: an answer without what changes its looks and not what it says. Shared by mathematics and choice.
+r"""Typesetting taken off: an answer without what changes its looks and not what it says, for mathematics and choice.
 
-Dollars, spacing, sizes, colours, fonts and boxes go; Unicode's signs become LaTeX's; what is prose ends up in `\text{}`,
+Dollars, spacing, sizes, colours, fonts and boxes go; Unicode's signs become LaTeX's; prose ends up in `\text{}`,
 whichever of LaTeX's commands it stood in. One pass over the text with a stack of open groups: linear in its length.
 """
 
@@ -48,7 +48,15 @@ SIGNS = {
         "⋯": r"\ldots ",
     },
     **{"π": r"\pi ", "𝜋": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda "},
-    **{"μ": r"\mu ", "µ": r"\mu ", "φ": r"\phi ", "ω": r"\omega ", "Ω": r"\Omega ", "Ω": r"\Omega ", "σ": r"\sigma "},
+    **{
+        "μ": r"\mu ",
+        "µ": r"\mu ",
+        "φ": r"\phi ",
+        "ω": r"\omega ",
+        "Ω": r"\Omega ",
+        "\u2126": r"\Omega ",
+        "σ": r"\sigma ",
+    },
     **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}"},
     **{"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"},
     **{"⅕": r"\frac{1}{5}", "⅙": r"\frac{1}{6}", "⅛": r"\frac{1}{8}", "⅜": r"\frac{3}{8}", "⅝": r"\frac{5}{8}"},
@@ -59,12 +67,13 @@ LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n", s
 SCRIPT = re.compile(f"([{''.join(RAISED)}]+)|([{''.join(LOWERED)}]+)")
 RAISED_FRACTION = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹]+)[/⁄∕]([₀₁₂₃₄₅₆₇₈₉]+)")
 TRAILING = re.compile(r"(?<!\\)\\$")  # `\ ` of which the end was stripped
-EMPTY = re.compile(r"(?<![}\])\\A-Za-z])\{\s*\}")
+EMPTY = re.compile(r"(?<=[\d)])\{\s*\}")
 BRACED_SIGN = re.compile(r"(?<![}\])\\A-Za-z^_])\{\s*([:,=+<>-])\s*\}")
 OTHER_SIGN = re.compile(f"[{re.escape(''.join(SIGNS))}]")
 # `22\,333\,444`, `22 333 444`, `22,\!333`: groups of three digits, the same separator between all.
 GROUPED = re.compile(
-    r"(?<![\d.,^_])(?<!\\frac )(\d{1,3})(?P<by>\\[,;: ]|~|[ ]|\{,\}|,\\!\s*|\\!,|\\,\{,\})\d{3}(?:(?P=by)\d{3})*(?![\d])"
+    r"(?<![\d.,^_])(?<!\\frac )(\d{1,3})"
+    r"(?P<by>\\[,;: ]|~|[ ]|\{,\}|,\\!\s*|\\!,|\\,\{,\})\d{3}(?:(?P=by)\d{3})*(?![\d])"
 )
 
 SPACES = frozenset(
@@ -73,7 +82,8 @@ SPACES = frozenset(
 DROPPED = frozenset(
     re.findall(
         r"\S+",
-        r"""\! \/ \( \) \[ \] \left \right \middle \displaystyle \textstyle \scriptstyle \scriptscriptstyle \limits \nolimits
+        r"""\! \/ \( \) \[ \] \left \right \middle \displaystyle \textstyle \scriptstyle \scriptscriptstyle \limits
+    \nolimits
     \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \Biggl \Biggr \bigm \Bigm \mleft \mright
     \tiny \scriptsize \footnotesize \small \normalsize \large \Large \LARGE \huge \Huge \bf \it \rm \sf \tt \sl \cal
     \bfseries \itshape \rmfamily \sffamily \boldmath \strut \mathstrut \nonumber \notag \noindent \centering
@@ -119,7 +129,14 @@ SAME_AS = {
     **{r"\neq": r"\ne", r"\lt": "<", r"\gt": ">", r"\ast": r"\cdot", r"\colon": ":", r"\lor": r"\text{or}"},
     **{r"\land": r"\text{and}", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]"},
     **{r"\lparen": "(", r"\rparen": ")", r"\percent": r"\%", r"\minus": "-", r"\plus": "+"},
-    **{r"\cr": r"\\", r"\pounds": "£", r"\euro": "€", r"\textdollar": r"\$", r"\textasciitilde": " ", r"\arsinh": r"\arcsinh"},
+    **{
+        r"\cr": r"\\",
+        r"\pounds": "£",
+        r"\euro": "€",
+        r"\textdollar": r"\$",
+        r"\textasciitilde": " ",
+        r"\arsinh": r"\arcsinh",
+    },
 }
 MARKDOWN = re.compile(r"(\*\*\*?|__|`+)(?P<inner>[^*_`].*?)\1", re.DOTALL)
 DEGREES = re.compile(r"\^\s*(?:\{\s*(?:\\circ|o|\\text\{o\}|\^\\circ)\s*\}|o(?![A-Za-z])|\\circ\b)")

@@ -35,7 +35,7 @@ from distill.recipe import (
 )
 from distill.records import Example, Problem, Role, Sampling, StageManifest
 from distill.tables import read_records, write_records
-from eval.harness import SAMPLES, SCORES, Subject, score_model
+from eval.harness import SAMPLES, SCORES, Subject, count_unverifiable, score_model
 from eval.suites import BENCHMARKS, TASKS, bench_folder, check_suites
 from pipelines.context import Context
 from pipelines.preemption import preemptible
@@ -179,6 +179,7 @@ def score(job: ScoringJob, progress: Progress) -> None:
         return {
             "samples": sum(card.num_samples for card in totals),
             "pass@1": {card.suite: card.value for card in totals},
+            "unverifiable": count_unverifiable(job.out_dir / SAMPLES),
             "identity": model.identity.model_dump(),
         }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 from distill.verify.mathematics import expressions
@@ -145,7 +146,7 @@ def _agreed(sides: list[str], term: Reader, recur: Callable[[str], Value]) -> Va
     if all(map(is_name, sides[:-1])) and not any(_is_constant(side, term) for side in sides[:-1]):
         return recur(sides[-1])  # `a = b = 5`
     terms = [term(side) for side in sides]
-    if not all(same_terms(one, other) for one, other in zip(terms, terms[1:], strict=False)):
+    if not all(same_terms(one, other) for one, other in pairwise(terms)):
         raise UnreadableError("sides that are not equal")
     return terms[-1]
 

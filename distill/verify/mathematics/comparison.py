@@ -1,7 +1,7 @@
 """Whether an answer is its reference, both read: the reference decides what is asked for, and how strictly.
 
-A reference that is a value takes it under any name (`x = 5`), one with a name takes the bare value; an equation takes its
-multiples alone. Tuples keep their order, lists and sets have none; `(1, 2)` is an interval where the other side is one.
+A reference that is a value takes it under any name (`x = 5`), one with a name takes the bare value; an equation takes
+its multiples alone. Tuples keep their order, lists and sets have none; `(1, 2)` is an interval where the other is.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from distill.verify.mathematics.values import (
 from distill.verify.mathematics.words import same_words
 
 BASE_ASKED = re.compile(r"\b(?:base|binary|octal|hexadecimal|ternary)\b", re.IGNORECASE)
+TUPLES = (("(", ")"), ("\\langle", "\\rangle"))
 MAX_ITEMS = 60  # of a list without order: comparing them is quadratic
 
 
@@ -175,7 +176,9 @@ def _same_collections(reference: Value, given: Value) -> bool:
         return same(
             reference if other is reference else collection.items[0], given if other is given else collection.items[0]
         )
-    if isinstance(other, Row) and not collection.braced and other.opening in ("(", "\\langle"):  # `1, 2` for `(1, 2)`
+    if (
+        isinstance(other, Row) and not collection.braced and (other.opening, other.closing) in TUPLES
+    ):  # `1, 2` for `(1, 2)`
         return _pairwise(collection.items, other.items)
     if isinstance(other, Term) and "," in other.latex:  # `100,200`: a number, or two
         return _same_items(

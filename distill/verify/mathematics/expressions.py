@@ -4,11 +4,12 @@ latex2sympy (math-verify's own parser) reads a term strictly: what it does not k
 math-verify's search for something to parse. Text never reaches `sympify` or `parse_expr`, which would run it.
 
 Values are compared with as many digits as it takes, relative to their size: 2^{-100} is not 2^{-101}, 10^{20} is not
-10^{20}+1. Terms with variables are compared at points on both sides of zero, and by `simplify` where points cannot tell.
+10^{20}+1. Terms with variables are compared at points on both sides of zero; where those cannot tell, `simplify` does.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -20,7 +21,8 @@ from distill.verify.mathematics.numerals import Numeral, stands_for
 COMMANDS = frozenset(
     re.findall(
         r"\S+",
-        r"""frac sqrt cdot times div pi infty binom log ln lg exp sin cos tan cot sec csc arcsin arccos arctan arccot arcsec
+        r"""frac sqrt cdot times div pi infty binom log ln lg exp sin cos tan cot sec csc arcsin arccos arctan arccot
+    arcsec
     arccsc sinh cosh tanh arcsinh arccosh arctanh gcd lcm max min lfloor rfloor lceil rceil sum prod int lim circ bmod
     alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon
     phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega det to partial mathbb operatorname
@@ -45,6 +47,8 @@ POINTS: tuple[tuple[Fraction, ...], ...] = (
 DIGITS = 40
 SAME = 30  # digits that have to agree
 MAX_DIGITS = 4_000
+MAX_NESTING = 24  # of brackets; the parser's time grows with more than its square
+MAX_ARGUMENT = 1e7  # of a factorial, and the largest exponent: beyond, a value is not worked out
 
 
 class UnreadableTermError(ValueError):
@@ -57,7 +61,11 @@ def parse(latex: str) -> Any:
     from latex2sympy2_extended import latex2sympy
     from sympy import Basic, Expr, I, Matrix, Symbol
 
-    if UNREADABLE.search(RANGE.sub("", latex)) or any(name not in COMMANDS for name in COMMAND.findall(latex)):
+    if (
+        _nesting(latex) > MAX_NESTING
+        or UNREADABLE.search(RANGE.sub("", latex))
+        or any(name not in COMMANDS for name in COMMAND.findall(latex))
+    ):
         raise UnreadableTermError(latex[:80])
     text = DECIMAL.sub(_exact, RECURRING_IN.sub(_exact_recurring, latex))
     text = MIXED.sub(_mixed, text)
@@ -76,6 +84,14 @@ def parse(latex: str) -> Any:
     if is_complex and not BOUND.search(text):
         read = read.xreplace({symbol: I for symbol in read.atoms(Symbol) if symbol.name == "i"})
     return read
+
+
+def _nesting(latex: str) -> int:
+    depth = deepest = 0
+    for character in latex:
+        depth += (character in "({[") - (character in ")}]")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _exact(decimal: re.Match[str]) -> str:
@@ -152,7 +168,7 @@ def real_value(latex: str) -> float | None:
 
 
 def ratio_is_constant(one: str, other: str) -> int | None:
-    """Sign of the constant that `one` is of `other`, as differences of an equation's sides are; None where it is none."""
+    """Sign of the constant ratio of `one` to `other`, as of the differences of equations' sides; None where none is."""
     from sympy import fraction, simplify, together
 
     first, second = parse(one), parse(other)
@@ -246,6 +262,8 @@ def _number(expression: Any, digits: int) -> Any:
     from mpmath import mp, mpc
     from sympy import nan
 
+    if _is_enormous(expression):
+        return None
     value = expression.evalf(digits, maxn=digits + 100)
     if value.has(nan, *_undefined()) or value.free_symbols:
         return None
@@ -257,6 +275,44 @@ def _number(expression: Any, digits: int) -> Any:
             return None
     with mp.workdps(digits):
         return mpc(real._to_mpmath(mp.prec), imaginary._to_mpmath(mp.prec))
+
+
+def _is_enormous(expression: Any) -> bool:
+    """Tell whether there is a tower or a factorial in it whose digits alone would fill the memory."""
+    from sympy import Pow, binomial, factorial, preorder_traversal
+
+    for node in preorder_traversal(expression):
+        if isinstance(node, (Pow, factorial)):
+            argument = node.exp if isinstance(node, Pow) else node.args[0]
+            if not argument.free_symbols and _size(argument) > MAX_ARGUMENT:
+                return True
+        elif isinstance(node, binomial) and not node.free_symbols and _size(node.args[0]) > MAX_ARGUMENT:
+            return True
+    return False
+
+
+def _size(expression: Any) -> float:
+    """About its absolute value, from floats; infinite where they do not reach."""
+    from sympy import Add, Mul, Pow, factorial
+
+    try:
+        if isinstance(expression, Pow):
+            return float(_size(expression.base) ** (_sign(expression.exp) * _size(expression.exp)))
+        if isinstance(expression, Add):
+            return sum(map(_size, expression.args))
+        if isinstance(expression, Mul):
+            return math.prod(map(_size, expression.args))
+        if isinstance(expression, factorial):
+            return math.gamma(_size(expression.args[0]) + 1)
+        return abs(float(expression)) if expression.is_Number or expression.is_NumberSymbol else 1.0
+    except OverflowError:
+        return math.inf
+    except (ValueError, ZeroDivisionError, TypeError):
+        return 1.0
+
+
+def _sign(expression: Any) -> int:
+    return -1 if expression.could_extract_minus_sign() else 1
 
 
 def _undefined() -> tuple[Any, ...]:

@@ -21,8 +21,10 @@ LETTER = re.compile(r"\\text\{\s*\(?([A-Z])\)?\s*\}")
 
 
 class MathGrader:
-    """Holds math-verify for references that we cannot read. Its time-outs are SIGALRM: off; nothing goes through
-    sympy.parse_expr, as its expression mode does."""
+    """Holds math-verify for references that we cannot read.
+
+    Its time-outs are SIGALRM: off. Its expression mode goes through sympy.parse_expr, which is eval: LaTeX alone.
+    """
 
     def __init__(self) -> None:
         import logging
@@ -32,8 +34,8 @@ class MathGrader:
         logging.disable(logging.CRITICAL)
         self._config = [LatexExtractionConfig(boxed_match_priority=0)]
         self._parse, self._verify = parse, verify
-        # An exception inside the comparison reads as "not equal": what is imported late must be here before the fence is
-        # up, and a sympy that is broken must not pass for a wrong answer.
+        # An exception inside the comparison reads as "not equal": what is imported late must be here before the fence
+        # is up, and a sympy that is broken must not pass for a wrong answer.
         for reference, answer in (("x^2-1", "(x-1)(x+1)"), ("\\sqrt{8}", "2.8284271"), ("x^2+y^2=1", "1-x^2=y^2")):
             if not same(read(prepare(reference)), read(prepare(answer))):
                 raise RuntimeError(f"sympy does not find {reference} equal to {answer}")
@@ -93,7 +95,8 @@ def _answers(value: Value, wanted: str, given: str, question: str) -> bool:
             read_answer: Value | None = read(given, question)
         except UnreadableError:
             read_answer = None
-        return isinstance(read_answer, Words) and same_words(value.key, read_answer.key) or words_of(given) == value.key
+        said = words_of(given) == value.key
+        return said or (isinstance(read_answer, Words) and same_words(value.key, read_answer.key))
     answer = read(given, question)
     if isinstance(answer, Words):
         return answer.key == words_of(wanted)

@@ -1,5 +1,5 @@
-r"""Mathematics as people type it, to LaTeX: `sqrt(3)/2`, `2pi`, `x**2`, `3.2e5`, `log_2(7)`; and LaTeX as models shorten
-it: `\frac38`, `\sqrt3`, `2^10`.
+r"""Mathematics as people type it, to LaTeX: `sqrt(3)/2`, `2pi`, `x**2`, `3.2e5`, `log_2(7)`; and LaTeX as models
+shorten it: `\frac38`, `\sqrt3`, `2^10`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ import re
 from distill.verify.typeset import closes_at
 
 TEXT = r"\\(?:text|mathbb|mathcal|operatorname|begin|end)\s*\{[^{}]*\}"
-FUNCTIONS = (
-    "arcsin arccos arctan arcsinh arccosh arctanh sinh cosh tanh sin cos tan cot sec csc log ln lg exp sqrt gcd lcm max min"
-).split()
+FUNCTIONS = re.findall(
+    r"\S+",
+    "arcsin arccos arctan arcsinh arccosh arctanh sinh cosh tanh sin cos tan cot sec csc log ln lg exp sqrt gcd lcm max"
+    " min",
+)
 NAMES = {
     **{name: f"\\{name} " for name in FUNCTIONS},
     **{name: f"\\{name} " for name in re.findall(r"\S+", "pi theta alpha beta gamma lambda omega phi sigma infty")},
@@ -79,7 +81,7 @@ def _in_braces(text: str, before: str) -> str:
         place += len(before)
         start = place + len(text[place:]) - len(text[place:].lstrip())
         if text[start : start + 1] == "(" and (end := closing_parenthesis(text, start)) is not None:
-            text = f"{text[:place].rstrip() if before != '^' else text[:place]}{{{text[start + 1 : end]}}}{text[end + 1 :]}"
+            text = f"{text[:place].rstrip()}{{{text[start + 1 : end]}}}{text[end + 1 :]}"
     return text
 
 

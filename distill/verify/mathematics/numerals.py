@@ -1,4 +1,4 @@
-r"""Numbers as they are written, read exactly: integers of any length, decimals, recurring ones, fractions, mixed numbers.
+r"""Numbers as they are written, read exactly: integers, decimals, recurring ones, fractions, mixed numbers.
 
 A decimal keeps how many digits it was given to, because equality depends on it: `0.333333` is one third to the digits
 that it has, `0.33` is not enough of it, and `1.0000001` is not `1.0000002`.
@@ -30,7 +30,7 @@ GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d*)?")
 
 @dataclass(frozen=True)
 class Numeral:
-    """`decimals` is None where the number is no decimal fraction; `endless` marks one that was said to go on (`...`)."""
+    """`decimals` is None where the number is no decimal fraction; `endless` is one that was said to go on (`...`)."""
 
     value: Fraction
     decimals: int | None = None
@@ -62,9 +62,9 @@ def read_numeral(text: str) -> Numeral | None:
 
 def _unsigned(text: str) -> Numeral | None:
     if (mixed := MIXED.fullmatch(text)) is not None:
-        whole, above, below = (int(part) for part in mixed.groups() if part is not None)
+        whole, part, parts_of_one = (int(digits) for digits in mixed.groups() if digits is not None)
         # `6\frac{10}{3}` is a product or a slip; only a proper part makes a mixed number.
-        return Numeral(whole + Fraction(above, below)) if 0 < above < below else None
+        return Numeral(whole + Fraction(part, parts_of_one)) if 0 < part < parts_of_one else None
     text = re.sub(r"\s", "", text)
     if PLAIN.fullmatch(text):
         return _decimal(text)
@@ -143,7 +143,7 @@ def stands_for(decimal: Numeral, value: Fraction) -> bool:
         return True
     if decimal.decimals < MIN_DECIMALS or decimal.significant < MIN_SIGNIFICANT:
         return False
-    error = abs(decimal.value - value) * 10**decimal.decimals
+    error: Fraction = abs(decimal.value - value) * 10**decimal.decimals
     return error < 1 if decimal.endless else error <= Fraction(1, 2)
 
 

@@ -1,7 +1,7 @@
 r"""Structure: a plainly set text to a `Value`. Lists, chains of relations, brackets, sets, intervals, matrices, terms.
 
-Strict: what is not understood to its last sign raises UnreadableError, so that nothing is read out of `7?8`, `7 \to 8` or
-`8 \cancel{7}`. A chain that is not true (`4 = 5`) is unreadable as well.
+Strict: what is not understood to its last sign raises UnreadableError, so that nothing is read out of `7?8`, `7 \to 8`
+or `8 \cancel{7}`. A chain that is not true (`4 = 5`) is unreadable as well.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from distill.verify.mathematics.words import as_words
 from distill.verify.typeset import closes_at, plain
 
 MAX_DEPTH = 40
+MAX_CHARS = 4_000  # of what is read; a longer text can only be the reference itself
 MATRIX = re.compile(
     r"[(\[]?\s*\\begin\{(?P<kind>[pbBvV]?matrix|smallmatrix|array)\}\s*(?:\{[lcr|\s]*\})?(?P<body>.*)\\end\{(?P=kind)\}\s*[)\]]?",
     re.DOTALL,
@@ -80,7 +81,9 @@ ELLIPSIS = Described("...")
 
 
 def prepare(text: str) -> str:
-    """Plainly set LaTeX of an answer as it was written."""
+    """Plainly set LaTeX of an answer as it was written; a text that is too long to be read, unchanged."""
+    if len(text) > MAX_CHARS:
+        return text
     prepared = SENTENCE.sub(r"\1", to_latex(plain(text)).strip())
     prepared = TO.sub(":", COUNTED.sub(r"\1 \\text{\2}", prepared))
     prepared = LESS.sub(r"\1\\setminus ", prepared)
@@ -89,6 +92,8 @@ def prepare(text: str) -> str:
 
 def read(text: str, question: str = "") -> Value:
     """Read a prepared text. Raises UnreadableError, also for terms that no parser of ours takes."""
+    if len(text) > MAX_CHARS:
+        raise UnreadableError("too long")
     try:
         return _read(text, partial(read_term, question=question), 0)
     except (expressions.UnreadableTermError, RecursionError, ZeroDivisionError) as exc:

@@ -55,7 +55,7 @@ def finite(end: Term | None) -> Term | None:
 
 
 def ordered(region: Region) -> list[Piece]:
-    """Its pieces in order, those that touch joined, empty ones left out. Raises UnreadableError for ends with letters."""
+    """Its pieces in order, those that touch joined, empty ones left out. Raises UnreadableError for ends in letters."""
     pieces = sorted((piece for piece in region.pieces if _low(piece) <= _high(piece)), key=_low)
     joined: list[Piece] = []
     for piece in pieces:

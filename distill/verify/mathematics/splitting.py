@@ -47,7 +47,7 @@ def split(text: str, separators: str | Sequence[str]) -> tuple[list[str], list[s
 
 
 def whole(text: str) -> tuple[str, str, str] | None:
-    """Opening bracket, content and closing bracket of a text that stands in one pair of brackets, perhaps of two kinds."""
+    """Opening bracket, content and closing bracket of a text in one pair of brackets, which may be of two kinds."""
     tokens = [match.group() for match in TOKEN.finditer(text)]
     if not tokens or tokens[0] not in PAIRS:
         return None

@@ -2,7 +2,7 @@ r"""Units that stand after a value: taken off, and compared where both sides nam
 
 A missing unit is no fault, another one is: `15 cm^2` is not `15 cm`. Words that multiply (`3 \text{ million}`) are part
 of the value. A bare letter at a number is a variable (`12m`), unless the question speaks of that unit. Text behind a
-value that is no unit and no noun (`7 \text{ or } 8`, `3 \text{ is wrong}`) is left where it is: the answer cannot be read.
+value that is no unit and no noun (`7 \text{ or } 8`, `3 \text{ is wrong}`) stays: the answer cannot be read.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ POWERS = {"square": 2, "squared": 2, "sq": 2, "sq.": 2, "cubic": 3, "cubed": 3, 
 HEDGES = frozenset(
     re.findall(
         r"\S+",
-        """or and not no nor neither is are was were isn't wrong maybe perhaps possibly but if then else unless either both
+        """or and not no nor neither is are was were isn't wrong maybe perhaps possibly but if then else unless either
     than more less least most about approximately roughly around nearly almost between to through plus minus times
     divided if when where which that because so any all none some other except excluding without even only at
     undefined impossible infinite infinity unknown false true yes correct incorrect mod remainder half quarter third
     zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty hundredth tenth""",
     )
-) - {"all", "both"}
+) - {"all"}
 CURRENCIES = {
     "\\$": "dollar",
     "£": "GBP",
@@ -171,7 +171,7 @@ def measured(text: str, question: str = "") -> Measured:
             (CURRENCIES[key] for key in CURRENCIES if key in leading[1]), "dollar" if "US" in leading[1] else "rupee"
         )
         text, unit = sign + text.lstrip("-+ ")[leading.end() :], ((currency, 1),)
-    text, ordinals = ORDINAL.subn("", text, count=1)
+    text = ORDINAL.sub("", text, count=1)
     if (percent := PERCENT.search(text)) is not None and text[: percent.start()].strip():
         return Measured(text[: percent.start()].strip(), percent=True, unit=unit)
     if (degrees := DEGREES.search(text)) is not None and not CIRCULAR.search(text):
