@@ -34,13 +34,15 @@ SIGNS = ("=", "<", ">", "\\le", "\\ge", "\\ne", "\\approx", "\\equiv", "\\in", "
 ORDERS = ("<", ">", "\\le", "\\ge")
 INDEX = r"(?:_\s*(?:\{[^{}]*\}|[A-Za-z0-9]))?'*"
 LETTER = rf"(?:[A-Za-z]|\\(?!frac|sqrt|pi\b)[a-zA-Z]+\s*){INDEX}"
-ARGUMENTS = r"\([^()=]*(?:\([^()]*\)[^()=]*)?\)"
+ARGUMENTS = r"\([^()]*(?:\([^()]*\)[^()]*)?\)"
 NAME = re.compile(
     rf"\s*(?:{LETTER}|{LETTER}\s*(?:\^\s*\{{-1\}}|'+)?\s*{ARGUMENTS}|[A-Z]{{2,4}}'?|\|[A-Z]{{2}}\||\[[A-Z]{{3,6}}\]"
     r"|m?\s*\\(?:angle|overline|overrightarrow|vec|triangle|widehat|hat|bar)\s*\{?\s*[A-Za-z]+\s*\}?"
     r"|\\frac\{d\w\}\{d\w\}|\\text\{[^{}]*\}(?:\s*\\text\{[^{}]*\})*(?:_\w)?|[A-Za-z][A-Za-z ]+|"
     rf"{ARGUMENTS})\s*"
 )
+
+DESCRIPTION = re.compile(r"[^\d?&;,]*[A-Za-z][^\d?&;,]*")
 
 Reader = Callable[[str], Term]
 
@@ -122,7 +124,7 @@ def _membership(sides: list[str], signs: list[str], recur: Callable[[str], Value
 
 
 def _equality(sides: list[str], term: Reader, recur: Callable[[str], Value]) -> Value:
-    if is_name(sides[0]):
+    if is_name(sides[0]) or _is_description(sides[0], term):
         return Named(_spelled(sides[0]), _agreed(sides[1:], term, recur))
     if is_name(sides[-1]) and len(sides) == 2:
         return Named(_spelled(sides[-1]), recur(sides[0]))
@@ -149,6 +151,17 @@ def _agreed(sides: list[str], term: Reader, recur: Callable[[str], Value]) -> Va
     if not all(same_terms(one, other) for one, other in pairwise(terms)):
         raise UnreadableError("sides that are not equal")
     return terms[-1]
+
+
+def _is_description(text: str, term: Reader) -> bool:
+    """Tell whether it is no expression, and has no digit that could be another value: `\\det A`."""
+    if not DESCRIPTION.fullmatch(text):
+        return False
+    try:
+        term(text)
+    except expressions.UnreadableTermError:
+        return True
+    return False
 
 
 def _is_constant(text: str, term: Reader) -> bool:

@@ -17,6 +17,7 @@ from distill.verify.typeset import words_of
 Result = tuple[VerdictState, str]
 # A choice as contests write it, `(B) 15`: its letter, where no other letter follows.
 LETTERED = re.compile(r"(?:\\text\{\s*)?\(?([A-Z])\)\s*\}?\s*(?P<rest>(?:(?![A-Z]).)+)", re.DOTALL)
+TEXTS = re.compile(r"\\text\{([^{}]*)\}")
 LETTER = re.compile(r"\\text\{\s*\(?([A-Z])\)?\s*\}")
 
 
@@ -97,7 +98,8 @@ def _answers(value: Value, wanted: str, given: str, question: str) -> bool:
             read_answer = None
         said = words_of(given) == value.key
         return said or (isinstance(read_answer, Words) and same_words(value.key, read_answer.key))
-    answer = read(given, question)
+    # A bare `h` is a unit where the question, or the reference, speaks of hours.
+    answer = read(given, " ".join((question, *TEXTS.findall(wanted))))
     if isinstance(answer, Words):
         return answer.key == words_of(wanted)
     return same(value, answer, question)

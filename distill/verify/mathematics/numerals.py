@@ -23,7 +23,9 @@ SLASH = re.compile(rf"({DECIMAL})/({DECIMAL})")
 FRACTION = re.compile(r"\\frac\{([-+]?)(\d+)\}\{([-+]?)(\d+)\}")
 MIXED = re.compile(r"(\d+)(?:\s*\\frac\{(\d+)\}\{(\d+)\}|[ ]+(\d+)/(\d+)|\s*\+\s*\\frac\{(\d+)\}\{(\d+)\})")
 SCIENTIFIC = re.compile(rf"({DECIMAL})(?:\\times|\\cdot)10\^(?:\{{([-+]?\d+)\}}|([-+]?\d))")
-RECURRING = re.compile(r"(\d*\.\d*)(?:\\(?:overline|bar|dot)\{(\d+)\}|\((\d+)\)|\\(?:bar|dot)(\d))")
+RECURRING = re.compile(
+    r"(\d*\.\d*)(?:\\dot\s*\{(\d)\}(\d*)\\dot\s*\{(\d)\}|\\(?:overline|bar|dot)\{(\d+)\}|\((\d+)\)|\\(?:bar|dot)(\d))"
+)
 ENDLESS = re.compile(r"(\d*\.\d+)(?:\\ldots|\.\.\.*)")
 GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d*)?")
 
@@ -98,7 +100,7 @@ def _decimal(text: str) -> Numeral | None:
 
 def _recurring(text: str) -> Numeral | None:
     if (parts := RECURRING.fullmatch(text)) is not None:
-        return Numeral(_with_period(parts[1], parts[2] or parts[3] or parts[4]))
+        return Numeral(_with_period(parts[1], "".join(part for part in parts.groups()[1:] if part)))
     if (parts := ENDLESS.fullmatch(text)) is None:
         return None
     digits = parts[1].partition(".")[2]

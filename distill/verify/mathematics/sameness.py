@@ -40,7 +40,9 @@ def _scaled(number: Numeral, by: Fraction) -> Numeral:
     if by == 1:
         return number
     value = number.value * by
-    return Numeral(value) if value.denominator == 1 or number.decimals is None else Numeral(value, number.decimals, 0)
+    if number.decimals is None or value.denominator == 1 or by != Fraction(1, 100):
+        return Numeral(value)
+    return Numeral(value, number.decimals + 2, number.significant)
 
 
 def _latex(term: Term, by: Fraction) -> str:

@@ -126,6 +126,9 @@ PHRASE = re.compile(
 WORD = re.compile(r"\\Omega|[A-Za-z](?:[A-Za-z'’-]*[A-Za-z])?\.?(?:[A-Za-z]\.)?|\^\s*\{?\s*(-?\d)\s*\}?|/|[^\sA-Za-z]")
 DEGREES = re.compile(r"\s*\^\\circ\s*(?:\\text\{\s*)?([CFK])?\s*\}?$")
 CIRCULAR = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)\b")
+UNIT_FRACTION = re.compile(
+    r"\\frac\{\s*(\\text\{[^{}]*\})\s*\}\{\s*((?:\\text\{[^{}]*\}|\^\s*\{?-?\d\}?|\s|\\cdot)+)\}$"
+)
 HALF_DAY = re.compile(r"(?<=\d)\s*([ap])\.\s?m\.?(?![A-Za-z])")
 PERCENT = re.compile(r"\s*(?:\\text\{\s*)?(?:\\?%|\b(?:percent|per\s*cent|percentage|pct)\b\.?)\s*\}?$")
 # Bare letters that are taken for a unit only where the question names it.
@@ -163,6 +166,7 @@ def measured(text: str, question: str = "") -> Measured:
     (Measured(value='60', factor=1, unit=(('h', -1), ('km', 1)), percent=False), '12m', '12')
     """
     unit: Unit | None = None
+    text = UNIT_FRACTION.sub(r"\1/\2", text)
     text = HALF_DAY.sub(r"\\text{\1m}", text)
     leading = LEADING.match(text.lstrip("-+ "))
     if leading is not None:
@@ -254,6 +258,8 @@ def _phrase(text: str) -> tuple[int, Unit | None] | None:
             awaited = 1
     if not powers:
         return factor, None
+    if powers.keys() & {"C", "F"}:
+        powers.pop("degree", None)
     return factor, tuple(sorted(powers.items())) if known else ()
 
 
