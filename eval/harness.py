@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.errors import EnvironmentFault
+from distill.errors import DataError, EnvironmentFault
 from distill.manifest import write_atomically
 from distill.progress import Progress, silent
 from distill.protocols import Teacher, Verifier
-from distill.recipe import DEFAULT_LIMITS, ReadLimits
+from distill.recipe import DEFAULT_LIMITS, EvalConfig, ReadLimits
 from distill.records import Role, Sampling, ScoreCard
 from eval.statistics import Estimate, consensus, mean_estimate, pass_at_1
 from eval.suites import TASKS
@@ -57,13 +57,15 @@ def score_model(
     held_out: Path | None = None,
     bench_data: str | None = None,
     limits: ReadLimits = DEFAULT_LIMITS,
+    max_unverifiable: float = EvalConfig().max_unverifiable,
     progress: Progress | None = None,
 ) -> list[ScoreCard]:
     """Write samples.parquet and scores.json to `out_dir` and return the ScoreCards.
 
     `num_samples` and `sampling` replace what the task files say (R1's protocol), `question_alone` leaves out the words
     in which they ask for a boxed answer; `limit` is questions a suite. Raises EnvironmentFault where more than 2% of
-    the samples could not be graded.
+    the samples could not be graded, and DataError where more than `max_unverifiable` of a suite's have a reference that
+    cannot be read (those count as not correct).
     """
     rows: list[dict[str, Any]] = []
     cards: list[ScoreCard] = []
@@ -72,7 +74,7 @@ def score_model(
         config = task_config(suite, num_samples=num_samples, sampling=sampling, question_alone=question_alone)
         samples, results = _run_task(model, verifier, config, seed, limit, metadata, subject, progress or silent())
         of_suite = [_row(sample) for sample in samples]
-        suite_cards = score_rows(of_suite, subject, suite)
+        suite_cards = score_rows(of_suite, subject, suite, max_unverifiable)
         _agree(suite_cards[0], results)
         rows += of_suite
         cards += suite_cards
@@ -104,14 +106,30 @@ def task_config(
     return config
 
 
-def score_rows(rows: Sequence[Mapping[str, Any]], subject: Subject, suite: str) -> list[ScoreCard]:
-    """ScoreCards of one suite from its sample rows: total, cons@k, then families. Raises EnvironmentFault."""
+def score_rows(
+    rows: Sequence[Mapping[str, Any]],
+    subject: Subject,
+    suite: str,
+    max_unverifiable: float = EvalConfig().max_unverifiable,
+) -> list[ScoreCard]:
+    """ScoreCards of one suite from its sample rows: total, cons@k, then families.
+
+    Raises EnvironmentFault where graders failed too often, DataError where too many references cannot be read.
+    """
     states = Counter(row["verdict"] for row in rows)
     ungraded = sum(states[state] for state in NO_VERDICT)
     if ungraded > MAX_UNGRADED * len(rows):
         raise EnvironmentFault(
             f"{ungraded} of {len(rows)} answers could not be graded ({dict(states)}), at most {MAX_UNGRADED:.0%} "
             "may be; raise verify.timeout_s or give it more memory",
+            where=subject.name,
+            field=suite,
+        )
+    unverifiable = [row for row in rows if row["verdict"] == "unverifiable"]
+    if len(unverifiable) > max_unverifiable * len(rows):
+        raise DataError(
+            f"{len(unverifiable)} of {len(rows)} answers have a reference that cannot be read, the first is "
+            f"{unverifiable[0]['answer']!r}; at most {max_unverifiable:.0%} may (eval.max_unverifiable)",
             where=subject.name,
             field=suite,
         )
@@ -137,6 +155,14 @@ def score_rows(rows: Sequence[Mapping[str, Any]], subject: Subject, suite: str) 
             of = [row for row in graded if row["family"] == family]
             cards.append(card(f"{suite}/{family}", "pass@1", pass_at_1(outcomes(of))))
     return cards
+
+
+def count_unverifiable(samples: Path) -> dict[str, int]:
+    """Answers of each suite whose reference could not be read, out of a samples.parquet; suites without any left out."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(samples, columns=["suite", "verdict"]).to_pylist()
+    return dict(Counter(row["suite"] for row in rows if row["verdict"] == "unverifiable"))
 
 
 def group_outcomes(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[bool]]:

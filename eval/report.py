@@ -110,6 +110,7 @@ def _context(
         "fingerprints": _fingerprints(comparison),
         "ungraded": sum(row["verdict"] in NO_VERDICT for row in rows),
         "graded": len(rows),
+        "unverifiable": sum(row["verdict"] == "unverifiable" for row in rows),
         "overlap": _overlap(comparison),
         "version": _version(),
         "machine": _machine(),

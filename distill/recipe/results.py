@@ -26,6 +26,9 @@ class EvalConfig(Config):
         "native", description="who writes the answers of bases and students; the samples differ, not the odds"
     )
     limit: int | None = Field(None, ge=1, description="questions a suite")
+    max_unverifiable: float = Field(
+        0.05, ge=0, le=1, description="share of a suite's samples whose reference no rule can read; above it it stops"
+    )
     roles: Distinct[Role] = Field(("teacher", "base", "direct", "distilled"), description="which models are scored")
 
 

@@ -1,29 +1,68 @@
-"""The answer of a completion, after its reasoning: the last balanced `\\boxed{}`, or the last block of Python where a
-program is asked for. Linear in the text.
+"""The answer of a completion, after its reasoning: the last `\\boxed{}`, or the last block of Python where a program is
+asked for. Linear in the text.
 
-`\\fbox{}` and `\\framebox{}`, LaTeX's own boxes, count as well.
+`\\fbox{}` and `\\framebox{}`, LaTeX's own boxes, count as well. Boxes with nothing between them but a comma, `and` or
+`or` are one answer. A last box that is never closed is no answer, and none before it takes its place.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from distill.records import Grader
 
 OPEN, CLOSE = "<think>", "</think>"
 FENCE = re.compile(r"(`{3,}|~{3,})[ \t]*([\w+#.-]*)")
 PYTHON = ("python", "py", "python3")
+BETWEEN = re.compile(r"[\s$]*(?:,|;|,?[\s$]*(?:\\text\{)?\s*(?:and|or)\s*\}?)[\s$]*")
+MAX_BETWEEN = 40  # characters
+MAX_BOXES = 12  # of one answer
 TOKEN = re.compile(r"\\(?:boxed|fbox|framebox)[ \t]*\{|\\.|[{}]", re.DOTALL)
 
 
+class _Box(NamedTuple):
+    start: int  # of its content
+    end: int
+    opened_at: int
+
+
 def extract_answer(text: str) -> str | None:
-    r"""The answer, stripped, or None where the text has none: reasoning never closed, no box, a box never closed.
+    r"""The answer, stripped, or None where the text has none: reasoning never closed, no box, a last one never closed.
 
     >>> extract_answer("<think>\n\\boxed{1}\n</think>\n\nSo \\boxed{\\frac{1}{2}}.")
     '\\frac{1}{2}'
+    >>> extract_answer("It is $\\boxed{2}$ or $\\boxed{5}$.")
+    '2 \\text{ or } 5'
     """
     after = _after_reasoning(text)
-    return None if after is None else _last_box(after)
+    boxes = [] if after is None else _boxes(after)
+    if after is None or not boxes:
+        return None
+    contents = [after[box.start : box.end].strip() for box in boxes[-MAX_BOXES:]]
+    answer = contents.pop()
+    for box, following in zip(reversed(boxes[:-1]), reversed(boxes), strict=False):
+        between = after[box.end + 1 : following.opened_at]
+        if not contents or len(between) > MAX_BETWEEN or not BETWEEN.fullmatch(between):
+            break
+        answer = contents.pop() + (" \\text{ or } " if "or" in between else ", ") + answer
+    return answer
+
+
+def in_one_line(parts: Sequence[str]) -> str:
+    """Parts of an answer, each once, as one."""
+    return ", ".join(dict.fromkeys(parts))
+
+
+def extract_boxes(text: str) -> list[str]:
+    """What stands in each box after the reasoning, where there are several but no more than an answer has parts."""
+    after = _after_reasoning(text)
+    boxes = [] if after is None else _boxes(after)
+    if after is None or not 1 < len(boxes) <= MAX_BOXES:
+        return []
+    parts = [after[box.start : box.end].strip() for box in boxes]
+    return parts if all(parts) else []
 
 
 def extract_program(text: str) -> str | None:
@@ -77,16 +116,17 @@ def _after_reasoning(text: str) -> str | None:
     return None if not closed and OPEN in text else after
 
 
-def _last_box(text: str) -> str | None:
-    """Find the box that is opened last among those that are closed."""
-    opened: list[tuple[bool, int]] = []
-    best: tuple[int, int] | None = None
+def _boxes(text: str) -> list[_Box]:
+    """Boxes that are closed and hold no other, in order; none where the one that is opened last is not closed."""
+    opened: list[tuple[bool, int, int]] = []
+    boxes: list[_Box] = []
     for match in TOKEN.finditer(text):
         token = match.group()
         if token.endswith("{") and token != "\\{":
-            opened.append((token != "{", match.end()))
+            opened.append((token != "{", match.end(), match.start()))
         elif token == "}" and opened:
-            boxed, start = opened.pop()
-            if boxed and (best is None or start > best[0]):
-                best = (start, match.start())
-    return text[best[0] : best[1]].strip() if best else None
+            boxed, start, opened_at = opened.pop()
+            if boxed and (not boxes or boxes[-1].start < start):
+                boxes.append(_Box(start, match.start(), opened_at))
+    left_open = [start for boxed, start, _ in opened if boxed]
+    return [] if left_open and (not boxes or left_open[-1] > boxes[-1].start) else boxes

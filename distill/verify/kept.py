@@ -21,8 +21,8 @@ from distill.records import Problem, Trace, Verdict, content_id
 from distill.verify.judge import judge_settings
 
 # Part of every verdict's key. Raise it when the same answer would get another verdict from our own code.
-GRADING_VERSION = 2
-GRADERS = ("math-verify", "reasoning-gym", "sympy")
+GRADING_VERSION = 3
+GRADERS = ("latex2sympy2-extended", "math-verify", "mpmath", "reasoning-gym", "sympy")
 AFTERWARDS = {"relabel", "suspect_min_samples", "suspect_min_share"}  # what is made of verdicts that are there
 FLUSH_VERDICTS = 256
 FLUSH_S = 1.0

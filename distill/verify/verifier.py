@@ -9,7 +9,7 @@ from distill.recipe import VerifyConfig
 from distill.records import FinishReason, Problem, Verdict
 from distill.verify.choice import grade_choice
 from distill.verify.code.grader import CodeGrader
-from distill.verify.extract import answer_of
+from distill.verify.extract import answer_of, extract_boxes
 from distill.verify.keeper import Task
 from distill.verify.pool import WorkerPool
 
@@ -44,7 +44,7 @@ class RuleVerifier:
                 if problem.grader == "code":
                     programs.append((problem.metadata, answer))
                 else:
-                    tasks.append(_task(problem, answer))
+                    tasks.append(_task(problem, answer, text))
         graded, run = self._pool.run(tasks), self._code.run(programs)
         for verdict, answer, (problem, _, _) in zip(verdicts, extracted, answers, strict=True):
             if verdict is None:
@@ -79,11 +79,13 @@ def _at_a_glance(problem: Problem, answer: str | None, finish_reason: FinishReas
     return None
 
 
-def _task(problem: Problem, answer: str) -> Task:
+def _task(problem: Problem, answer: str, text: str) -> Task:
+    boxes = extract_boxes(text) if problem.grader == "math" else []
     return {
         "grader": problem.grader,
         "reference": problem.answer,
         "answer": answer,
         "question": problem.prompt if problem.grader == "math" else "",
+        "boxes": boxes if sum(map(len, boxes)) <= MAX_ANSWER_CHARS else [],
         "metadata": problem.metadata if problem.grader == "reasoning_gym" else {},
     }

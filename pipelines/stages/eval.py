@@ -35,7 +35,7 @@ from distill.recipe import (
 )
 from distill.records import Example, Problem, Role, Sampling, StageManifest
 from distill.tables import read_records, write_records
-from eval.harness import SAMPLES, SCORES, Subject, score_model
+from eval.harness import SAMPLES, SCORES, Subject, count_unverifiable, score_model
 from eval.suites import BENCHMARKS, TASKS, bench_folder, check_suites
 from pipelines.context import Context
 from pipelines.preemption import preemptible
@@ -65,6 +65,7 @@ class ScoringJob:
     held_out: Path | None
     bench_data: str | None
     limits: ReadLimits
+    max_unverifiable: float
     out_dir: Path
     base_dir: Path
 
@@ -169,6 +170,7 @@ def score(job: ScoringJob, progress: Progress) -> None:
                     held_out=job.held_out,
                     bench_data=job.bench_data,
                     limits=job.limits,
+                    max_unverifiable=job.max_unverifiable,
                     progress=progress,
                 )
         finally:
@@ -177,6 +179,7 @@ def score(job: ScoringJob, progress: Progress) -> None:
         return {
             "samples": sum(card.num_samples for card in totals),
             "pass@1": {card.suite: card.value for card in totals},
+            "unverifiable": count_unverifiable(job.out_dir / SAMPLES),
             "identity": model.identity.model_dump(),
         }
 
@@ -239,6 +242,7 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
             held_out=None if config.held_out is None else run_dir / "eval" / HELD_OUT,
             bench_data=config.bench_data,
             limits=recipe.limits,
+            max_unverifiable=config.max_unverifiable,
             out_dir=run_dir / "eval" / name,
             base_dir=base_dir,
         )

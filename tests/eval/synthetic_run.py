@@ -83,7 +83,7 @@ def _write_model(run_dir: Path, subject: Subject, hard: dict, samples: int, rng:
                     "detail": "",
                 }
             )
-    cards = score_rows(rows, subject, "pico")
+    cards = score_rows(rows, subject, "pico", max_unverifiable=1)
     out = run_dir / "eval" / subject.name
 
     def body() -> dict:
