@@ -28,7 +28,7 @@ INTERPRETED = if $(BIN)/python -c 'import triton' 2>/dev/null; \
 	then TRITON_INTERPRET=1 $(ON_CPU) $(SPREAD) tests/teacher/kernels; \
 	else echo 'no Triton here: the interpreted kernels are left out'; fi
 
-.PHONY: help setup setup-vllm lock models demo generate distill eval compare push push-traces serve doctor zoo
+.PHONY: help setup setup-vllm lock models demo generate distill eval compare regrade push push-traces serve doctor zoo
 .PHONY: bench bench-kernels bench-parallel tune bench-graders bench-ledger bench-serve bench-serving readme torture pico-teacher pico-bases check format test test-all test-gpu clean
 
 help: ## Show this list
@@ -61,6 +61,9 @@ eval: $(STAMP) ## Score teacher, bases and students of RECIPE on its suites
 
 compare: $(STAMP) ## Write the report of RECIPE
 	@$(POTSTILL) compare $(RECIPE) $(OPTIONS)
+
+regrade: $(STAMP) ## Grade what a run of RECIPE keeps again, without generating
+	@$(POTSTILL) regrade $(RECIPE) $(OPTIONS)
 
 push: $(STAMP) ## Push a student of RECIPE to the Hub (DRY_RUN=1 only shows what would go)
 	@$(POTSTILL) push $(RECIPE) $(OPTIONS) $(if $(DRY_RUN),--dry-run)

@@ -38,7 +38,10 @@ ENVIRONMENT = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPE
 
 
 class Ledger:
-    """Use as `with Ledger.open(path) as ledger:`. Errors are DataError (the file) or EnvironmentFault (the disk)."""
+    """Use as `with Ledger.open(path) as ledger:`. Errors are DataError (the file) or EnvironmentFault (the disk).
+
+    Any thread may use it, one at a time.
+    """
 
     def __init__(self, path: Path, connection: sqlite3.Connection, lock: int) -> None:
         self.path = path
@@ -53,7 +56,7 @@ class Ledger:
             lock = take_lock(path.with_name(path.name + ".lock"), of=path)
         try:
             with _sqlite_faults(path):
-                connection = sqlite3.connect(path, isolation_level=None)
+                connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
                 connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
                 try:
                     prepare(connection, path)

@@ -165,8 +165,33 @@ def read_manifest(folder: Path) -> StageManifest | None:
         return None
 
 
-def fingerprint(stage: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> str:
-    return content_id([stage, dict(inputs), dict(config), version_of("potstill")])
+def fingerprint(stage: str, inputs: Mapping[str, str], config: Mapping[str, Any], version: str | None = None) -> str:
+    """`version` is that of the potstill that ran the stage; left out: this one."""
+    return content_id([stage, dict(inputs), dict(config), version or version_of("potstill")])
+
+
+def rewrite_manifest(
+    folder: Path, manifest: StageManifest, config: Mapping[str, Any], counts: Mapping[str, Any]
+) -> StageManifest:
+    """Put in place of `manifest` the one of outputs that were made anew from the same inputs under another `config`.
+
+    It stands for the potstill that ran the stage, as before: where a newer one would run it again, it still does.
+    """
+    made_by = manifest.versions["potstill"]
+    changed = {
+        "fingerprint": fingerprint(manifest.stage, manifest.inputs, config, made_by),
+        "config": dict(config),
+        "counts": dict(counts),
+        "outputs": {name: hash_file(folder / name) for name in manifest.outputs},
+    }
+    rewritten = manifest.model_copy(update=changed)
+    if rewritten != manifest:
+        _write_manifest(folder, rewritten)
+    return rewritten
+
+
+def _write_manifest(folder: Path, manifest: StageManifest) -> None:
+    write_atomically(folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
 
 
 class StageRun:
@@ -196,9 +221,20 @@ class StageRun:
         No input is read where there is no manifest.
         """
         done = read_manifest(self._out_dir)
-        if done is None or done.fingerprint != self._fingerprint or not _outputs_present(self._out_dir, done):
+        if done is None or done.fingerprint != self._fingerprint or not outputs_present(self._out_dir, done):
             return None
         return done
+
+    def current_but_for(self, setting: str) -> StageManifest | None:
+        """The manifest in the folder where `setting` is all of the config that may have changed since; None elsewhere.
+
+        Its outputs are not looked at.
+        """
+        done = read_manifest(self._out_dir)
+        if done is None or setting not in done.config:
+            return None
+        as_it_was = self._config | {setting: done.config[setting]}
+        return done if done.fingerprint == fingerprint(self._stage, self._hashes, as_it_was) else None
 
     def run(self, body: Callable[[], Mapping[str, Any]], outputs: Iterable[str]) -> StageManifest:
         """Call `body`, which does the work inside the folder and returns counts, and write the manifest.
@@ -224,7 +260,7 @@ class StageRun:
                 seconds=round(time.monotonic() - started, 3),
                 peak_rss_bytes=peak_rss_bytes(),
             )
-            write_atomically(out_dir / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
+            _write_manifest(out_dir, manifest)
         return manifest
 
 
@@ -257,7 +293,8 @@ def peak_rss_bytes() -> int:
     return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def _outputs_present(folder: Path, manifest: StageManifest) -> bool:
+def outputs_present(folder: Path, manifest: StageManifest) -> bool:
+    """Whether what the manifest lists is there as it was written."""
     return all(
         (folder / name).exists() and hash_file(folder / name) == value for name, value in manifest.outputs.items()
     )

@@ -149,6 +149,18 @@ class Trace(Record):
     teacher: str
     logprobs: str | None = Field(None, description="compact JSON, where the teacher was asked for them")
 
+    @classmethod
+    def of(cls, completion: Completion, *, key: str, teacher: str) -> Trace:
+        """A completion as it is kept; `teacher` is its identity's name."""
+        kept = ("text", "finish_reason", "num_prompt_tokens", "num_tokens", "logprobs")
+        return cls(
+            key=key,
+            problem_id=completion.request.problem.id,
+            sample_index=completion.request.sample_index,
+            teacher=teacher,
+            **{name: getattr(completion, name) for name in kept},
+        )
+
 
 class Verdict(Record):
     """The grading of one answer. A failure of ours (`timeout`, `infra_error`) is never `wrong`."""

@@ -1,8 +1,9 @@
 """Score one model on suites: lm-eval drives, the model writes k distinct samples a question, `distill.verify` grades.
 
-Leaves two files in the model's folder: `samples.parquet`, one row a sample, and `scores.json`, the ScoreCards: per
-suite pass@1 (and cons@k from four samples on), and pass@1 of each family of a suite that has several. Verdicts that are
-our failure (`timeout`, `infra_error`) are left out of the means and counted; above a small share they stop the stage.
+Answers come from `eval.answers`, which keeps them one by one. Leaves two files in the model's folder:
+`samples.parquet`, one row a sample, and `scores.json`, the ScoreCards: per suite pass@1 (and cons@k from four samples
+on), and pass@1 of each family of a suite that has several. Verdicts that are our failure (`timeout`, `infra_error`) are
+left out of the means and counted; above a small share they stop the stage.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from typing import Any
 
 from distill.errors import DataError, EnvironmentFault
 from distill.manifest import write_atomically
-from distill.progress import Progress, silent
-from distill.protocols import Teacher, Verifier
 from distill.recipe import DEFAULT_LIMITS, EvalConfig, ReadLimits
 from distill.records import Role, Sampling, ScoreCard
+from eval.answers import Answer, KeptAnswers, NotKept
 from eval.statistics import Estimate, consensus, mean_estimate, pass_at_1
 from eval.suites import TASKS
 from eval.tasks.processors import MIN_VOTES, NO_VERDICT
@@ -43,12 +43,11 @@ class Subject:
 
 
 def score_model(
-    model: Teacher,
+    kept: KeptAnswers,
     subject: Subject,
     suites: Sequence[str],
     out_dir: Path,
     *,
-    verifier: Verifier,
     seed: int,
     num_samples: int | None = None,
     sampling: Sampling | None = None,
@@ -58,26 +57,32 @@ def score_model(
     bench_data: str | None = None,
     limits: ReadLimits = DEFAULT_LIMITS,
     max_unverifiable: float = EvalConfig().max_unverifiable,
-    progress: Progress | None = None,
+    num_answers: int | None = None,
 ) -> list[ScoreCard]:
     """Write samples.parquet and scores.json to `out_dir` and return the ScoreCards.
 
     `num_samples` and `sampling` replace what the task files say (R1's protocol), `question_alone` leaves out the words
     in which they ask for a boxed answer; `limit` is questions a suite. Raises EnvironmentFault where more than 2% of
-    the samples could not be graded, and DataError where more than `max_unverifiable` of a suite's have a reference that
-    cannot be read (those count as not correct).
+    the samples could not be graded, DataError where more than `max_unverifiable` of a suite's have a reference that
+    cannot be read (those count as not correct), NotKept where the suites do not want just `num_answers`, the number
+    that is kept.
     """
+    for left in [*out_dir.glob(f".{SAMPLES}.*.tmp"), *out_dir.glob(f".{SCORES}.*.tmp")]:
+        left.unlink()  # a killed run's: who holds the ledger writes here alone
     rows: list[dict[str, Any]] = []
     cards: list[ScoreCard] = []
     metadata = {"held_out": str(held_out or ""), "bench_data": bench_data, "limits": limits.model_dump()}
     for suite in suites:
         config = task_config(suite, num_samples=num_samples, sampling=sampling, question_alone=question_alone)
-        samples, results = _run_task(model, verifier, config, seed, limit, metadata, subject, progress or silent())
-        of_suite = [_row(sample) for sample in samples]
+        answers, results = _run_task(kept, config, seed, limit, metadata, subject)
+        of_suite = [_row(suite, answer) for answer in answers]
         suite_cards = score_rows(of_suite, subject, suite, max_unverifiable)
         _agree(suite_cards[0], results)
         rows += of_suite
         cards += suite_cards
+    if num_answers not in (None, len(rows)):
+        message = f"{num_answers} answers are kept, the suites now want {len(rows)}; run `potstill eval`"
+        raise NotKept(message, where=out_dir)
     _write_rows(rows, out_dir / SAMPLES)
     write_atomically(out_dir / SCORES, json.dumps([card.model_dump(mode="json") for card in cards], indent=2) + "\n")
     return cards
@@ -175,16 +180,9 @@ def group_outcomes(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[bool]]:
 
 
 def _run_task(
-    model: Teacher,
-    verifier: Verifier,
-    config: dict[str, Any],
-    seed: int,
-    limit: int | None,
-    metadata: dict[str, Any],
-    subject: Subject,
-    progress: Progress,
-) -> tuple[list[Any], dict[str, Any]]:
-    """One suite through lm-eval's evaluator. Returns our samples and lm-eval's own aggregate."""
+    kept: KeptAnswers, config: dict[str, Any], seed: int, limit: int | None, metadata: dict[str, Any], subject: Subject
+) -> tuple[list[Answer], dict[str, Any]]:
+    """One suite through lm-eval's evaluator. Returns our answers and lm-eval's own aggregate."""
     with quiet_lm_eval():
         from lm_eval.evaluator import evaluate
         from lm_eval.tasks import TaskManager
@@ -194,9 +192,9 @@ def _run_task(
         tasks = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata).load([config])
         for task in tasks["tasks"].values():
             task.build_all_requests = _without_bar(task.build_all_requests)
-        lm = PotstillLM(model, verifier, seed=seed, progress=progress, title=f"{subject.name} {config['task']}")
+        lm = PotstillLM(kept, seed=seed, title=f"{subject.name} {config['task']}")
         results = evaluate(lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=False)
-    return lm.samples, results["results"][config["task"]]
+    return lm.answers, results["results"][config["task"]]
 
 
 @contextmanager
@@ -227,20 +225,19 @@ def _agree(card: ScoreCard, results: Mapping[str, Any]) -> None:
     assert abs(theirs - card.value) < 1e-9, f"{card.name} {card.suite}: lm-eval says {theirs}, we say {card.value}"
 
 
-def _row(sample: Any) -> dict[str, Any]:
-    completion, verdict = sample.completion, sample.verdict
-    problem = completion.request.problem
+def _row(suite: str, answer: Answer) -> dict[str, Any]:
+    problem, trace, verdict = answer.problem, answer.trace, answer.verdict
     return {
-        "suite": sample.suite,
+        "suite": suite,
         "problem_id": problem.id,
         "family": problem.source,
-        "sample_index": completion.request.sample_index,
+        "sample_index": trace.sample_index,
         "prompt": problem.prompt,
         "answer": problem.answer,
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "num_prompt_tokens": completion.num_prompt_tokens,
-        "num_tokens": completion.num_tokens,
+        "text": trace.text,
+        "finish_reason": trace.finish_reason,
+        "num_prompt_tokens": trace.num_prompt_tokens,
+        "num_tokens": trace.num_tokens,
         "verdict": verdict.state,
         "extracted": verdict.extracted,
         "detail": verdict.detail,

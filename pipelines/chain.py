@@ -135,10 +135,24 @@ def require_complete(stage: str, recipe: Recipe, run_dir: Path) -> None:
         raise DataError(
             f"made with another setting than the recipe's; {remedy}", where=folder / MANIFEST, field=changed
         )
+    if stage == "eval":
+        _require_graders(manifest, recipe, folder / MANIFEST)
     for name, digest in manifest.outputs.items():
         path = folder / name
         if not path.exists() or hash_file(path) != digest:
             raise DataError(f"not as the stage `{stage}` left it; {remedy}", where=path)
+
+
+def _require_graders(manifest: StageManifest, recipe: Recipe, where: Path) -> None:
+    """Raise DataError for scores that other versions of the graders gave: nothing is made of them any more."""
+    from distill.verify.kept import grading_settings
+
+    then = manifest.config.get("verify", {}).get("grader_versions")
+    now = grading_settings(recipe.verify.model_copy(update={"judge": None}))["grader_versions"]
+    if then is not None and then != now:
+        name = next(name for name in {**then, **now} if then.get(name) != now.get(name))
+        message = f"graded by {name} {then.get(name)}, here is {now.get(name)}; run `potstill regrade` first"
+        raise DataError(message, where=where, field="verify.grader_versions")
 
 
 def _first_difference(config: Any, recipe: Any, at: str = "") -> str | None:

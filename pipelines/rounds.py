@@ -176,17 +176,8 @@ class Rounds:
 
     def _trace(self, completion: Completion) -> Trace:
         request = completion.request
-        return Trace(
-            key=self.wanted.key_of(request.problem.id, request.sample_index),
-            problem_id=request.problem.id,
-            sample_index=request.sample_index,
-            text=completion.text,
-            finish_reason=completion.finish_reason,
-            num_prompt_tokens=completion.num_prompt_tokens,
-            num_tokens=completion.num_tokens,
-            teacher=self._teacher.identity.name,
-            logprobs=completion.logprobs,
-        )
+        key = self.wanted.key_of(request.problem.id, request.sample_index)
+        return Trace.of(completion, key=key, teacher=self._teacher.identity.name)
 
     def _grade(self, round_: Requests, number: int, judge: Teacher | None) -> None:
         """Count the verdicts of a complete round; those that are not known yet are made now."""

@@ -30,7 +30,7 @@ Distinct = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_each_on
 
 
 class Mark(Enum):
-    """Marks of fields that change no text of a teacher, put where one is declared: `Annotated[int, Mark.SPEED]`."""
+    """Marks of fields that change no text of a model, put where one is declared: `Annotated[int, Mark.SPEED]`."""
 
     SPEED = "how fast it writes"
     PATIENCE = "how patiently it is asked"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from distill.licences import Licence
-from distill.recipe.config import Config, Distinct
+from distill.recipe.config import Config, Distinct, Mark
 from distill.recipe.problems import HeldOutSource
 from distill.records import Role, Sampling
 
@@ -18,10 +18,12 @@ OWN_SUITES = ("held_out", "pico")
 class EvalConfig(Config):
     suites: Distinct[str] = ("pico",)
     held_out: HeldOutSource | None = Field(None, description="the problems behind the suites `held_out` and `pico`")
-    bench_data: str | None = Field(None, description="folder of benchmark files; else POTSTILL_BENCH_DATA")
+    bench_data: Annotated[str | None, Mark.PLACE] = Field(
+        None, description="folder of benchmark files; else POTSTILL_BENCH_DATA"
+    )
     num_samples: int = Field(4, ge=1, description="samples a question; pass@1 is their mean")
     sampling: Sampling = Sampling()
-    batch_size: int = Field(128, ge=1)
+    batch_size: Annotated[int, Mark.SPEED] = Field(128, ge=1)
     engine: Literal["transformers", "native"] = Field(
         "native", description="who writes the answers of bases and students; the samples differ, not the odds"
     )

@@ -67,10 +67,7 @@ def curate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     """
     base_dir, progress = context.base_dir, context.progress
     out_dir = run_dir / "curate"
-    inputs = {"problems": run_dir / "generate" / "problems.parquet", "traces": run_dir / "generate" / "traces"}
-    for path in inputs.values():
-        if not path.exists():
-            raise DataError("no such file; run `potstill generate` first", where=path)
+    inputs = _generated(run_dir)
     grading = dict(inputs)
     config: dict[str, Any] = {
         "verify": grading_settings(recipe.verify) | recipe.verify.model_dump(mode="json", include=AFTERWARDS),
@@ -85,7 +82,7 @@ def curate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     if (done := stage_run.current()) is not None:
         return done
     prompts = held_out()
-    problems = {problem.id: problem for problem in read_records(inputs["problems"], Problem)}
+    problems = _problems(inputs)
     if recipe.curate.mix is not None:
         check_sources(recipe.curate.mix, {problem.source for problem in problems.values()})
     num_traces = _check(problems, inputs["traces"])
@@ -97,6 +94,29 @@ def curate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
             return _write_examples(relabelled, num_traces, inputs["traces"], recipe, prompts, out_dir, progress)
 
     return stage_run.run(body, (VERDICTS, AUDIT, EXAMPLES, DIRECT, FUNNEL, DROPPED))
+
+
+def grade_traces(recipe: Recipe, run_dir: Path, context: Context) -> None:
+    """The stage's first part alone: verdicts of all traces, where these graders have not made them. Raises as `curate`.
+
+    What students learn from stays as it is, until `curate` runs.
+    """
+    inputs, out_dir = _generated(run_dir), run_dir / "curate"
+    problems = _problems(inputs)
+    num_traces = _check(problems, inputs["traces"])
+    _grade_all(problems, num_traces, inputs, recipe.verify, out_dir, context.progress, context.base_dir)
+
+
+def _generated(run_dir: Path) -> dict[str, Path]:
+    inputs = {"problems": run_dir / "generate" / "problems.parquet", "traces": run_dir / "generate" / "traces"}
+    for path in inputs.values():
+        if not path.exists():
+            raise DataError("no such file; run `potstill generate` first", where=path)
+    return inputs
+
+
+def _problems(inputs: Mapping[str, Path]) -> dict[str, Problem]:
+    return {problem.id: problem for problem in read_records(inputs["problems"], Problem)}
 
 
 def _held_out(recipe: Recipe, base_dir: Path, inputs: dict[str, Path]) -> Callable[[], dict[str, list[str]]]:

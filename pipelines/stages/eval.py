@@ -1,15 +1,17 @@
 """The eval stage: teacher, bases, bare-answer students and distilled students of a recipe on its suites.
 
     run_dir/eval/held_out.parquet              the recipe's own held-out questions, none of them in the training set
+    run_dir/eval/<model>/ledger.sqlite         each of the model's samples as soon as it is there, and its verdicts
     run_dir/eval/<model>/{samples.parquet, scores.json, manifest.json}
     run_dir/eval/manifest.json                 all of them together
 
 Each model is a stage of its own: a new student is scored without scoring the others again, an interrupted run goes on
-with the models that are missing.
+with the samples that are missing. What is kept and how it is graded again: `eval.answers`, `pipelines.regrade`.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,8 @@ from distill.bundled import locate
 from distill.cores import num_cores
 from distill.errors import DataError
 from distill.gguf import checkpoint_folder
-from distill.manifest import current, read_manifest, run_stage
+from distill.ledger import Ledger
+from distill.manifest import StageRun, current, read_manifest, run_stage
 from distill.problems import load_problems, normalise, source_files
 from distill.progress import Progress
 from distill.protocols import Teacher
@@ -32,16 +35,19 @@ from distill.recipe import (
     ServedTeacher,
     TeacherConfig,
     VerifyConfig,
+    VllmServing,
 )
 from distill.records import Example, Problem, Role, Sampling, StageManifest
 from distill.tables import read_records, write_records
-from eval.harness import SAMPLES, SCORES, Subject, count_unverifiable, score_model
+from distill.verify.kept import KeptVerdicts, grading_settings
+from eval.answers import LEDGER, KeptAnswers, NotKept
+from eval.harness import SAMPLES, SCORES, Subject, score_model
 from eval.suites import BENCHMARKS, TASKS, bench_folder, check_suites
 from pipelines.context import Context
 from pipelines.preemption import preemptible
+from pipelines.regrade import GRADING, HELD_OUT, SCORING, grade_kept, graders_of, scoring_counts
 from pipelines.workers import run_side_by_side
 
-HELD_OUT = "held_out.parquet"
 MAX_WORKERS = 4  # each holds a model and the libraries, about 0.8 GB for a pico model
 
 
@@ -71,12 +77,14 @@ class ScoringJob:
 
     @property
     def weights(self) -> Path | None:
-        """The model's folder; none for an endpoint."""
+        """The model's folder; none for an endpoint, nor for a repository of the Hub."""
         if isinstance(self.model, Path):
             return self.model
-        if not isinstance(self.model, NativeTeacher):
-            return None
-        return checkpoint_folder(locate(self.model.model, self.base_dir))
+        if isinstance(self.model, NativeTeacher):
+            return checkpoint_folder(locate(self.model.model, self.base_dir))
+        if isinstance(self.model, VllmServing) and (folder := locate(self.model.model, self.base_dir)).exists():
+            return folder
+        return None
 
     @property
     def inputs(self) -> dict[str, Path]:
@@ -88,10 +96,10 @@ class ScoringJob:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings that decide the scores besides the files; how fast they are made is left out."""
-        engine = {"engine": self.engine} if isinstance(self.model, Path) else {}
-        return engine | {
+        return {
             "name": self.name,
             "role": self.role,
+            "writer": self._writer(),
             "instruction": self.instruction.words,
             "question_alone": self.question_alone,
             "suites": list(self.suites),
@@ -99,9 +107,19 @@ class ScoringJob:
             "sampling": None if self.sampling is None else self.sampling.model_dump(),
             "seed": self.seed,
             "limit": self.limit,
-            "verify_timeout_s": self.verify.timeout_s,
-            "served": self.model.model_dump(mode="json") if isinstance(self.model, ServedTeacher) else None,
+            GRADING: grading_settings(self.verify),
         }
+
+    def _writer(self) -> dict[str, Any]:
+        """Settings of the engine or teacher that can change a sample; a folder is known by its content."""
+        if isinstance(self.model, Path):
+            return {"engine": self.engine}
+        told = {"system_prompt", "prompt_suffix"}  # said by `instruction`
+        if isinstance(self.model, NativeTeacher):
+            told.add("reasoning")  # what is made of its texts; an endpoint's begin otherwise
+        if self.weights is not None:
+            told.add("model")
+        return {name: value for name, value in self.model.identity().items() if name not in told}
 
 
 def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
@@ -117,16 +135,22 @@ def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     if examples.exists():
         inputs["examples"] = examples
     settings: dict[str, Any] = {
-        name: getattr(recipe, name).model_dump(mode="json") for name in ("eval", "verify", "teacher")
+        "eval": config.identity(),
+        "verify": grading_settings(graders_of(recipe)),
+        "instruction": recipe.learned_instruction.words,
+        "question_alone": bool(recipe.teacher.prompt_suffix),
     }
-    settings["instruction"] = recipe.learned_instruction.words
+    if "teacher" in config.roles:
+        settings["teacher"] = recipe.teacher.identity()
 
     def body() -> dict[str, Any]:
         counts = _write_held_out(recipe, out_dir, examples, base_dir)
         with preemptible():
-            _score_all(jobs, context.num_workers or _num_workers(), context.progress)
-        manifests = [read_manifest(job.out_dir) for job in jobs]
-        return {**counts, "models": len(jobs), "samples": sum(m.counts["samples"] for m in manifests if m)}
+            scored = _score_all(jobs, context.num_workers or _num_workers(), context.progress)
+        manifests = {job.name: manifest for job in jobs if (manifest := read_manifest(job.out_dir))}
+        samples = sum(manifest.counts["samples"] for manifest in manifests.values())
+        asked = sum(manifests[name].counts["asked"] for name in scored)
+        return {**counts, "models": len(jobs), "samples": samples, "asked": asked}
 
     outputs = [f"{job.name}/{name}" for job in jobs for name in (SAMPLES, SCORES)]
     if config.held_out is not None:
@@ -134,9 +158,12 @@ def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     return run_stage("eval", inputs, settings, out_dir, body, outputs)
 
 
-def _score_all(jobs: list[ScoringJob], num_workers: int, progress: Progress) -> None:
-    """Tiny models are bound by single operations, which threads do not help: two cores are two models at a time."""
-    missing = [job for job in jobs if current("eval-model", job.inputs, job.settings, job.out_dir) is None]
+def _score_all(jobs: list[ScoringJob], num_workers: int, progress: Progress) -> list[str]:
+    """Score the models that are not, and return their names.
+
+    Tiny models are bound by single operations, which threads do not help: two cores are two models at a time.
+    """
+    missing = [job for job in jobs if current(SCORING, job.inputs, job.settings, job.out_dir) is None]
     workers = min(num_workers, len(missing))
     if workers > 1:
         threads = max(1, num_cores() // workers)
@@ -144,58 +171,63 @@ def _score_all(jobs: list[ScoringJob], num_workers: int, progress: Progress) -> 
     else:
         for job in missing:
             score(job, progress)
+    return [job.name for job in missing]
 
 
 def score(job: ScoringJob, progress: Progress) -> None:
-    """One model's stage, in whatever process this is: open it, score it, leave its manifest."""
+    """One model's stage, in whatever process this is: open it, score it, leave its manifest.
 
-    def body() -> dict[str, Any]:
-        from distill.verify import open_verifier
+    Where grading is all that has changed, what is kept is graded again, and no model is opened.
+    """
+    from distill.verify import open_verifier
 
-        with progress.task(f"load {job.name}", None):
-            model, subject = _open(job)
-        try:
-            with open_verifier(job.verify) as verifier:
-                cards = score_model(
-                    model,
-                    subject,
-                    job.suites,
-                    job.out_dir,
-                    verifier=verifier,
-                    seed=job.seed,
-                    num_samples=job.num_samples,
-                    sampling=job.sampling,
-                    question_alone=job.question_alone,
-                    limit=job.limit,
-                    held_out=job.held_out,
-                    bench_data=job.bench_data,
-                    limits=job.limits,
-                    max_unverifiable=job.max_unverifiable,
-                    progress=progress,
-                )
-        finally:
-            model.close()
-        totals = [card for card in cards if card.suite in job.suites and card.metric == "pass@1"]
-        return {
-            "samples": sum(card.num_samples for card in totals),
-            "pass@1": {card.suite: card.value for card in totals},
-            "unverifiable": count_unverifiable(job.out_dir / SAMPLES),
-            "identity": model.identity.model_dump(),
-        }
+    stage_run = StageRun(SCORING, job.inputs, job.settings, job.out_dir)
+    how = {name: getattr(job, name) for name in ("held_out", "bench_data", "limits", "max_unverifiable")}
+    with open_verifier(job.verify) as verifier:
+        if (before := stage_run.current_but_for(GRADING)) is not None:
+            with suppress(NotKept):  # the ledger has lost some
+                grade_kept(job.out_dir, before, verifier, job.settings[GRADING], progress, **how)
+                return
 
-    run_stage("eval-model", job.inputs, job.settings, job.out_dir, body, [SAMPLES, SCORES])
+        def body() -> dict[str, Any]:
+            with progress.task(f"load {job.name}", None):
+                model, subject = _open(job)
+            try:
+                with (
+                    Ledger.open(job.out_dir / LEDGER) as ledger,
+                    KeptVerdicts(ledger, verifier, job.settings[GRADING]) as verdicts,
+                ):
+                    answers = KeptAnswers(model, ledger, verdicts, progress)
+                    cards = score_model(
+                        answers,
+                        subject,
+                        job.suites,
+                        job.out_dir,
+                        seed=job.seed,
+                        num_samples=job.num_samples,
+                        sampling=job.sampling,
+                        question_alone=job.question_alone,
+                        limit=job.limit,
+                        **how,
+                    )
+            finally:
+                model.close()
+            return scoring_counts(cards, subject, model.identity, answers, job.out_dir)
+
+        stage_run.run(body, [SAMPLES, SCORES])
 
 
 def _open(job: ScoringJob) -> tuple[Teacher, Subject]:
     from teacher.backends import open_student, open_teacher
-    from teacher.models.load import read_facts
 
     if isinstance(job.model, Path):
         model = open_student(job.model, engine=job.engine, batch_size=job.batch_size, instruction=job.instruction)
     else:
         model = open_teacher(job.model, base_dir=job.base_dir, log_dir=job.out_dir)
-    if job.weights is None:
+    if job.weights is None or isinstance(job.model, ServedTeacher):
         return model, Subject(job.name, job.role, "served", 0, 0)  # an endpoint does not say how large its model is
+    from teacher.models.load import read_facts
+
     facts = read_facts(job.weights)
     return model, Subject(job.name, job.role, facts.model_type, facts.num_parameters, facts.num_active)
 
@@ -238,7 +270,7 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
             limit=config.limit,
             batch_size=config.batch_size,
             engine=config.engine,
-            verify=recipe.verify.model_copy(update={"num_workers": 1}),
+            verify=graders_of(recipe).model_copy(update={"num_workers": 1}),
             held_out=None if config.held_out is None else run_dir / "eval" / HELD_OUT,
             bench_data=config.bench_data,
             limits=recipe.limits,

@@ -4,64 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from distill.errors import DataError, EnvironmentFault, RecipeError
-from distill.progress import silent
 from distill.recipe import VerifyConfig
-from distill.records import Completion, Problem, Sampling, TeacherIdentity, TraceRequest, Verdict
+from distill.records import Problem, Sampling
 from distill.tables import read_records, write_records
 from distill.verify import open_verifier
-from eval.harness import Subject, score_model, score_rows, task_config
+from eval.harness import score_rows, task_config
 from eval.suites import BENCHMARKS, check_suites, read_benchmark
 from eval.tasks.processors import documents, grade
+from tests.eval.scripted import SUBJECT, Scripted, scored
 
 BENCH_DATA = os.environ.get("POTSTILL_BENCH_DATA")
 needs_data = pytest.mark.skipif(not BENCH_DATA, reason="POTSTILL_BENCH_DATA is not set")
-SUBJECT = Subject("scripted", "base", "qwen2", 10, 10)
-
-
-class Scripted:
-    """Right on samples that `right(question number, sample index)` names; remembers what it was asked."""
-
-    def __init__(self, right) -> None:
-        self.right = right
-        self.seen: list[TraceRequest] = []
-        self.sampling: Sampling | None = None
-        self.order: dict[str, int] = {}
-
-    @property
-    def identity(self) -> TeacherIdentity:
-        return TeacherIdentity(name="s", weights="s", template="s", backend="script", backend_version="0")
-
-    def generate(self, requests: Sequence[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
-        self.seen, self.sampling = list(requests), sampling
-        for request in requests:
-            self.order.setdefault(request.problem.id, len(self.order))
-        for request in reversed(requests):  # any order is allowed
-            right = self.right(self.order[request.problem.id], request.sample_index)
-            answer = request.problem.answer if right else f"{request.sample_index}+x^99"
-            text = f"<think>\nI remember.\n</think>\n\n\\boxed{{{answer}}}"
-            yield Completion(request=request, text=text, finish_reason="stop", num_prompt_tokens=1, num_tokens=9)
-
-    def close(self) -> None:
-        pass
-
-
-class Exact:
-    """Grades by equality of the boxed text: what these tests ask for, without worker processes."""
-
-    def verify(self, answers) -> Iterator[Verdict]:
-        for problem, text, finish in answers:
-            extracted = text.rpartition("\\boxed{")[2].removesuffix("}")
-            state = "truncated" if finish == "length" else "correct" if extracted == problem.answer else "wrong"
-            yield Verdict(state=state, extracted=extracted)
-
-    def close(self) -> None:
-        pass
 
 
 @needs_data
@@ -71,7 +29,7 @@ class Exact:
 def test_benchmarks_follow_r1s_protocol(suite, questions, repeats, tmp_path):
     limit = min(questions, 10)
     model = Scripted(lambda question, sample: question % 2 == 0)
-    cards = score_model(model, SUBJECT, [suite], tmp_path, verifier=Exact(), seed=3, limit=limit, bench_data=BENCH_DATA)
+    cards, _ = scored(model, [suite], tmp_path, seed=3, limit=limit, bench_data=BENCH_DATA)
     total = cards[0]
     assert (total.suite, total.metric, total.value) == (suite, "pass@1", 0.5)
     assert (total.num_questions, total.num_samples) == (limit, limit * repeats)
@@ -88,17 +46,8 @@ def test_the_real_grader_scores_real_answers(tmp_path):
     with open_verifier(VerifyConfig(num_workers=1)) as verifier:
         for suite, asked in (("math500", 12), ("gsm8k", 12)):
             model = Scripted(lambda question, sample: question < 9)
-            (card, *_) = score_model(
-                model,
-                SUBJECT,
-                [suite],
-                tmp_path,
-                verifier=verifier,
-                seed=1,
-                limit=asked,
-                num_samples=1,
-                bench_data=BENCH_DATA,
-            )
+            how = {"seed": 1, "limit": asked, "num_samples": 1, "bench_data": BENCH_DATA}
+            (card, *_), _ = scored(model, [suite], tmp_path, verifier=verifier, **how)
             assert card.value == 9 / 12
 
 
@@ -124,17 +73,7 @@ def test_pico_scores_totals_families_and_samples(held_out, tmp_path):
 
     model = Scripted(lambda question, sample: question % 2 == 0 or sample == 0)
     sampling = Sampling(temperature=0.9, top_p=0.8, max_tokens=77, seed=5)
-    cards = score_model(
-        model,
-        SUBJECT,
-        ["pico"],
-        tmp_path / "out",
-        verifier=Exact(),
-        seed=5,
-        num_samples=4,
-        sampling=sampling,
-        held_out=held_out,
-    )
+    cards, _ = scored(model, ["pico"], tmp_path / "out", seed=5, num_samples=4, sampling=sampling, held_out=held_out)
     values = {(card.suite, card.metric): card.value for card in cards}
     assert values == {
         ("pico", "pass@1"): (4 * 1 + 4 * 0.25) / 8,
@@ -166,7 +105,9 @@ def test_truncated_is_not_correct_and_our_failures_are_not_wrong():
 
 
 def test_references_that_nobody_can_read_stop_a_suite_above_a_share():
-    rows = [row(f"r{i}", "correct", "1") for i in range(36)] + [row("u", "unverifiable", "1") | {"answer": "\\frac{"}] * 4
+    rows = [row(f"r{i}", "correct", "1") for i in range(36)] + [
+        row("u", "unverifiable", "1") | {"answer": "\\frac{"}
+    ] * 4
     card, *_ = score_rows(rows, SUBJECT, "s", max_unverifiable=0.1)
     assert (card.value, card.num_samples) == (36 / 37, 40)
     with pytest.raises(DataError, match=r"s: 4 of 40 answers .* cannot be read, the first is '\\\\frac\{'; at most 5%"):
@@ -203,16 +144,7 @@ def test_suite_faults_are_one_line(tmp_path, monkeypatch):
 
 
 def test_lm_eval_stays_quiet(held_out, tmp_path, capfd):
-    score_model(
-        Scripted(lambda *_: True),
-        SUBJECT,
-        ["pico"],
-        tmp_path,
-        verifier=Exact(),
-        seed=1,
-        held_out=held_out,
-        progress=silent(),
-    )
+    scored(Scripted(lambda *_: True), ["pico"], tmp_path, seed=1, held_out=held_out)
     assert capfd.readouterr() == ("", "")
 
 

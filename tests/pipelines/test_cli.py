@@ -48,7 +48,7 @@ def test_help_is_quick_and_lists_every_command() -> None:
     assert "typer" in imported
     assert not imported & (HEAVY | {"pydantic"})
     assert result.returncode == 0
-    for name in ("run", "generate", "distill", "eval", "compare", "push", "serve", "doctor", "zoo", "init"):
+    for name in ("run", "generate", "distill", "eval", "compare", "regrade", "push", "serve", "doctor", "zoo", "init"):
         assert f"\n  {name} " in result.stdout
 
 

@@ -13,6 +13,7 @@ from distill.problems import load_problems, split_of
 from distill.recipe import Recipe
 from distill.records import Example, Problem
 from distill.tables import read_records, write_records
+from distill.verify import kept
 from pipelines.context import Context
 from pipelines.stages.eval import HELD_OUT, evaluate
 from tests.pipelines.recorded_progress import RecordedProgress
@@ -88,8 +89,8 @@ def test_every_model_is_scored_once(student, run_dir, workers):
         assert shown.totals[f"load {name}"] is None
         assert shown.done[f"{name} pico"] == shown.done[f"grade {name} pico"] == 12
         assert shown.facts[f"{name} pico"]["tokens"] > 0
-    counted = {"held_out": 6, "training_questions": 1, "shared_with_training": 0, "models": 3, "samples": 3 * 6 * 2}
-    assert manifest.counts == counted
+    counted = {"held_out": 6, "training_questions": 1, "shared_with_training": 0, "models": 3}
+    assert manifest.counts == {**counted, "samples": 3 * 6 * 2, "asked": 3 * 6 * 2}
     problems = read_records(run_dir / "eval" / HELD_OUT, Problem)
     assert {problem.source for problem in problems} == set(FAMILIES)
     assert all(split_of(problem.prompt) == "held_out" for problem in problems)
@@ -140,7 +141,7 @@ def test_transformers_scores_bases_and_students_too(student, run_dir):
     before = evaluate(recipe_of(student), run_dir, ALONE)
     samples = {path: path.read_bytes() for path in (run_dir / "eval").glob("*/samples.parquet")}
     manifest = evaluate(recipe_of(student, engine="transformers"), run_dir, ALONE)
-    assert manifest.counts == before.counts
+    assert manifest.counts == {**before.counts, "asked": 2 * 6 * 2}
     changed = {path.parent.name for path, content in samples.items() if path.read_bytes() != content}
     assert changed == {"mini-base", "mini-distilled"}, "the teacher's own backend is the engine in both"
     for name in changed:
@@ -171,6 +172,65 @@ def test_an_interrupted_run_resumes_to_the_same_scores(student, run_dir, tmp_pat
     (run_dir / "eval" / "mini-base" / "scores.json").write_text("[")
     evaluate(recipe, run_dir, ALONE)
     assert {p.parent.name: p.read_bytes() for p in (run_dir / "eval").glob("*/samples.parquet")} == whole
+
+
+def rows_of(run_dir: Path, name: str) -> dict[tuple[str, int], dict]:
+    rows = pq.read_table(run_dir / "eval" / name / "samples.parquet").to_pylist()
+    return {(row["problem_id"], row["sample_index"]): row for row in rows}
+
+
+def test_more_samples_and_more_questions_ask_for_what_is_new_alone(student, run_dir):
+    few = evaluate(recipe_of(student, limit=4), run_dir, ALONE)
+    assert few.counts["asked"] == few.counts["samples"] == 3 * 4 * 2
+    before = {name: rows_of(run_dir, name) for name in ("teacher", "mini-base", "mini-distilled")}
+    more = evaluate(recipe_of(student, num_samples=5), run_dir, ALONE)
+    assert more.counts["samples"] == 3 * 6 * 5
+    assert more.counts["asked"] == 3 * (6 * 5 - 4 * 2)
+    for name, rows in before.items():
+        assert rows.items() <= rows_of(run_dir, name).items()
+    assert evaluate(recipe_of(student, limit=4), run_dir, ALONE).counts["asked"] == 0
+
+
+def test_what_changes_no_sample_scores_nobody_again(student, run_dir):
+    recipe = recipe_of(student)
+    evaluate(recipe, run_dir, ALONE)
+    before = stamps(run_dir)
+    faster = recipe_of(student, batch_size=3)
+    teacher = recipe.teacher.model_copy(update={"batch_size": 2, "speculate": True})
+    verify = recipe.verify.model_copy(update={"num_workers": 1, "relabel": "majority"})
+    evaluate(faster.model_copy(update={"teacher": teacher, "verify": verify}), run_dir, ALONE)
+    assert stamps(run_dir) == before
+    elsewhere = student.parent / "elsewhere"
+    shutil.copytree((student.parent / "teacher").resolve(), elsewhere)
+    moved = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"model": str(elsewhere)})})
+    evaluate(moved, run_dir, ALONE)
+    changed = {path for path, stamp in stamps(run_dir).items() if before[path] != stamp}
+    assert {str(Path(path).relative_to(run_dir)) for path in changed} <= {"eval/manifest.json", f"eval/{HELD_OUT}"}
+
+
+def test_a_changed_teacher_leaves_the_students_scores(student, run_dir):
+    recipe = recipe_of(student)
+    evaluate(recipe, run_dir, ALONE)
+    told = recipe.teacher.model_copy(update={"system_prompt": "Be brief."})
+    again = evaluate(recipe.model_copy(update={"teacher": told}), run_dir, ALONE)
+    assert again.counts["asked"] == 6 * 2
+    alone = recipe_of(student, roles=["base", "distilled"])
+    assert evaluate(alone.model_copy(update={"teacher": told}), run_dir, ALONE).counts["asked"] == 0
+    whole = evaluate(alone, run_dir, ALONE)
+    assert "teacher" not in whole.config
+
+
+def test_a_lost_ledger_is_asked_for_again(student, run_dir, monkeypatch):
+    recipe = recipe_of(student, roles=["base"])
+    whole = evaluate(recipe, run_dir, ALONE)
+    samples = (run_dir / "eval" / "mini-base" / "samples.parquet").read_bytes()
+    (run_dir / "eval" / "mini-base" / "ledger.sqlite").unlink()
+    monkeypatch.setattr(kept, "GRADING_VERSION", 99)
+    shown = RecordedProgress()
+    again = evaluate(recipe, run_dir, Context(Path(), shown, num_workers=1))
+    assert again.counts == whole.counts
+    assert "load mini-base" in shown.totals
+    assert (run_dir / "eval" / "mini-base" / "samples.parquet").read_bytes() == samples
 
 
 def test_a_held_out_question_in_the_training_set_is_an_error(student, run_dir):

@@ -1,4 +1,4 @@
-"""The other side of `chain_server`: starts runs, kills them, and looks at what is left."""
+"""The other side of `chain_server` and `eval_server`: starts runs, kills them, and looks at what is left."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ STAGES = ("generate", "verify", "export", "curate")
 
 
 class Chain:
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], more: dict[str, str]) -> None:
         self._process = process
+        self._more = more  # of every job
         self.seconds: Counter[str] = Counter()  # of each part, in the uninterrupted run
         self.killed_in: Counter[str] = Counter()
         self.turn = 0
@@ -34,6 +35,7 @@ class Chain:
         """One run, and how it ended. `kill`: SIGKILL so many seconds after this part has begun."""
         self.turn += 1
         job = {"folder": str(folder), "seed": self.turn, "num_samples": num_samples, "failpoint": failpoint}
+        job |= self._more
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
@@ -66,10 +68,10 @@ class Chain:
 
 
 @contextmanager
-def chain_server() -> Iterator[Chain]:
+def chain_server(module: str = "tests.torture.chain_server", **more: str) -> Iterator[Chain]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.torture.chain_server"],
+        [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -77,7 +79,7 @@ def chain_server() -> Iterator[Chain]:
         cwd=REPOSITORY,
     )
     try:
-        yield Chain(process)
+        yield Chain(process, more)
     finally:
         process.communicate()
 

@@ -12,7 +12,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,13 @@ def say(line: str) -> None:
 
 
 def main() -> None:
-    pa.array([0])  # imports pandas
     export.ROW_GROUP, export.SHARD_ROWS = 32, 128
+    serve(lambda folder, job: chain(folder, job["seed"], job["num_samples"]))
+
+
+def serve(work: Callable[[Path, dict[str, Any]], None]) -> None:
+    """Take jobs from standard input until there are no more, each in a forked child."""
+    pa.array([0])  # imports pandas
     for line in iter(sys.stdin.readline, ""):
         job = json.loads(line)
         child = os.fork()
@@ -126,7 +131,7 @@ def main() -> None:
             folder = Path(job["folder"])
             folder.mkdir(exist_ok=True)
             acknowledge(folder)
-            chain(folder, job["seed"], job["num_samples"])
+            work(folder, job)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         say(f"end {os.waitstatus_to_exitcode(status)}")
