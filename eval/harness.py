@@ -207,7 +207,7 @@ def _row(sample: Any) -> dict[str, Any]:
     return {
         "suite": sample.suite,
         "problem_id": problem.id,
-        "family": problem.source,
+        "family": str(problem.metadata.get("family", problem.source)),
         "sample_index": completion.request.sample_index,
         "prompt": problem.prompt,
         "answer": problem.answer,
