@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 from distill.manifest import MANIFEST, run_stage
@@ -35,19 +36,25 @@ HOSTILE = (
 
 
 def write_synthetic_run(
-    run_dir: Path, *, suites: tuple[str, ...] = ("pico",), questions: int = 24, samples: int = 4, seed: int = 0
+    run_dir: Path,
+    *,
+    suites: tuple[str, ...] = ("pico",),
+    sizes: Mapping[str, int] = SIZES,
+    questions: int = 24,
+    samples: int = 4,
+    seed: int = 0,
 ) -> Path:
     """`questions` a family. The first question of every family gets hostile text from every distilled student."""
     rng = random.Random(seed)
     places = [(suite, family, q) for suite in suites for family in FAMILIES_OF[suite] for q in range(questions)]
     hard = {place: rng.gauss(0, 0.35) for place in places}
     subjects = [Subject("teacher", "teacher", "deepseek_v3", 11_842_560, 5_120_256)]
-    for student, count in SIZES.items():
+    for student, count in sizes.items():
         for role in ("base", "direct", "distilled"):
             subjects.append(Subject(f"{student}-{role}", role, student.partition("-")[0], count, count))
     for subject in subjects:
         _write_model(run_dir, subject, hard, suites, samples, rng)
-    _write_stages(run_dir)
+    _write_stages(run_dir, sizes)
     return run_dir
 
 
@@ -107,9 +114,9 @@ def _write_model(
     return cards
 
 
-def _write_stages(run_dir: Path) -> None:
+def _write_stages(run_dir: Path, sizes: Mapping[str, int]) -> None:
     stages = {"generate": 74.2, "curate": 9.6, "eval": 83.0}
-    stages |= {f"distill/{s}-{m}": 21.0 for s in SIZES for m in ("direct", "distilled")}
+    stages |= {f"distill/{s}-{m}": 21.0 for s in sizes for m in ("direct", "distilled")}
     for name, seconds in stages.items():
         folder = run_dir / name
         run_stage(name, {}, {"verify": VerifyConfig().model_dump()}, folder, lambda: {}, [])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.eval.synthetic_run import write_synthetic_run
+from tests.eval.synthetic_run import SIZES, write_synthetic_run
 from tests.eval.test_report import SUITES, Page, pages_of, write
 
 pytestmark = pytest.mark.browser
@@ -44,7 +44,10 @@ addEventListener("message", e => document.body.setAttribute("data-measured", e.d
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    run = write_synthetic_run(tmp_path_factory.mktemp("run") / "pico", suites=SUITES, questions=2, samples=4)
+    """With names as long as those of published models."""
+    sizes = {f"{name}-coder-instruct": size for name, size in SIZES.items()}
+    folder = tmp_path_factory.mktemp("run") / "pico"
+    run = write_synthetic_run(folder, suites=SUITES, sizes=sizes, questions=2, samples=4)
     write(run)
     return run / "report"
 
@@ -76,7 +79,7 @@ def test_pages_open_without_an_error(report, chromium, tmp_path):
     assert "CONSOLE" in control.stderr, "the page's policy refuses a script, and the log would show it"
 
 
-@pytest.mark.parametrize("width", [375, 1400, 1920])
+@pytest.mark.parametrize("width", [375, 700, 1160, 1400, 1920])  # 700: A4; at 1160 rows are not stacked yet
 @pytest.mark.parametrize("number", [0, 3])
 def test_nothing_is_cut_off(report, chromium, tmp_path, width, number):
     measured = measure(pages_of(report)[number], chromium, tmp_path, width)
