@@ -9,6 +9,7 @@ RECIPE ?= pipelines/recipes/pico.yaml
 # SET="a.b=1 c.d=2" overrides fields of the recipe; OUT is the folder that runs go to.
 SET ?=
 OUT ?= runs
+RUN ?= runs/small
 DRY_RUN ?=
 NO_VLLM ?=
 
@@ -29,7 +30,7 @@ INTERPRETED = if $(BIN)/python -c 'import triton' 2>/dev/null; \
 	else echo 'no Triton here: the interpreted kernels are left out'; fi
 
 .PHONY: help setup setup-vllm lock models demo generate distill eval compare regrade push push-traces serve doctor zoo
-.PHONY: bench bench-kernels bench-parallel tune bench-graders bench-ledger bench-serve bench-serving readme torture pico-teacher pico-bases check format test test-all test-gpu clean
+.PHONY: bench bench-kernels bench-parallel tune bench-graders bench-ledger bench-serve bench-serving keep-run readme torture pico-teacher pico-bases check format test test-all test-gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -116,6 +117,9 @@ bench-graders: $(STAMP) ## Grade the gold solutions of the benchmarks in POTSTIL
 
 bench-serving: $(STAMP) $(STAMP_VLLM) ## Measure generation through the vLLM backend against vLLM's own benchmark
 	@$(BIN)/python -m benchmarks.serving
+
+keep-run: $(STAMP) ## Copy the report of RUN (runs/small) to benchmarks/results, as the run wrote it
+	@$(BIN)/python -m benchmarks.keep_run $(RUN)
 
 readme: $(STAMP) ## Write the numbers of README.md and docs/ from benchmarks/results and the run in runs/pico
 	@$(BIN)/python -m benchmarks.readme

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import platform
 import re
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from distill.device import processor_name
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +22,8 @@ def device_name(device: torch.device | None = None) -> str:
     if device is not None and device.type == "cuda":
         import torch
 
-        return _slug(torch.cuda.get_device_name(device))
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (match := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
-        name = match.group(1)
-    return _slug(name)
+        return slug(torch.cuda.get_device_name(device))
+    return slug(processor_name())
 
 
 def driver_version() -> str | None:
@@ -59,5 +56,6 @@ def write_result(name: str, result: dict[str, Any], *, device: str | None = None
     return path
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A device's name as a folder: `NVIDIA H200` is `nvidia-h200`."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

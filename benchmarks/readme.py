@@ -6,7 +6,8 @@ A document marks the place of a table with two comments, each on a line of its o
     ... written by this program ...
     <!-- end -->
 
-NAME is a function of `benchmarks.readme_tables`, DEVICE a folder of benchmarks/results. `--check` writes nothing and
+NAME is a function of `benchmarks.readme_tables`, DEVICE a folder of benchmarks/results. A table of a run that has not
+been made yet stays empty between its comments. `--check` writes nothing and
 exits 1 where a document differs from its files; tests/benchmarks/test_readme.py does the same. The scores of the pico
 chain come from the newest run: where `runs/pico/report/summary.json` is there, it is copied to
 benchmarks/results/<this device>/pico-summary.json first, so that the documents never depend on what lies in runs/. The
@@ -21,21 +22,20 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.device import RESULTS, device_name
+from benchmarks.readme_form import NotMeasuredError, Read
 from benchmarks.readme_tables import TABLES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUN = REPOSITORY / "runs" / "pico"
 SUMMARY = "pico-summary"
-CHART = "accuracy_by_parameters.png"
+CHART = "accuracy_by_parameters-pico.png"
 BLOCK = re.compile(r"^<!-- results: (?P<name>[\w-]+) (?P<device>[\w-]+) -->\n(?P<body>.*?)^<!-- end -->$", re.M | re.S)
 MARK = re.compile(r"^<!-- (?:results:.*|end) -->$", re.MULTILINE)
-
-Read = Callable[[str], Mapping[str, Any]]  # the result of a name, for one device
 
 
 class DocumentError(ValueError):
@@ -54,8 +54,11 @@ def written(text: str, where: str, results: Path = RESULTS) -> str:
         name, device = match["name"], match["device"]
         if name not in TABLES:
             raise DocumentError(f"{where}: no table is called {name}; there are {', '.join(sorted(TABLES))}")
-        body = TABLES[name](_reader(results, device, f"{where}: {name}"))
-        return f"<!-- results: {name} {device} -->\n{body}\n<!-- end -->"
+        try:
+            body = TABLES[name](_reader(results, device))
+        except NotMeasuredError as exc:
+            raise DocumentError(f"{where}: {name}: {exc}") from exc
+        return "\n".join(filter(None, [f"<!-- results: {name} {device} -->", body, "<!-- end -->"]))
 
     replaced = BLOCK.sub(block, text)
     if len(MARK.findall(text)) != 2 * len(BLOCK.findall(text)):
@@ -85,13 +88,13 @@ def keep_chart(run: Path, device: str, repository: Path = REPOSITORY) -> Path | 
     return Path(shutil.copyfile(run / "report" / CHART, repository / "docs" / "report.png"))
 
 
-def _reader(results: Path, device: str, where: str) -> Read:
+def _reader(results: Path, device: str) -> Read:
     def read(name: str) -> Mapping[str, Any]:
         path = results / device / f"{name}.json"
         try:
             result: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
         except OSError as exc:
-            raise DocumentError(f"{where}: {path} cannot be read ({exc.strerror})") from exc
+            raise NotMeasuredError(f"{path} cannot be read ({exc.strerror})") from exc
         return result
 
     return read

@@ -6,18 +6,17 @@ made from its own files: its device is `published`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from benchmarks.readme_form import BENCHMARK_SETS, Read, Row, table
+from benchmarks.readme_scores import pico_scores, pico_seconds, small_scores
 
 if TYPE_CHECKING:
     from distill.recipe import StudentConfig
 
-Read = Callable[[str], Mapping[str, Any]]
-Row = Mapping[str, Any]
 
 GIB = 2**30
-ROLES = {"base": "base", "direct": "control: SFT on final answers only", "distilled": "distilled"}
-BENCHMARK_SETS = {"gsm8k": "GSM8K", "math500": "MATH-500", "aime24": "AIME 2024", "aime25": "AIME 2025"}
 PROGRAM_SETS = {"humaneval": "HumanEval", "mbpp": "MBPP"}
 ENGINES = {"ours": "potstill", "invariant": "potstill, batch-invariant", "vllm": "vLLM", "transformers": "transformers"}
 PEERS = {"torch._scaled_mm": "cuBLAS FP8", "vLLM fused_experts (Triton)": "vLLM", "copy": "a copy of as many bytes"}
@@ -28,53 +27,6 @@ SWITCHES = {
     "activations fp8": "`activations: fp8`",
     "all": "all three",
 }
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def minutes(seconds: float) -> str:
-    return f"{int(seconds + 0.5) // 60} min {int(seconds + 0.5) % 60} s"
-
-
-def points(card: Row) -> str:
-    """pass@1 and its standard error in percent."""
-    return f"{100 * card['value']:.1f} ± {100 * card['stderr']:.1f}"
-
-
-def pico_seconds(read: Read) -> str:
-    summary = read("pico-summary")
-    stages = ", ".join(f"{stage['name']} {stage['seconds']:.0f} s" for stage in summary["stages"])
-    total = minutes(sum(stage["seconds"] for stage in summary["stages"]))
-    return f"After set-up, on {summary['num_cores']} cores of `{summary['device']}`, the stages take {total}: {stages}."
-
-
-def pico_scores(read: Read) -> str:
-    models = read("pico-summary")["models"]
-    cards: dict[str, dict[str, Row]] = {}
-    teacher = next(card for card in models if card["role"] == "teacher")
-    for card in models:
-        if card["role"] != "teacher":
-            cards.setdefault(card["name"].removesuffix(f"-{card['role']}"), {})[card["role"]] = card
-    rows = [
-        [
-            student,
-            f"{of['base']['num_parameters']:,}",
-            points(of["base"]),
-            points(of["direct"]),
-            f"**{points(of['distilled'])}**",
-        ]
-        for student, of in sorted(cards.items(), key=lambda item: (item[1]["base"]["num_parameters"], item[0]))
-    ]
-    sizes = f"{_millions(teacher['num_parameters'])} parameters, {_millions(teacher['num_active_parameters'])} active"
-    per_question = teacher["num_samples"] // teacher["num_questions"]
-    return (
-        f"pass@1 (%) on {teacher['num_questions']} held-out problems, {per_question} samples each; ± is the standard "
-        f"error clustered by question.\nThe teacher ({sizes}) scores {points(teacher)}.\n\n"
-        + table(["student", "parameters", *ROLES.values()], rows)
-    )
 
 
 def serve_v3(read: Read) -> str:
@@ -317,10 +269,6 @@ def zoo(read: Read) -> str:
     return table(["student", "parameters", "context", "licence", "GSM8K (%)", "MATH (%)"], rows)
 
 
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.1f}M"
-
-
 def _number(row: Row | None, name: str, digits: int) -> str:
     return "" if row is None or row[name] is None else f"{row[name]:,.{digits}f}"
 
@@ -346,6 +294,7 @@ TABLES: dict[str, Callable[[Read], str]] = {
     for function in (
         pico_seconds,
         pico_scores,
+        small_scores,
         serve_v3,
         serve_pico,
         generation,

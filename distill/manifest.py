@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 
 from pydantic import ValidationError
 
+from distill.device import device_name
 from distill.errors import EnvironmentFault
 from distill.failpoints import failpoint
 from distill.hash_cache import LEAST_BYTES, HashCache, cache_folder
@@ -259,6 +260,7 @@ class StageRun:
                 counts=counts,
                 seconds=round(time.monotonic() - started, 3),
                 peak_rss_bytes=peak_rss_bytes(),
+                device=device_name(),
             )
             _write_manifest(out_dir, manifest)
         return manifest

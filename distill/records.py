@@ -225,6 +225,7 @@ class StageManifest(Record):
     counts: dict[str, Any]
     seconds: float
     peak_rss_bytes: int
+    device: str = Field("", description="the GPUs of the machine that it ran on, else its processor")
 
 
 class ScoreCard(Record):

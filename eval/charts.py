@@ -1,18 +1,24 @@
-"""The figures of the report, drawn once: as PNG on white, and as SVG whose colours follow the page's theme.
+"""The figures of the report: as PNG on white, and as SVG whose colours follow the page's theme, wide and narrow.
 
 matplotlib knows no CSS. So the SVG is drawn in marker colours that occur nowhere else, and each is replaced by the CSS
-variable of the same meaning afterwards; text stays text, in the page's own font.
+variable of the same meaning afterwards; text stays text, in the page's own font. A wide figure shrunk to a telephone
+could not be read: it is drawn again for a narrow page, with the same letters.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from eval.compare import Comparison, Model
+from distill.records import ScoreCard
+from eval.compare import SuiteComparison
+from eval.scored import Model
 
 # Distinct in hue and in lightness (colour-blind safe); each role has a marker of its own besides.
 INK, MUTED, GRID, PAPER = "#1b2430", "#5c6877", "#dfe4ea", "#fefefe"
@@ -39,29 +45,67 @@ _STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "svg.fonttype": "none",
-    "svg.hashsalt": "potstill",
 }
+WIDE_INCHES, NARROW_INCHES = 8.6, 4.4
 
 
-def render(draw: Callable[[Any], None], size: tuple[float, float], title: str, about: str) -> tuple[str, bytes]:
-    """Draw a figure once and return it as inline SVG (with `title` and `about` for those who do not see it) and PNG."""
+@dataclass(frozen=True)
+class Figure:
+    """One chart of the page: `wide` and `narrow` are inline SVG, `pixels` a PNG of the wide one."""
+
+    wide: str
+    narrow: str
+    pixels: bytes
+
+
+Draw = Callable[[Any, bool], None]  # draws on a matplotlib figure; True: for a narrow page
+
+
+def render(name: str, draw: Draw, height: float, title: str, about: str) -> Figure:
+    """Draw a figure of `height` inches; `title` and `about` are for those who do not see it."""
+    with _drawn(f"{name} wide", draw, (WIDE_INCHES, height), narrow=False) as figure:
+        wide, pixels = _vector(figure), _pixels(figure)
+    with _drawn(f"{name} narrow", draw, (NARROW_INCHES, height + 0.6), narrow=True) as figure:
+        narrow = _vector(figure)
+    return Figure(_apply_theme(wide, title, about), _apply_theme(narrow, title, about), pixels)
+
+
+def picture(draw: Draw, height: float) -> bytes:
+    """A figure as PNG alone."""
+    with _drawn("", draw, (WIDE_INCHES, height), narrow=False) as figure:
+        return _pixels(figure)
+
+
+@contextmanager
+def _drawn(salt: str, draw: Draw, size: tuple[float, float], *, narrow: bool) -> Iterator[Any]:
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
+    # Ids of one page must differ: they are hashes of what they name and of the salt.
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        figure = Canvas(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        draw(figure)
-        vector, pixels = io.StringIO(), io.BytesIO()
-        figure.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
-        figure.savefig(pixels, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    return _apply_theme(vector.getvalue(), title, about), pixels.getvalue()
+        draw(figure, narrow)
+        yield figure
+
+
+def _vector(figure: Any) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()
+
+
+def _pixels(figure: Any) -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return data.getvalue()
 
 
 def _apply_theme(svg: str, title: str, about: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]+"', "<g", svg)  # names of groups are alike in every figure, and nothing asks for them
     for colour, name in _VARIABLES.items():
         svg = svg.replace(colour, f"var(--{name})")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px; font-family: inherit", svg)
@@ -75,32 +119,23 @@ def _apply_theme(svg: str, title: str, about: str) -> str:
     return f"{head}<title>{escape(title)}</title><desc>{escape(about)}</desc>{svg[opening.end() :]}"
 
 
-def accuracy_by_parameters(comparison: Comparison) -> Callable[[Any], None]:
+def accuracy_by_parameters(suite: SuiteComparison) -> Draw:
     """Accuracy against parameters (log), one line a role and architecture, error bars the 95% intervals."""
 
-    def draw(figure: Any) -> None:
+    def draw(figure: Any, narrow: bool) -> None:
         from matplotlib.ticker import FuncFormatter, NullLocator
 
         axes = figure.add_subplot()
         sizes: set[int] = set()
         for role in ROLES:
-            models = comparison.of_role(role)
+            models = suite.of_role(role)
             architectures = list(dict.fromkeys(model.cards[0].architecture for model in models))
             for order, architecture in enumerate(architectures):
                 of = [model for model in models if model.cards[0].architecture == architecture]
-                sizes |= _line(axes, of, role, comparison.suite, first=order == 0)
-        teacher = comparison.teacher and comparison.teacher.card(comparison.suite)
-        if teacher:
-            axes.axhline(100 * teacher.value, color=COLOURS["teacher"], linestyle=(0, (5, 3)), linewidth=1.6)
-            axes.axhspan(*(100 * bound for bound in teacher.ci95), color=COLOURS["teacher"], alpha=0.10, linewidth=0)
-            axes.text(
-                0.0,
-                100 * teacher.value - 1.2,
-                f"teacher {100 * teacher.value:.1f}%",
-                color=COLOURS["teacher"],
-                transform=axes.get_yaxis_transform(),
-                verticalalignment="top",
-            )
+                sizes |= _line(axes, of, role, suite.name, first=order == 0)
+        _names(axes, suite, sorted(sizes), narrow=narrow)
+        if suite.teacher:
+            _teacher_line(axes, suite.teacher)
         axes.set_xscale("log")
         axes.set_xticks(_labelled_sizes(sorted(sizes)))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -108,11 +143,31 @@ def accuracy_by_parameters(comparison: Comparison) -> Callable[[Any], None]:
         axes.margins(x=0.12)
         axes.set_ylim(0, 102)
         axes.set_xlabel("parameters (log scale)")
-        axes.set_ylabel(f"held-out pass@1 on {comparison.suite}, %")
+        axes.set_ylabel(f"pass@1 on {suite.name}, %")
         axes.grid(axis="x", visible=False)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=4, handletextpad=0.4)
+        _legend(figure, axes, narrow)
 
     return draw
+
+
+def _teacher_line(axes: Any, card: ScoreCard) -> None:
+    colour = COLOURS["teacher"]
+    axes.axhline(100 * card.value, color=colour, linestyle=(0, (5, 3)), linewidth=1.6)
+    axes.axhspan(*(100 * bound for bound in card.ci95), color=colour, alpha=0.10, linewidth=0)
+    axes.text(
+        0.0,
+        100 * card.value - 1.2,
+        f"teacher {100 * card.value:.1f}%",
+        color=colour,
+        transform=axes.get_yaxis_transform(),
+        verticalalignment="top",
+    )
+
+
+def _legend(figure: Any, axes: Any, narrow: bool) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper center", ncols=2 if narrow else 4, handletextpad=0.4)
 
 
 def _line(axes: Any, models: Sequence[Model], role: str, suite: str, *, first: bool) -> set[int]:
@@ -139,28 +194,38 @@ def _line(axes: Any, models: Sequence[Model], role: str, suite: str, *, first: b
         label=LABELS[role] if first else None,
         zorder=3 if role == "distilled" else 2,
     )
-    if role == "distilled":
-        for model, at_x, at_y in zip(models, x, y, strict=True):
-            axes.annotate(
-                model.student,
-                (at_x, at_y),
-                # Above for the line, beside for a second architecture: the two may lie at nearly one place.
-                xytext=(0, 17) if first else (10, -5),
-                horizontalalignment="center" if first else "left",
-                textcoords="offset points",
-                fontsize=9,
-                color=INK,
-            )
     return set(x)
 
 
-def accuracy_by_family(comparison: Comparison) -> Callable[[Any], None]:
+def _names(axes: Any, suite: SuiteComparison, sizes: Sequence[int], *, narrow: bool) -> None:
+    """Names of the distilled students, towards the middle of the chart: above, of a second architecture below."""
+    models = suite.of_role("distilled")
+    for model in models:
+        card = model.card(suite.name)
+        if card is None:
+            continue
+        first = card.architecture == models[0].cards[0].architecture
+        place = 0.5
+        if len(sizes) > 1:
+            place = math.log(card.num_parameters / sizes[0]) / math.log(sizes[-1] / sizes[0])
+        axes.annotate(
+            model.student,
+            (card.num_parameters, 100 * card.value),
+            xytext=(0, 17 if first else -24),
+            horizontalalignment="left" if place < 0.25 else "right" if place > 0.75 else "center",
+            textcoords="offset points",
+            fontsize=8 if narrow else 9,
+            color=INK,
+        )
+
+
+def accuracy_by_family(suite: SuiteComparison) -> Draw:
     """One row a family: where the students stand on average as bases, after bare answers, after traces; the teacher."""
 
-    def draw(figure: Any) -> None:
+    def draw(figure: Any, narrow: bool) -> None:
         axes = figure.add_subplot()
-        means = {role: family_means(comparison, role) for role in (*ROLES, "teacher")}
-        families = sorted(comparison.families, key=lambda family: means["distilled"].get(family, 0.0))
+        means = {role: family_means(suite, role) for role in (*ROLES, "teacher")}
+        families = sorted(suite.families, key=lambda family: means["distilled"].get(family, 0.0))
         for place, family in enumerate(families):
             known = [100 * of[family] for of in means.values() if family in of]
             axes.plot([min(known), max(known)], [place, place], color=GRID, linewidth=3, zorder=1)
@@ -182,33 +247,34 @@ def accuracy_by_family(comparison: Comparison) -> Callable[[Any], None]:
         axes.set_ylim(-0.6, len(families) - 0.4)
         axes.set_xlabel("pass@1, mean over the students, %")
         axes.grid(axis="y", visible=False)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=4, handletextpad=0.2)
+        _legend(figure, axes, narrow)
 
     return draw
 
 
-def family_means(comparison: Comparison, role: str) -> dict[str, float]:
+def family_means(suite: SuiteComparison, role: str) -> dict[str, float]:
     """Mean pass@1 of a role's models, a family."""
     means = {}
-    for family in comparison.families:
-        cards = [model.card(f"{comparison.suite}/{family}") for model in comparison.of_role(role)]
+    for family in suite.families:
+        cards = [model.card(f"{suite.name}/{family}") for model in suite.of_role(role)]
         values = [card.value for card in cards if card]
         if values:
             means[family] = sum(values) / len(values)
     return means
 
 
-def filter_funnel(comparison: Comparison) -> Callable[[Any], None]:
+def filter_funnel(funnel: Sequence[Mapping[str, Any]]) -> Draw:
     """Horizontal bars: traces that are left after each filter."""
 
-    def draw(figure: Any) -> None:
+    def draw(figure: Any, _narrow: bool) -> None:
         axes = figure.add_subplot()
-        steps = comparison.funnel[::-1]
+        steps = funnel[::-1]
         places = range(len(steps))
         axes.barh(places, [step["in"] for step in steps], color=GRID, height=0.6)
         axes.barh(places, [step["out"] for step in steps], color=COLOURS["distilled"], height=0.6)
         for place, step in zip(places, steps, strict=True):
-            axes.text(step["in"], place, f"  {step['out']:,} of {step['in']:,}", verticalalignment="center", fontsize=9)
+            text = f"  {step['out']:,} of {step['in']:,}"
+            axes.text(step["in"], place, text, verticalalignment="center", fontsize=9)
         axes.set_yticks(places, [step["filter"].replace("_", " ") for step in steps])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.margins(x=0.2)

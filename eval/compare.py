@@ -1,67 +1,41 @@
-"""Conclusions from all scores of a run: gains with paired intervals, whether larger is better, the summary file.
+"""Conclusions from all scores of a run, suite by suite: gains with paired intervals, and whether larger is better.
 
-Reads what the stages left in a run folder and computes; `eval.report` shows. Every difference between two models is
-paired over the questions that both answered (`eval.statistics.paired_difference`), because two intervals that overlap
-do not mean that the difference is unclear.
+Reads what the stages left in a run folder and computes; `eval.summary` and `eval.report` show. Every difference between
+two models is paired over the questions that both answered (`eval.statistics.paired_difference`), because two intervals
+that overlap do not mean that the difference is unclear.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from distill.errors import DataError
 from distill.manifest import read_manifest
+from distill.progress import Progress, silent
 from distill.records import ScoreCard, StageManifest
-from distill.verify.audit import AuditSummary, SuspectedReference
-from eval.harness import SAMPLES, SCORES, group_outcomes
+from distill.verify.audit import AuditSummary
+from eval.harness import SCORES
+from eval.scored import METRIC, Model, read_model
 from eval.statistics import Difference, paired_difference
 
 LIKE_SIZE = 1.15  # students whose parameter counts differ by less are not a size comparison
-METRIC = "pass@1"
-MAX_SUSPECTS = 20  # suspected references that are shown, replaced ones first; audit.json has all
 DROPPED_FIELDS = ("key", "detail", "question", "completion")  # of an example of what a filter dropped
-
-
-@dataclass(frozen=True)
-class Model:
-    """One scored model: its cards, its sample rows, and the manifest it was scored under."""
-
-    name: str
-    cards: tuple[ScoreCard, ...]
-    rows: tuple[Mapping[str, Any], ...]
-    manifest: StageManifest | None
-
-    @property
-    def role(self) -> str:
-        return self.cards[0].role
-
-    @property
-    def student(self) -> str:
-        """`qwen2-0.4m` of `qwen2-0.4m-distilled`."""
-        return self.name.removesuffix(f"-{self.role}")
-
-    def card(self, suite: str, metric: str = METRIC) -> ScoreCard | None:
-        return next((card for card in self.cards if (card.suite, card.metric) == (suite, metric)), None)
-
-    def outcomes(self, suite: str) -> dict[str, list[bool]]:
-        return group_outcomes([row for row in self.rows if row["suite"] == suite])
+ROLES = ("teacher", "base", "direct", "distilled")
 
 
 @dataclass(frozen=True)
 class StudentRow:
-    """One line of the headline table."""
+    """One student on one suite: its scores by role, and what it gained: distilled minus the role named."""
 
     student: str
     num_parameters: int
-    scores: Mapping[str, ScoreCard]  # by role
-    gains: Mapping[str, Difference]  # distilled minus this role
+    scores: Mapping[str, ScoreCard]
+    gained: Mapping[str, Difference]
 
 
 @dataclass(frozen=True)
@@ -71,59 +45,95 @@ class SizeStep:
     smaller: str
     larger: str
     difference: Difference
+    one_architecture: bool = True
 
     def __str__(self) -> str:
         low, high = (100 * bound for bound in self.difference.ci95)
         figures = f"{100 * self.difference.value:+.1f} points (95% interval {low:+.1f} to {high:+.1f})"
+        smaller = self.smaller if self.one_architecture else f"{self.smaller} (another architecture)"
         if not self.difference.clear:
-            return f"{self.larger} against {self.smaller}: {figures}; the difference lies within its interval"
-        return f"{self.larger} {'beats' if self.difference.value > 0 else 'falls behind'} {self.smaller}: {figures}"
+            return f"{self.larger} against {smaller}: {figures}; the difference lies within its interval"
+        return f"{self.larger} {'beats' if self.difference.value > 0 else 'falls behind'} {smaller}: {figures}"
+
+
+@dataclass(frozen=True)
+class SuiteComparison:
+    """All models on one suite. `models` are in the order of `Comparison.models`, those that were scored on it."""
+
+    name: str
+    models: tuple[Model, ...]
+    students: tuple[StudentRow, ...]
+    size_steps: tuple[SizeStep, ...]
+    families: tuple[str, ...]
+
+    @property
+    def teacher(self) -> ScoreCard | None:
+        return next((model.card(self.name) for model in self.models if model.role == "teacher"), None)
+
+    @property
+    def size_verdict(self) -> str:
+        return size_verdict(self.size_steps)
+
+    def of_role(self, role: str) -> list[Model]:
+        """Models of one role, smallest first."""
+        return [model for model in self.models if model.role == role]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a report shows."""
+    """All that a report shows. `models` are the teacher, then the students by size, each from base to distilled."""
 
     name: str
-    suite: str
     models: tuple[Model, ...]
-    students: tuple[StudentRow, ...]
-    size_steps: tuple[SizeStep, ...]
-    size_verdict: str
-    families: tuple[str, ...]
+    suites: tuple[SuiteComparison, ...]
+    deciding_suite: str
     funnel: tuple[Mapping[str, Any], ...]
     audit: AuditSummary | None
     stages: tuple[Mapping[str, Any], ...]
     manifests: Mapping[str, StageManifest] = field(default_factory=dict)
 
+    @cached_property
+    def best(self) -> ScoreCard | None:
+        """The best distilled student's score on the deciding suite."""
+        return best_student((card for model in self.models for card in model.cards), self.deciding_suite)
+
     @property
-    def teacher(self) -> Model | None:
-        return next((model for model in self.models if model.role == "teacher"), None)
+    def deciding(self) -> SuiteComparison:
+        """The suite that decides, or the first one where no model was scored on it."""
+        return next((suite for suite in self.suites if suite.name == self.deciding_suite), self.suites[0])
 
-    def of_role(self, role: str) -> list[Model]:
-        """Models of one role, smallest first."""
-        models = [model for model in self.models if model.role == role]
-        return sorted(models, key=lambda model: (model.cards[0].num_parameters, model.name))
+    @property
+    def students(self) -> list[str]:
+        """Students by size."""
+        return list(dict.fromkeys(model.student for model in self.models if model.role != "teacher"))
 
 
-def compare_run(run_dir: Path) -> Comparison:
-    """Read a run folder. Raises DataError where nothing has been scored, or where a file is not what it should be."""
+def best_student(cards: Iterable[ScoreCard], suite: str) -> ScoreCard | None:
+    """The highest pass@1 of a distilled student on one suite; of equals the smaller student's."""
+    of_suite = [card for card in cards if (card.role, card.suite, card.metric) == ("distilled", suite, METRIC)]
+    return max(of_suite, key=lambda card: (card.value, -card.num_parameters), default=None)
+
+
+def compare_run(run_dir: Path, deciding_suite: str | None = None, progress: Progress | None = None) -> Comparison:
+    """Read a run folder. `deciding_suite` says which student is the best; none: the first that was scored.
+
+    Raises DataError where nothing has been scored, or where a file is not what it should be.
+    """
     folders = sorted(path.parent for path in (run_dir / "eval").glob(f"*/{SCORES}"))
-    models = tuple(read_model(folder) for folder in folders)
-    if not models:
+    if not folders:
         raise DataError("holds no scores: run eval first", where=run_dir / "eval")
-    suite = models[0].cards[0].suite
-    students = tuple(_student_rows(models, suite))
-    steps = tuple(_size_steps(models, suite))
-    families = sorted({card.suite.partition("/")[2] for model in models for card in model.cards if "/" in card.suite})
+    read = []
+    with (progress or silent()).task("read scores", len(folders), unit="models") as task:
+        for folder in folders:
+            read.append(read_model(folder))
+            task.advance(1)
+    models = _by_size(read)
+    names = list(dict.fromkeys(suite for model in read for suite in model.suites))
     return Comparison(
         name=run_dir.name,
-        suite=suite,
         models=models,
-        students=students,
-        size_steps=steps,
-        size_verdict=size_verdict(steps),
-        families=tuple(families),
+        suites=tuple(compare_suite(name, models) for name in names),
+        deciding_suite=deciding_suite or names[0],
         funnel=tuple(_read_funnel(run_dir / "curate" / "funnel.json")),
         audit=_read_audit(run_dir / "curate" / "audit.json"),
         stages=tuple(stage_costs(run_dir)),
@@ -131,21 +141,18 @@ def compare_run(run_dir: Path) -> Comparison:
     )
 
 
-def read_model(folder: Path) -> Model:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        cards = tuple(ScoreCard.model_validate(card) for card in json.loads((folder / SCORES).read_text("utf-8")))
-    except (OSError, ValueError, ValidationError) as exc:
-        raise DataError(f"not a list of score cards ({exc})", where=folder / SCORES) from exc
-    try:
-        rows = tuple(pq.read_table(folder / SAMPLES).to_pylist())
-    except (OSError, pa.ArrowException) as exc:
-        raise DataError(f"not a readable Parquet file ({exc})", where=folder / SAMPLES) from exc
-    if not cards:
-        raise DataError("holds no score card", where=folder / SCORES)
-    return Model(folder.name, cards, rows, read_manifest(folder))
+def compare_suite(name: str, models: Sequence[Model]) -> SuiteComparison:
+    scored = tuple(model for model in models if model.card(name))
+    families = {
+        card.suite.partition("/")[2] for model in scored for card in model.cards if card.suite.startswith(f"{name}/")
+    }
+    return SuiteComparison(
+        name=name,
+        models=scored,
+        students=tuple(_student_rows(scored, name)),
+        size_steps=tuple(_size_steps(scored, name)),
+        families=tuple(sorted(families)),
+    )
 
 
 def size_verdict(steps: Sequence[SizeStep]) -> str:
@@ -156,27 +163,16 @@ def size_verdict(steps: Sequence[SizeStep]) -> str:
     clear_loss = [step for step in steps if step.difference.clear and step.difference.value < 0]
     if len(clear_gain) == len(steps):
         return "Larger is better at every step, and no interval of a difference reaches zero."
-    parts = []
-    if clear_gain:
-        parts.append(f"larger is clearly better at {len(clear_gain)} of {len(steps)} steps")
-    if unclear := len(steps) - len(clear_gain) - len(clear_loss):
-        parts.append(f"at {unclear} the difference lies within its interval")
-    if clear_loss:
-        parts.append(f"at {len(clear_loss)} the larger student is clearly worse")
-    sentence = "; ".join(parts)
-    return f"{sentence[0].upper()}{sentence[1:]}."
-
-
-def summary(comparison: Comparison) -> dict[str, Any]:
-    """`summary.json`: stages with their cost, models with their score of each suite, the funnel, the audit."""
-    models = []
-    for model in comparison.models:
-        for card in model.cards:
-            if "/" not in card.suite and card.metric == METRIC:
-                models.append(card.model_dump(mode="json"))
-    funnel = [{name: step[name] for name in ("filter", "in", "out")} for step in comparison.funnel]
-    audit = None if comparison.audit is None else _audit_summary(comparison.audit)
-    return {"stages": list(comparison.stages), "models": models, "funnel": funnel, "audit": audit}
+    counted = [
+        (len(clear_gain), "larger is clearly better"),
+        (len(steps) - len(clear_gain) - len(clear_loss), "the difference lies within its interval"),
+        (len(clear_loss), "the larger student is clearly worse"),
+    ]
+    first, *others = [(count, what) for count, what in counted if count]
+    if not others:
+        return f"At every step {first[1]}."
+    parts = [f"At {first[0]} of {len(steps)} steps {first[1]}", *(f"at {count} {what}" for count, what in others)]
+    return f"{'; '.join(parts)}."
 
 
 def stage_manifests(run_dir: Path) -> dict[str, StageManifest]:
@@ -195,49 +191,58 @@ def stage_manifests(run_dir: Path) -> dict[str, StageManifest]:
 
 
 def stage_costs(run_dir: Path) -> list[dict[str, Any]]:
-    """Seconds and peak memory of each stage; students that were trained one by one count as one stage."""
+    """Seconds, peak memory and device of each stage; students that were trained one by one count as one stage."""
     costs: dict[str, dict[str, Any]] = {}
     for name, manifest in stage_manifests(run_dir).items():
         stage = name.partition("/")[0]
-        cost = costs.setdefault(stage, {"name": stage, "seconds": 0.0, "peak_rss_bytes": 0})
+        cost = costs.setdefault(stage, {"name": stage, "seconds": 0.0, "peak_rss_bytes": 0, "device": manifest.device})
         cost["seconds"] = round(cost["seconds"] + manifest.seconds, 3)
         cost["peak_rss_bytes"] = max(cost["peak_rss_bytes"], manifest.peak_rss_bytes)
     return list(costs.values())
 
 
+def _by_size(models: Sequence[Model]) -> tuple[Model, ...]:
+    """The teacher, then the students smallest first, each with its roles in their order."""
+    sizes: dict[str, int] = {}
+    for model in models:
+        sizes[model.student] = max(sizes.get(model.student, 0), model.num_parameters)
+
+    def place(model: Model) -> tuple[bool, int, str, int]:
+        return (model.role != "teacher", sizes[model.student], model.student, ROLES.index(model.role))
+
+    return tuple(sorted(models, key=place))
+
+
 def _student_rows(models: Sequence[Model], suite: str) -> list[StudentRow]:
     by_student: dict[str, dict[str, Model]] = {}
     for model in models:
-        if model.role != "teacher" and model.card(suite):
+        if model.role != "teacher":
             by_student.setdefault(model.student, {})[model.role] = model
     rows = []
     for student, of_role in by_student.items():
         scores = {role: card for role, model in of_role.items() if (card := model.card(suite))}
-        gains = {}
+        gained = {}
         if "distilled" in of_role:
-            distilled = of_role["distilled"].outcomes(suite)
+            distilled = of_role["distilled"].answers[suite].means
             for role in ("base", "direct"):
                 if role in of_role:
-                    gains[role] = paired_difference(distilled, of_role[role].outcomes(suite))
+                    gained[role] = paired_difference(distilled, of_role[role].answers[suite].means)
         parameters = max(card.num_parameters for card in scores.values())
-        rows.append(StudentRow(student, parameters, scores, gains))
-    return sorted(rows, key=lambda row: (row.num_parameters, row.student))
+        rows.append(StudentRow(student, parameters, scores, gained))
+    return rows
 
 
 def _size_steps(models: Sequence[Model], suite: str) -> list[SizeStep]:
-    """Neighbours in size among the distilled students of one architecture."""
+    """Every distilled student beside the next larger one: of its own architecture, else of any."""
+    ladder = [model for model in models if model.role == "distilled"]
     steps = []
-    ladders: dict[str, list[tuple[int, Model]]] = {}
-    for model in models:
-        card = model.card(suite)
-        if model.role == "distilled" and card:
-            ladders.setdefault(card.architecture, []).append((card.num_parameters, model))
-    for architecture in sorted(ladders):
-        ladder = sorted(ladders[architecture], key=lambda entry: (entry[0], entry[1].name))
-        for (small_count, small), (large_count, large) in pairwise(ladder):
-            if large_count >= LIKE_SIZE * small_count:
-                difference = paired_difference(large.outcomes(suite), small.outcomes(suite))
-                steps.append(SizeStep(small.student, large.student, difference))
+    for small in ladder:
+        larger = [model for model in ladder if model.num_parameters >= LIKE_SIZE * small.num_parameters]
+        own = [model for model in larger if model.cards[0].architecture == small.cards[0].architecture]
+        if larger:
+            large = (own or larger)[0]
+            difference = paired_difference(large.answers[suite].means, small.answers[suite].means)
+            steps.append(SizeStep(small.student, large.student, difference, one_architecture=bool(own)))
     return steps
 
 
@@ -254,21 +259,6 @@ def _read_funnel(path: Path) -> list[dict[str, Any]]:
         return [_step(step) for step in steps]
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise DataError(f"not a list of filters with counts ({exc!r})", where=path) from exc
-
-
-def report_suspects(audit: AuditSummary) -> list[SuspectedReference]:
-    return sorted(audit.suspected_references, key=lambda one: not one.relabelled)[:MAX_SUSPECTS]
-
-
-def _audit_summary(audit: AuditSummary) -> dict[str, Any]:
-    """The audit with as many suspected references as the page shows, and the number of all."""
-    return {
-        **audit.model_dump(mode="json"),
-        "suspected_references": [one.model_dump(mode="json") for one in report_suspects(audit)],
-        "num_suspected_references": len(audit.suspected_references),
-        "num_relabelled_references": len(audit.relabelled),
-        "num_relabelled_samples": audit.num_relabelled_samples,
-    }
 
 
 def _read_audit(path: Path) -> AuditSummary | None:

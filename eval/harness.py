@@ -230,7 +230,7 @@ def _row(suite: str, answer: Answer) -> dict[str, Any]:
     return {
         "suite": suite,
         "problem_id": problem.id,
-        "family": problem.source,
+        "family": str(problem.metadata.get("family", problem.source)),
         "sample_index": trace.sample_index,
         "prompt": problem.prompt,
         "answer": problem.answer,

@@ -1,7 +1,9 @@
-"""The report: one HTML file that needs no network and no script, its figures as PNG, and `summary.json`.
+"""The report: one HTML file that needs no network and no script, with what stands beside it.
 
-What models wrote is hostile until shown otherwise: the template escapes everything, control characters and direction
-overrides are made visible, and the page's own content policy allows no script and no request even if that failed.
+index.html                                  every suite; at most 300 traces, at most 3 MB
+traces/<suite>-001.html ...                 all questions, the first sample of every model
+accuracy_by_parameters-<suite>.png ...      the charts
+scores.csv, summary.md, summary.json        all scores, for programs and for text
 """
 
 from __future__ import annotations
@@ -9,182 +11,310 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import platform
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distill.cores import num_cores
-from distill.manifest import write_atomically
+from distill.curate.shown import cut
+from distill.manifest import atomic_folder, write_atomically
+from distill.progress import Progress, Task, silent
 from distill.records import Record
 from distill.verify.audit import AuditSummary
-from eval.charts import accuracy_by_family, accuracy_by_parameters, filter_funnel, render, short_count
-from eval.compare import METRIC, Comparison, Model, report_suspects, summary
-from eval.tasks.processors import NO_VERDICT
+from eval.charts import Figure, accuracy_by_family, accuracy_by_parameters, filter_funnel, picture, render, short_count
+from eval.compare import Comparison, SuiteComparison
+from eval.page import heat_tables, template, visible, words
+from eval.scored import METRIC, Model, first_answers
+from eval.summary import best_rule, report_suspects, run_device, scores_csv, summary, summary_markdown
+from eval.traces import SuiteTraces, page_names, side_by_side, slug, write_pages
 
-TEMPLATE = Path(__file__).parent / "report.html.jinja"
-MAX_TRACES = 6
-MAX_TRACE_CHARACTERS = 6_000
-ROLE_ORDER = {"teacher": 0, "base": 1, "direct": 2, "distilled": 3}
-SHORT_ROLES = {"teacher": "teacher", "base": "base", "direct": "bare", "distilled": "distilled"}
+MAX_PAGE_BYTES = 3_000_000
+MAX_SHOWN_CHARACTERS = 2_000  # of a text of curation
+SUITES_A_TABLE = 5
+CHART_INCHES = 4.9
+TRACES = "traces"
 
 
 def write_report(
-    comparison: Comparison, out_dir: Path, *, elapsed_s: Callable[[], float], peak_rss_bytes: int
+    comparison: Comparison,
+    out_dir: Path,
+    *,
+    elapsed_s: Callable[[], float],
+    peak_rss_bytes: Callable[[], int],
+    device: str,
+    progress: Progress | None = None,
 ) -> list[str]:
-    """Write index.html, the PNGs and summary.json; returns their names.
+    """Write the report into `out_dir`; returns the names of its files, that of the folder of traces among them.
 
-    `elapsed_s` and `peak_rss_bytes` are this stage's own cost so far: a report cannot wait for its own manifest.
+    `elapsed_s`, `peak_rss_bytes` and `device` are this stage's own: a report cannot wait for its own manifest.
     """
-    figures = _figures(comparison)
-    cost = {"name": "compare", "seconds": round(elapsed_s(), 3), "peak_rss_bytes": peak_rss_bytes}
-    stages = [*comparison.stages, cost]
-    page = _environment().from_string(TEMPLATE.read_text("utf-8")).render(_context(comparison, figures, stages))
-    written: dict[str, str | bytes] = {
-        "index.html": page,
-        "summary.json": json.dumps({**summary(comparison), "stages": stages}, indent=2) + "\n",
-    }
-    for name, (_, pixels) in figures.items():
-        written[f"{name}.png"] = pixels
-    for name, data in written.items():
-        write_atomically(out_dir / name, data)
-    return sorted(written)
+    with (progress or silent()).task("write report", None, unit="files") as task:
+        traces = _read_traces(comparison, task)
+        facts = {"name": comparison.name, "version": _version()}
+        with _anew(out_dir / TRACES) as folder:
+            for of_suite in traces:
+                for _ in write_pages(of_suite, folder, facts):
+                    task.advance(1)
+        figures = _figures(comparison, task)
+        pictures = {name: figure.pixels for name, figure in figures.items()}
+        if comparison.funnel:
+            pictures["filter_funnel"] = picture(filter_funnel(comparison.funnel), 1.2 + 0.42 * len(comparison.funnel))
+        cost = {"name": "compare", "seconds": round(elapsed_s(), 3), "peak_rss_bytes": peak_rss_bytes()}
+        stages = [*comparison.stages, {**cost, "device": device}]
+        written: dict[str, str | bytes] = {
+            "index.html": _page({**facts, **_context(comparison, figures, stages)}, traces),
+            "scores.csv": scores_csv(comparison),
+            "summary.md": summary_markdown(comparison, stages),
+            "summary.json": json.dumps(summary(comparison, stages), indent=2) + "\n",
+        }
+        written |= {f"{name}.png": pixels for name, pixels in pictures.items()}
+        for name, data in written.items():
+            write_atomically(out_dir / name, data)
+    _delete_others(out_dir, written)
+    return sorted([*written, TRACES])
 
 
-def _figures(comparison: Comparison) -> dict[str, tuple[str, bytes]]:
-    about = "; ".join(
-        f"{row.student} ({short_count(row.num_parameters)}): "
-        + ", ".join(f"{role} {100 * card.value:.1f}%" for role, card in row.scores.items())
-        for row in comparison.students
-    )
-    title = "Accuracy against parameters"
-    figures = {
-        "accuracy_by_parameters": render(accuracy_by_parameters(comparison), (8.6, 4.9), title, about),
-    }
-    if comparison.families:
-        height = 1.5 + 0.42 * len(comparison.families)
-        about = (
-            "One row a family: mean pass@1 of bases, of students of bare answers, of distilled students, the teacher."
-        )
-        figures["accuracy_by_family"] = render(
-            accuracy_by_family(comparison), (8.6, height), "Accuracy by family", about
-        )
-    if comparison.funnel:
-        height = 1.2 + 0.42 * len(comparison.funnel)
-        figures["filter_funnel"] = render(filter_funnel(comparison), (8.6, height), "Traces kept by each filter", "")
+def _read_traces(comparison: Comparison, task: Task) -> list[SuiteTraces]:
+    shown = {}
+    for model in comparison.models:
+        shown[model.name] = first_answers(model.samples)
+        task.advance(1)
+    return [
+        SuiteTraces.of(suite, {model.name: shown[model.name] for model in suite.models}) for suite in comparison.suites
+    ]
+
+
+def _page(context: Mapping[str, Any], traces: Sequence[SuiteTraces]) -> str:
+    """The page, with as many traces as it has room for."""
+    page = template("report.html.jinja")
+    pages = {of_suite.suite.name: page_names(of_suite) for of_suite in traces}
+
+    def render_with(shown: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+        suites = [
+            {**suite, "traces": shown[suite["name"]], "pages": pages[suite["name"]]} for suite in context["suites"]
+        ]
+        return str(page.render({**context, "suites": suites}))
+
+    bare = render_with(dict.fromkeys(pages, ()))
+    return render_with(side_by_side(traces, MAX_PAGE_BYTES - len(bare.encode())))
+
+
+@contextmanager
+def _anew(folder: Path) -> Iterator[Path]:
+    """A folder in the place of the one that is there."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    with atomic_folder(folder) as made:
+        yield made
+
+
+def _delete_others(out_dir: Path, written: Mapping[str, Any]) -> None:
+    """Charts of suites that are no longer scored."""
+    for path in out_dir.glob("*.png"):
+        if path.name not in written:
+            path.unlink()
+
+
+def _figures(comparison: Comparison, task: Task) -> dict[str, Figure]:
+    figures = {}
+
+    def add(name: str, *arguments: Any) -> None:
+        figures[name] = render(name, *arguments)
+        task.advance(1)
+
+    for suite in comparison.suites:
+        if suite.students:
+            about = "; ".join(
+                f"{row.student} ({short_count(row.num_parameters)}): "
+                + ", ".join(f"{role} {100 * card.value:.1f}%" for role, card in row.scores.items())
+                for row in suite.students
+            )
+            title = f"Accuracy on {suite.name} against parameters"
+            add(_size_chart(suite), accuracy_by_parameters(suite), CHART_INCHES, title, about)
+        if suite.families:
+            height = 1.5 + 0.42 * len(suite.families)
+            about = (
+                "One row a family: mean pass@1 of bases, of students of bare answers, of distilled ones, the teacher."
+            )
+            title = f"Accuracy on {suite.name} by family"
+            add(_family_chart(suite), accuracy_by_family(suite), height, title, about)
     return figures
 
 
-def _context(
-    comparison: Comparison, figures: Mapping[str, tuple[str, bytes]], stages: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    from markupsafe import Markup
+def _size_chart(suite: SuiteComparison) -> str:
+    return f"accuracy_by_parameters-{slug(suite.name)}"
 
-    teacher = comparison.teacher and comparison.teacher.card(comparison.suite)
-    rows = [row for model in comparison.models for row in model.rows]
-    heat_groups, heat_rows = _heat(comparison)
+
+def _family_chart(suite: SuiteComparison) -> str:
+    return f"accuracy_by_family-{slug(suite.name)}"
+
+
+def _context(
+    comparison: Comparison, figures: Mapping[str, Figure], stages: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    answers = [of_suite for model in comparison.models for of_suite in model.answers.values()]
     return {
-        "name": comparison.name,
-        "suite": comparison.suite,
+        "device": run_device(stages),
         "metric": METRIC,
         "headline": headline(comparison),
-        "size_verdict": comparison.size_verdict,
-        "size_steps": [str(step) for step in comparison.size_steps],
+        "best": _best_sentence(comparison),
+        "best_rule": best_rule(comparison),
         "tiles": _tiles(comparison),
-        "students": comparison.students,
-        "teacher": teacher,
-        "families": comparison.families,
-        # Markup: these two are drawn by `eval.charts`, which escapes what they say.
-        "size_chart": Markup(figures["accuracy_by_parameters"][0]),
-        "family_chart": Markup(figures["accuracy_by_family"][0]) if comparison.families else "",
-        "heat_groups": heat_groups,
-        "heat_rows": heat_rows,
-        "traces": side_by_side(comparison),
+        "overview": _overview(comparison),
+        "suites": [_suite(suite, figures) for suite in comparison.suites],
         "funnel": [_funnel_step(step, comparison.funnel[0]["in"]) for step in comparison.funnel],
         "left_out": _left_out(comparison),
         "audit": _audit(comparison.audit) if comparison.audit and comparison.audit.answers else None,
         "stages": stages,
         "seconds": sum(stage["seconds"] for stage in stages),
-        "lineage": [_lineage(model, comparison.suite) for model in comparison.models],
+        "lineage": [_lineage(model) for model in comparison.models],
         "fingerprints": _fingerprints(comparison),
-        "ungraded": sum(row["verdict"] in NO_VERDICT for row in rows),
-        "graded": len(rows),
-        "unverifiable": sum(row["verdict"] == "unverifiable" for row in rows),
+        "ungraded": sum(of_suite.ungraded for of_suite in answers),
+        "unverifiable": sum(of_suite.unverifiable for of_suite in answers),
+        "samples": sum(of_suite.num_samples for of_suite in answers),
         "overlap": _overlap(comparison),
-        "version": _version(),
-        "machine": _machine(),
     }
 
 
 def headline(comparison: Comparison) -> str:
     """The one sentence that the page opens with, computed and never better than the intervals."""
-    gains = [row.gains for row in comparison.students if row.gains]
-    if not gains:
-        return f"{len(comparison.models)} models on {comparison.suite}"
-    clear = [all(difference.clear and difference.value > 0 for difference in of.values()) for of in gains]
-    others = sorted({role for of in gains for role in of})
+    suite = comparison.deciding
+    gained = [row.gained for row in suite.students if row.gained]
+    if not gained:
+        return f"{len(suite.models)} models on {suite.name}"
+    clear = [all(difference.clear and difference.value > 0 for difference in of.values()) for of in gained]
+    others = sorted({role for of in gained for role in of})
     rivals = " and ".join({"base": "its base", "direct": "its bare-answer twin"}[role] for role in others)
     if all(clear):
-        smallest = min(difference.value for of in gains for difference in of.values())
-        who = "Every distilled student" if len(gains) > 1 else "The distilled student"
-        return f"{who} beats {rivals} by {math.floor(100 * smallest)} points or more"
-    return f"{sum(clear)} of {len(gains)} distilled students clearly beat {rivals.replace('its', 'their')}"
+        smallest = min(difference.value for of in gained for difference in of.values())
+        who = "Every distilled student" if len(gained) > 1 else "The distilled student"
+        return f"{who} beats {rivals} by {math.floor(100 * smallest)} points or more on {suite.name}"
+    theirs = rivals.replace("its", "their")
+    return f"{sum(clear)} of {len(gained)} distilled students clearly beat {theirs} on {suite.name}"
 
 
-def side_by_side(comparison: Comparison) -> list[dict[str, Any]]:
-    """One question a family, up to six: where the teacher is right and the students differ most."""
-    models = [m for m in (comparison.teacher, *comparison.of_role("distilled")) if m is not None]
-    first = [
-        {r["problem_id"]: r for r in m.rows if r["sample_index"] == 0 and r["suite"] == comparison.suite}
-        for m in models
-    ]
-    if not any(first):
-        return []
-    shared = [problem for problem in first[0] if all(problem in of for of in first)]
-
-    def rank(problem: str) -> tuple[bool, int, str]:
-        right = [of[problem]["verdict"] == "correct" for of in first]
-        mixed = abs(2 * sum(right) - len(right))  # 0: half of the models are right
-        return (not right[0], mixed, problem)
-
-    chosen: dict[str, str] = {}
-    for problem in sorted(shared, key=rank):
-        chosen.setdefault(first[0][problem]["family"], problem)
-    best = sorted(chosen.values(), key=rank)[:MAX_TRACES]
-    return [_trace(problem, models, first) for problem in best]
+def _best_sentence(comparison: Comparison) -> str:
+    if comparison.best is None:
+        return f"No distilled student is scored on {comparison.deciding_suite}."
+    student = comparison.best.name.removesuffix("-distilled")
+    return f"Best student: {student}, by the {best_rule(comparison)}."
 
 
-def _trace(problem: str, models: Sequence[Model], first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    columns = [
-        {
-            "name": model.student if model.role != "teacher" else model.name,
-            "role": model.role,
-            **_answer_cells(of[problem]),
-        }
-        for model, of in zip(models, first, strict=True)
-    ]
-    row = first[0][problem]
+def _tiles(comparison: Comparison) -> list[dict[str, str]]:
+    tiles = []
+    suite = comparison.deciding
+    if best := comparison.best:
+        name = best.name.removesuffix("-distilled")
+        note = f"{name}, {short_count(best.num_parameters)} parameters"
+        tiles.append({"name": f"best student on {suite.name}", "value": f"{100 * best.value:.1f}%", "note": note})
+    gains = [row.gained["base"].value for row in suite.students if "base" in row.gained]
+    if gains:
+        tiles.append(
+            {
+                "name": f"mean gain over base on {suite.name}",
+                "value": f"{100 * sum(gains) / len(gains):+.1f} pt",
+                "note": f"smallest {100 * min(gains):+.1f}, {len(gains)} students",
+            }
+        )
+    if teacher := suite.teacher:
+        size = f", {short_count(teacher.num_parameters)} parameters" if teacher.num_parameters else ""
+        note = f"{words(teacher.architecture)}{size}"
+        tiles.append({"name": f"teacher on {suite.name}", "value": f"{100 * teacher.value:.1f}%", "note": note})
+    if comparison.funnel:
+        kept, of = comparison.funnel[-1]["out"], comparison.funnel[0]["in"]
+        note = f"of {of:,} traces" + (f", {kept / of:.0%}" if of else "")
+        tiles.append({"name": "training examples kept", "value": f"{kept:,}", "note": note})
+    return tiles
+
+
+def _overview(comparison: Comparison) -> list[dict[str, Any]]:
+    """Distilled students on every suite, teacher first; some suites a table, so that none is wider than the page."""
+    tables = []
+    for first in range(0, len(comparison.suites), SUITES_A_TABLE):
+        suites = comparison.suites[first : first + SUITES_A_TABLE]
+        teachers = [model for model in comparison.models if model.role == "teacher"]
+        rows = [
+            {
+                "name": model.name,
+                "key": "teacher",
+                "best": False,
+                "num_parameters": model.num_parameters,
+                "cells": [{"suite": suite.name, "card": suite.teacher, "gained": None} for suite in suites],
+            }
+            for model in teachers
+        ]
+        rows += [_overview_row(comparison, student, suites) for student in comparison.students]
+        tables.append({"suites": [suite.name for suite in suites], "rows": rows})
+    return tables
+
+
+def _overview_row(comparison: Comparison, student: str, suites: Sequence[SuiteComparison]) -> dict[str, Any]:
+    of_student = {suite.name: row for suite in suites for row in suite.students if row.student == student}
+    cells = []
+    for suite in suites:
+        row = of_student.get(suite.name)
+        card, gained = (row.scores.get("distilled"), row.gained.get("base")) if row else (None, None)
+        cells.append({"suite": suite.name, "card": card, "gained": gained})
+    best = comparison.best
     return {
-        "family": words(row["family"]),
-        "question": visible(row["prompt"]),
-        "columns": columns,
-        "right": sum(column["verdict"] == "correct" for column in columns),
+        "name": student,
+        "key": None,
+        "best": best is not None and best.name == f"{student}-distilled",
+        "num_parameters": max(model.num_parameters for model in comparison.models if model.student == student),
+        "cells": cells,
     }
 
 
-def _answer_cells(row: Mapping[str, Any]) -> dict[str, str]:
-    text = visible(row["text"])
-    if len(text) > MAX_TRACE_CHARACTERS:
-        text = (
-            f"{text[:MAX_TRACE_CHARACTERS]}\n… {len(text) - MAX_TRACE_CHARACTERS:,} more characters in samples.parquet"
-        )
-    return {"text": text, "verdict": str(row["verdict"]).replace("_", " ")}
+def _suite(suite: SuiteComparison, figures: Mapping[str, Figure]) -> dict[str, Any]:
+    answers = [_suite_answers(model, suite.name) for model in suite.models]
+    rows = []
+    for family in suite.families:
+        cards = {model.name: model.card(f"{suite.name}/{family}") for model in suite.models}
+        values = {name: None if card is None else card.value for name, card in cards.items()}
+        rows.append({"name": words(visible(family)), "values": values})
+    return {
+        "name": suite.name,
+        "slug": slug(suite.name),
+        "num_questions": max(one["num_questions"] for one in answers),
+        "samples_per_question": max(one["samples_per_question"] for one in answers),
+        "students": suite.students,
+        "size_chart": _markup(figures.get(_size_chart(suite))),
+        "size_verdict": suite.size_verdict,
+        "size_steps": [str(step) for step in suite.size_steps],
+        "answers": answers,
+        "consensus": next((one["consensus"].metric for one in answers if one["consensus"]), None),
+        "family_chart": _markup(figures.get(_family_chart(suite))),
+        "heat": heat_tables(suite.models, rows),
+    }
+
+
+def _markup(figure: Figure | None) -> dict[str, Any] | None:
+    """Markup: it is drawn by `eval.charts`, which escapes what it says."""
+    from markupsafe import Markup
+
+    return None if figure is None else {"wide": Markup(figure.wide), "narrow": Markup(figure.narrow)}
+
+
+def _suite_answers(model: Model, suite: str) -> dict[str, Any]:
+    answers = model.answers[suite]
+    return {
+        **{name: value for name, value in vars(answers).items() if name != "means"},
+        "name": model.name,
+        "role": model.role,
+        "card": model.card(suite),
+        "consensus": next((card for card in model.cards_of(suite) if card.metric != METRIC), None),
+        "num_questions": len(answers.means),
+        "engine": " ".join(model.identity.get(name, "") for name in ("backend", "backend_version")).strip(),
+    }
 
 
 def _funnel_step(step: Mapping[str, Any], num_traces: int) -> dict[str, Any]:
     """One filter: counts, shares in percent, and examples of what it dropped, made harmless to show."""
-    examples = [{name: visible(text) for name, text in example.items()} for example in step["examples"]]
+    examples = [
+        {name: visible(cut(text, MAX_SHOWN_CHARACTERS)) for name, text in example.items()}
+        for example in step["examples"]
+    ]
     dropped = step["in"] - step["out"]
     return {
         **step,
@@ -213,86 +343,12 @@ def _audit(audit: AuditSummary) -> dict[str, Any]:
     }
 
 
-def visible(text: str) -> str:
-    """Text that shows what it holds: control and format characters (direction overrides too) become `\\u202e`."""
-    return "".join(
-        character if character in "\n\t" or unicodedata.category(character)[0] != "C" else f"\\u{ord(character):04x}"
-        for character in text
-    )
-
-
-def _tiles(comparison: Comparison) -> list[dict[str, str]]:
-    tiles = []
-    distilled = [card for model in comparison.of_role("distilled") if (card := model.card(comparison.suite))]
-    if distilled:
-        best = max(distilled, key=lambda card: card.value)
-        name = best.name.removesuffix("-distilled")
-        tiles.append(
-            {
-                "name": "best distilled student",
-                "value": f"{100 * best.value:.1f}%",
-                "note": f"{name}, {short_count(best.num_parameters)} parameters",
-            }
-        )
-    gains = [(row.gains["base"], row) for row in comparison.students if "base" in row.gains]
-    if gains:
-        mean = sum(gain.value for gain, _ in gains) / len(gains)
-        low = min(gain.value for gain, _ in gains)
-        tiles.append(
-            {
-                "name": "mean gain over base",
-                "value": f"{100 * mean:+.1f} pt",
-                "note": f"smallest {100 * low:+.1f}, {len(gains)} students",
-            }
-        )
-    teacher = comparison.teacher and comparison.teacher.card(comparison.suite)
-    if teacher:
-        size = f", {short_count(teacher.num_parameters)} parameters" if teacher.num_parameters else ""
-        note = f"{words(teacher.architecture)}{size}"
-        tiles.append({"name": "teacher", "value": f"{100 * teacher.value:.1f}%", "note": note})
-    if comparison.funnel:
-        kept, of = comparison.funnel[-1]["out"], comparison.funnel[0]["in"]
-        note = f"of {of:,} traces" + (f", {kept / of:.0%}" if of else "")
-        tiles.append({"name": "training examples kept", "value": f"{kept:,}", "note": note})
-    return tiles
-
-
-def _heat(comparison: Comparison) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Column groups (teacher, then each student with its roles) and a row a family."""
-    groups: dict[str, list[Model]] = {}
-    order = [model for role in ("teacher", "base", "direct", "distilled") for model in comparison.of_role(role)]
-    size = {model.student: model.cards[0].num_parameters for model in comparison.of_role("distilled") or order}
-    for model in sorted(
-        order, key=lambda m: (m.role != "teacher", size.get(m.student, 0), m.student, ROLE_ORDER[m.role])
-    ):
-        groups.setdefault(model.student if model.role != "teacher" else "", []).append(model)
-    heads = [
-        {"name": name, "columns": [{"label": SHORT_ROLES[model.role]} for model in models]}
-        for name, models in groups.items()
-    ]
-    rows = []
-    for family in comparison.families:
-        cells = []
-        for models in groups.values():
-            for place, model in enumerate(models):
-                card = model.card(f"{comparison.suite}/{family}")
-                percent = None if card is None else round(100 * card.value)
-                cells.append({"role": model.role, "percent": percent, "start": place == 0})
-        rows.append({"name": words(family), "cells": cells})
-    return heads, rows
-
-
-def _lineage(model: Model, suite: str) -> dict[str, Any]:
-    card = model.card(suite) or model.cards[0]
-    counts = model.manifest.counts if model.manifest else {}
+def _lineage(model: Model) -> dict[str, Any]:
     outputs = model.manifest.outputs if model.manifest else {}
-    tokens = [row["num_tokens"] for row in model.rows]
-    truncated = sum(row["verdict"] == "truncated" for row in model.rows)
     return {
-        **card.model_dump(),
-        "mean_tokens": f"{sum(tokens) / len(tokens):,.0f}" if tokens else "–",
-        "truncated": f"{truncated / len(tokens):.1%}" if tokens else "–",
-        "weights": str(counts.get("identity", {}).get("weights", "–"))[:12],
+        **model.cards[0].model_dump(),
+        "weights": model.identity.get("weights", "–")[:12],
+        "template": model.identity.get("template", "–")[:12],
         "samples": outputs.get("samples.parquet", "–")[:12],
     }
 
@@ -333,37 +389,8 @@ def _overlap(comparison: Comparison) -> str:
     )
 
 
-def _machine() -> str:
-    return f"{platform.machine()}, {num_cores()} CPU cores, Python {platform.python_version()}"
-
-
-def words(name: str) -> str:
-    """`spell_backward` as a person writes it."""
-    return name.replace("_", " ")
-
-
-def duration(seconds: float) -> str:
-    """`8.2 s`, `3 min 05 s`, `2 h 10 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def size(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
-
-
 def _version() -> str:
     try:
         return importlib.metadata.version("potstill")
     except importlib.metadata.PackageNotFoundError:
         return "from source"
-
-
-def _environment() -> Any:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"count": short_count, "words": words, "duration": duration, "size": size}
-    return environment

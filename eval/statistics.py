@@ -57,16 +57,16 @@ def pass_at_1(outcomes: Sequence[Sequence[bool]]) -> Estimate:
     return mean_estimate([fmean(samples) for samples in outcomes], sum(map(len, outcomes)))
 
 
-def paired_difference(a: Mapping[str, Sequence[bool]], b: Mapping[str, Sequence[bool]]) -> Difference:
-    """Difference of two models' pass@1 over the questions (by id) that both have samples of.
+def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> Difference:
+    """Difference of two models' pass@1 over the questions that both have samples of.
 
-    What makes a question hard for both cancels, so the interval is narrower than two separate ones suggest. Raises
-    ValueError where no question is shared.
+    `a` and `b` give each question's id the mean over its samples, in [0, 1]. What makes a question hard for both
+    cancels, so the interval is narrower than two separate ones suggest. Raises ValueError where no question is shared.
     """
-    shared = [question for question in a if a[question] and b.get(question)]
+    shared = [question for question in a if question in b]
     if not shared:
         raise ValueError("no question was answered by both models")
-    value, stderr = _mean_and_stderr([fmean(a[question]) - fmean(b[question]) for question in shared])
+    value, stderr = _mean_and_stderr([a[question] - b[question] for question in shared])
     return Difference(value, stderr, _student(value, stderr, len(shared), -1.0, 1.0), len(shared))
 
 

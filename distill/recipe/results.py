@@ -37,6 +37,9 @@ class EvalConfig(Config):
 class PushConfig(Config):
     repo: str = Field("potstill-{student}", description="repository name; {student} is filled in")
     student: str | None = Field(None, description="which student; none: the best distilled one")
+    best_by: str | None = Field(
+        None, description="the suite whose pass@1 says which is the best, of equals the smaller; none: the first suite"
+    )
     private: bool = True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from distill.errors import nearest
 from distill.recipe.config import Config
 from distill.recipe.curation import CurateConfig, VerifyConfig
 from distill.recipe.instruction import UNINSTRUCTED, Instruction
@@ -31,6 +32,18 @@ class Recipe(Config):
     def learned_instruction(self) -> Instruction:
         """The words in which students learn a question, and in which they and their bases are asked."""
         return self.teacher.instruction if self.curate.instruction == "keep" else UNINSTRUCTED
+
+    @property
+    def deciding_suite(self) -> str:
+        """The suite whose pass@1 says which student is the best."""
+        return self.push.best_by or self.eval.suites[0]
+
+    @model_validator(mode="after")
+    def _the_best_is_found_on_a_suite_that_is_scored(self) -> Recipe:
+        suite, suites = self.push.best_by, self.eval.suites
+        if suite is not None and suite not in suites:
+            raise ValueError(f"push.best_by: {suite!r} is not among eval.suites; {nearest(suite, suites)}")
+        return self
 
     @model_validator(mode="after")
     def _plain_reasoning_has_no_budget(self) -> Recipe:

@@ -43,18 +43,20 @@ def print_push(counts: dict[str, Any]) -> None:
 
 
 def print_report(folder: Path) -> None:
-    """The headline of a report: every model's score on whole suites, and where to read more."""
+    """The headline of a report: every model's score on whole suites, the best student, and where to read more."""
     import json
 
     from rich.table import Table
 
     table = Table("model", "role", "parameters", "suite", "score", box=None, header_style="bold")
-    for model in json.loads((folder / "summary.json").read_text(encoding="utf-8"))["models"]:
-        if "/" not in model["suite"]:
-            score = f"{100 * model['value']:.1f} ± {100 * model['stderr']:.1f}"
-            count = f"{model['num_parameters']:,}"
-            table.add_row(printable(model["name"]), model["role"], count, f"{model['suite']} {model['metric']}", score)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    for model in summary["models"]:
+        score = f"{100 * model['value']:.1f} ± {100 * model['stderr']:.1f}"
+        count = f"{model['num_parameters']:,}"
+        table.add_row(printable(model["name"]), model["role"], count, f"{model['suite']} {model['metric']}", score)
     print_table(table)
+    if best := summary["best"]:
+        say(f"best student: {best['student']}, by the {best['rule']}")
     say(f"report: {folder / 'index.html'}")
 
 

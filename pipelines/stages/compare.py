@@ -1,6 +1,6 @@
-"""The compare stage: all scores of a run together, as a report, figures and `summary.json`.
+"""The compare stage: all scores of a run together, every suite, as a report and files beside it.
 
-run_dir/report/{index.html, *.png, summary.json, manifest.json}
+run_dir/report/{index.html, traces/*.html, *.png, summary.json, summary.md, scores.csv, manifest.json}
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.device import device_name
 from distill.errors import DataError
 from distill.manifest import MANIFEST, peak_rss_bytes, run_stage
 from distill.recipe import Recipe
@@ -20,11 +21,14 @@ from eval.harness import SAMPLES, SCORES
 from pipelines.context import Context
 
 # What decides how a report looks; a change of any of them writes the report again.
-SOURCES = ("report.html.jinja", "report.py", "charts.py", "compare.py", "statistics.py")
+SOURCES = (
+    "templates",
+    *(f"{name}.py" for name in ("charts", "compare", "page", "report", "scored", "statistics", "summary", "traces")),
+)
 
 
 def compare(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
-    """Write the report of what has been scored. Raises DataError where nothing has. It takes seconds: no bar."""
+    """Write the report of what has been scored. Raises DataError where nothing has."""
     folders = sorted(path.parent for path in (run_dir / "eval").glob(f"*/{SCORES}"))
     if not folders:
         raise DataError("holds no scores: run eval first", where=run_dir / "eval")
@@ -40,15 +44,23 @@ def compare(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
 
     def body() -> Mapping[str, Any]:
         started = time.monotonic()
-        comparison = compare_run(run_dir)
+        comparison = compare_run(run_dir, recipe.deciding_suite, context.progress)
         outputs.extend(
             report.write_report(
                 comparison,
                 run_dir / "report",
                 elapsed_s=lambda: time.monotonic() - started,
-                peak_rss_bytes=peak_rss_bytes(),
+                peak_rss_bytes=peak_rss_bytes,
+                device=device_name(),
+                progress=context.progress,
             )
         )
-        return {"models": len(comparison.models), "students": len(comparison.students), "size": comparison.size_verdict}
+        return {
+            "models": len(comparison.models),
+            "students": len(comparison.students),
+            "suites": len(comparison.suites),
+            "size": {suite.name: suite.size_verdict for suite in comparison.suites},
+        }
 
-    return run_stage("compare", inputs, {"name": recipe.name}, run_dir / "report", body, outputs)
+    config = {"name": recipe.name, "deciding_suite": recipe.deciding_suite}
+    return run_stage("compare", inputs, config, run_dir / "report", body, outputs)

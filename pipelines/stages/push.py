@@ -1,4 +1,4 @@
-"""Push: the best distilled student, or the one that the recipe names, to the Hugging Face Hub.
+"""Push: the best distilled student by the suite that decides, or the one that the recipe names, to the Hub.
 
 R/push/model/          what was uploaded: the checkpoint's files and the model card
 R/push/manifest.json   repository, commit, and the name and size of every file
@@ -7,7 +7,6 @@ R/push/manifest.json   repository, commit, and the name and size of every file
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from distill.model_folder import read_config_json
 from distill.publish.origin import published_name
 from distill.recipe import Recipe, StudentConfig, parse
 from distill.records import ScoreCard, StageManifest
+from eval.compare import best_student
 from pipelines.context import Context
 
 
@@ -31,7 +31,8 @@ def push(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     EnvironmentFault for a Hub that refuses or is not reached.
     """
     scores = _scores(run_dir)
-    name = f"{recipe.push.student}-distilled" if recipe.push.student else best_student(scores, run_dir)
+    chosen = recipe.push.student
+    name = f"{chosen}-distilled" if chosen else best_name(scores, recipe.deciding_suite, run_dir)
     folder = run_dir / "distill" / name
     if not (folder / "config.json").is_file():
         trained = [path.parent.name for path in (run_dir / "distill").glob("*-distilled/config.json")]
@@ -74,15 +75,13 @@ def push(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     return run_stage("push", inputs, config, out_dir, body, ["model"])
 
 
-def best_student(scores: list[ScoreCard], run_dir: Path) -> str:
-    """The distilled student with the highest pass@1, the mean over suites; of equals the smaller one."""
-    values: dict[tuple[int, str], list[float]] = defaultdict(list)
-    for score in scores:
-        if score.role == "distilled" and score.metric == "pass@1" and "/" not in score.suite:
-            values[score.num_parameters, score.name].append(score.value)
-    if not values:
-        raise DataError("no distilled student is scored yet; run `potstill eval`, or name push.student", where=run_dir)
-    return max(values, key=lambda key: (sum(values[key]) / len(values[key]), -key[0]))[1]
+def best_name(scores: list[ScoreCard], suite: str, run_dir: Path) -> str:
+    """The best distilled student by the suite that decides. Raises DataError where none is scored on it."""
+    best = best_student(scores, suite)
+    if best is None:
+        message = f"no distilled student is scored on {suite} yet; run `potstill eval`, or name push.student"
+        raise DataError(message, where=run_dir)
+    return best.name
 
 
 def _score_files(run_dir: Path) -> list[Path]:

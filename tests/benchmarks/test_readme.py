@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.keep_run import keep_run
 from benchmarks.readme import CHART, REPOSITORY, DocumentError, documents, keep_chart, keep_summary, written
 from benchmarks.readme_tables import TABLES
+from eval.compare import compare_run
+from eval.report import write_report
+from tests.eval.synthetic_run import write_synthetic_run
 
 # What only a measurement says. Limits and settings ("20 ms apart", "at most 64 KiB") may stand in prose.
 MEASURED = re.compile(r" ± |tokens/s|TFLOP/s|TB/s| us\b|times the mean|pass@1 of \d|\d\.\d(?: percent|%)")
@@ -100,6 +104,58 @@ def test_no_run_keeps_what_is_there(tmp_path: Path) -> None:
 def test_a_marker_that_means_nothing_is_an_error(text: str, message: str) -> None:
     with pytest.raises(DocumentError, match=re.escape(message)):
         written(text, "README.md")
+
+
+SMALL = "# potstill\n\n<!-- results: small-scores a-machine -->\n<!-- end -->\n\nmore\n"
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A run of real models' suites and sizes, reported by the program."""
+    run = write_synthetic_run(tmp_path / "runs/small", suites=("gsm8k", "math500"), questions=12)
+    cost = {"elapsed_s": lambda: 2.0, "peak_rss_bytes": lambda: 1}
+    write_report(compare_run(run), run / "report", device="A Machine", **cost)
+    return run
+
+
+def test_a_run_is_kept_as_it_wrote_itself(finished: Path, tmp_path: Path) -> None:
+    kept = keep_run(finished, tmp_path / "results")
+    assert kept == tmp_path / "results/nvidia-h200/small"
+    names = {path.name for path in kept.iterdir()}
+    assert {"summary.json", "index.html", "scores.csv", "summary.md", "accuracy_by_parameters-gsm8k.png"} <= names
+    assert "traces" not in names
+    assert all((kept / name).read_bytes() == (finished / "report" / name).read_bytes() for name in names)
+    (kept / "accuracy_by_parameters-aime24.png").write_bytes(b"of an earlier run")
+    keep_run(finished, tmp_path / "results")
+    assert {path.name for path in kept.iterdir()} == names
+    (finished / "report/summary.json").unlink()
+    with pytest.raises(OSError, match=r"summary\.json"):
+        keep_run(finished, tmp_path / "results")
+    assert {path.name for path in kept.iterdir()} == names, "nothing kept is lost"
+
+
+def test_before_the_run_there_is_no_table_and_after_it_every_suite(finished: Path, tmp_path: Path) -> None:
+    assert written(SMALL, "README.md", tmp_path / "results") == SMALL
+    keep_run(finished, tmp_path / "results")
+    now = written(SMALL.replace("a-machine", "nvidia-h200"), "README.md", tmp_path / "results")
+    summary = json.loads((finished / "report/summary.json").read_text())
+    assert "on NVIDIA H200; its stages take 5 min 37 s: generate 74 s" in now
+    for suite, name in zip(summary["suites"], ("GSM8K, 12 questions", "MATH-500, 60 questions"), strict=True):
+        block = now[now.index(name) :]
+        for student in summary["students"]:
+            of = {model["role"]: model for model in suite["models"] if model["student"] == student["name"]}
+            cells = [percent(of[role]["scores"]["pass@1"]) for role in ("base", "direct", "distilled")]
+            gained = percent(student["gained"][suite["name"]]["base"], "+")
+            size = f"{student['num_parameters']:,}"
+            assert f"| {student['name']} | {size} | {cells[0]} | {cells[1]} | **{cells[2]}** | {gained} |" in block
+        assert suite["size_verdict"] in block
+    assert written(now, "README.md", tmp_path / "results") == now
+    assert written(now.replace("nvidia-h200", "a-machine"), "README.md", tmp_path / "results") == SMALL
+
+
+def percent(score: dict, sign: str = "") -> str:
+    value, low, high = (100 * number for number in (score["value"], *score["ci95"]))
+    return f"{value:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
 def test_check_exits_with_the_state_of_the_documents() -> None:

@@ -109,6 +109,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("eval.held_out", {"kind": "local", "pth": "q.jsonl", "path": "q"}, r"held_out\.pth: .*mean 'path'"),
         ("eval", {"suites": ["held_out"]}, r"eval\.held_out: the suite 'held_out' needs its problems"),
         ("eval", 3, r"eval: .*got 3"),
+        ("push.best_by", "pica", r"push\.best_by: 'pica' is not among eval\.suites; did you mean 'pico'\?"),
     ],
 )
 def test_a_fault_names_file_and_field(tmp_path: Path, path: str, value: Any, says: str) -> None:
@@ -313,3 +314,9 @@ def test_a_budget_of_thinking_needs_tags(tmp_path: Path) -> None:
 def test_a_local_file_may_be_held_out(tmp_path: Path, split: str) -> None:
     held_out = {"kind": "local", "path": "q.jsonl", "split": split}
     assert load_recipe(written(tmp_path, changed("eval.held_out", held_out))).eval.held_out.split == split
+
+
+def test_the_first_suite_decides_unless_the_recipe_says_another(tmp_path: Path) -> None:
+    tree = changed("eval.suites", ["gsm8k", "math500"])
+    assert load_recipe(written(tmp_path, tree)).deciding_suite == "gsm8k"
+    assert load_recipe(written(tmp_path, tree), ["push.best_by=math500"]).deciding_suite == "math500"

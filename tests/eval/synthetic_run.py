@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 from distill.manifest import MANIFEST, run_stage
@@ -24,6 +25,7 @@ FAMILIES = [
     "products",
     "spell_backward",
 ]
+FAMILIES_OF = {"pico": FAMILIES, "math500": [f"level {level}" for level in range(1, 6)], "gsm8k": ["gsm8k"]}
 SIZES = {"qwen2-0.2m": 203_168, "qwen2-0.4m": 401_920, "llama-0.4m": 411_264, "qwen2-0.8m": 812_544}
 SKILL = {"base": 0.16, "direct": 0.24, "distilled": 0.62}
 HOSTILE = (
@@ -33,32 +35,45 @@ HOSTILE = (
 )
 
 
-def write_synthetic_run(run_dir: Path, *, questions: int = 24, samples: int = 4, seed: int = 0) -> Path:
+def write_synthetic_run(
+    run_dir: Path,
+    *,
+    suites: tuple[str, ...] = ("pico",),
+    sizes: Mapping[str, int] = SIZES,
+    questions: int = 24,
+    samples: int = 4,
+    seed: int = 0,
+) -> Path:
     """`questions` a family. The first question of every family gets hostile text from every distilled student."""
     rng = random.Random(seed)
-    hard = {(family, q): rng.gauss(0, 0.35) for family in FAMILIES for q in range(questions)}
+    places = [(suite, family, q) for suite in suites for family in FAMILIES_OF[suite] for q in range(questions)]
+    hard = {place: rng.gauss(0, 0.35) for place in places}
     subjects = [Subject("teacher", "teacher", "deepseek_v3", 11_842_560, 5_120_256)]
-    for student, count in SIZES.items():
+    for student, count in sizes.items():
         for role in ("base", "direct", "distilled"):
             subjects.append(Subject(f"{student}-{role}", role, student.partition("-")[0], count, count))
     for subject in subjects:
-        _write_model(run_dir, subject, hard, samples, rng)
-    _write_stages(run_dir)
+        _write_model(run_dir, subject, hard, suites, samples, rng)
+    _write_stages(run_dir, sizes)
     return run_dir
 
 
-def _skill(subject: Subject, family: str) -> float:
+def _skill(subject: Subject, place: float) -> float:
+    """`place` of a family among its suite's, from 0 to 1."""
     if subject.role == "teacher":
         return 0.97
     size = {"0.2m": -0.14, "0.4m": 0.0, "0.8m": 0.09}[subject.name.split("-")[1]]
-    return SKILL[subject.role] + size * (subject.role == "distilled") + 0.03 * (FAMILIES.index(family) - 5)
+    return SKILL[subject.role] + size * (subject.role == "distilled") + 0.3 * (place - 0.5)
 
 
-def _write_model(run_dir: Path, subject: Subject, hard: dict, samples: int, rng: random.Random) -> list[ScoreCard]:
+def _write_model(
+    run_dir: Path, subject: Subject, hard: dict, suites: tuple[str, ...], samples: int, rng: random.Random
+) -> list[ScoreCard]:
     rows = []
-    for (family, question), easier in hard.items():
+    for (suite, family, question), easier in hard.items():
+        place = FAMILIES_OF[suite].index(family) / len(FAMILIES_OF[suite])
         for sample in range(samples):
-            right = rng.random() < _skill(subject, family) + easier * (subject.role != "teacher")
+            right = rng.random() < _skill(subject, place) + easier * (subject.role != "teacher")
             answer = str(7 * question + 3)
             written = answer if right else str(7 * question + 3 + rng.randint(1, 9))
             thought = "" if subject.role in ("base", "direct") else f"<think>\n7 * {question} = {7 * question}\n"
@@ -68,7 +83,7 @@ def _write_model(run_dir: Path, subject: Subject, hard: dict, samples: int, rng:
                 text = HOSTILE
             rows.append(
                 {
-                    "suite": "pico",
+                    "suite": suite,
                     "problem_id": f"{family}-{question}",
                     "family": family,
                     "sample_index": sample,
@@ -83,26 +98,32 @@ def _write_model(run_dir: Path, subject: Subject, hard: dict, samples: int, rng:
                     "detail": "",
                 }
             )
-    cards = score_rows(rows, subject, "pico", max_unverifiable=1)
+    cards = [
+        card
+        for suite in suites
+        for card in score_rows([row for row in rows if row["suite"] == suite], subject, suite, max_unverifiable=1)
+    ]
     out = run_dir / "eval" / subject.name
 
     def body() -> dict:
         _write_rows(rows, out / SAMPLES)
         (out / SCORES).write_text(json.dumps([card.model_dump(mode="json") for card in cards]))
-        return {"samples": len(rows), "identity": {"weights": f"{rng.getrandbits(128):032x}"}}
+        identity = {"weights": f"{rng.getrandbits(128):032x}", "template": "ab" * 16}
+        identity |= {"name": subject.name, "backend": "native", "backend_version": "0.1.0"}
+        return {"samples": len(rows), "identity": identity}
 
     run_stage("eval-model", {}, {"name": subject.name}, out, body, [SAMPLES, SCORES])
     return cards
 
 
-def _write_stages(run_dir: Path) -> None:
+def _write_stages(run_dir: Path, sizes: Mapping[str, int]) -> None:
     stages = {"generate": 74.2, "curate": 9.6, "eval": 83.0}
-    stages |= {f"distill/{s}-{m}": 21.0 for s in SIZES for m in ("direct", "distilled")}
+    stages |= {f"distill/{s}-{m}": 21.0 for s in sizes for m in ("direct", "distilled")}
     for name, seconds in stages.items():
         folder = run_dir / name
         run_stage(name, {}, {"verify": VerifyConfig().model_dump()}, folder, lambda: {}, [])
         manifest = json.loads((folder / MANIFEST).read_text())
-        manifest |= {"seconds": seconds, "peak_rss_bytes": 1_240_000_000}
+        manifest |= {"seconds": seconds, "peak_rss_bytes": 1_240_000_000, "device": "NVIDIA H200"}
         manifest["counts"] = {"held_out": 240, "training_questions": 7_410, "shared_with_training": 0}
         (folder / MANIFEST).write_text(json.dumps(manifest))
     funnel = [("correct_only", 8192, 7804), ("complete_reasoning", 7804, 7804), ("max_repetition", 7804, 7790)]

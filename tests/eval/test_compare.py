@@ -1,51 +1,144 @@
 from __future__ import annotations
 
+import csv
+import json
+import math
+from statistics import fmean, stdev
+
+import pyarrow.parquet as pq
 import pytest
 
 from distill.errors import DataError
-from eval.compare import SizeStep, compare_run, size_verdict, summary
+from eval.compare import SizeStep, compare_run, size_verdict
 from eval.statistics import Difference
+from eval.summary import scores_csv, summary, summary_markdown
 from tests.eval.synthetic_run import FAMILIES, SIZES, write_synthetic_run
+
+SUITES = ("pico", "math500", "gsm8k")
+COST = {"name": "compare", "seconds": 2.0, "peak_rss_bytes": 5, "device": "a laptop"}
 
 
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory):
-    return compare_run(write_synthetic_run(tmp_path_factory.mktemp("run") / "pico"))
+def run(tmp_path_factory):
+    return write_synthetic_run(tmp_path_factory.mktemp("run") / "pico", suites=SUITES)
 
 
-def test_summary_has_the_agreed_form(comparison):
-    got = summary(comparison)
-    assert set(got) == {"stages", "models", "funnel", "audit"}
-    assert [stage["name"] for stage in got["stages"]] == ["generate", "curate", "distill", "eval"]
-    assert all(set(stage) == {"name", "seconds", "peak_rss_bytes"} for stage in got["stages"])
+@pytest.fixture(scope="module")
+def comparison(run):
+    return compare_run(run)
+
+
+@pytest.fixture(scope="module")
+def got(comparison):
+    return summary(comparison, [*comparison.stages, COST])
+
+
+def rows_of(run, model: str, suite: str) -> list[dict]:
+    return [row for row in pq.read_table(run / "eval" / model / "samples.parquet").to_pylist() if row["suite"] == suite]
+
+
+def test_the_summary_says_what_the_run_was_and_what_it_cost(got):
+    assert (got["name"], got["device"]) == ("pico", "NVIDIA H200"), "not the laptop that wrote the report"
+    assert [stage["name"] for stage in got["stages"]] == ["generate", "curate", "distill", "eval", "compare"]
+    assert all(set(stage) == {"name", "seconds", "peak_rss_bytes", "device"} for stage in got["stages"])
     assert got["stages"][2]["seconds"] == 8 * 21.0, "students trained one by one are one stage"
-    assert len(got["models"]) == 13
-    fields = {"name", "role", "architecture", "num_parameters", "num_active_parameters", "suite", "metric", "value"}
-    fields |= {"stderr", "ci95", "num_questions", "num_samples"}
-    assert all(set(model) == fields for model in got["models"])
-    assert {(model["suite"], model["metric"]) for model in got["models"]} == {("pico", "pass@1")}
-    teacher = next(model for model in got["models"] if model["role"] == "teacher")
-    assert teacher["num_active_parameters"] < teacher["num_parameters"]
+    assert got["seconds"] == pytest.approx(74.2 + 9.6 + 8 * 21.0 + 83.0 + 2.0)
     assert got["funnel"][0] == {"filter": "correct_only", "in": 8192, "out": 7804}
 
 
-def test_rows_are_by_size_and_gains_are_paired(comparison):
-    assert [row.student for row in comparison.students] == sorted(SIZES, key=SIZES.get)
-    for row in comparison.students:
-        for role, gain in row.gains.items():
-            assert gain.value == pytest.approx(row.scores["distilled"].value - row.scores[role].value)
-            assert gain.num_questions == 24 * len(FAMILIES)
+def test_the_summary_has_a_card_for_every_model_and_suite(got):
+    fields = {"name", "role", "architecture", "num_parameters", "num_active_parameters", "suite", "metric", "value"}
+    fields |= {"stderr", "ci95", "num_questions", "num_samples"}
+    assert all(set(model) == fields for model in got["models"])
+    assert {(card["suite"], card["metric"]) for card in got["models"]} == {(suite, "pass@1") for suite in SUITES}
+    assert len(got["models"]) == 13 * 3
+    teacher = got["models"][0]
+    assert teacher["num_active_parameters"] < teacher["num_parameters"]
 
 
-def test_sizes_are_compared_within_an_architecture(comparison):
-    assert [(step.smaller, step.larger) for step in comparison.size_steps] == [
-        ("qwen2-0.2m", "qwen2-0.4m"),
-        ("qwen2-0.4m", "qwen2-0.8m"),
-    ]
+def test_a_suite_says_of_every_model_what_its_samples_say(run, got):
+    for suite in got["suites"]:
+        assert len(suite["models"]) == 13
+        for model in suite["models"]:
+            rows = rows_of(run, model["name"], suite["name"])
+            assert model["num_samples"] == len(rows)
+            assert model["num_questions"] * model["samples_per_question"] == len(rows)
+            assert model["truncated"] == pytest.approx(fmean(row["verdict"] == "truncated" for row in rows))
+            assert model["mean_tokens"] == pytest.approx(fmean(row["num_tokens"] for row in rows))
+            right = fmean(row["verdict"] == "correct" for row in rows)
+            assert model["scores"]["pass@1"]["value"] == pytest.approx(right)
+            assert set(model["scores"]) == {"pass@1", "cons@4"}
+            assert (model["engine"], model["engine_version"], model["ungraded"]) == ("native", "0.1.0", 0)
+    families = {suite["name"]: set(suite["models"][0]["families"]) for suite in got["suites"]}
+    assert families == {"pico": set(FAMILIES), "math500": {f"level {n}" for n in range(1, 6)}, "gsm8k": set()}
 
 
-def step(value: float, half: float) -> SizeStep:
-    return SizeStep("small", "large", Difference(value, half / 2, (value - half, value + half), 100))
+def test_what_a_student_gained_is_paired_over_the_questions_of_each_suite(run, got):
+    assert [student["name"] for student in got["students"]] == sorted(SIZES, key=lambda name: (SIZES[name], name))
+    for student in got["students"]:
+        assert list(student["gained"]) == list(SUITES)
+    for role in ("base", "direct"):
+        means = []
+        for model in ("qwen2-0.4m-distilled", f"qwen2-0.4m-{role}"):
+            right: dict[str, list[bool]] = {}
+            for row in rows_of(run, model, "gsm8k"):
+                right.setdefault(row["problem_id"], []).append(row["verdict"] == "correct")
+            means.append({question: fmean(of) for question, of in right.items()})
+        differences = [means[0][question] - means[1][question] for question in means[0]]
+        gained = next(s for s in got["students"] if s["name"] == "qwen2-0.4m")["gained"]["gsm8k"][role]
+        assert gained["value"] == pytest.approx(fmean(differences))
+        assert gained["stderr"] == pytest.approx(stdev(differences) / math.sqrt(24))
+        assert gained["within_interval"] == (gained["ci95"][0] <= 0 <= gained["ci95"][1])
+
+
+def test_sizes_are_compared_within_an_architecture_and_beyond_where_it_has_no_larger(got):
+    for suite in got["suites"]:
+        steps = [(step["smaller"], step["larger"], step["one_architecture"]) for step in suite["size_steps"]]
+        assert steps == [
+            ("qwen2-0.2m", "qwen2-0.4m", True),
+            ("qwen2-0.4m", "qwen2-0.8m", True),
+            ("llama-0.4m", "qwen2-0.8m", False),
+        ]
+        for step in suite["size_steps"]:
+            assert step["within_interval"] == (step["ci95"][0] <= 0 <= step["ci95"][1])
+    assert len({suite["size_steps"][0]["value"] for suite in got["suites"]}) == 3
+
+
+def test_the_deciding_suite_decides_the_best_and_is_named(run, comparison, got):
+    assert (comparison.best.suite, got["best"]["suite"]) == ("pico", "pico"), "the first that was scored"
+    for suite in SUITES:
+        decided = compare_run(run, suite)
+        best = max((m.card(suite) for m in decided.models if m.role == "distilled"), key=lambda card: card.value)
+        assert decided.best == best
+        stated = summary(decided, [COST])["best"]
+        assert (stated["student"], stated["suite"]) == (best.name.removesuffix("-distilled"), suite)
+        assert stated["rule"] == f"highest pass@1 on {suite}, of equals the smaller (push.best_by)"
+    none = compare_run(run, "aime24")
+    assert (none.best, summary(none, [COST])["best"]) == (None, None)
+
+
+def test_tables_beside_the_report_hold_every_suite(comparison, got):
+    rows = list(csv.DictReader(scores_csv(comparison).splitlines()))
+    cards = [card for model in comparison.models for card in model.cards]
+    assert [float(row["value"]) for row in rows] == [card.value for card in cards]
+    assert {(row["suite"], row["family"], row["metric"]) for row in rows} >= {
+        ("pico", "gcd", "pass@1"),
+        ("math500", "level 5", "pass@1"),
+        ("gsm8k", "", "cons@4"),
+    }
+    text = summary_markdown(comparison, got["stages"])
+    for suite in got["suites"]:
+        section = text[text.index(f"## {suite['name']}\n") :]
+        assert suite["size_verdict"] in section
+        for model in suite["models"]:
+            low, high = (100 * bound for bound in model["scores"]["pass@1"]["ci95"])
+            assert f"{100 * model['scores']['pass@1']['value']:.1f} ({low:.1f} to {high:.1f})" in section
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {8, 7}, "the two kinds of tables, every row whole"
+
+
+def step(value: float, half: float, **more) -> SizeStep:
+    return SizeStep("small", "large", Difference(value, half / 2, (value - half, value + half), 100), **more)
 
 
 @pytest.mark.parametrize(
@@ -53,9 +146,16 @@ def step(value: float, half: float) -> SizeStep:
     [
         ([], "no two distilled students"),
         ([step(0.1, 0.05), step(0.05, 0.04)], "Larger is better at every step"),
-        ([step(0.1, 0.05), step(0.01, 0.04)], "clearly better at 1 of 2 steps; at 1 the difference lies within its"),
-        ([step(-0.1, 0.05)], "At 1 the larger student is clearly worse."),
-        ([step(0.01, 0.05)], "At 1 the difference lies within its interval."),
+        (
+            [step(0.1, 0.05), step(0.01, 0.04)],
+            "At 1 of 2 steps larger is clearly better; at 1 the difference lies within",
+        ),
+        (
+            [step(-0.1, 0.05), step(0.01, 0.04)],
+            "At 1 of 2 steps the difference lies within its interval; at 1 the larger",
+        ),
+        ([step(-0.1, 0.05)], "At every step the larger student is clearly worse."),
+        ([step(0.01, 0.05)], "At every step the difference lies within its interval."),
     ],
 )
 def test_the_size_verdict_says_what_the_intervals_say(steps, words):
@@ -65,7 +165,7 @@ def test_the_size_verdict_says_what_the_intervals_say(steps, words):
 def test_a_step_in_words():
     assert str(step(0.1, 0.05)) == "large beats small: +10.0 points (95% interval +5.0 to +15.0)"
     assert str(step(0.01, 0.05)).endswith("the difference lies within its interval")
-    assert "falls behind" in str(step(-0.1, 0.05))
+    assert "falls behind small (another architecture)" in str(step(-0.1, 0.05, one_architecture=False))
 
 
 def test_faults_name_the_file(tmp_path):
@@ -75,9 +175,14 @@ def test_faults_name_the_file(tmp_path):
     (run / "curate" / "funnel.json").write_text('[{"filter": "x"}]')
     with pytest.raises(DataError, match=r"funnel.json: not a list of filters"):
         compare_run(run)
+    scores = run / "eval" / "teacher" / "scores.json"
+    cards = json.loads(scores.read_text())
+    scores.write_text(json.dumps([*cards, {**cards[0], "suite": "gsm8k"}]))
+    with pytest.raises(DataError, match=r"samples.parquet: holds no sample of the suite 'gsm8k'"):
+        compare_run(run)
     (run / "eval" / "teacher" / "samples.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"samples.parquet: not a readable Parquet file"):
         compare_run(run)
-    (run / "eval" / "teacher" / "scores.json").write_text("[{}]")
+    scores.write_text("[{}]")
     with pytest.raises(DataError, match=r"scores.json: not a list of score cards"):
         compare_run(run)

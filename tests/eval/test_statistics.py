@@ -81,8 +81,8 @@ def test_intervals_cover():
 
 
 def test_paired_difference_by_hand():
-    a = {"p": [True, True], "q": [True, False], "r": [True], "only a": [False]}
-    b = {"p": [True, False], "q": [False, False], "r": [True], "only b": [True]}
+    a = {"p": 1.0, "q": 0.5, "r": 1.0, "only a": 0.0}
+    b = {"p": 0.5, "q": 0.0, "r": 1.0, "only b": 1.0}
     got = paired_difference(a, b)
     assert got.num_questions == 3
     assert got.value == pytest.approx(1 / 3)
@@ -95,17 +95,18 @@ def test_pairing_sees_what_separate_intervals_hide():
     hard = {str(q): rng.random() for q in range(200)}
     a = {q: [rng.random() < p for _ in range(16)] for q, p in hard.items()}
     b = {q: [rng.random() < max(0.0, p - 0.05) for _ in range(16)] for q, p in hard.items()}
-    paired = paired_difference(a, b)
+    means_a, means_b = ({q: sum(right) / 16 for q, right in of.items()} for of in (a, b))
+    paired = paired_difference(means_a, means_b)
     apart_a, apart_b = pass_at_1(list(a.values())), pass_at_1(list(b.values()))
     assert paired.clear
     assert paired.value > 0
     assert apart_b.ci95[1] > apart_a.ci95[0], "the separate intervals overlap"
-    assert paired_difference(b, a).value == pytest.approx(-paired.value)
+    assert paired_difference(means_b, means_a).value == pytest.approx(-paired.value)
 
 
 def test_no_shared_question_is_an_error():
     with pytest.raises(ValueError, match="both models"):
-        paired_difference({"p": [True]}, {"q": [True]})
+        paired_difference({"p": 1.0}, {"q": 1.0})
 
 
 @pytest.mark.parametrize(

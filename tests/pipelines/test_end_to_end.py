@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.keep_run import keep_run
+from benchmarks.readme import written
 from tests.pipelines.canary import command_lines_with, places_with
 from tests.pipelines.tiny_world import make_world, potstill, tree_of
 from tests.students.loopback_hub import TOKEN, loopback_hub
@@ -70,10 +72,27 @@ def test_the_chain_writes_the_agreed_layout(finished: tuple[Path, str]) -> None:
     assert [stage["name"] for stage in summary["stages"]] == list(STAGES)
     assert all(stage["peak_rss_bytes"] > 0 for stage in summary["stages"])
     assert list(summary["funnel"][0]) == ["filter", "in", "out"]
+    assert (summary["best"]["student"], summary["suites"][0]["name"]) == ("tiny", "pico")
+    assert {model["engine"] for model in summary["suites"][0]["models"]} == {"native"}
     lines = stdout.splitlines()
     assert [line.split()[0] for line in lines[1:6]] == list(STAGES)
     assert all(" done in " in line for line in lines[1:6])
+    assert lines[-2].startswith("best student: tiny, by the highest pass@1 on pico")
     assert lines[-1] == f"report: {run / 'report/index.html'}"
+
+
+def test_a_run_becomes_the_table_of_the_documents(finished: tuple[Path, str], tmp_path: Path) -> None:
+    run = finished[0] / "tiny-world"
+    kept = keep_run(run, tmp_path)
+    kept.rename(kept.with_name("small"))
+    text = f"<!-- results: small-scores {kept.parent.name} -->\n<!-- end -->\n"
+    table = written(text, "README.md", tmp_path)
+    models = {m["name"]: m for m in json.loads((run / "report/summary.json").read_text("utf-8"))["suites"][0]["models"]}
+    for name in MODELS:
+        score = models[name]["scores"]["pass@1"]
+        low, high = (100 * bound for bound in score["ci95"])
+        assert f"{100 * score['value']:.1f} ({low:.1f} to {high:.1f})" in table
+    assert "pico, 4 questions, 2 samples each; the teacher scores" in table
 
 
 def test_a_second_run_does_nothing(recipe: Path, finished: tuple[Path, str]) -> None:

@@ -22,7 +22,7 @@ from distill.recipe import load_recipe
 from distill.records import ScoreCard
 from pipelines.context import Context
 from pipelines.stages.distill import distill
-from pipelines.stages.push import best_student, push
+from pipelines.stages.push import best_name, push
 from tests.students.loopback_hub import TOKEN, loopback_hub
 from tests.students.tiny_bases import make_base, make_examples, make_student
 
@@ -78,8 +78,11 @@ def trained(tmp_path_factory):
     make_examples(run / "curate" / "examples.parquet")
     distill(load_recipe(folder / "recipe.yaml"), run, Context(Path()))
     for name, cards in {
-        "tiny-distilled": [card_of("tiny-distilled", 0.75, 20), card_of("tiny-distilled", 0.9, 20, suite="pico/sums")],
-        "tiny": [card_of("tiny", 0.9, 20, "base")],
+        "tiny-distilled": [
+            card_of("tiny-distilled", 0.75, 20, suite="gsm8k"),
+            card_of("tiny-distilled", 0.9, 20, suite="gsm8k/sums"),
+        ],
+        "tiny": [card_of("tiny", 0.9, 20, "base", suite="gsm8k")],
     }.items():
         (run / "eval" / name).mkdir(parents=True)
         (run / "eval" / name / "scores.json").write_text(json.dumps(cards))
@@ -203,17 +206,20 @@ def test_a_hub_that_is_not_there_is_one_line(trained, tmp_path):
     assert TOKEN not in done.stdout + done.stderr
 
 
-def test_the_best_student_is_the_highest_mean_of_suites_and_of_equals_the_smaller(tmp_path):
-    cards = [
+def test_the_best_student_is_the_highest_on_the_suite_that_decides_and_of_equals_the_smaller(tmp_path):
+    rows = [
         card_of("a-distilled", 0.5, 10),
         card_of("b-distilled", 0.7, 20),
         card_of("c-distilled", 0.7, 30),
         card_of("a-distilled", 0.99, 10, suite="pico/gcd"),
+        card_of("a-distilled", 0.9, 10, suite="gsm8k"),
+        card_of("b-distilled", 0.1, 20, suite="gsm8k"),
         card_of("b-direct", 0.9, 20, "direct"),
     ]
-    assert best_student([ScoreCard.model_validate(card) for card in cards], tmp_path) == "b-distilled"
-    with pytest.raises(DataError, match="no distilled student is scored yet"):
-        best_student([], tmp_path)
+    cards = [ScoreCard.model_validate(row) for row in rows]
+    assert [best_name(cards, suite, tmp_path) for suite in ("pico", "gsm8k")] == ["b-distilled", "a-distilled"]
+    with pytest.raises(DataError, match="no distilled student is scored on math500 yet"):
+        best_name(cards, "math500", tmp_path)
 
 
 def test_a_student_that_is_not_there_and_scores_that_are_none_are_named(trained, tmp_path):

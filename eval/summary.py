@@ -1,0 +1,246 @@
+"""The report for programs and for text: `summary.json`, `scores.csv` and `summary.md`, every suite in each.
+
+`summary.json` holds
+
+    name, device, num_cores, seconds, stages     the run, its cost by stage and together
+    best                                         the best student and the rule that says so
+    suites                                       per suite: every model's scores and samples, and the order of sizes
+    students                                     per student what it gained, by suite over its base and its control
+    models, funnel, audit                        ScoreCards of whole suites (pass@1), the filters, the second grader
+
+A difference has `value`, `stderr`, `ci95`, `num_questions`, and `within_interval`: its interval holds zero. Shares and
+scores lie in [0, 1].
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from distill.cores import num_cores
+from distill.records import ScoreCard
+from distill.verify.audit import AuditSummary, SuspectedReference
+from eval.compare import Comparison, SizeStep, StudentRow, SuiteComparison
+from eval.scored import METRIC, Model
+from eval.statistics import Difference
+
+MAX_SUSPECTS = 20  # suspected references that are shown, replaced ones first; audit.json has all
+RIVALS = {"base": "base", "direct": "control"}
+
+
+def summary(comparison: Comparison, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`summary.json`; `stages` are the costs of all stages, the report's own included."""
+    totals = [card for model in comparison.models for suite in model.suites if (card := model.card(suite))]
+    return {
+        "name": comparison.name,
+        "device": run_device(stages),
+        "num_cores": num_cores(),
+        "seconds": round(sum(stage["seconds"] for stage in stages), 3),
+        "stages": list(stages),
+        "best": _best(comparison),
+        "suites": [_suite(suite) for suite in comparison.suites],
+        "students": [_student(comparison, student) for student in comparison.students],
+        "models": [card.model_dump(mode="json") for card in totals],
+        "funnel": [{name: step[name] for name in ("filter", "in", "out")} for step in comparison.funnel],
+        "audit": None if comparison.audit is None else _audit_summary(comparison.audit),
+    }
+
+
+def run_device(stages: Sequence[Mapping[str, Any]]) -> str:
+    """The devices of a run, the one that took longest first; the report itself is written on any."""
+    seconds: dict[str, float] = {}
+    for stage in stages:
+        if stage["name"] != "compare" and stage["device"]:
+            seconds[stage["device"]] = seconds.get(stage["device"], 0) + stage["seconds"]
+    return "; ".join(sorted(seconds, key=lambda device: -seconds[device]))
+
+
+def best_rule(comparison: Comparison) -> str:
+    """How the best student is found, in words."""
+    return f"highest {METRIC} on {comparison.deciding_suite}, of equals the smaller (push.best_by)"
+
+
+def scores_csv(comparison: Comparison) -> str:
+    """One row a model, suite, family and metric."""
+    rows = [
+        {
+            **{name: getattr(card, name) for name in ("name", "role", "architecture")},
+            "num_parameters": card.num_parameters,
+            "num_active_parameters": card.num_active_parameters,
+            "suite": card.suite.partition("/")[0],
+            "family": card.suite.partition("/")[2],
+            **{name: getattr(card, name) for name in ("metric", "value", "stderr")},
+            "ci95_low": card.ci95[0],
+            "ci95_high": card.ci95[1],
+            "num_questions": card.num_questions,
+            "num_samples": card.num_samples,
+            **_of_whole_suites(model, card),
+        }
+        for model in comparison.models
+        for card in model.cards
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def summary_markdown(comparison: Comparison, stages: Sequence[Mapping[str, Any]]) -> str:
+    """The scores as Markdown tables, a section a suite."""
+    seconds = sum(stage["seconds"] for stage in stages)
+    costs = ", ".join(f"{stage['name']} {stage['seconds']:,.0f} s" for stage in stages)
+    lines = [f"# {_cell(comparison.name)}", "", f"{_cell(run_device(stages))}: {seconds:,.0f} s ({costs})."]
+    if comparison.best:
+        name = _cell(comparison.best.name.removesuffix("-distilled"))
+        lines.append(f"Best distilled student: **{name}**, {best_rule(comparison)}.")
+    for suite in comparison.suites:
+        lines += ["", f"## {_cell(suite.name)}", "", *_suite_markdown(suite)]
+    return "\n".join(lines) + "\n"
+
+
+def report_suspects(audit: AuditSummary) -> list[SuspectedReference]:
+    return sorted(audit.suspected_references, key=lambda one: not one.relabelled)[:MAX_SUSPECTS]
+
+
+def interval(low: float, high: float) -> str:
+    return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def difference_in_points(difference: Difference) -> str:
+    low, high = (100 * bound for bound in difference.ci95)
+    return f"{100 * difference.value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _best(comparison: Comparison) -> dict[str, Any] | None:
+    best = comparison.best
+    if best is None:
+        return None
+    student = best.name.removesuffix("-distilled")
+    return {"student": student, "suite": best.suite, "rule": best_rule(comparison), "value": best.value}
+
+
+def _suite(suite: SuiteComparison) -> dict[str, Any]:
+    return {
+        "name": suite.name,
+        "num_questions": max(len(model.answers[suite.name].means) for model in suite.models),
+        "samples_per_question": max(model.answers[suite.name].samples_per_question for model in suite.models),
+        "models": [_model(model, suite) for model in suite.models],
+        "size_steps": [_size_step(step) for step in suite.size_steps],
+        "size_verdict": suite.size_verdict,
+    }
+
+
+def _model(model: Model, suite: SuiteComparison) -> dict[str, Any]:
+    answers = model.answers[suite.name]
+    return {
+        "name": model.name,
+        "role": model.role,
+        "student": None if model.role == "teacher" else model.student,
+        "num_parameters": model.num_parameters,
+        "scores": {card.metric: _score(card) for card in model.cards_of(suite.name)},
+        "families": {
+            family: _score(card) for family in suite.families if (card := model.card(f"{suite.name}/{family}"))
+        },
+        "num_questions": len(answers.means),
+        "num_samples": answers.num_samples,
+        "samples_per_question": answers.samples_per_question,
+        "truncated": answers.truncated,
+        "ungraded": answers.ungraded,
+        "unverifiable": answers.unverifiable,
+        "mean_tokens": answers.mean_tokens,
+        **{name: model.identity.get(field) for name, field in IDENTITY.items()},
+    }
+
+
+IDENTITY = {"engine": "backend", "engine_version": "backend_version", "weights": "weights", "template": "template"}
+
+
+def _score(card: ScoreCard) -> dict[str, Any]:
+    return {"value": card.value, "stderr": card.stderr, "ci95": list(card.ci95)}
+
+
+def _size_step(step: SizeStep) -> dict[str, Any]:
+    difference = _difference(step.difference)
+    return {"smaller": step.smaller, "larger": step.larger, "one_architecture": step.one_architecture, **difference}
+
+
+def _student(comparison: Comparison, student: str) -> dict[str, Any]:
+    rows = {suite.name: row for suite in comparison.suites for row in suite.students if row.student == student}
+    return {
+        "name": student,
+        "num_parameters": max(row.num_parameters for row in rows.values()),
+        "gained": {suite: {role: _difference(of) for role, of in row.gained.items()} for suite, row in rows.items()},
+    }
+
+
+def _difference(difference: Difference) -> dict[str, Any]:
+    return {**asdict(difference), "ci95": list(difference.ci95), "within_interval": not difference.clear}
+
+
+def _of_whole_suites(model: Model, card: ScoreCard) -> dict[str, Any]:
+    """What is counted for a suite and not for its families."""
+    answers = None if "/" in card.suite else model.answers[card.suite]
+    counted = ("samples_per_question", "truncated", "ungraded", "unverifiable", "mean_tokens")
+    return {name: "" if answers is None else getattr(answers, name) for name in counted} | {
+        name: model.identity.get(IDENTITY[name], "") for name in ("engine", "engine_version")
+    }
+
+
+def _suite_markdown(suite: SuiteComparison) -> list[str]:
+    lines = [f"{METRIC} in %, its 95% interval in brackets; gains are paired over questions, in points.", ""]
+    head = ["student", "parameters", "base", "control", "distilled", *(f"gain over {of}" for of in RIVALS.values())]
+    lines += [_row(head), _row(["---"] * len(head))]
+    lines += [_row(_student_cells(row)) for row in suite.students]
+    if suite.teacher:
+        lines += ["", f"The teacher scores {_points(suite.teacher)}."]
+    head = ["model", "questions x samples", "cons@k", "cut off", "tokens an answer", "engine"]
+    lines += ["", suite.size_verdict, "", _row(head), _row(["---"] * len(head))]
+    lines += [_row(_answer_cells(model, suite.name)) for model in suite.models]
+    return lines
+
+
+def _student_cells(row: StudentRow) -> list[str]:
+    scores = [_points(row.scores.get(role)) for role in ("base", "direct", "distilled")]
+    gains = [difference_in_points(row.gained[role]) if role in row.gained else "–" for role in RIVALS]
+    return [row.student, f"{row.num_parameters:,}", *scores, *gains]
+
+
+def _answer_cells(model: Model, suite: str) -> list[str]:
+    answers, identity = model.answers[suite], model.identity
+    consensus = next((card for card in model.cards_of(suite) if card.metric != METRIC), None)
+    return [
+        model.name,
+        f"{len(answers.means):,} x {answers.samples_per_question}",
+        _points(consensus),
+        f"{answers.truncated:.1%}",
+        f"{answers.mean_tokens:,.0f}",
+        " ".join(identity.get(name, "") for name in ("backend", "backend_version")).strip() or "–",
+    ]
+
+
+def _points(card: ScoreCard | None) -> str:
+    return "–" if card is None else f"{100 * card.value:.1f} ({interval(*card.ci95)})"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_cell, cells))} |"
+
+
+def _cell(text: str) -> str:
+    """Text of one table cell: no line break, and no mark of Markdown or HTML that is read as one."""
+    return "".join(f"\\{mark}" if mark in "\\|*_`<>[]" else mark for mark in " ".join(text.split()))
+
+
+def _audit_summary(audit: AuditSummary) -> dict[str, Any]:
+    """The audit with as many suspected references as the page shows, and the number of all."""
+    return {
+        **audit.model_dump(mode="json"),
+        "suspected_references": [one.model_dump(mode="json") for one in report_suspects(audit)],
+        "num_suspected_references": len(audit.suspected_references),
+        "num_relabelled_references": len(audit.relabelled),
+        "num_relabelled_samples": audit.num_relabelled_samples,
+    }
