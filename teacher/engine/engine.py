@@ -114,10 +114,22 @@ class Engine:
         self.num_drafts = self.num_accepted = 0
         step_tokens = max(max_step_tokens or default_step_tokens(model.device), batch_size * (1 + speculate))
         graphed = batch_size if cuda_graphs else 0
-        self.runner = ModelRunner(model, num_pages, max_graphed=graphed, drafts=speculate)
+        self.runner = ModelRunner(
+            model,
+            num_pages,
+            max_graphed=graphed,
+            max_rows=step_tokens,
+            drafts=speculate,
+            one_pass=lockstep is not None,
+        )
+        self._extent, self._warms_up = model.extent, model.reads_together
         self.blocks = BlockManager(num_pages, extent=model.extent, caching=prefix_caching)
         self.scheduler: Scheduler[Any] = Scheduler(
-            self.blocks, max_running=batch_size, max_step_tokens=step_tokens, max_chunk=max_chunk or step_tokens
+            self.blocks,
+            max_running=batch_size,
+            max_step_tokens=step_tokens,
+            max_chunk=max_chunk or step_tokens,
+            admits_together=self.runner.graphs is not None and model.reads_together,
         )
         self._run_ahead = RunAhead(
             self.runner,
@@ -127,6 +139,16 @@ class Engine:
             speculate=speculate,
             max_positions=self.max_positions,
         )
+
+    @torch.inference_mode()
+    def warm_up(self) -> Generator[int, None, None]:
+        """Compile kernels and capture graphs before there is work, yielding how many graphs are left after each.
+
+        Only of models whose prompts are read together; others capture a graph when they first need it.
+        """
+        graphs = self.runner.graphs
+        if graphs is not None and self._warms_up:
+            yield from graphs.warm_up(self.batch_size)
 
     def add(self, sequence: Sequence[Key]) -> None:
         """Let a sequence wait for its turn. One that can never fit gets a `fault`, and the next step returns it."""
@@ -186,7 +208,7 @@ class Engine:
         return ended
 
     def _schedule_and_run(self, before: LaunchedStep | None) -> LaunchedStep | None:
-        chunks = in_order(self.scheduler.schedule())
+        chunks = in_order(self.scheduler.schedule(), extent=self._extent)
         graphed = True
         if self._lockstep is not None:  # also without chunks: this rank's experts serve the others
             num_rows = sum(chunk.num_rows for chunk in chunks)
@@ -232,10 +254,10 @@ class Engine:
         """Count what was computed, and give whose text is in the cache a token, or two where its draft came true."""
         sampled = step.token_ids()
         row, rows, tokens_of_rows = 0, [], []
+        self.num_computed_tokens += sum(chunk.num_rows for chunk in step.chunks)
         for chunk in step.chunks:
             sequence, num_new = chunk.sequence, 0
             first, row = row, row + chunk.num_sampled
-            self.num_computed_tokens += chunk.num_rows
             if sequence.is_ended:
                 continue  # it ended, or was cancelled, while this step was under way
             if chunk.ends_text:
