@@ -99,7 +99,7 @@ def serve_students(read: Read) -> str:
     try:
         result = read("serve-students")
     except ValueError:  # a device on which nobody has measured it yet
-        return "Not measured here yet: `make bench-serve`."
+        return "Nobody has measured it here yet: `make bench-serve`."
     rates: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
     for row in result["rows"]:
         rates.setdefault((row["model"], row["batch"]), {})[row["engine"], row["scenario"]] = row["tokens_per_s"]

@@ -15,7 +15,7 @@ from teacher.engine.detokenizer import Decode
 from teacher.engine.run_ahead import LaunchedStep, RunAhead
 from teacher.engine.runner import ModelRunner, with_drafts
 from teacher.engine.sampler import score
-from teacher.engine.scheduler import Scheduler
+from teacher.engine.scheduler import Chunk, Scheduler
 from teacher.engine.sequence import Key, Sequence
 from teacher.engine.speculation import draft, take
 from teacher.engine.step import in_order
@@ -253,8 +253,11 @@ class Engine:
     def _append(self, step: LaunchedStep) -> None:
         """Count what was computed, and give whose text is in the cache a token, or two where its draft came true."""
         sampled = step.token_ids()
+        self.num_computed_tokens += sum([chunk.num_rows for chunk in step.chunks])
+        if step.is_counted:
+            self._append_one_each(step.chunks, sampled)
+            return
         row, rows, tokens_of_rows = 0, [], []
-        self.num_computed_tokens += sum(chunk.num_rows for chunk in step.chunks)
         for chunk in step.chunks:
             sequence, num_new = chunk.sequence, 0
             first, row = row, row + chunk.num_sampled
@@ -269,16 +272,34 @@ class Engine:
                 if sequence.sampling_params.top_logprobs:
                     rows += [(first + ahead, sequence) for ahead in range(len(tokens))]
                     tokens_of_rows += tokens
-            if step.is_counted:
-                self.scheduler.known(sequence, chunk.start, chunk.end)
-            else:
-                self.scheduler.computed(sequence, chunk.count + num_new)
+            self.scheduler.computed(sequence, chunk.count + num_new)
             if sequence.finish_reason is not None:
                 self.scheduler.remove(sequence)
                 self._ended.append(sequence)
         if rows:
             assert step.sampled.forward is not None
             self._score(step.sampled.forward.logits_ZV, rows, tokens_of_rows)
+
+    def _append_one_each(self, chunks: list[Chunk[Any]], sampled: list[int]) -> None:
+        """Do as `_append` for a step whose sequences have counted it: a token each, without drafts and logprobs.
+
+        Most steps are this one, and what it does a sequence is most of what the host does at all.
+        """
+        tokens, ends, num_written = iter(sampled), self.eos_token_ids, 0
+        for chunk in chunks:
+            sequence, token = chunk.sequence, next(tokens) if chunk.ends_text else None
+            if sequence.finish_reason is not None or not sequence.is_wanted:
+                continue  # it ended, or was cancelled, while this step was under way
+            if token is not None:
+                sequence.append(token, ends)
+                num_written += 1
+            end = chunk.start + chunk.count
+            if chunk.start // PAGE != end // PAGE or sequence.tail_key is not None:
+                self.scheduler.known(sequence, chunk.start, end)
+            if sequence.finish_reason is not None:
+                self.scheduler.remove(sequence)
+                self._ended.append(sequence)
+        self.num_written_tokens += num_written
 
     def _score(self, logits_ZV: Tensor, rows: list[tuple[int, Sequence[Any]]], tokens: list[int]) -> None:
         most = max(sequence.sampling_params.top_logprobs for _, sequence in rows)

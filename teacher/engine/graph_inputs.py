@@ -115,7 +115,8 @@ class GraphInputs:
 
     def fill_pages(self, sequences: list[Sequence[Any]]) -> list[int]:
         """Put the sequences' page tables, and return how many pages each has."""
-        pages_BQ, num_pages = self._seats.pages_of(sequences)
+        num_pages = [len(sequence.pages) for sequence in sequences]
+        pages_BQ = self._seats.pages_of(sequences, max(num_pages))
         host = self._on_host(pages_BQ.size).view(pages_BQ.shape)
         host.numpy()[:] = pages_BQ
         self.pages_BQ[: len(sequences), : pages_BQ.shape[1]] = host.to(self._device, non_blocking=True)
@@ -130,8 +131,7 @@ class GraphInputs:
         host = torch.zeros(len(sequences), 8, dtype=torch.float64, pin_memory=pinned)
         table = host.numpy()
         for column in range(1 if self.num_queries == 1 else 4):
-            ahead = known_ahead + column
-            table[:, column] = [sequence.uniform_of(len(sequence.generated_ids) + ahead) for sequence in sequences]
+            table[:, column] = Sequence.uniforms_of(sequences, known_ahead + column)
         table[:, 4:] = self._seats.settings_of(sequences)
         there = self.sampling_B8 if into is None else into
         there[: len(sequences)].copy_(host, non_blocking=True)

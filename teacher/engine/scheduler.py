@@ -15,7 +15,6 @@ text and its random numbers: what it says does not change, only its latents are 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Generic
 
 from teacher.engine.block_manager import BlockManager, Copy, num_pages_for, page_key
@@ -29,22 +28,18 @@ _PLACES_A_FREE_ONE = 32
 _MOST_HELD_STEPS = 16
 
 
-@dataclass(slots=True)
 class Chunk(Generic[Key]):
     """The next `count` tokens of a sequence, and behind them, if it is there, the `draft` of the one that may follow.
 
     `start` is where they begin; `ends_text` whether logits behind them say how the text goes on.
     """
 
-    sequence: Sequence[Key]
-    count: int
-    draft: int | None = None
-    start: int = field(init=False)
-    ends_text: bool = field(init=False)
+    __slots__ = ("count", "draft", "ends_text", "sequence", "start")
 
-    def __post_init__(self) -> None:
-        self.start = self.sequence.num_computed
-        self.ends_text = self.count == self.sequence.num_left
+    def __init__(self, sequence: Sequence[Key], count: int, draft: int | None = None) -> None:
+        self.sequence, self.count, self.draft = sequence, count, draft
+        self.start = sequence.num_computed
+        self.ends_text = self.start + count == len(sequence.prompt_ids) + len(sequence.generated_ids)
 
     @property
     def num_rows(self) -> int:

@@ -30,11 +30,9 @@ class Seats:
         self._held: list[list[int] | None] = [None] * max_sequences
         self._free = list(range(max_sequences))[::-1]
 
-    def pages_of(self, sequences: list[Sequence[Any]]) -> tuple[np.ndarray, list[int]]:
-        """Page tables, int32 [B, Q] as wide as the longest, zero behind a sequence's last; and how many each has."""
-        rows = self._rows_of(sequences)
-        num_pages = [len(sequence.pages) for sequence in sequences]
-        return self._pages[rows, : max(num_pages)], num_pages
+    def pages_of(self, sequences: list[Sequence[Any]], width: int) -> np.ndarray:
+        """Page tables, int32 [B, width], zero behind a sequence's last."""
+        return self._pages[self._rows_of(sequences), :width]
 
     def settings_of(self, sequences: list[Sequence[Any]]) -> np.ndarray:
         """FP64 [B, 4]: top_p, min_p, top_k (the largest int32: all tokens), temperature."""

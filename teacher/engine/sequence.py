@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Hashable, Sequence as Tokens
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from teacher.engine.placeholders import placeholder
 from teacher.engine.sampler import SamplingParams
@@ -97,6 +97,15 @@ class Sequence(Generic[Key]):
                 self._uniforms.extend([self._random.random() for _ in range(_DRAWN_TOGETHER)])
         return self._uniforms[number]
 
+    @staticmethod
+    def uniforms_of(sequences: list[Sequence[Any]], ahead: int) -> list[float]:
+        """The numbers that decide each one's first token behind those that it has or expects, or one `ahead` of it."""
+        numbers = []
+        for sequence in sequences:
+            drawn, number = sequence._uniforms, len(sequence.generated_ids) + ahead
+            numbers.append(drawn[number] if number < len(drawn) else sequence.uniform_of(number))
+        return numbers
+
     @property
     def forced(self) -> int | None:
         """The next token, whatever is sampled; None: the sampled one."""
@@ -108,7 +117,7 @@ class Sequence(Generic[Key]):
         An end token is kept in `generated_ids` and ends the sequence.
         """
         token = self._forced.popleft() if self._forced else sampled
-        num_generated = self.num_written + 1
+        num_generated = len(self.generated_ids) - self.num_placeholders + 1
         if self.num_placeholders:
             self.generated_ids[num_generated - 1] = token
             self.num_placeholders -= 1

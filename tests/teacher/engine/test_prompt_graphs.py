@@ -147,21 +147,17 @@ def test_every_step_of_prompts_has_a_shape() -> None:
 
 def test_a_seat_is_that_of_who_has_the_pages() -> None:
     """More sequences than seats, one after another; pages added, given away, and taken again."""
-    seats = Seats(2, 6)
+    seats = Seats(2, 4)
     sequences = [Sequence(n, [1], 9, seed=0, sampling_params=SamplingParams(n / 10)) for n in range(5)]
     for n, sequence in enumerate(sequences):
         sequence.pages = [n, n + 10]
         beside = [sequences[n - 1]] if n else []
-        table, counts = seats.pages_of([sequence, *beside])
-        assert table[0].tolist() == [n, n + 10] + [0] * (table.shape[1] - 2)
-        assert counts[0] == 2
+        assert seats.pages_of([sequence, *beside], 4)[0].tolist() == [n, n + 10, 0, 0]
         sequence.pages.append(n + 20)
-        table, counts = seats.pages_of([*beside, sequence])
-        assert table[-1].tolist() == [n, n + 10, n + 20]
+        assert seats.pages_of([*beside, sequence], 4)[-1].tolist() == [n, n + 10, n + 20, 0]
         assert seats.settings_of([sequence])[0, 3] == n / 10
         for other in beside:
             other.pages = []  # it has ended
     again = sequences[0]
     again.pages = [5]
-    table, counts = seats.pages_of([again, sequences[4]])
-    assert (table.tolist(), counts) == ([[5, 0, 0], [4, 14, 24]], [1, 3])
+    assert seats.pages_of([again, sequences[4]], 4).tolist() == [[5, 0, 0, 0], [4, 14, 24, 0]]
