@@ -47,6 +47,22 @@ def serve_v3(read: Read) -> str:
     return f"{table(head, rows)}\n\nReading {batch} prompts of {result['context']:,}, tokens/s: {rates}."
 
 
+def serve_students(read: Read) -> str:
+    try:
+        result = read("serve-students")
+    except ValueError:  # a device on which nobody has measured it yet
+        return "Nobody has measured it here yet: `make bench-serve`."
+    rates: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
+    for row in result["rows"]:
+        rates.setdefault((row["model"], row["batch"]), {})[row["engine"], row["scenario"]] = row["tokens_per_s"]
+    columns = [(engine, kind) for engine in ("ours", "vllm") for kind in ("steady", "admitted")]
+    rows = [
+        [model, str(batch), *(f"{of[column]:,.0f}" if column in of else "" for column in columns)]
+        for (model, batch), of in rates.items()
+    ]
+    return table(["tokens/s", "in flight", *(f"{ENGINES[engine]}, {kind}" for engine, kind in columns)], rows)
+
+
 def serve_pico(read: Read) -> str:
     rates: dict[str, dict[str, float]] = {}
     batch = 64
@@ -296,6 +312,7 @@ TABLES: dict[str, Callable[[Read], str]] = {
         pico_scores,
         small_scores,
         serve_v3,
+        serve_students,
         serve_pico,
         generation,
         drafts,

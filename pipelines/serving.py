@@ -92,7 +92,7 @@ def serve_teacher(
         teacher,
         model=name,
         sampling=sampling,
-        max_batch=config.batch_size * config.num_ranks,
+        max_batch=teacher.batch_size,
         api_key=key,
         reasoning="content" if reasoning_parser is None else "apart",
         repetition=RepetitionLimit() if end_loops else None,

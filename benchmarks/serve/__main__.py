@@ -19,7 +19,7 @@ import torch
 from benchmarks import serve
 from benchmarks.device import device_name, driver_version, write_result
 from benchmarks.generation import machine_speed
-from benchmarks.serve import pico, real, v3
+from benchmarks.serve import pico, real, students, v3
 from distill.cores import num_cores
 
 PACKAGES = ("torch", "transformers", "vllm")
@@ -34,13 +34,22 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="of the slice: keep its weights here, or use them")
     parser.add_argument("--out", type=Path, help="instead of benchmarks/results/<device>")
     parser.add_argument("--dry-run", action="store_true", help="both scenarios at toy sizes, on the CPU")
+    parser.add_argument("--only", choices=("students",), help="measure this part alone")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
+    parser.add_argument("--in-flight", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--scenario", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.engine:
+    if args.in_flight:
+        folder, scale = students.scenarios()[args.scenario], students.scale(toy=args.dry_run)
+        for row in students.ENGINES[args.engine](folder, scale, args.in_flight):
+            print("RESULT", json.dumps(row), flush=True)
+    elif args.engine:
         print("RESULT", json.dumps(_one(args)), flush=True)
     else:
-        _compare(args)
+        if args.only is None:
+            _compare(args)
+        if args.dry_run or torch.cuda.is_available():
+            _compare_students(args)
 
 
 def _one(args: argparse.Namespace) -> dict[str, Any]:
@@ -72,16 +81,49 @@ def _compare(args: argparse.Namespace) -> None:
         step = f"{row['step_ms']:.3f} ms" if row["step_ms"] else "-"
         cells = f"{row['engine']:14}{row['scenario']:24}{row['batch']:>5}{step:>14}"
         print(f"{cells}{row['tokens_per_s']:>12.0f}/s {share:>5}")
-    result = {
+    result = _head(device) | {"left_out": missing, **details, "rows": rows}
+    print("written:", write_result("serve", result, device=device_name(device), folder=args.out))
+
+
+def _compare_students(args: argparse.Namespace) -> None:
+    """Every row is written as soon as it is there: a run that is ended keeps what it has."""
+    device = torch.device("cpu" if args.dry_run else "cuda")
+    rows: list[dict[str, Any]] = []
+    missing: list[str] = [f"{name}: not in models/ or $POTSTILL_MODELS" for name in students.NAMES]
+    missing = [name for name in missing if name.partition(":")[0] not in students.scenarios()]
+    result = _head(device) | {"left_out": missing, "rows": rows}
+
+    def write() -> Path:
+        return write_result("serve-students", result, device=device_name(device), folder=args.out)
+
+    try:
+        students.scale(toy=args.dry_run).questions(1)
+    except OSError as exc:
+        missing.append(str(exc))
+        print("written:", write())
+        return
+    for model in students.scenarios():
+        for engine in (name for name in args.engines.split(",") if name in students.ENGINES):
+            for in_flight in students.scale(toy=args.dry_run).in_flight:
+                print(f"{model}, {engine}:", flush=True)
+                command = [f"--engine={engine}", f"--scenario={model}", f"--in-flight={in_flight}"]
+                command += ["--dry-run"] if args.dry_run else []
+                before = len(rows)
+                for row in _results([sys.executable, "-m", "benchmarks.serve", *command]):
+                    rows.append({"engine": engine, "model": model, **row})
+                    write()
+                if len(rows) - before < len(students.KINDS):
+                    missing.append(f"{model}: {engine} at {in_flight}")
+    print("written:", write())
+
+
+def _head(device: torch.device) -> dict[str, Any]:
+    return {
         "command": " ".join(["python -m benchmarks.serve", *sys.argv[1:]]),
         "device": device_name(device),
-        "driver": driver_version() if on_gpu else None,
+        "driver": driver_version() if device.type == "cuda" else None,
         "versions": {name: _version(name) for name in PACKAGES},
-        "left_out": missing,
-        **details,
-        "rows": rows,
     }
-    print("written:", write_result("serve", result, device=device_name(device), folder=args.out))
 
 
 def _measure_slice(
@@ -140,15 +182,18 @@ def _measure(args: argparse.Namespace, scenario: str, folder: Path | None, missi
 
 def _run(command: list[str]) -> dict[str, Any] | None:
     """The engine's times; None where it failed, whose last words are on the screen."""
-    found = None
+    return next(iter(list(_results(command))), None)
+
+
+def _results(command: list[str]) -> Iterator[dict[str, Any]]:
+    """What a process of this program tells, as it tells it; the rest of what it says is on the screen."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("RESULT "):
-                found = json.loads(line.removeprefix("RESULT "))
+                yield json.loads(line.removeprefix("RESULT "))
             else:
                 print(line, end="", flush=True)
-    return found
 
 
 def _version(package: str) -> str | None:

@@ -4,7 +4,7 @@
 one `RecipeError` line naming file and field. `whole` has the sections, the other files one or two of them each.
 """
 
-from distill.recipe.config import Config, Mark, marked_fields
+from distill.recipe.config import BatchSize, Config, Mark, marked_fields
 from distill.recipe.curation import (
     BestOfN,
     CodeLimits,
@@ -42,6 +42,7 @@ __all__ = [
     "SERVER_KEY_ENV",
     "UNINSTRUCTED",
     "AdaptiveSampling",
+    "BatchSize",
     "BestOfN",
     "CodeLimits",
     "Config",

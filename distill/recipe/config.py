@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from enum import Enum
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -27,6 +27,10 @@ def _each_once(values: tuple[T, ...]) -> tuple[T, ...]:
 
 # A list in which nothing stands twice, and something stands.
 Distinct = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_each_once)]
+
+
+# Sequences that an engine has in progress together; auto: by the memory of its GPU, else some tens.
+BatchSize = Annotated[int, Field(ge=1)] | Literal["auto"]
 
 
 class Mark(Enum):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from distill.licences import Licence
-from distill.recipe.config import Config, Distinct, Mark
+from distill.recipe.config import BatchSize, Config, Distinct, Mark
 from distill.recipe.problems import HeldOutSource
 from distill.records import Role, Sampling
 
@@ -23,7 +23,9 @@ class EvalConfig(Config):
     )
     num_samples: int = Field(4, ge=1, description="samples a question; pass@1 is their mean")
     sampling: Sampling = Sampling()
-    batch_size: Annotated[int, Mark.SPEED] = Field(128, ge=1)
+    batch_size: Annotated[BatchSize, Mark.SPEED] = Field(
+        "auto", description="answers in progress together; auto: by the GPU's memory; 128 on a CPU or by transformers"
+    )
     engine: Literal["transformers", "native"] = Field(
         "native", description="who writes the answers of bases and students; the samples differ, not the odds"
     )

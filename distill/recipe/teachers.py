@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from distill.recipe.config import Config, Mark
+from distill.recipe.config import BatchSize, Config, Mark
 from distill.recipe.instruction import InstructedTeacher
 from distill.records import Sampling
 
@@ -59,7 +59,9 @@ class NativeTeacher(InstructedTeacher, OverNodes):
 
     backend: Literal["native"] = "native"
     model: str = Field(description="checkpoint folder, or GGUF file")
-    batch_size: Annotated[int, Mark.SPEED] = Field(64, ge=1, description="sequences in progress together, on each rank")
+    batch_size: Annotated[BatchSize, Mark.SPEED] = Field(
+        "auto", description="sequences in progress together, on each rank; auto: by a GPU's memory, 64 on a CPU or rank"
+    )
     speculate: Annotated[bool, Mark.SPEED] = Field(
         False, description="draft a token a step with the MTP layer; same texts"
     )

@@ -27,6 +27,7 @@ from distill.progress import Progress
 from distill.protocols import Teacher
 from distill.recipe import (
     OWN_SUITES,
+    BatchSize,
     EvalConfig,
     Instruction,
     NativeTeacher,
@@ -65,7 +66,7 @@ class ScoringJob:
     sampling: Sampling | None
     seed: int
     limit: int | None
-    batch_size: int
+    batch_size: BatchSize
     engine: Literal["transformers", "native"]
     verify: VerifyConfig
     held_out: Path | None
@@ -191,7 +192,7 @@ def score(job: ScoringJob, progress: Progress) -> None:
 
         def body() -> dict[str, Any]:
             with progress.task(f"load {job.name}", None):
-                model, subject = _open(job)
+                model, subject = _open(job, progress)
             try:
                 with (
                     Ledger.open(job.out_dir / LEDGER) as ledger,
@@ -217,13 +218,14 @@ def score(job: ScoringJob, progress: Progress) -> None:
         stage_run.run(body, [SAMPLES, SCORES])
 
 
-def _open(job: ScoringJob) -> tuple[Teacher, Subject]:
+def _open(job: ScoringJob, progress: Progress) -> tuple[Teacher, Subject]:
     from teacher.backends import open_student, open_teacher
 
     if isinstance(job.model, Path):
-        model = open_student(job.model, engine=job.engine, batch_size=job.batch_size, instruction=job.instruction)
+        how = {"engine": job.engine, "batch_size": job.batch_size, "instruction": job.instruction}
+        model = open_student(job.model, progress=progress, **how)
     else:
-        model = open_teacher(job.model, base_dir=job.base_dir, log_dir=job.out_dir)
+        model = open_teacher(job.model, base_dir=job.base_dir, log_dir=job.out_dir, progress=progress)
     if job.weights is None or isinstance(job.model, ServedTeacher):
         return model, Subject(job.name, job.role, "served", 0, 0)  # an endpoint does not say how large its model is
     from teacher.models.load import read_facts

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill.bundled import locate
 from distill.gguf import checkpoint_folder
-from distill.recipe import UNINSTRUCTED, Instruction, NativeTeacher, RayTeacher, TeacherConfig, VllmTeacher
+from distill.recipe import UNINSTRUCTED, BatchSize, Instruction, NativeTeacher, RayTeacher, TeacherConfig, VllmTeacher
 
 if TYPE_CHECKING:
     from distill.progress import Progress
     from distill.protocols import Teacher
+
+
+# Answers that a student writes together on a CPU, or by transformers.
+_STUDENTS_TOGETHER = 128
 
 
 def open_teacher(
@@ -39,7 +43,7 @@ def open_teacher(
 
             kind["over_ranks"] = partial(open_fleet, config=config, progress=progress)
         folder = checkpoint_folder(locate(config.model, base_dir), progress=progress)
-        return open_native(folder, batch_size=config.batch_size, **kind)
+        return open_native(folder, batch_size=config.batch_size, progress=progress, **kind)
     if isinstance(config, VllmTeacher):
         from teacher.backends.vllm.backend import open_vllm
 
@@ -57,8 +61,9 @@ def open_student(
     folder: Path,
     *,
     engine: Literal["native", "transformers"],
-    batch_size: int,
+    batch_size: BatchSize = "auto",
     instruction: Instruction = UNINSTRUCTED,
+    progress: Progress | None = None,
 ) -> Teacher:
     """A student's or base's folder, opened to be scored, asked with the instruction that it learned.
 
@@ -68,9 +73,11 @@ def open_student(
     if engine == "native":
         from teacher.backends.native.backend import open_native
 
-        return open_native(folder, batch_size=batch_size, as_student=True, instruction=instruction)
+        kind: dict[str, Any] = {"as_student": True, "instruction": instruction, "progress": progress}
+        return open_native(folder, batch_size=batch_size, on_cpu=_STUDENTS_TOGETHER, **kind)
     from teacher.backends.transformers import open_transformers
 
+    batch_size = _STUDENTS_TOGETHER if batch_size == "auto" else batch_size
     return open_transformers(folder, batch_size=batch_size, instruction=instruction)
 
 

@@ -28,6 +28,7 @@ class Architecture(Protocol):
     cache_shape: CacheShape
     graphable: bool  # a step in which all sequences decode can be a CUDA graph
     reads_in_graphs: bool  # it may have any number of queries a sequence there: a prompt is such a step too
+    reads_together: bool  # `hidden` takes a step's `packed` prompts, which may be a CUDA graph
     extent: int  # pages of one sequence that lie together, where the block manager can have it so
 
     def plan(self, decodes: Decodes) -> Any:

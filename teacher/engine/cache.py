@@ -58,12 +58,17 @@ class PagedCache:
             self.entries_LPSE[:, target] = self.entries_LPSE[:, source]
 
 
+def cache_bytes(free_bytes: int) -> int:
+    """What a GPU's cache may take of what is free once the weights are there."""
+    return int(_CUDA_SHARE * free_bytes)
+
+
 def default_num_pages(
     shape: CacheShape, batch_size: int, max_positions: int, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Pages for `batch_size` sequences of the greatest length, or what memory allows, but for one of them at least."""
     a_sequence = -(-max_positions // PAGE)
-    allowed = _CPU_BYTES if device.type == "cpu" else int(_CUDA_SHARE * torch.cuda.mem_get_info(device)[0])
+    allowed = _CPU_BYTES if device.type == "cpu" else cache_bytes(torch.cuda.mem_get_info(device)[0])
     return min(batch_size * a_sequence, max(allowed // (PAGE * shape.bytes_per_token(dtype)), a_sequence))
 
 

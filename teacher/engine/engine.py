@@ -15,7 +15,7 @@ from teacher.engine.detokenizer import Decode
 from teacher.engine.run_ahead import LaunchedStep, RunAhead
 from teacher.engine.runner import ModelRunner, with_drafts
 from teacher.engine.sampler import score
-from teacher.engine.scheduler import Scheduler
+from teacher.engine.scheduler import Chunk, Scheduler
 from teacher.engine.sequence import Key, Sequence
 from teacher.engine.speculation import draft, take
 from teacher.engine.step import in_order
@@ -114,10 +114,22 @@ class Engine:
         self.num_drafts = self.num_accepted = 0
         step_tokens = max(max_step_tokens or default_step_tokens(model.device), batch_size * (1 + speculate))
         graphed = batch_size if cuda_graphs else 0
-        self.runner = ModelRunner(model, num_pages, max_graphed=graphed, drafts=speculate)
+        self.runner = ModelRunner(
+            model,
+            num_pages,
+            max_graphed=graphed,
+            max_rows=step_tokens,
+            drafts=speculate,
+            one_pass=lockstep is not None,
+        )
+        self._extent, self._warms_up = model.extent, model.reads_together
         self.blocks = BlockManager(num_pages, extent=model.extent, caching=prefix_caching)
         self.scheduler: Scheduler[Any] = Scheduler(
-            self.blocks, max_running=batch_size, max_step_tokens=step_tokens, max_chunk=max_chunk or step_tokens
+            self.blocks,
+            max_running=batch_size,
+            max_step_tokens=step_tokens,
+            max_chunk=max_chunk or step_tokens,
+            admits_together=self.runner.graphs is not None and model.reads_together,
         )
         self._run_ahead = RunAhead(
             self.runner,
@@ -127,6 +139,16 @@ class Engine:
             speculate=speculate,
             max_positions=self.max_positions,
         )
+
+    @torch.inference_mode()
+    def warm_up(self) -> Generator[int, None, None]:
+        """Compile kernels and capture graphs before there is work, yielding how many graphs are left after each.
+
+        Only of models whose prompts are read together; others capture a graph when they first need it.
+        """
+        graphs = self.runner.graphs
+        if graphs is not None and self._warms_up:
+            yield from graphs.warm_up(self.batch_size)
 
     def add(self, sequence: Sequence[Key]) -> None:
         """Let a sequence wait for its turn. One that can never fit gets a `fault`, and the next step returns it."""
@@ -186,7 +208,7 @@ class Engine:
         return ended
 
     def _schedule_and_run(self, before: LaunchedStep | None) -> LaunchedStep | None:
-        chunks = in_order(self.scheduler.schedule())
+        chunks = in_order(self.scheduler.schedule(), extent=self._extent)
         graphed = True
         if self._lockstep is not None:  # also without chunks: this rank's experts serve the others
             num_rows = sum(chunk.num_rows for chunk in chunks)
@@ -231,11 +253,14 @@ class Engine:
     def _append(self, step: LaunchedStep) -> None:
         """Count what was computed, and give whose text is in the cache a token, or two where its draft came true."""
         sampled = step.token_ids()
+        self.num_computed_tokens += sum([chunk.num_rows for chunk in step.chunks])
+        if step.is_counted:
+            self._append_one_each(step.chunks, sampled)
+            return
         row, rows, tokens_of_rows = 0, [], []
         for chunk in step.chunks:
             sequence, num_new = chunk.sequence, 0
             first, row = row, row + chunk.num_sampled
-            self.num_computed_tokens += chunk.num_rows
             if sequence.is_ended:
                 continue  # it ended, or was cancelled, while this step was under way
             if chunk.ends_text:
@@ -247,16 +272,34 @@ class Engine:
                 if sequence.sampling_params.top_logprobs:
                     rows += [(first + ahead, sequence) for ahead in range(len(tokens))]
                     tokens_of_rows += tokens
-            if step.is_counted:
-                self.scheduler.known(sequence, chunk.start, chunk.end)
-            else:
-                self.scheduler.computed(sequence, chunk.count + num_new)
+            self.scheduler.computed(sequence, chunk.count + num_new)
             if sequence.finish_reason is not None:
                 self.scheduler.remove(sequence)
                 self._ended.append(sequence)
         if rows:
             assert step.sampled.forward is not None
             self._score(step.sampled.forward.logits_ZV, rows, tokens_of_rows)
+
+    def _append_one_each(self, chunks: list[Chunk[Any]], sampled: list[int]) -> None:
+        """Do as `_append` for a step whose sequences have counted it: a token each, without drafts and logprobs.
+
+        Most steps are this one, and what it does a sequence is most of what the host does at all.
+        """
+        tokens, ends, num_written = iter(sampled), self.eos_token_ids, 0
+        for chunk in chunks:
+            sequence, token = chunk.sequence, next(tokens) if chunk.ends_text else None
+            if sequence.finish_reason is not None or not sequence.is_wanted:
+                continue  # it ended, or was cancelled, while this step was under way
+            if token is not None:
+                sequence.append(token, ends)
+                num_written += 1
+            end = chunk.start + chunk.count
+            if chunk.start // PAGE != end // PAGE or sequence.tail_key is not None:
+                self.scheduler.known(sequence, chunk.start, end)
+            if sequence.finish_reason is not None:
+                self.scheduler.remove(sequence)
+                self._ended.append(sequence)
+        self.num_written_tokens += num_written
 
     def _score(self, logits_ZV: Tensor, rows: list[tuple[int, Sequence[Any]]], tokens: list[int]) -> None:
         most = max(sequence.sampling_params.top_logprobs for _, sequence in rows)

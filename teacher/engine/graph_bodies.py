@@ -18,6 +18,7 @@ from teacher.engine.architecture import Architecture, DraftingArchitecture
 from teacher.engine.graph_inputs import COLUMNS, GraphInputs
 from teacher.engine.graph_pool import GraphOutput
 from teacher.engine.placeholders import resolve_placeholders
+from teacher.engine.prompt_inputs import PromptShape
 from teacher.engine.step import Decodes, Step
 from teacher.kernels.attention.mla_cache import PAGE
 from teacher.kernels.sampling.sample import Settings, draw
@@ -98,6 +99,29 @@ class GraphBodies:
         self._carry_over(tokens_B, drafts_B, torch.zeros_like(tokens_B))
         return GraphOutput(hidden_MD, torch.cat((tokens_B, drafts_B)))
 
+    def read_together(self, shape: PromptShape, end: End) -> GraphOutput:
+        """Read several prompts, or pieces of them, in rows of their own, and sample the token behind each."""
+        prompts = self._inputs.prompts
+        assert prompts is not None
+        packed = prompts.of(shape)
+        step = Step(
+            token_ids_M=packed.token_ids_R.long(),
+            positions_M=packed.positions_R.long(),
+            slots_M=packed.slots_R.long(),
+            decodes=[],
+            chunks=[],
+            sampled=torch.empty(0, device=self._model.device),
+            num_pages=0,
+            packed=packed.queries,
+        )
+        hidden_MD = self._model.hidden(step, self._entries_LPSE)
+        last_K = (packed.queries.spans_K3[:, 1].long() - 1).clamp(min=0)
+        params_K8 = prompts.sampling_K8[: shape.num_prompts]
+        tokens_K = self._draw(
+            self._model.logits(hidden_MD[last_K]), params_K8[:, COLUMNS.uniform][:, :1], params_K8, end
+        )
+        return GraphOutput(hidden_MD, tokens_K)
+
     def _carry_over(self, last_B: Tensor, drafts_B: Tensor, accepted_B: Tensor) -> None:
         """Make the next step's inputs of what this one has found."""
         size = len(last_B)
@@ -113,11 +137,15 @@ class GraphBodies:
         return self._model.logits(drafted_MD[rows_B])
 
     def _sample(self, logits_NV: Tensor, uniform_N1: Tensor, size: int, end: End) -> Tensor:
-        """Do as `sampler.choose` for one or two rows of each sequence, without a look at the parameters' values."""
+        """Sample for one or two rows of each sequence."""
+        params_N8 = self._inputs.sampling_B8[:size].repeat_interleave(len(logits_NV) // size, dim=0)
+        return self._draw(logits_NV, uniform_N1, params_N8, end)
+
+    def _draw(self, logits_NV: Tensor, uniform_N1: Tensor, params_N8: Tensor, end: End) -> Tensor:
+        """Do as `sampler.choose`, without a look at the parameters' values."""
         best_N = logits_NV.argmax(dim=-1)
         if end == End.GREEDY:
             return best_N
-        params_N8 = self._inputs.sampling_B8[:size].repeat_interleave(len(logits_NV) // size, dim=0)
         temperature_N1 = params_N8[:, COLUMNS.temperature]
         is_greedy_N1 = temperature_N1 == 0
         probabilities_NV = (logits_NV / torch.where(is_greedy_N1, 1.0, temperature_N1).float()).softmax(dim=-1)

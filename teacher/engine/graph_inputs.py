@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from teacher.engine.prompt_inputs import PromptInputs
 from teacher.engine.scheduler import Chunk
+from teacher.engine.seats import Seats
 from teacher.engine.sequence import Sequence
 
 
@@ -49,10 +51,17 @@ class CarriedInputs(NamedTuple):
 
 
 class GraphInputs:
-    """Inputs of all graphs of one model: up to `max_sequences` with `num_queries` rows each, or one short prompt."""
+    """Inputs of all graphs of one model: up to `max_sequences` with `num_queries` rows each, one short prompt, or many
+    together, of up to `rows_together` tokens; 0: the model does not read them so."""
 
     def __init__(
-        self, max_sequences: int, num_queries: int, num_pages: int, max_prompt_rows: int, device: torch.device
+        self,
+        max_sequences: int,
+        num_queries: int,
+        num_pages: int,
+        max_prompt_rows: int,
+        rows_together: int,
+        device: torch.device,
     ) -> None:
         self.num_queries = num_queries
         self.num_pages = num_pages
@@ -71,15 +80,21 @@ class GraphInputs:
         self.draft_rows_B = torch.zeros(max_sequences, dtype=torch.int64, device=device)
         self.prompt_M = torch.zeros(max_prompt_rows, dtype=torch.int64, device=device)
         self.prompt_start, self.prompt_end = torch.zeros(2, 1, dtype=torch.int32, device=device)
+        self.prompts = PromptInputs(rows_together, num_pages, device) if rows_together else None
+        self._seats = Seats(max_sequences, num_pages)
 
     def fill_rows(self, chunks: list[Chunk[Any]], size: int) -> None:
         """Put tokens and lengths of decoding sequences, and padding up to `size` of them."""
         num_rows = size * self.num_queries
         host = self._on_host(num_rows + size)
         numbers = host.numpy()
-        tokens = [token for chunk in chunks for token in chunk.token_ids]
+        if self.num_queries == 1:
+            tokens = [(chunk.sequence.generated_ids or chunk.sequence.prompt_ids)[-1] for chunk in chunks]
+            numbers[num_rows : num_rows + len(chunks)] = [chunk.start + 1 for chunk in chunks]
+        else:
+            tokens = [token for chunk in chunks for token in chunk.token_ids]
+            numbers[num_rows : num_rows + len(chunks)] = [chunk.end for chunk in chunks]
         numbers[: len(tokens)] = tokens
-        numbers[num_rows : num_rows + len(chunks)] = [chunk.end for chunk in chunks]
         there = host.to(self._device, non_blocking=True)
         self.carried.token_ids_BT[:size] = there[:num_rows].view(size, -1)
         self.carried.lengths_B[:size] = there[num_rows:]
@@ -101,28 +116,25 @@ class GraphInputs:
     def fill_pages(self, sequences: list[Sequence[Any]]) -> list[int]:
         """Put the sequences' page tables, and return how many pages each has."""
         num_pages = [len(sequence.pages) for sequence in sequences]
-        widest = max(num_pages)
-        host = self._on_host(len(sequences) * widest).view(-1, widest)
-        pages = host.numpy()
-        for number, sequence in enumerate(sequences):
-            pages[number, : len(sequence.pages)] = sequence.pages
-        self.pages_BQ[: len(sequences), :widest] = host.to(self._device, non_blocking=True)
+        pages_BQ = self._seats.pages_of(sequences, max(num_pages))
+        host = self._on_host(pages_BQ.size).view(pages_BQ.shape)
+        host.numpy()[:] = pages_BQ
+        self.pages_BQ[: len(sequences), : pages_BQ.shape[1]] = host.to(self._device, non_blocking=True)
         return num_pages
 
-    def fill_sampling(self, sequences: list[Sequence[Any]], known_ahead: int = 0) -> None:
-        """Put each sequence's uniform numbers and sampling parameters.
+    def fill_sampling(self, sequences: list[Sequence[Any]], known_ahead: int = 0, into: Tensor | None = None) -> None:
+        """Put each sequence's uniform numbers and sampling parameters, `into` another table where one is given.
 
         `known_ahead` tokens of each are certain to be written by the step under way, beside its placeholders.
         """
-        table = []
-        num_uniform = 1 if self.num_queries == 1 else 4
-        for sequence in sequences:
-            params, first = sequence.sampling_params, sequence.num_placeholders + known_ahead
-            uniform = [sequence.uniform(first + ahead) for ahead in range(num_uniform)]
-            cuts = params.top_p, params.min_p, params.top_k or torch.iinfo(torch.int32).max
-            table.append([*uniform, *[0.0] * (4 - num_uniform), *cuts, params.temperature])
-        host = torch.tensor(table, dtype=torch.float64, pin_memory=self._device.type == "cuda")
-        self.sampling_B8[: len(sequences)] = host.to(self._device, non_blocking=True)
+        pinned = self._device.type == "cuda"
+        host = torch.zeros(len(sequences), 8, dtype=torch.float64, pin_memory=pinned)
+        table = host.numpy()
+        for column in range(1 if self.num_queries == 1 else 4):
+            table[:, column] = Sequence.uniforms_of(sequences, known_ahead + column)
+        table[:, 4:] = self._seats.settings_of(sequences)
+        there = self.sampling_B8 if into is None else into
+        there[: len(sequences)].copy_(host, non_blocking=True)
 
     def fill_draft_rows(self, next_ids: list[int], rows: list[int], size: int) -> None:
         """Put the token after each row, and the rows to draft at."""

@@ -49,12 +49,22 @@ class SampledTokens(NamedTuple):
 
 
 class ModelRunner:
-    """A model and its cache. On a GPU steps of up to `max_graphed` sequences, all of which decode, are CUDA graphs.
+    """A model and its cache. On a GPU steps of up to `max_graphed` sequences and `max_rows` tokens are CUDA graphs.
 
-    With `drafts` the model's draft layers have their places in the cache behind its own.
+    With `one_pass` a step is never two passes over the model, one for who decodes and one for prompts. With `drafts`
+    the model's draft layers have their places in the cache behind its own.
     """
 
-    def __init__(self, model: Architecture, num_pages: int, *, max_graphed: int = 0, drafts: bool = False) -> None:
+    def __init__(
+        self,
+        model: Architecture,
+        num_pages: int,
+        *,
+        max_graphed: int = 0,
+        max_rows: int = 4096,
+        drafts: bool = False,
+        one_pass: bool = False,
+    ) -> None:
         self.model = model
         shape = with_drafts(model) if drafts else model.cache_shape
         self.cache = PagedCache(shape, num_pages, model.dtype, model.device, extent=model.extent)
@@ -63,7 +73,9 @@ class ModelRunner:
         self._entries, self._draft_entries = self.cache.entries_LPSE.split((num_layers, shape.num_layers - num_layers))
         self.graphs: DecodeGraphs | None = None
         if max_graphed and model.graphable:
-            self.graphs = DecodeGraphs(model, self._entries, max_graphed, self._draft_entries if drafts else None)
+            draft_entries = self._draft_entries if drafts else None
+            sizes: dict[str, Any] = {"max_rows": max_rows, "one_pass": one_pass}
+            self.graphs = DecodeGraphs(model, self._entries, max_graphed, draft_entries, **sizes)
             self.cache.clear(num_pages)  # padding may look at any page
 
     def num_warm_ups(self, chunks: list[Chunk[Any]]) -> int:
@@ -71,8 +83,7 @@ class ModelRunner:
         graphs = self.graphs
         if graphs is None or not chunks:
             return 0
-        is_graph = graphs.fit(chunks) or (graphs.fit_prompt(chunks) and graphs.may_sample(chunks))
-        return graphs.num_warm_ups(chunks) if is_graph else 0
+        return graphs.num_warm_ups(chunks) if graphs.fit_step(chunks) or graphs.fit(chunks) else 0
 
     @torch.inference_mode()
     def run(
@@ -85,12 +96,10 @@ class ModelRunner:
         Only where `graphed` may this be a graph.
         """
         graphs = self.graphs if graphed else None
-        if graphs is not None and graphs.may_sample(chunks):
-            decodes = graphs.fit(chunks)
-            if decodes or graphs.fit_prompt(chunks):
-                self.cache.copy(copies)
-                graph = graphs.sample(chunks, before_Z) if decodes else graphs.read(chunks[0])
-                return SampledTokens(graph.rows, graph.drafts_B, graph=graph)
+        if graphs is not None and graphs.fit_step(chunks):
+            self.cache.copy(copies)
+            tokens_Z, graph = graphs.step(chunks, before_Z)
+            return SampledTokens(tokens_Z, None if graph is None else graph.drafts_B, graph=graph)
         forward = self.forward(chunks, copies, before_Z, graphed)
         # Each row behind which a token is drawn, and the draft among its tokens that the sequence does not have yet.
         places = [(chunk.sequence, [chunk.draft][:ahead]) for chunk in chunks for ahead in range(chunk.num_sampled)]

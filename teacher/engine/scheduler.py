@@ -4,15 +4,17 @@ Sequences that decode come first, a token each and the draft of another where th
 is left of the step's budget goes to prompts, chunk by chunk, in the order of their arrival, so that each step brings
 the first of them forward and none starves.
 
-A sequence is admitted when the pages of all its tokens are there, and one more for every sequence that runs. When they
-run out nevertheless, the newest lets go of its own and waits at the head of the queue, with its text and its random
-numbers: what it says does not change, only its latents are computed again.
+A sequence is admitted when the pages of all its tokens are there, and one more for every sequence that runs. Where a
+prompt costs a pass of its own, admissions are held back for a few steps until some places are free: one pass then reads
+several prompts, and the places that stand empty meanwhile are few of many.
+
+When pages run out nevertheless, the newest sequence lets go of its own and waits at the head of the queue, with its
+text and its random numbers: what it says does not change, only its latents are computed again.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Generic
 
 from teacher.engine.block_manager import BlockManager, Copy, num_pages_for, page_key
@@ -21,24 +23,23 @@ from teacher.kernels.attention.mla_cache import PAGE
 
 # How many waiting sequences are looked at behind one that waits for the prompt it shares.
 _LOOK_AHEAD = 64
+# Admissions wait for one place in so many to be free, and no longer than so many steps.
+_PLACES_A_FREE_ONE = 32
+_MOST_HELD_STEPS = 16
 
 
-@dataclass
 class Chunk(Generic[Key]):
     """The next `count` tokens of a sequence, and behind them, if it is there, the `draft` of the one that may follow.
 
     `start` is where they begin; `ends_text` whether logits behind them say how the text goes on.
     """
 
-    sequence: Sequence[Key]
-    count: int
-    draft: int | None = None
-    start: int = field(init=False)
-    ends_text: bool = field(init=False)
+    __slots__ = ("count", "draft", "ends_text", "sequence", "start")
 
-    def __post_init__(self) -> None:
-        self.start = self.sequence.num_computed
-        self.ends_text = self.count == self.sequence.num_left
+    def __init__(self, sequence: Sequence[Key], count: int, draft: int | None = None) -> None:
+        self.sequence, self.count, self.draft = sequence, count, draft
+        self.start = sequence.num_computed
+        self.ends_text = self.start + count == len(sequence.prompt_ids) + len(sequence.generated_ids)
 
     @property
     def num_rows(self) -> int:
@@ -71,7 +72,15 @@ class Chunk(Generic[Key]):
 class Scheduler(Generic[Key]):
     """Sequences that run, in the order of admission, and those that wait."""
 
-    def __init__(self, blocks: BlockManager, *, max_running: int, max_step_tokens: int, max_chunk: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_running: int,
+        max_step_tokens: int,
+        max_chunk: int,
+        admits_together: bool = False,
+    ) -> None:
         if max_step_tokens < max_running:
             raise ValueError(f"max_step_tokens must be at least {max_running}, got {max_step_tokens}")
         self.blocks = blocks
@@ -81,6 +90,8 @@ class Scheduler(Generic[Key]):
         self._max_running = max_running
         self._max_step_tokens = max_step_tokens
         self._max_chunk = max_chunk
+        self._wanted_places = max(max_running // _PLACES_A_FREE_ONE, 1) if admits_together else 1
+        self._num_held_steps = 0
         self._being_computed: dict[bytes, Sequence[Key]] = {}  # keys of pages that others may wait for
 
     def schedule(self) -> list[Chunk[Key]]:
@@ -92,10 +103,20 @@ class Scheduler(Generic[Key]):
             if left and sequence.num_left > 1:
                 chunks.append(self._chunk(sequence, left))
                 left -= chunks[-1].count
+        if self._holds_back(is_decoding=bool(chunks)):
+            return chunks
         while left and len(self.running) < self._max_running and (sequence := self._admit()) is not None:
             chunks.append(self._chunk(sequence, left))
             left -= chunks[-1].count
         return chunks
+
+    def _holds_back(self, *, is_decoding: bool) -> bool:
+        """Tell whether admissions wait for more places to be free."""
+        num_free = self._max_running - len(self.running)
+        wanted = min(self._wanted_places, len(self.waiting))
+        holds = is_decoding and 0 < num_free < wanted and self._num_held_steps < _MOST_HELD_STEPS
+        self._num_held_steps = self._num_held_steps + 1 if holds else 0
+        return holds
 
     def reserve_lookahead(self, sequences: list[Sequence[Key]], num_lookahead_tokens: int) -> bool:
         """Reserve pages for so many tokens more than are known, if the next step is sure to be of these again.
@@ -147,11 +168,16 @@ class Scheduler(Generic[Key]):
     def _decodes(self) -> list[Chunk[Key]]:
         chunks = []
         for sequence in tuple(self.running):
-            decodes = sequence.num_left == 1 and sequence.pages and not sequence.is_written
-            if decodes and self._make_room(sequence):
+            # This is asked of every sequence at every step: `num_left` and `is_written`, spelled out.
+            num_generated = len(sequence.generated_ids)
+            num_tokens = len(sequence.prompt_ids) + num_generated
+            if num_tokens - sequence.num_computed != 1 or num_generated >= sequence.max_tokens or not sequence.pages:
+                continue
+            if num_tokens <= PAGE * len(sequence.pages) or self._make_room(sequence):
                 chunks.append(Chunk(sequence, 1))
         for chunk in chunks[: self._max_step_tokens - len(chunks)]:  # only now: no sequence gives way to a draft
-            self._add_draft(chunk)
+            if chunk.sequence.draft is not None:
+                self._add_draft(chunk)
         return chunks
 
     def _add_draft(self, chunk: Chunk[Key]) -> None:
@@ -260,7 +286,11 @@ class Scheduler(Generic[Key]):
             keys.append(page_key(keys[-1] if keys else b"", sequence.tokens(start, start + PAGE)))
         if index < len(keys):
             return keys[index]
-        return page_key(keys[-1] if keys else b"", sequence.tokens(index * PAGE, sequence.num_tokens))
+        length, key = sequence.last_key  # who waits is looked at more than once
+        if length != sequence.num_tokens:
+            key = page_key(keys[-1] if keys else b"", sequence.tokens(index * PAGE, sequence.num_tokens))
+            sequence.last_key = sequence.num_tokens, key
+        return key
 
     def _release(self, sequence: Sequence[Key]) -> None:
         self.blocks.release(sequence.pages)

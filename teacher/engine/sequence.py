@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import deque
 from collections.abc import Hashable, Sequence as Tokens
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from teacher.engine.placeholders import placeholder
 from teacher.engine.sampler import SamplingParams
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from teacher.engine.guide import Grammar, Guide
 
 Key = TypeVar("Key", bound=Hashable)
+# Random numbers are drawn so many at a time.
+_DRAWN_TOGETHER = 64
 # One token's: its own, and the likeliest ones with theirs.
 Logprobs = tuple[float, list[tuple[int, float]]]
 
@@ -58,11 +62,12 @@ class Sequence(Generic[Key]):
     prompt_logprobs: list[Logprobs] = field(default_factory=list)  # one a token of the prompt but the first, likewise
     watch: Watch | None = None  # the engine's, for stops and repetition
     counts: TokenCounts | None = None  # the engine's, for penalties
-    # The engine's: pages of the cache in order, how many tokens have their latents there, the keys of full pages, and
-    # that of the prompt's last one where it is not full.
+    # The engine's: pages of the cache in order, how many tokens have their latents there, the keys of full pages, that
+    # of the last one where it is not full, by the number of tokens, and the prompt's, for who waits to be told of it.
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     page_keys: list[bytes] = field(default_factory=list)
+    last_key: tuple[int, bytes] = 0, b""
     tail_key: bytes | None = None
     # A guess at the next token, and how many were made and how many of them came true.
     draft: int | None = None
@@ -71,20 +76,35 @@ class Sequence(Generic[Key]):
     # Tokens that a step under way samples (`run_ahead`), at the end of `generated_ids`.
     num_placeholders: int = 0
     is_wanted: bool = True
+    seat: int = -1  # its row in the host's tables of decoding sequences (`graph_inputs`)
     _forced: deque[int] = field(default_factory=deque)
     _random: random.Random | None = None
-    _uniforms: deque[float] = field(default_factory=deque)  # drawn for tokens that are not there yet
+    _uniforms: array[float] = field(default_factory=lambda: array("d"))  # of all generated tokens, and some to come
 
     def uniform(self, ahead: int = 0) -> float:
-        """The number in [0, 1) that decides the next token, or the one `ahead` tokens later; `append` uses one up.
+        """The number in [0, 1) that decides the next token, or the one `ahead` tokens later."""
+        return self.uniform_of(self.num_written + ahead)
+
+    def uniform_of(self, number: int) -> float:
+        """The number in [0, 1) that decides the generated token with this number, from zero.
 
         Python's generator is the same in every version.
         """
-        if self._random is None:
-            self._random = random.Random(self.seed)
-        while len(self._uniforms) <= ahead:
-            self._uniforms.append(self._random.random())
-        return self._uniforms[ahead]
+        if number >= len(self._uniforms):
+            if self._random is None:
+                self._random = random.Random(self.seed)
+            while number >= len(self._uniforms):
+                self._uniforms.extend([self._random.random() for _ in range(_DRAWN_TOGETHER)])
+        return self._uniforms[number]
+
+    @staticmethod
+    def uniforms_of(sequences: list[Sequence[Any]], ahead: int) -> list[float]:
+        """The numbers that decide each one's first token behind those that it has or expects, or one `ahead` of it."""
+        numbers = []
+        for sequence in sequences:
+            drawn, number = sequence._uniforms, len(sequence.generated_ids) + ahead
+            numbers.append(drawn[number] if number < len(drawn) else sequence.uniform_of(number))
+        return numbers
 
     @property
     def forced(self) -> int | None:
@@ -96,10 +116,8 @@ class Sequence(Generic[Key]):
 
         An end token is kept in `generated_ids` and ends the sequence.
         """
-        if self._uniforms:
-            self._uniforms.popleft()
         token = self._forced.popleft() if self._forced else sampled
-        num_generated = self.num_written + 1
+        num_generated = len(self.generated_ids) - self.num_placeholders + 1
         if self.num_placeholders:
             self.generated_ids[num_generated - 1] = token
             self.num_placeholders -= 1
@@ -143,7 +161,7 @@ class Sequence(Generic[Key]):
         depends = self.thinking is not None or self._forced or self.counts is not None or self.guide is not None
         return not (depends or self.sampling_params.top_logprobs)
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Tell whether a graph can draw its tokens: the logits are not changed before it, and not kept."""
         params = self.sampling_params

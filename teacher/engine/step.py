@@ -17,6 +17,7 @@ from torch import Tensor
 
 from teacher.engine.block_manager import num_pages_for
 from teacher.engine.scheduler import Chunk
+from teacher.kernels.attention.gqa_prefill import PackedQueries
 from teacher.kernels.attention.mla_cache import PAGE
 
 
@@ -74,13 +75,22 @@ class Step:
     chunks: list[PromptChunk]
     sampled: Tensor
     num_pages: int
+    packed: PackedQueries | None = None  # in the place of decodes and chunks: prompts that a graph reads
 
 
-def in_order(chunks: list[Chunk[Any]]) -> list[Chunk[Any]]:
-    """Decoding sequences first, by where their last pages lie: neighbours in the cache are neighbours in the step."""
+def in_order(chunks: list[Chunk[Any]], *, extent: int = 1) -> list[Chunk[Any]]:
+    """Decoding sequences first, those with a draft last of them; then prompts, those that go on last.
+
+    With extents neighbours in the cache are neighbours in the step: sequences stand by where their last pages lie.
+    """
     decodes = [chunk for chunk in chunks if chunk.count == 1]
-    decodes.sort(key=lambda chunk: (chunk.num_rows, chunk.sequence.pages[-1]))
-    return decodes + [chunk for chunk in chunks if chunk.count > 1]
+    if extent > 1:
+        decodes.sort(key=lambda chunk: (chunk.num_rows, chunk.sequence.pages[-1]))
+    elif any(chunk.draft is not None for chunk in decodes):
+        decodes.sort(key=lambda chunk: chunk.num_rows)
+    prompts = [chunk for chunk in chunks if chunk.count > 1]
+    prompts.sort(key=lambda chunk: not chunk.ends_text)
+    return decodes + prompts
 
 
 def build_step(chunks: list[Chunk[Any]], device: torch.device) -> Step:

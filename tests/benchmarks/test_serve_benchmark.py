@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.serve import floor, pico, real, v3
+from benchmarks.serve import floor, pico, real, students, v3
 from tests.repository import REPOSITORY
 
 
@@ -37,6 +37,13 @@ def test_the_program_prints_a_table_and_writes_it(tmp_path: Path) -> None:
         ("ours", "student, requests at once", 4),
         *(("ours", scenario, 1) for scenario in published),
     ]
+    of_students = json.loads((tmp_path / "serve-students.json").read_text())
+    assert of_students["left_out"] == ["Qwen2.5-Coder-1.5B-Instruct: not in models/ or $POTSTILL_MODELS"]
+    found = [(row["engine"], row["model"], row["scenario"], row["batch"]) for row in of_students["rows"]]
+    assert found == [("ours", real.NAMES[0], kind, number) for number in (1, 2) for kind in students.KINDS]
+    for row in of_students["rows"]:
+        assert row["tokens_per_s"] > 0
+        assert 0 < sum(row["tokens"]) <= row["prompts"] * (4 if row["scenario"] == students.STEADY else 8)
     for row in written["rows"]:
         assert row["tokens_per_s"] > 0
         assert f"{row['tokens_per_s']:.0f}/s" in result.stdout

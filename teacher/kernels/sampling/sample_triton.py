@@ -3,7 +3,8 @@
 FP32 numbers that are not negative lie in the order of their bit patterns. A search holds two patterns: the tail of the
 lower one (all tokens at least that likely) reaches a target, that of the upper one does not. One pass over the row
 looks at three patterns between them and leaves a quarter, so that some sixteen passes find the boundary to the last
-bit. A program takes a row; a search that the row's settings do not ask for is not made.
+bit. A program takes a row; a search that the row's settings do not ask for is not made, nor one that ends at the
+likeliest token, since that alone reaches the target: so most tokens of a model that is sure cost three passes.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def _draw(p_ptr, settings_ptr, tokens_ptr, num_tokens, stride, TOKENS: tl.conste
         tokens = start + tl.arange(0, TOKENS)
         most = tl.maximum(most, tl.load(row_ptr + tokens, mask=tokens < num_tokens, other=0.0))
     best = tl.max(most, axis=0)
+    highest = best.to(tl.float64)
     top = best.to(tl.int32, bitcast=True) + 1
     lowest = top * 0  # the pattern of the least likely token that may be drawn
     mass = _tail(row_ptr, num_tokens, lowest, False, TOKENS)
@@ -103,7 +105,8 @@ def _draw(p_ptr, settings_ptr, tokens_ptr, num_tokens, stride, TOKENS: tl.conste
         mass = kept
     # 3. Nucleus: how far the best tokens reach top_p of that.
     if top_p < 1.0:
-        pattern, above = _search(row_ptr, num_tokens, top_p * kept, lowest, top, False, False, TOKENS)
+        low = tl.where(top_p * kept <= highest, top - 1, lowest)
+        pattern, above = _search(row_ptr, num_tokens, top_p * kept, low, top, False, False, TOKENS)
         likelihood = pattern.to(tl.float32, bitcast=True).to(tl.float64)
         # Of equally likely tokens the first ones, down to that which crosses the border.
         num_equal = tl.maximum(tl.ceil((top_p * kept - above) / tl.maximum(likelihood, 1e-300)), 1.0)
@@ -111,7 +114,7 @@ def _draw(p_ptr, settings_ptr, tokens_ptr, num_tokens, stride, TOKENS: tl.conste
         lowest = tl.maximum(lowest, pattern)
     # 4. min-p: a pattern that needs no search.
     if min_p > 0.0:
-        limit = min_p * best.to(tl.float64)
+        limit = min_p * highest
         rounded = limit.to(tl.float32)
         pattern = rounded.to(tl.int32, bitcast=True) + (rounded.to(tl.float64) < limit).to(tl.int32)
         pattern = tl.minimum(pattern, top - 1)
@@ -119,8 +122,9 @@ def _draw(p_ptr, settings_ptr, tokens_ptr, num_tokens, stride, TOKENS: tl.conste
         lowest = tl.maximum(lowest, pattern)
 
     # 5. The token at which the sum in falling order passes the uniform number.
-    target = uniform * tl.maximum(mass, best.to(tl.float64))
-    pattern, above = _search(row_ptr, num_tokens, target, lowest, top, False, True, TOKENS)
+    target = uniform * tl.maximum(mass, highest)
+    low = tl.where(target < highest, top - 1, lowest)
+    pattern, above = _search(row_ptr, num_tokens, target, low, top, False, True, TOKENS)
     likelihood = pattern.to(tl.float32, bitcast=True).to(tl.float64)
     rank = tl.floor((target - above) / tl.maximum(likelihood, 1e-300)).to(tl.int32)
     # 6. Of equally likely ones, the rank-th by index.

@@ -1,4 +1,5 @@
-"""Grouped-query attention by the project's kernels (`teacher.kernels`), for a GPU; a prompt's chunk by torch's SDPA.
+"""Grouped-query attention by the project's kernels (`teacher.kernels`), for a GPU; a prompt's chunk by torch's SDPA,
+or, of several prompts in one graph, by the project's too.
 
 Heads of a width that the kernels do not take are computed by the twins in plain torch, as is everything on GPUs without
 FP8, on which no kernel was tried: right, and slow.
@@ -16,6 +17,7 @@ from teacher.engine.cache import gathered
 from teacher.engine.step import Decodes, PromptChunk, Step
 from teacher.kernels.attention.gqa_cache import place_heads
 from teacher.kernels.attention.gqa_decode import fits, gqa_decode, gqa_decode_twin, num_shares
+from teacher.kernels.attention.gqa_prefill import PackedQueries, gqa_prefill
 from teacher.kernels.attention.mla_schedule import schedule_decode
 from teacher.kernels.attention.reference import HeadNorms, place_heads_twin
 from teacher.kernels.device import has_fp8
@@ -60,6 +62,10 @@ class GqaKernels:
         if not self._fits:
             return gqa_decode_twin(*given, **kind)
         return gqa_decode(*given, **kind, schedule=plan.schedule)
+
+    def read_together(self, query_MHA: Tensor, cache_PSE: Tensor, packed: PackedQueries) -> Tensor:
+        kind = {"scale": self._scale, "kv_heads": self._config.num_key_value_heads}
+        return gqa_prefill(query_MHA, cache_PSE, packed, **kind)
 
     def read(self, query_THA: Tensor, cache_PSE: Tensor, chunk: PromptChunk) -> Tensor:
         num_queries, _, width = query_THA.shape

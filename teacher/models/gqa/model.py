@@ -18,6 +18,7 @@ from torch import Tensor
 
 from teacher.engine.cache import CacheShape
 from teacher.engine.step import Decodes, Step
+from teacher.kernels.pointwise.pointwise import add_rms_norm, swiglu
 from teacher.models.arithmetic import fp32_product, linear
 from teacher.models.gqa.operations import GqaOperations, gqa_operations_for
 from teacher.models.gqa.weights import GqaLayer, GqaWeights, Linear, load_gqa
@@ -36,7 +37,8 @@ class GqaModel:
         self.max_positions = config.max_position_embeddings
         self.cache_shape = CacheShape(config.num_hidden_layers, 2 * config.num_key_value_heads * config.head_dim)
         self.extent, self.graphable = self.operations.extent, self.operations.graphable
-        self.reads_in_graphs = False  # its kernel takes one query of a sequence
+        self.reads_in_graphs = False  # its decoding kernel takes one query of a sequence
+        self.reads_together = self.graphable
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> GqaModel:
@@ -58,16 +60,23 @@ class GqaModel:
 
     def hidden(self, step: Step, entries_LPSE: Tensor) -> Tensor:
         x_MD = self.weights.embedding[step.token_ids_M]
-        for layer, cache_PSE in zip(self.weights.layers, entries_LPSE, strict=True):
-            x_MD = x_MD + self._attention(layer, self._norm(x_MD, layer.attention_norm), step, cache_PSE)
-            x_MD = x_MD + self._mlp(layer, self._norm(x_MD, layer.mlp_norm))
-        return self._norm(x_MD, self.weights.norm)
+        normed_MD = self._norm(x_MD, self.weights.layers[0].attention_norm)
+        # What a branch gives is added by the norm behind it.
+        behind = [*(layer.attention_norm for layer in self.weights.layers[1:]), self.weights.norm]
+        for layer, cache_PSE, norm_D in zip(self.weights.layers, entries_LPSE, behind, strict=True):
+            branch_MD = self._attention(layer, normed_MD, step, cache_PSE)
+            x_MD, normed_MD = self._add_norm(x_MD, branch_MD, layer.mlp_norm)
+            x_MD, normed_MD = self._add_norm(x_MD, self._mlp(layer, normed_MD), norm_D)
+        return normed_MD
 
     def logits(self, x_ZD: Tensor) -> Tensor:
         return fp32_product(x_ZD, self.weights.head)
 
     def _attention(self, layer: GqaLayer, x_MD: Tensor, step: Step, cache_PSE: Tensor) -> Tensor:
         query_MHA = self.operations.place(self._linear(x_MD, layer.qkv), layer, step, cache_PSE)
+        if step.packed is not None:
+            out_MHA = self.operations.read_together(query_MHA, cache_PSE, step.packed)
+            return self._linear(out_MHA.flatten(1), layer.o)
         outs: list[Tensor] = []
         row = 0
         for decodes in step.decodes:
@@ -79,14 +88,16 @@ class GqaModel:
         return self._linear(out_MHA.flatten(1), layer.o)
 
     def _mlp(self, layer: GqaLayer, x_MD: Tensor) -> Tensor:
-        gate, up = self._linear(x_MD, layer.gate_up).chunk(2, dim=-1)
-        return self._linear(self._silu(gate) * up, layer.down)
+        return self._linear(self._swiglu(self._linear(x_MD, layer.gate_up)), layer.down)
 
     def _norm(self, x_MD: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x_MD, (x_MD.shape[-1],), weight, self.config.rms_norm_eps)
 
+    def _add_norm(self, x_MD: Tensor, branch_MD: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x_MD, branch_MD, weight, self.config.rms_norm_eps)
+
     def _linear(self, x: Tensor, part: Linear) -> Tensor:
         return linear(x, part.weight, part.bias)
 
-    def _silu(self, x: Tensor) -> Tensor:
-        return F.silu(x)
+    def _swiglu(self, gate_up: Tensor) -> Tensor:
+        return swiglu(gate_up)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from teacher.engine.cache import gathered
 from teacher.engine.step import Decodes, PromptChunk, Step
+from teacher.kernels.attention.gqa_prefill import PackedQueries
 from teacher.model.rope import rotate
 from teacher.models.cpu_attention import EXTENT, HeadLayout, PiecePlan, attend_pieces, causal_bias, plan_pieces
 from teacher.models.gqa.weights import GqaLayer, GqaWeights
@@ -45,6 +46,10 @@ class GqaOperations(Protocol):
         """Causal attention of a chunk, [T, H, A]."""
         ...
 
+    def read_together(self, query_MHA: Tensor, cache_PSE: Tensor, packed: PackedQueries) -> Tensor:
+        """Causal attention of several prompts' rows, [M, H, A]. Only what is `graphable` needs it."""
+        ...
+
 
 def gqa_operations_for(weights: GqaWeights) -> GqaOperations:
     """Choose by where the weights are: kernels on a GPU, plain torch on a CPU."""
@@ -72,6 +77,9 @@ class PlainGqa:
 
     def plan_on_device(self, pages_BQ: Tensor, lengths_B: Tensor) -> PiecePlan:
         raise NotImplementedError("attention on a CPU is planned by the pages' numbers")
+
+    def read_together(self, query_MHA: Tensor, cache_PSE: Tensor, packed: PackedQueries) -> Tensor:
+        raise NotImplementedError("prompts are read one by one on a CPU")
 
     def place(self, qkv_MX: Tensor, layer: GqaLayer, step: Step, cache_PSE: Tensor) -> Tensor:
         return place_plainly(qkv_MX, layer, self._config, self._tables, step, cache_PSE)

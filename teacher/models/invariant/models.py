@@ -73,8 +73,9 @@ class InvariantGqaModel(_Invariant, GqaModel):
     def _linear(self, x: Tensor, part: Linear) -> Tensor:
         return linear(x, part.weight, part.bias)
 
-    def _silu(self, x: Tensor) -> Tensor:
-        return silu(x)
+    def _swiglu(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return silu(gate) * up
 
 
 class InvariantLatentModel(_Invariant, LatentModel):

@@ -56,6 +56,7 @@ class LatentModel:
         self.num_draft_layers = 0 if weights.mtp is None else 1
         self.extent = self.operations.extent
         self.graphable = self.reads_in_graphs = self.operations.graphable
+        self.reads_together = False  # its kernel takes as many queries of each sequence
         self._widths = Widths(
             num_heads=config.num_attention_heads,
             nope=config.qk_nope_head_dim,

@@ -390,3 +390,34 @@ def test_what_is_live_stays_together_and_what_idles_moves_out_of_the_way() -> No
     assert new == [0, 1]
     assert [blocks.lookup(key) for key in keys] == [15, 14, 2, 3]
     assert blocks.take_copies() == [(0, 15), (1, 14)]
+
+
+def test_admissions_wait_for_some_places_where_prompts_are_passes_of_their_own() -> None:
+    """Of 64 places two must be free, if two wait; but nobody waits for long, nor where nothing decodes."""
+    scheduler: Scheduler[int] = Scheduler(
+        BlockManager(200), max_running=64, max_step_tokens=4096, max_chunk=4096, admits_together=True
+    )
+
+    def step() -> list[int]:
+        """The prompts that were begun."""
+        begun = []
+        for chunk in scheduler.schedule():
+            sequence = chunk.sequence
+            begun += [sequence.key] if chunk.start == 0 else []
+            sequence.generated_ids.append(7)
+            scheduler.computed(sequence, chunk.count)
+        return begun
+
+    scheduler.waiting.extend(Sequence(n, [n, *range(20)], 100, seed=n) for n in range(70))
+    assert step() == list(range(64))
+    scheduler.remove(scheduler.running[5])
+    assert step() == []
+    scheduler.remove(scheduler.running[9])
+    assert step() == [64, 65]
+    scheduler.remove(scheduler.running[9])
+    begun = [step() for _ in range(20)]
+    assert begun == [[]] * 16 + [[66]] + [[]] * 3
+    for _ in range(2):
+        scheduler.remove(scheduler.waiting[-1])
+    scheduler.remove(scheduler.running[0])
+    assert step() == [67], "no more wait than there are places"

@@ -1,0 +1,1 @@
+"""What stands between the products of a model that is not quantised."""
