@@ -55,7 +55,7 @@ def score_model(
     question_alone: bool = False,
     limit: int | None = None,
     held_out: Path | None = None,
-    bench_data: str | None = None,
+    bench_data: Path | None = None,
     limits: ReadLimits = DEFAULT_LIMITS,
     progress: Progress | None = None,
 ) -> list[ScoreCard]:
@@ -67,7 +67,11 @@ def score_model(
     """
     rows: list[dict[str, Any]] = []
     cards: list[ScoreCard] = []
-    metadata = {"held_out": str(held_out or ""), "bench_data": bench_data, "limits": limits.model_dump()}
+    metadata = {
+        "held_out": str(held_out or ""),
+        "bench_data": bench_data and str(bench_data),
+        "limits": limits.model_dump(),
+    }
     for suite in suites:
         config = task_config(suite, num_samples=num_samples, sampling=sampling, question_alone=question_alone)
         samples, results = _run_task(model, verifier, config, seed, limit, metadata, subject, progress or silent())

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from distill.benchmarks import bench_folder, hub_identities, parts_of_suites
 from distill.bundled import locate
 from distill.cores import num_cores
 from distill.errors import DataError
@@ -36,7 +37,7 @@ from distill.recipe import (
 from distill.records import Example, Problem, Role, Sampling, StageManifest
 from distill.tables import read_records, write_records
 from eval.harness import SAMPLES, SCORES, Subject, score_model
-from eval.suites import BENCHMARKS, TASKS, bench_folder, check_suites
+from eval.suites import TASKS, check_suites, suite_files
 from pipelines.context import Context
 from pipelines.preemption import preemptible
 from pipelines.workers import run_side_by_side
@@ -63,7 +64,7 @@ class ScoringJob:
     engine: Literal["transformers", "native"]
     verify: VerifyConfig
     held_out: Path | None
-    bench_data: str | None
+    bench_data: Path | None
     limits: ReadLimits
     out_dir: Path
     base_dir: Path
@@ -100,6 +101,7 @@ class ScoringJob:
             "limit": self.limit,
             "verify_timeout_s": self.verify.timeout_s,
             "served": self.model.model_dump(mode="json") if isinstance(self.model, ServedTeacher) else None,
+            **hub_identities(parts_of_suites(self.suites), self.bench_data),
         }
 
 
@@ -108,22 +110,26 @@ def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     held-out question occurs among the training examples."""
     base_dir = context.base_dir
     config, out_dir = recipe.eval, run_dir / "eval"
-    check_suites(config.suites, bench_data=config.bench_data, limits=recipe.limits)
-    jobs = _jobs(recipe, run_dir, base_dir)
+    check_suites(config.suites)
+    bench_data = bench_folder(recipe.bench_data, base_dir)
+    num_workers = context.num_workers or _num_workers()
+    graders = recipe.verify.model_copy(update={"num_workers": max(1, recipe.verify.num_workers // num_workers)})
+    jobs = _jobs(recipe, run_dir, base_dir, bench_data, graders)
     examples = run_dir / "curate" / "examples.parquet"
     inputs = {f"model:{job.name}": path for job in jobs if (path := job.weights) is not None}
-    inputs |= _suite_files(config, base_dir)
+    inputs |= _suite_files(config, base_dir, bench_data)
     if examples.exists():
         inputs["examples"] = examples
     settings: dict[str, Any] = {
         name: getattr(recipe, name).model_dump(mode="json") for name in ("eval", "verify", "teacher")
     }
     settings["instruction"] = recipe.learned_instruction.words
+    settings |= hub_identities(parts_of_suites(config.suites), bench_data)
 
     def body() -> dict[str, Any]:
         counts = _write_held_out(recipe, out_dir, examples, base_dir)
         with preemptible():
-            _score_all(jobs, context.num_workers or _num_workers(), context.progress)
+            _score_all(jobs, num_workers, context.progress)
         manifests = [read_manifest(job.out_dir) for job in jobs]
         return {**counts, "models": len(jobs), "samples": sum(m.counts["samples"] for m in manifests if m)}
 
@@ -197,10 +203,12 @@ def _open(job: ScoringJob) -> tuple[Teacher, Subject]:
     return model, Subject(job.name, job.role, facts.model_type, facts.num_parameters, facts.num_active)
 
 
-def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
+def _jobs(
+    recipe: Recipe, run_dir: Path, base_dir: Path, bench_data: Path | None, graders: VerifyConfig
+) -> list[ScoringJob]:
     """The models of the recipe's roles, the slowest to score first: the teacher, then the larger students."""
     from students.base_folder import resolve_base
-    from students.zoo import find_student
+    from students.zoo import students_of
 
     config = recipe.eval
     given = config.model_fields_set
@@ -208,11 +216,10 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
     models: list[tuple[str, Role, Path | TeacherConfig]] = []
     if "teacher" in config.roles:
         models.append(("teacher", "teacher", recipe.teacher))
-    students = [find_student(name, recipe.distill.overrides) for name in recipe.distill.students]
-    for student in sorted(students, key=lambda student: -student.num_parameters):
+    for student, methods in sorted(students_of(recipe.distill), key=lambda chosen: -chosen[0].num_parameters):
         if "base" in config.roles:
             models.append((f"{student.name}-base", "base", resolve_base(student)))
-        for method in recipe.distill.methods:
+        for method in methods:
             folder = run_dir / "distill" / f"{student.name}-{method}"
             if method in config.roles:
                 if not (folder / "manifest.json").exists():
@@ -235,9 +242,9 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
             limit=config.limit,
             batch_size=config.batch_size,
             engine=config.engine,
-            verify=recipe.verify.model_copy(update={"num_workers": 1}),
+            verify=graders,
             held_out=None if config.held_out is None else run_dir / "eval" / HELD_OUT,
-            bench_data=config.bench_data,
+            bench_data=bench_data,
             limits=recipe.limits,
             out_dir=run_dir / "eval" / name,
             base_dir=base_dir,
@@ -246,21 +253,19 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
     ]
 
 
-def _suite_files(config: EvalConfig, base_dir: Path) -> dict[str, Path]:
+def _suite_files(config: EvalConfig, base_dir: Path, bench_data: Path | None) -> dict[str, Path]:
     """Files that decide the questions of all models: the suites' and the problem set behind the held-out source."""
     held_out = [] if config.held_out is None else [config.held_out]
-    return _task_files(config.suites, config.bench_data) | source_files(held_out, base_dir=base_dir)
+    return _task_files(config.suites, bench_data) | source_files(held_out, base_dir=base_dir)
 
 
-def _task_files(suites: tuple[str, ...], bench_data: str | None) -> dict[str, Path]:
+def _task_files(suites: tuple[str, ...], bench_data: Path | None) -> dict[str, Path]:
     files = {"protocol": TASKS / "_r1_protocol.yaml", "metrics": TASKS / "processors.py"}
     for suite in suites:
         files[f"task:{suite}"] = TASKS / f"{suite}.yaml"
         if suite in OWN_SUITES:
             files["task:held_out"] = TASKS / "held_out.yaml"  # both are this one
-        if suite in BENCHMARKS:
-            files[f"data:{suite}"] = bench_folder(bench_data) / BENCHMARKS[suite][0]
-    return files
+    return files | {f"data:{suite}": path for suite, path in suite_files(suites, bench_data).items()}
 
 
 def _write_held_out(recipe: Recipe, out_dir: Path, examples: Path, base_dir: Path) -> dict[str, int]:
