@@ -29,7 +29,7 @@ INTERPRETED = if $(BIN)/python -c 'import triton' 2>/dev/null; \
 	then TRITON_INTERPRET=1 $(ON_CPU) $(SPREAD) tests/teacher/kernels; \
 	else echo 'no Triton here: the interpreted kernels are left out'; fi
 
-.PHONY: help setup setup-vllm lock models demo generate distill eval compare regrade push push-traces serve doctor zoo
+.PHONY: help setup setup-vllm lock models demo small generate distill eval compare regrade push push-traces serve doctor zoo
 .PHONY: bench bench-kernels bench-parallel tune bench-graders bench-ledger bench-serve bench-serving keep-run readme torture pico-teacher pico-bases check format test test-all test-gpu clean
 
 help: ## Show this list
@@ -50,6 +50,9 @@ lock: $(STAMP) ## Resolve pyproject.toml again into the lock files
 
 demo: $(STAMP) ## Run the whole pico chain: generate, distill, eval, compare
 	@$(POTSTILL) run pipelines/recipes/pico.yaml $(OPTIONS)
+
+small: $(STAMP) ## Run the chain on real models: one GPU, half an hour, after `make models` (docs/small.md)
+	@$(POTSTILL) run pipelines/recipes/small.yaml $(OPTIONS)
 
 generate: $(STAMP) ## Let the teacher of RECIPE write its traces
 	@$(POTSTILL) generate $(RECIPE) $(OPTIONS)

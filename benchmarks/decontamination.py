@@ -4,7 +4,7 @@
 
 Two sides. What has to be found: each suite's own questions with every number raised by one, with each twelfth and with
 each ninth word replaced. What has to be left: GSM8K's training questions against all four suites; the first that are
-dropped are shown with the text. The files come from --data or POTSTILL_BENCH_DATA; results go to
+dropped are shown with the text. The questions come from --data or POTSTILL_BENCH_DATA, else from the Hub; results go to
 benchmarks/results/<device>/decontamination.json.
 """
 
@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable
 
 from benchmarks.device import device_name, write_result
+from distill.benchmarks import bench_folder
 from distill.decontaminate import HeldOutQuestions
+from distill.problems.benchmark import read_benchmark
 from distill.records import Problem
-from eval.suites import bench_folder, read_benchmark
 
 SUITES = ("gsm8k", "math500", "aime24", "aime25")
 THRESHOLDS = (None, 0.8, 0.5, 0.4, 0.3)
-TRAINING = "gsm8k_train.jsonl"
 SHOWN = 10
 
 
@@ -31,9 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of the benchmark files")
     folder = bench_folder(parser.parse_args().data)
-    held_out = {suite: [problem.prompt for problem in read_benchmark(suite, folder)] for suite in SUITES}
-    lines = (folder / TRAINING).read_text(encoding="utf-8").splitlines()
-    training = [question(json.loads(line)["question"]) for line in lines]
+    held_out = {suite: [problem.prompt for problem in read_benchmark(suite, "test", folder)] for suite in SUITES}
+    training = read_benchmark("gsm8k", "train", folder)
     rows = []
     for threshold in THRESHOLDS:
         started = time.process_time()

@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 
 from benchmarks.code_sets import CODE_SETS, code_rows
 from benchmarks.device import RESULTS, device_name, write_result
+from distill.benchmarks import bench_folder
+from distill.problems.benchmark import benchmark_file, read_benchmark
 from distill.protocols import Verifier
 from distill.recipe import CodeLimits, VerifyConfig
 from distill.records import Problem
 from distill.verify import open_verifier
 from distill.verify.extract import extract_answer
-from eval.suites import BENCHMARKS, bench_folder, read_benchmark
 
 SUITES = ("gsm8k", "math500", "aime24", "aime25")
 SOLUTIONS = {"gsm8k": "answer", "math500": "solution", "aime24": "reference_solution", "aime25": "solution"}
@@ -76,6 +77,8 @@ def main() -> None:
     parser.add_argument("--only", choices=("mathematics", "programs"), help="leave the other rows as they were")
     arguments = parser.parse_args()
     folder = bench_folder(arguments.data)
+    if folder is None:
+        parser.error("needs the files: --data, or POTSTILL_BENCH_DATA")
     with open_verifier(
         VerifyConfig(num_workers=arguments.workers, timeout_s=30, code=CodeLimits(timeout_s=30))
     ) as verifier:
@@ -101,11 +104,11 @@ def main() -> None:
 
 def read_gold(suite: str, folder: Path) -> list[Gold]:
     """A set's problems, each with its gold solution as a completion that ends in a box."""
-    with (folder / BENCHMARKS[suite][0]).open(encoding="utf-8") as file:
+    with benchmark_file(suite, "test", folder).open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file if line.strip()]
     return [
         Gold(problem, _completion(suite, str(row.get(SOLUTIONS[suite]) or ""), problem.answer or ""))
-        for problem, row in zip(read_benchmark(suite, folder), rows, strict=True)
+        for problem, row in zip(read_benchmark(suite, "test", folder), rows, strict=True)
     ]
 
 

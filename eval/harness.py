@@ -54,7 +54,7 @@ def score_model(
     question_alone: bool = False,
     limit: int | None = None,
     held_out: Path | None = None,
-    bench_data: str | None = None,
+    bench_data: Path | None = None,
     limits: ReadLimits = DEFAULT_LIMITS,
     max_unverifiable: float = EvalConfig().max_unverifiable,
     num_answers: int | None = None,
@@ -71,7 +71,11 @@ def score_model(
         left.unlink()  # a killed run's: who holds the ledger writes here alone
     rows: list[dict[str, Any]] = []
     cards: list[ScoreCard] = []
-    metadata = {"held_out": str(held_out or ""), "bench_data": bench_data, "limits": limits.model_dump()}
+    metadata = {
+        "held_out": str(held_out or ""),
+        "bench_data": bench_data and str(bench_data),
+        "limits": limits.model_dump(),
+    }
     for suite in suites:
         config = task_config(suite, num_samples=num_samples, sampling=sampling, question_alone=question_alone)
         answers, results = _run_task(kept, config, seed, limit, metadata, subject)
@@ -163,7 +167,7 @@ def score_rows(
 
 
 def count_unverifiable(samples: Path) -> dict[str, int]:
-    """Answers of each suite whose reference could not be read, out of a samples.parquet; suites without any left out."""
+    """How many answers of a samples.parquet have a reference that could not be read, by suite, where there are any."""
     import pyarrow.parquet as pq
 
     rows = pq.read_table(samples, columns=["suite", "verdict"]).to_pylist()

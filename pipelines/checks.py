@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from distill.benchmarks import bench_folder, parts_of_suites
 from distill.bundled import locate
-from distill.errors import CheckpointError, RecipeError, nearest
+from distill.errors import CheckpointError, EnvironmentFault, RecipeError, nearest
 from distill.gguf import checkpoint_folder
 from distill.manifest import hash_file
 from distill.model_folder import check_model_folder
@@ -14,6 +15,7 @@ from distill.progress import Progress
 from distill.recipe import (
     UNINSTRUCTED,
     LocalSource,
+    Method,
     NativeTeacher,
     OpenAITeacher,
     RayTeacher,
@@ -27,7 +29,13 @@ MAX_CHECKED_BYTES = 2 * 2**30
 
 Check = tuple[str, Callable[[], str]]
 # Checks that matter to some stages alone.
-OF_STAGES = {"suites": {"curate", "eval"}, "push": {"push"}, "push traces": {"push-traces"}}
+OF_STAGES = {
+    "models": {"generate", "distill", "eval"},
+    "benchmarks": {"generate", "curate", "eval"},
+    "suites": {"curate", "eval"},
+    "push": {"push"},
+    "push traces": {"push-traces"},
+}
 
 
 def check_recipe(recipe: Recipe, stages: Collection[str], *, base_dir: Path, progress: Progress | None = None) -> None:
@@ -40,12 +48,15 @@ def check_recipe(recipe: Recipe, stages: Collection[str], *, base_dir: Path, pro
 def recipe_checks(recipe: Recipe, base_dir: Path, progress: Progress | None = None) -> Iterator[Check]:
     """Named checks of the files and names in a recipe, whose relative paths start at `base_dir`.
 
-    Each returns what it found, or raises a UserInputError. A GGUF file is converted where that has not been done.
+    Each returns what it found, or raises a UserInputError, or an EnvironmentFault for what is neither on this machine
+    nor to be had. A GGUF file is converted where that has not been done.
     """
     yield "problems", lambda: _problems(recipe, base_dir)
+    yield "models", lambda: _models(recipe, base_dir)
     yield "teacher", lambda: _teacher(recipe, base_dir, progress)
     yield "students", lambda: _students(recipe, progress)
     yield "suites", lambda: _suites(recipe)
+    yield "benchmarks", lambda: _benchmarks(recipe, base_dir)
     yield "push", lambda: _push(recipe)
     yield "push traces", lambda: _push_traces(recipe)
 
@@ -78,9 +89,9 @@ def _preflight(recipe: Recipe) -> None:
     from students.base_folder import local_base
     from students.preflight import preflight
 
-    for student in _zoo_entries(recipe):
+    for student, methods in _students_of(recipe):
         folder = local_base(student.base)
-        for method in recipe.distill.methods if folder is not None else ():
+        for method in methods if folder is not None else ():
             for finding in preflight(student, method):
                 if finding.state == "error":
                     raise CheckpointError(f"{student.name}: {finding.text}", where=folder, field=finding.check)
@@ -92,7 +103,7 @@ def _is_new(folder: Path, known: Collection[str]) -> bool:
 
 
 def _problems(recipe: Recipe, base_dir: Path) -> str:
-    """Problem-set files can be read, local files to their last line; the Hub is not asked."""
+    """Problem-set files can be read, local files to their last line; data sets of the Hub are not asked for."""
     from distill.problems import load_problems, source_files
     from distill.problems.reasoning_gym import read_problem_set
 
@@ -104,6 +115,45 @@ def _problems(recipe: Recipe, base_dir: Path) -> str:
     local = [source for source in recipe.problems if isinstance(source, LocalSource)]
     count = len(load_problems(local, base_dir=base_dir, limits=recipe.limits)) if local else 0
     return ", ".join([*files, *([f"{count} local problems"] if local else [])]) or "no local file"
+
+
+def _benchmarks(recipe: Recipe, base_dir: Path) -> str:
+    """The questions of every benchmark that is learned from or asked: read where they are files, else looked up."""
+    from distill.problems import benchmark_parts
+    from distill.problems.benchmark import describe_benchmark
+
+    folder = bench_folder(recipe.bench_data, base_dir)
+    parts = dict.fromkeys([*benchmark_parts(recipe.problems), *parts_of_suites(recipe.eval.suites)])
+    found = [describe_benchmark(name, split, folder, recipe.limits) for name, split in parts]
+    return "; ".join(found) or "none"
+
+
+def _models(recipe: Recipe, base_dir: Path) -> str:
+    """What `potstill models fetch` brings is here or in the Hub's cache: no run is to end late for want of it."""
+    from pipelines.models.catalogue import load_catalogue
+    from students.base_folder import FETCHED, local_base
+
+    teacher = Path(recipe.teacher.model)
+    bases = {student.base: student.revision for student, _ in _students_of(recipe) if local_base(student.base) is None}
+    missing = {}
+    catalogue = load_catalogue()
+    for name, model in catalogue.models.items():
+        folder = Path(FETCHED) / model.folder
+        if model.repository in bases:
+            from huggingface_hub import try_to_load_from_cache
+
+            found = try_to_load_from_cache(model.repository, "config.json", revision=bases[model.repository])
+            is_here = isinstance(found, str)
+        else:
+            is_here = teacher != folder or locate(str(folder), base_dir).exists()
+        if not is_here:
+            missing[name] = folder
+    if not missing:
+        return "none is missing"
+    groups = (group for group, members in catalogue.groups.items() if missing.keys() <= set(members))
+    wanted = next(groups, None) or " ".join(missing)
+    folders = ", ".join(map(str, missing.values()))
+    raise EnvironmentFault(f"not here; run `potstill models fetch {wanted}`", where=folders)
 
 
 def _teacher(recipe: Recipe, base_dir: Path, progress: Progress | None) -> str:
@@ -126,27 +176,27 @@ def _teacher(recipe: Recipe, base_dir: Path, progress: Progress | None) -> str:
 def _students(recipe: Recipe, progress: Progress | None) -> str:
     """Every name is in the zoo (or is a file that validates), none stands twice, every local base has its config."""
     names: dict[str, str] = {}
-    for written, student in zip(recipe.distill.students, _zoo_entries(recipe), strict=True):
+    for choice, (student, _) in zip(recipe.distill.choices, _students_of(recipe), strict=True):
         if student.name in names:
-            message = f"{names[student.name]!r} and {written!r} are both {student.name!r}, and share its folder"
+            message = f"{names[student.name]!r} and {choice.name!r} are both {student.name!r}, and share its folder"
             raise RecipeError(message, where="recipe", field="distill.students")
-        names[student.name] = written
+        names[student.name] = choice.name
     for base in _local_bases(recipe):
         check_model_folder(checkpoint_folder(base, progress=progress))
     return ", ".join(names)
 
 
-def _zoo_entries(recipe: Recipe) -> list[StudentConfig]:
-    from students.zoo import find_student
+def _students_of(recipe: Recipe) -> list[tuple[StudentConfig, tuple[Method, ...]]]:
+    from students.zoo import students_of
 
-    return [find_student(name, recipe.distill.overrides) for name in recipe.distill.students]
+    return students_of(recipe.distill)
 
 
 def _push(recipe: Recipe) -> str:
     """The repository's name is one that the Hub takes, for some student that may be pushed."""
     from students.publish.hub import check_repo_name
 
-    students = {student.name: student for student in _zoo_entries(recipe)}
+    students = {student.name: student for student, _ in _students_of(recipe)}
     wanted = recipe.push.student
     if wanted is not None and wanted not in students:
         message = f"{wanted!r} is not among distill.students; {nearest(wanted, students)}"
@@ -177,7 +227,7 @@ def _local_bases(recipe: Recipe) -> list[Path]:
     from students.base_folder import is_repository, local_base
 
     folders = []
-    for base in (student.base for student in _zoo_entries(recipe)):
+    for base in (student.base for student, _ in _students_of(recipe)):
         folder = local_base(base)
         if folder is not None:
             folders.append(folder)
@@ -189,5 +239,5 @@ def _local_bases(recipe: Recipe) -> list[Path]:
 def _suites(recipe: Recipe) -> str:
     from eval.suites import check_suites
 
-    check_suites(recipe.eval.suites, bench_data=recipe.eval.bench_data, limits=recipe.limits)
+    check_suites(recipe.eval.suites)
     return ", ".join(recipe.eval.suites)

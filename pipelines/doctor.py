@@ -152,15 +152,14 @@ def _students(recipe: Recipe) -> list[Finding]:
     """The preflight of every student whose base is on this machine; a base of the Hub is fetched by training alone."""
     from students.base_folder import local_base
     from students.preflight import preflight
-    from students.zoo import find_student
+    from students.zoo import students_of
 
     findings = []
-    for name in recipe.distill.students:
-        student = find_student(name, recipe.distill.overrides)
+    for student, methods in students_of(recipe.distill):
         if local_base(student.base) is None:
             findings.append(Finding(student.name, "warning", f"{student.base} is not here; training fetches it"))
             continue
-        for method in recipe.distill.methods:
+        for method in methods:
             check = f"{student.name} {method}"
             try:
                 found = {finding.check: finding for finding in preflight(student, method)}

@@ -103,14 +103,15 @@ def draft_recipe(
 def check_draft(text: str, overrides: Iterable[str] = (), *, where: Path | str, base_dir: Path) -> Recipe:
     """The recipe of a draft's text, overridden as by `--set`, with its files and names checked as by `potstill doctor`.
 
-    Raises the first fault. Only a teacher that this machine cannot serve is let through: it may be served on another.
+    Raises the first fault. Only a model that is still to be fetched is let through, and a teacher that this machine
+    cannot serve: it may be served on another.
     """
     tree = yaml.safe_load(text)
     for override in overrides:
         apply_override(tree, override)
     recipe = parse(Recipe, tree, where=where)
     for name, check in recipe_checks(recipe, base_dir):
-        with suppress(EnvironmentFault) if name == "teacher" else nullcontext():
+        with suppress(EnvironmentFault) if name in ("models", "teacher") else nullcontext():
             check()
     return recipe
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distill.benchmarks import bench_folder
 from distill.errors import DataError
 from distill.ledger import Ledger
 from distill.manifest import outputs_present, read_manifest, rewrite_manifest
@@ -75,10 +76,10 @@ def regrade_run(recipe: Recipe, run_dir: Path, context: Context) -> Regrading:
             "; ".join(left) or "keeps nothing that could be graded again; run `potstill eval`", where=run_dir
         )
     suites = dict.fromkeys(suite for manifest in models.values() for suite in manifest.config["suites"])
-    check_suites(tuple(suites), bench_data=recipe.eval.bench_data, limits=recipe.limits)
+    check_suites(suites)
     check_run_folder(run_dir, [run_dir / name for name in ("curate", "eval", "report")])
     with held(run_dir), preemptible():
-        regraded = _regrade_models(recipe, run_dir, models, context.progress)
+        regraded = _regrade_models(recipe, run_dir, models, context)
         of_traces = None
         if read_manifest(traces) is not None:
             if recipe.verify.judge is None:
@@ -104,14 +105,14 @@ def _models(eval_dir: Path) -> tuple[dict[Path, StageManifest], list[str]]:
 
 
 def _regrade_models(
-    recipe: Recipe, run_dir: Path, models: Mapping[Path, StageManifest], progress: Progress
+    recipe: Recipe, run_dir: Path, models: Mapping[Path, StageManifest], context: Context
 ) -> list[Regraded]:
     from distill.verify import open_verifier
 
     grading, regraded = grading_settings(graders_of(recipe)), []
     how = {
         "held_out": run_dir / "eval" / HELD_OUT,
-        "bench_data": recipe.eval.bench_data,
+        "bench_data": bench_folder(recipe.bench_data, context.base_dir),
         "limits": recipe.limits,
         "max_unverifiable": recipe.eval.max_unverifiable,
     }
@@ -121,7 +122,7 @@ def _regrade_models(
                 regraded.append(Regraded(folder.name, manifest.counts["answers"], 0))
                 continue
             before, scores = _verdicts(folder / SAMPLES), manifest.counts["pass@1"]
-            cards = grade_kept(folder, manifest, verifier, grading, progress, **how)
+            cards = grade_kept(folder, manifest, verifier, grading, context.progress, **how)
             after = _verdicts(folder / SAMPLES)
             changed = sum(before.get(sample, state) != state for sample, state in after.items())
             now = {card.suite: card.value for card in cards if card.suite in scores and card.metric == "pass@1"}
@@ -141,7 +142,7 @@ def grade_kept(
     progress: Progress,
     *,
     held_out: Path | None,
-    bench_data: str | None,
+    bench_data: Path | None,
     limits: ReadLimits,
     max_unverifiable: float,
 ) -> list[ScoreCard]:

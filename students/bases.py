@@ -7,7 +7,7 @@ transformers itself fills missing weights with random numbers, follows an index 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,13 +23,11 @@ from transformers import (
 from distill.errors import CheckpointError, RecipeError
 from distill.model_folder import check_model_folder
 from distill.reading.files import read_text
-from distill.recipe import StudentConfig
+from distill.recipe import Method, StudentConfig
 from distill.weights import template_hash, weights_hash
 from students.base_folder import locate, resolve_base
 
 __all__ = ["Method", "check_folder", "locate", "open_config", "open_model", "open_tokenizer", "resolve_base"]
-
-Method = Literal["distilled", "direct"]
 
 # Tokens that published bases leave free for padding, where they name none (Llama 3) or EOS (SmolLM2-Instruct): Llama's,
 # then what Qwen and SmolLM2 end documents with, while turns end with another token.

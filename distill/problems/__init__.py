@@ -1,4 +1,4 @@
-"""Sources of questions: procedural families, local files, data sets of the Hub.
+"""Sources of questions: procedural families, local files, data sets of the Hub, benchmarks.
 
 `load_problems` reads any mixture of sources into one list of `Problem`s, each question once. `split_of` is the
 boundary between training and evaluation: a procedural question's own text decides on which side it lives.
@@ -9,38 +9,61 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from distill.problems import hub, local, reasoning_gym
+from distill.benchmarks import BenchmarkPart
+from distill.problems import benchmark, hub, local, reasoning_gym
 from distill.problems.split import normalise, split_of
-from distill.recipe import DEFAULT_LIMITS, LocalSource, ProblemSource, ReadLimits, ReasoningGymSource
+from distill.recipe import (
+    DEFAULT_LIMITS,
+    BenchmarkSource,
+    LocalSource,
+    ProblemSource,
+    ReadLimits,
+    ReasoningGymSource,
+)
 from distill.records import Problem
 
-__all__ = ["iterate_problems", "load_problems", "normalise", "source_files", "split_of"]
+__all__ = ["benchmark_parts", "iterate_problems", "load_problems", "normalise", "source_files", "split_of"]
 
 
 def load_problems(
-    sources: Iterable[ProblemSource], *, base_dir: Path, limits: ReadLimits = DEFAULT_LIMITS
+    sources: Iterable[ProblemSource],
+    *,
+    base_dir: Path,
+    limits: ReadLimits = DEFAULT_LIMITS,
+    bench_data: Path | None = None,
 ) -> list[Problem]:
     """Read all sources, in order; of questions that occur twice (same id) the first stays.
 
-    Relative paths are resolved against `base_dir`; `limits` bound what is read of local files. Raises RecipeError (a
-    source that cannot give what is asked), DataError (a file that is not what it should be), EnvironmentFault (the Hub
-    cannot be reached).
+    Relative paths are resolved against `base_dir`; `limits` bound what is read of local files; `bench_data` is the
+    folder of benchmark files, which come from the Hub without one. Raises RecipeError (a source that cannot give what
+    is asked), DataError (a file that is not what it should be), EnvironmentFault (the Hub cannot be reached).
     """
     problems: dict[str, Problem] = {}
-    for problem in iterate_problems(sources, base_dir=base_dir, limits=limits):
+    for problem in iterate_problems(sources, base_dir=base_dir, limits=limits, bench_data=bench_data):
         problems.setdefault(problem.id, problem)
     return list(problems.values())
 
 
 def iterate_problems(
-    sources: Iterable[ProblemSource], *, base_dir: Path, limits: ReadLimits = DEFAULT_LIMITS
+    sources: Iterable[ProblemSource],
+    *,
+    base_dir: Path,
+    limits: ReadLimits = DEFAULT_LIMITS,
+    bench_data: Path | None = None,
 ) -> Iterator[Problem]:
     """Yield what `load_problems` loads, one by one, and those that occur twice, twice."""
     for source in sources:
-        yield from _read(source, base_dir, limits)
+        yield from _read(source, base_dir, limits, bench_data)
 
 
-def source_files(sources: Iterable[ProblemSource], *, base_dir: Path) -> dict[str, Path]:
+def benchmark_parts(sources: Iterable[ProblemSource]) -> list[BenchmarkPart]:
+    """The splits of benchmarks that are among the sources."""
+    return [(source.name, source.split) for source in sources if isinstance(source, BenchmarkSource)]
+
+
+def source_files(
+    sources: Iterable[ProblemSource], *, base_dir: Path, bench_data: Path | None = None
+) -> dict[str, Path]:
     """The files on this machine that the sources read, by the name a manifest lists them under."""
     files = {}
     for source in sources:
@@ -48,12 +71,17 @@ def source_files(sources: Iterable[ProblemSource], *, base_dir: Path) -> dict[st
             files[f"problems:{source.families}"] = reasoning_gym.problem_set_path(source.families, base_dir)
         elif isinstance(source, LocalSource):
             files[f"problems:{source.path}"] = local.file_path(source, base_dir)
+        elif isinstance(source, BenchmarkSource) and bench_data is not None:
+            name = f"problems:{source.name}/{source.split}"
+            files[name] = benchmark.benchmark_file(source.name, source.split, bench_data)
     return files
 
 
-def _read(source: ProblemSource, base_dir: Path, limits: ReadLimits) -> Iterable[Problem]:
+def _read(source: ProblemSource, base_dir: Path, limits: ReadLimits, bench_data: Path | None) -> Iterable[Problem]:
     if isinstance(source, ReasoningGymSource):
         return reasoning_gym.read(source, base_dir)
     if isinstance(source, LocalSource):
         return local.read(source, base_dir, limits)
+    if isinstance(source, BenchmarkSource):
+        return benchmark.read(source, bench_data, limits)
     return hub.read(source)

@@ -17,10 +17,17 @@ from distill.recipe.curation import (
 )
 from distill.recipe.instruction import UNINSTRUCTED, Instruction, Reasoning
 from distill.recipe.limits import DEFAULT_LIMITS, ReadLimits
-from distill.recipe.problems import DatasetSource, Grader, LocalSource, ProblemSource, ReasoningGymSource
+from distill.recipe.problems import (
+    BenchmarkSource,
+    DatasetSource,
+    Grader,
+    LocalSource,
+    ProblemSource,
+    ReasoningGymSource,
+)
 from distill.recipe.reading import apply_override, load_recipe, load_settings, load_student, parse
 from distill.recipe.results import OWN_SUITES, EvalConfig, PushConfig
-from distill.recipe.students import PublishedScore, SFTConfig, StudentConfig
+from distill.recipe.students import DistillConfig, Method, PublishedScore, SFTConfig, StudentConfig
 from distill.recipe.teachers import (
     SERVER_KEY_ENV,
     AdaptiveSampling,
@@ -43,12 +50,14 @@ __all__ = [
     "UNINSTRUCTED",
     "AdaptiveSampling",
     "BatchSize",
+    "BenchmarkSource",
     "BestOfN",
     "CodeLimits",
     "Config",
     "CurateConfig",
     "DatasetSource",
     "Difficulty",
+    "DistillConfig",
     "EvalConfig",
     "FlagValue",
     "GenerateConfig",
@@ -57,6 +66,7 @@ __all__ = [
     "JudgeConfig",
     "LocalSource",
     "Mark",
+    "Method",
     "Mix",
     "NativeTeacher",
     "NearDuplicates",

@@ -19,14 +19,15 @@ class Config(BaseModel):
         return self.model_dump(mode="json", exclude=set(marked_fields(type(self))))
 
 
-def _each_once(values: tuple[T, ...]) -> tuple[T, ...]:
+def each_once(values: tuple[T, ...]) -> tuple[T, ...]:
+    """The values; raises ValueError for one that is given twice."""
     if twice := [value for value, count in Counter(values).items() if count > 1]:
         raise ValueError(f"{twice[0]!r} is given twice")
     return values
 
 
 # A list in which nothing stands twice, and something stands.
-Distinct = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_each_once)]
+Distinct = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(each_once)]
 
 
 # Sequences that an engine has in progress together; auto: by the memory of its GPU, else some tens.

@@ -166,11 +166,12 @@ def _keys_beside(model: type[BaseModel], loc: Location) -> set[str]:
             node = node.get("items", {})
         elif part in mapping:
             node = {"$ref": mapping[part]}
-        else:
-            node = node.get("properties", {}).get(part, {})
-            if "allOf" in node:
-                node = node["allOf"][0]
-            for option in node.get("anyOf", ()):
-                if "$ref" in option or "discriminator" in option:
-                    node = option
+        elif part in node.get("properties", {}):
+            node = node["properties"][part]
+        # Else it is a name that pydantic gives the member of a union.
+        if "allOf" in node:
+            node = node["allOf"][0]
+        for option in node.get("anyOf", ()):
+            if "$ref" in option or "discriminator" in option:
+                node = option
     return set(resolve(node).get("properties", {}))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from distill.benchmarks import BENCHMARKS, BenchmarkSplit
+from distill.errors import nearest
 from distill.recipe.config import Config
 
 Grader = Literal["math", "choice", "code", "judge"]
@@ -76,6 +78,28 @@ class DatasetSource(Config):
         return self
 
 
+class BenchmarkSource(Config):
+    """Questions of a known benchmark: from the folder of benchmark files where one is named, else from the Hub."""
+
+    kind: Literal["benchmark"] = "benchmark"
+    name: str = Field(description="as the suite of the same questions is called: gsm8k, math500, aime24, aime25")
+    split: BenchmarkSplit = "train"
+    limit: int | None = Field(None, ge=1, description="questions at the most")
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_known(cls, name: str) -> str:
+        if name not in BENCHMARKS:
+            raise ValueError(f"unknown benchmark {name!r}; {nearest(name, BENCHMARKS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _split_is_there(self) -> Self:
+        if self.split not in (splits := BENCHMARKS[self.name].tables):
+            raise ValueError(f"split: {self.name} has {' and '.join(splits)} alone, got {self.split!r}")
+        return self
+
+
 def _procedural_by_default(source: Any) -> Any:
     return {"kind": "reasoning_gym", **source} if isinstance(source, dict) else source
 
@@ -83,4 +107,6 @@ def _procedural_by_default(source: Any) -> Any:
 HeldOutSource = Annotated[
     ReasoningGymSource | LocalSource, Field(discriminator="kind"), BeforeValidator(_procedural_by_default)
 ]
-ProblemSource = Annotated[ReasoningGymSource | LocalSource | DatasetSource, Field(discriminator="kind")]
+ProblemSource = Annotated[
+    ReasoningGymSource | LocalSource | DatasetSource | BenchmarkSource, Field(discriminator="kind")
+]

@@ -16,11 +16,10 @@ OWN_SUITES = ("held_out", "pico")
 
 
 class EvalConfig(Config):
+    """Suites by their names: the recipe's own held-out problems, or benchmarks (`distill.benchmarks`)."""
+
     suites: Distinct[str] = ("pico",)
     held_out: HeldOutSource | None = Field(None, description="the problems behind the suites `held_out` and `pico`")
-    bench_data: Annotated[str | None, Mark.PLACE] = Field(
-        None, description="folder of benchmark files; else POTSTILL_BENCH_DATA"
-    )
     num_samples: int = Field(4, ge=1, description="samples a question; pass@1 is their mean")
     sampling: Sampling = Sampling()
     batch_size: Annotated[BatchSize, Mark.SPEED] = Field(

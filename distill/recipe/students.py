@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from distill.licences import Licence
-from distill.recipe.config import Config, Distinct
+from distill.recipe.config import Config, Distinct, each_once
+
+Method = Literal["distilled", "direct"]  # learns the whole trace; the bare answer, as a control
 
 
 class SFTConfig(Config):
@@ -83,8 +85,37 @@ class StudentConfig(Config):
         return settings
 
 
+class ChosenStudent(Config):
+    """A student of a recipe that has settings of its own; what it leaves out is the section's."""
+
+    name: str = Field(description="a name in students/zoo, or the path of a student file")
+    methods: Distinct[Method] | None = None
+    overrides: dict[str, Any] = Field(default_factory=dict, description="laid over the section's overrides")
+
+
+class Choice(NamedTuple):
+    """A student of a recipe with all that holds for it."""
+
+    name: str
+    methods: tuple[Method, ...]
+    overrides: dict[str, Any]
+
+
+def _each_name_once(students: tuple[str | ChosenStudent, ...]) -> tuple[str | ChosenStudent, ...]:
+    each_once(tuple(student if isinstance(student, str) else student.name for student in students))
+    return students
+
+
 class DistillConfig(Config):
-    students: Distinct[str] = Field(description="names in students/zoo, or paths of student files")
-    methods: Distinct[Literal["distilled", "direct"]] = ("distilled",)
+    students: Annotated[tuple[str | ChosenStudent, ...], Field(min_length=1), AfterValidator(_each_name_once)] = Field(
+        description="names in students/zoo, or paths of student files, or one of these with settings of its own"
+    )
+    methods: Distinct[Method] = ("distilled",)
     overrides: dict[str, Any] = Field(default_factory=dict, description="laid over every student's sft settings")
     num_workers: int = Field(1, ge=1, description="students trained side by side, each in a process of its own")
+
+    @property
+    def choices(self) -> list[Choice]:
+        """Every student, in the order of the recipe."""
+        each = [ChosenStudent(name=student) if isinstance(student, str) else student for student in self.students]
+        return [Choice(one.name, one.methods or self.methods, {**self.overrides, **one.overrides}) for one in each]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from distill.errors import nearest
@@ -9,7 +11,7 @@ from distill.recipe.config import Config
 from distill.recipe.curation import CurateConfig, VerifyConfig
 from distill.recipe.instruction import UNINSTRUCTED, Instruction
 from distill.recipe.limits import ReadLimits
-from distill.recipe.problems import LocalSource, ProblemSource
+from distill.recipe.problems import BenchmarkSource, LocalSource, ProblemSource
 from distill.recipe.results import OWN_SUITES, EvalConfig, PushConfig, PushTracesConfig
 from distill.recipe.students import DistillConfig
 from distill.recipe.teachers import GenerateConfig, TeacherConfig
@@ -18,6 +20,9 @@ from distill.recipe.teachers import GenerateConfig, TeacherConfig
 class Recipe(Config):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     problems: tuple[ProblemSource, ...] = Field(min_length=1)
+    bench_data: str | None = Field(
+        None, description="folder of benchmark files, for problems and suites; else POTSTILL_BENCH_DATA, else the Hub"
+    )
     limits: ReadLimits = ReadLimits()
     teacher: TeacherConfig
     generate: GenerateConfig = GenerateConfig()
@@ -45,6 +50,13 @@ class Recipe(Config):
             raise ValueError(f"push.best_by: {suite!r} is not among eval.suites; {nearest(suite, suites)}")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bench_data_is_for_all(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("eval"), dict) and "bench_data" in tree["eval"]:
+            raise ValueError("eval.bench_data: is `bench_data` at the top of the recipe, for suites and problems alike")
+        return tree
+
     @model_validator(mode="after")
     def _plain_reasoning_has_no_budget(self) -> Recipe:
         if self.teacher.reasoning == "plain" and self.generate.sampling.max_thinking_tokens is not None:
@@ -64,8 +76,17 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _no_suite_is_learned(self) -> Recipe:
+        for number, source in enumerate(self.problems):
+            if isinstance(source, BenchmarkSource) and source.split == "test" and source.name in self.eval.suites:
+                message = f"the suite {source.name!r} asks the questions of its test split"
+                raise ValueError(f"problems.{number}.split: {message}, which no student may learn")
+        return self
+
+    @model_validator(mode="after")
     def _a_role_has_a_model(self) -> Recipe:
         roles = self.eval.roles
-        if not {"teacher", "base", *self.distill.methods} & set(roles):
+        methods = {method for choice in self.distill.choices for method in choice.methods}
+        if not {"teacher", "base", *methods} & set(roles):
             raise ValueError(f"eval.roles: distill.methods makes no {' and no '.join(roles)} student: nothing to score")
         return self

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.benchmarks import bench_folder
+from distill.problems.benchmark import read_benchmark
 from distill.recipe import ReadLimits
 from distill.records import Problem, Verdict
 from distill.tables import read_records
 from eval.statistics import consensus
-from eval.suites import bench_folder, read_benchmark
 
 MIN_VOTES = 4  # cons@k over fewer samples says little more than pass@1
 NO_VERDICT = ("timeout", "infra_error")  # failures of ours, never the model's
@@ -73,7 +74,7 @@ def aime25(**settings: Any) -> dict[str, Any]:
 def _benchmark(
     suite: str, *, bench_data: str | None = None, limits: Mapping[str, int] | None = None, **_: Any
 ) -> dict[str, Any]:
-    return documents(read_benchmark(suite, bench_folder(bench_data), ReadLimits(**(limits or {}))))
+    return documents(read_benchmark(suite, "test", bench_folder(bench_data), ReadLimits(**(limits or {}))))
 
 
 def reference(doc: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from distill.recipe import Recipe
 
 RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="recipe file, or a bundled one's name: pico, tiny, r1-openai, ...")
+    Path, typer.Argument(metavar="RECIPE", help="recipe file, or a bundled one's name: pico, small, r1-openai, ...")
 ]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="A.B=VALUE", help="override one field of the recipe; may be repeated")

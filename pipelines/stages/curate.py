@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from distill.benchmarks import bench_folder, hub_identities, parts_of_suites
 from distill.curate import (
     DroppedExamples,
     DroppedTrace,
@@ -33,6 +34,7 @@ from distill.errors import DataError, EnvironmentFault
 from distill.ledger import Ledger
 from distill.manifest import StageRun, run_stage, write_atomically
 from distill.problems import load_problems, source_files
+from distill.problems.benchmark import read_benchmark
 from distill.progress import Progress, Task
 from distill.recipe import Recipe, VerifyConfig
 from distill.records import Example, Problem, Record, StageManifest, Trace, Verdict
@@ -78,6 +80,7 @@ def curate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     if recipe.curate.decontaminate:
         held_out = _held_out(recipe, base_dir, inputs)
         config["eval"] = recipe.eval.model_dump(mode="json", include={"suites", "held_out"})
+        config |= hub_identities(parts_of_suites(recipe.eval.suites), bench_folder(recipe.bench_data, base_dir))
     stage_run = StageRun("curate", inputs, config, out_dir)
     if (done := stage_run.current()) is not None:
         return done
@@ -121,20 +124,16 @@ def _problems(inputs: Mapping[str, Path]) -> dict[str, Problem]:
 
 def _held_out(recipe: Recipe, base_dir: Path, inputs: dict[str, Path]) -> Callable[[], dict[str, list[str]]]:
     """Enter the files behind the evaluation's questions into `inputs`, and return what reads them, suite by suite."""
-    from eval.suites import BENCHMARKS, bench_folder, read_benchmark
+    from eval.suites import suite_files
 
-    benchmarks = [name for name in recipe.eval.suites if name in BENCHMARKS]
-    folder = bench_folder(recipe.eval.bench_data) if benchmarks else base_dir
-    for name in benchmarks:
-        path = folder / BENCHMARKS[name][0]
-        if not path.is_file():
-            raise DataError(f"missing benchmark file of suite {name!r}", where=path)
-        inputs[f"suite:{name}"] = path
+    folder = bench_folder(recipe.bench_data, base_dir)
+    inputs.update({f"suite:{name}": path for name, path in suite_files(recipe.eval.suites, folder).items()})
     own = [recipe.eval.held_out] if recipe.eval.held_out is not None else []
     inputs.update({f"held_out:{name}": path for name, path in source_files(own, base_dir=base_dir).items()})
 
     def read() -> dict[str, list[str]]:
-        questions = {name: read_benchmark(name, folder, recipe.limits) for name in benchmarks}
+        parts = parts_of_suites(recipe.eval.suites)
+        questions = {name: read_benchmark(name, split, folder, recipe.limits) for name, split in parts}
         if own:
             questions["held_out"] = load_problems(own, base_dir=base_dir)
         return {suite: [problem.prompt for problem in of_suite] for suite, of_suite in questions.items()}

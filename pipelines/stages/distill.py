@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from distill.cores import num_cores
 from distill.errors import DataError
 from distill.manifest import MANIFEST, current, hash_file, read_manifest, run_stage
 from distill.progress import Progress
-from distill.recipe import Recipe, StudentConfig
+from distill.recipe import Method, Recipe, StudentConfig
 from distill.records import StageManifest
 from pipelines.context import Context
 from pipelines.preemption import preemptible
@@ -34,7 +34,7 @@ class TrainingJob:
     """One student to train with one method. Crosses over to another process."""
 
     student: StudentConfig
-    method: Literal["distilled", "direct"]
+    method: Method
     examples: Path
     base: Path
     template: str
@@ -83,15 +83,14 @@ def distill(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
 def _jobs(recipe: Recipe, run_dir: Path) -> list[TrainingJob]:
     """Every student with every method, largest first: the last to finish is then a small one."""
     from students.base_folder import locate, resolve_base
-    from students.zoo import find_student
+    from students.zoo import students_of
 
-    students = [find_student(name, recipe.distill.overrides) for name in recipe.distill.students]
     jobs = []
-    for student in sorted(students, key=lambda student: -student.num_parameters):
+    for student, methods in students_of(recipe.distill):
         base = resolve_base(student)
         path = locate(student.chat_template) if student.chat_template else None
         template = hash_file(path) if path and path.is_file() else ""
-        for method in recipe.distill.methods:
+        for method in methods:
             examples = run_dir / "curate" / EXAMPLES[method]
             if not examples.is_file():
                 raise DataError("not there yet; run `potstill distill` with this recipe", where=examples)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from distill.benchmarks import bench_folder, hub_identities, parts_of_suites
 from distill.bundled import locate
 from distill.cores import num_cores
 from distill.errors import DataError
@@ -43,7 +44,7 @@ from distill.tables import read_records, write_records
 from distill.verify.kept import KeptVerdicts, grading_settings
 from eval.answers import LEDGER, KeptAnswers, NotKept
 from eval.harness import SAMPLES, SCORES, Subject, score_model
-from eval.suites import BENCHMARKS, TASKS, bench_folder, check_suites
+from eval.suites import TASKS, check_suites, suite_files
 from pipelines.context import Context
 from pipelines.preemption import preemptible
 from pipelines.regrade import GRADING, HELD_OUT, SCORING, grade_kept, graders_of, scoring_counts
@@ -70,7 +71,7 @@ class ScoringJob:
     engine: Literal["transformers", "native"]
     verify: VerifyConfig
     held_out: Path | None
-    bench_data: str | None
+    bench_data: Path | None
     limits: ReadLimits
     max_unverifiable: float
     out_dir: Path
@@ -109,6 +110,7 @@ class ScoringJob:
             "seed": self.seed,
             "limit": self.limit,
             GRADING: grading_settings(self.verify),
+            **hub_identities(parts_of_suites(self.suites), self.bench_data),
         }
 
     def _writer(self) -> dict[str, Any]:
@@ -128,11 +130,15 @@ def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     held-out question occurs among the training examples."""
     base_dir = context.base_dir
     config, out_dir = recipe.eval, run_dir / "eval"
-    check_suites(config.suites, bench_data=config.bench_data, limits=recipe.limits)
-    jobs = _jobs(recipe, run_dir, base_dir)
+    check_suites(config.suites)
+    bench_data = bench_folder(recipe.bench_data, base_dir)
+    num_workers = context.num_workers or _num_workers()
+    graders = graders_of(recipe)
+    graders = graders.model_copy(update={"num_workers": max(1, graders.num_workers // num_workers)})
+    jobs = _jobs(recipe, run_dir, base_dir, bench_data, graders)
     examples = run_dir / "curate" / "examples.parquet"
     inputs = {f"model:{job.name}": path for job in jobs if (path := job.weights) is not None}
-    inputs |= _suite_files(config, base_dir)
+    inputs |= _suite_files(config, base_dir, bench_data)
     if examples.exists():
         inputs["examples"] = examples
     settings: dict[str, Any] = {
@@ -143,11 +149,12 @@ def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     }
     if "teacher" in config.roles:
         settings["teacher"] = recipe.teacher.identity()
+    settings |= hub_identities(parts_of_suites(config.suites), bench_data)
 
     def body() -> dict[str, Any]:
         counts = _write_held_out(recipe, out_dir, examples, base_dir)
         with preemptible():
-            scored = _score_all(jobs, context.num_workers or _num_workers(), context.progress)
+            scored = _score_all(jobs, num_workers, context.progress)
         manifests = {job.name: manifest for job in jobs if (manifest := read_manifest(job.out_dir))}
         samples = sum(manifest.counts["samples"] for manifest in manifests.values())
         asked = sum(manifests[name].counts["asked"] for name in scored)
@@ -234,10 +241,12 @@ def _open(job: ScoringJob, progress: Progress) -> tuple[Teacher, Subject]:
     return model, Subject(job.name, job.role, facts.model_type, facts.num_parameters, facts.num_active)
 
 
-def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
+def _jobs(
+    recipe: Recipe, run_dir: Path, base_dir: Path, bench_data: Path | None, graders: VerifyConfig
+) -> list[ScoringJob]:
     """The models of the recipe's roles, the slowest to score first: the teacher, then the larger students."""
     from students.base_folder import resolve_base
-    from students.zoo import find_student
+    from students.zoo import students_of
 
     config = recipe.eval
     given = config.model_fields_set
@@ -245,11 +254,10 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
     models: list[tuple[str, Role, Path | TeacherConfig]] = []
     if "teacher" in config.roles:
         models.append(("teacher", "teacher", recipe.teacher))
-    students = [find_student(name, recipe.distill.overrides) for name in recipe.distill.students]
-    for student in sorted(students, key=lambda student: -student.num_parameters):
+    for student, methods in sorted(students_of(recipe.distill), key=lambda chosen: -chosen[0].num_parameters):
         if "base" in config.roles:
             models.append((f"{student.name}-base", "base", resolve_base(student)))
-        for method in recipe.distill.methods:
+        for method in methods:
             folder = run_dir / "distill" / f"{student.name}-{method}"
             if method in config.roles:
                 if not (folder / "manifest.json").exists():
@@ -272,9 +280,9 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
             limit=config.limit,
             batch_size=config.batch_size,
             engine=config.engine,
-            verify=graders_of(recipe).model_copy(update={"num_workers": 1}),
+            verify=graders,
             held_out=None if config.held_out is None else run_dir / "eval" / HELD_OUT,
-            bench_data=config.bench_data,
+            bench_data=bench_data,
             limits=recipe.limits,
             max_unverifiable=config.max_unverifiable,
             out_dir=run_dir / "eval" / name,
@@ -284,21 +292,19 @@ def _jobs(recipe: Recipe, run_dir: Path, base_dir: Path) -> list[ScoringJob]:
     ]
 
 
-def _suite_files(config: EvalConfig, base_dir: Path) -> dict[str, Path]:
+def _suite_files(config: EvalConfig, base_dir: Path, bench_data: Path | None) -> dict[str, Path]:
     """Files that decide the questions of all models: the suites' and the problem set behind the held-out source."""
     held_out = [] if config.held_out is None else [config.held_out]
-    return _task_files(config.suites, config.bench_data) | source_files(held_out, base_dir=base_dir)
+    return _task_files(config.suites, bench_data) | source_files(held_out, base_dir=base_dir)
 
 
-def _task_files(suites: tuple[str, ...], bench_data: str | None) -> dict[str, Path]:
+def _task_files(suites: tuple[str, ...], bench_data: Path | None) -> dict[str, Path]:
     files = {"protocol": TASKS / "_r1_protocol.yaml", "metrics": TASKS / "processors.py"}
     for suite in suites:
         files[f"task:{suite}"] = TASKS / f"{suite}.yaml"
         if suite in OWN_SUITES:
             files["task:held_out"] = TASKS / "held_out.yaml"  # both are this one
-        if suite in BENCHMARKS:
-            files[f"data:{suite}"] = bench_folder(bench_data) / BENCHMARKS[suite][0]
-    return files
+    return files | {f"data:{suite}": path for suite, path in suite_files(suites, bench_data).items()}
 
 
 def _write_held_out(recipe: Recipe, out_dir: Path, examples: Path, base_dir: Path) -> dict[str, int]:

@@ -15,13 +15,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.benchmarks import bench_folder, hub_identities
 from distill.bundled import locate
 from distill.errors import CheckpointError, DataError, RecipeError
 from distill.export import export_traces
 from distill.gguf import checkpoint_folder
 from distill.ledger import Ledger
 from distill.manifest import StageRun
-from distill.problems import iterate_problems, source_files
+from distill.problems import benchmark_parts, iterate_problems, source_files
 from distill.problems.packed import PackedProblems
 from distill.protocols import Teacher
 from distill.recipe import NativeTeacher, Recipe, ServedTeacher, TeacherConfig, VllmServing
@@ -44,16 +45,17 @@ def generate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     KeyboardInterrupt with all finished samples in the ledger.
     """
     base_dir, out_dir = context.base_dir, run_dir / "generate"
-    inputs = source_files(recipe.problems, base_dir=base_dir)
+    bench_data = bench_folder(recipe.bench_data, base_dir)
+    inputs = source_files(recipe.problems, base_dir=base_dir, bench_data=bench_data)
     if isinstance(recipe.teacher, NativeTeacher):
         inputs["teacher"] = _checkpoint_folder(locate(recipe.teacher.model, base_dir))
     elif isinstance(recipe.teacher, VllmServing) and (model := locate(recipe.teacher.model, base_dir)).exists():
         inputs["teacher"] = model
-    config = _what_matters(recipe)
+    config = _what_matters(recipe) | hub_identities(benchmark_parts(recipe.problems), bench_data)
     stage_run = StageRun("generate", inputs, config, out_dir)
     if (done := stage_run.current()) is not None:
         return done
-    problems = _problems(recipe, base_dir)
+    problems = _problems(recipe, base_dir, bench_data)
     if recipe.generate.special_tokens_in_text == "refuse":
         _refuse_special_tokens(problems, inputs.get("teacher"))
     check_writable(out_dir)
@@ -96,9 +98,9 @@ def _backend(context: Context, log_dir: Path) -> OpenTeacher:
     return open_backend
 
 
-def _problems(recipe: Recipe, base_dir: Path) -> PackedProblems:
+def _problems(recipe: Recipe, base_dir: Path, bench_data: Path | None) -> PackedProblems:
     """The recipe's problems, or this machine's part of them: a problem's own id says which part it belongs to."""
-    problems = iterate_problems(recipe.problems, base_dir=base_dir, limits=recipe.limits)
+    problems = iterate_problems(recipe.problems, base_dir=base_dir, limits=recipe.limits, bench_data=bench_data)
     if recipe.generate.part is None:
         return PackedProblems(problems)
     number, count = map(int, recipe.generate.part.split("/"))

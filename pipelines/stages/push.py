@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from distill.benchmarks import BENCHMARKS
 from distill.bundled import locate
 from distill.errors import DataError, RecipeError, nearest
 from distill.manifest import read_manifest, run_stage
@@ -135,9 +136,9 @@ def _card(
 
 def _licence_now(trained: StudentConfig, recipe: Recipe) -> str:
     """The licence as the student's file has it: a mistake in it is mended without training again."""
-    from students.zoo import find_student
+    from students.zoo import students_of
 
-    students = [find_student(name, recipe.distill.overrides) for name in recipe.distill.students]
+    students = [student for student, _ in students_of(recipe.distill)]
     return next((student.licence for student in students if student.name == trained.name), trained.licence)
 
 
@@ -170,6 +171,9 @@ def _problems(recipe: Recipe) -> list[str]:
             lines.append(f"reasoning-gym, {source.count:,} problems, seed {source.seed}, split {source.split}")
         elif source.kind == "local":
             lines.append(f"`{Path(source.path).name}`")
+        elif source.kind == "benchmark":
+            benchmark = BENCHMARKS[source.name]
+            lines.append(f"{source.name} (`{benchmark.repo}`, {benchmark.licence}), split {source.split}")
         else:
             lines.append(f"`{source.repo}` at `{source.revision}`, split {source.split}")
     return lines

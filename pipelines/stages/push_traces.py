@@ -13,10 +13,12 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.benchmarks import BENCHMARKS
 from distill.bundled import locate
 from distill.curate import DroppedTrace, GradedTrace
 from distill.errors import DataError, RecipeError, nearest
 from distill.manifest import read_manifest, run_stage, write_atomically
+from distill.problems import benchmark_parts
 from distill.progress import Progress
 from distill.publish.hub import check_name, push_folder
 from distill.publish.origin import published_name
@@ -133,10 +135,14 @@ def _lay_out(
     return lay_out(
         pair_with_drops(samples(), iterate_records(inputs["dropped"], DroppedTrace)),
         folder,
-        licences=recipe.push_traces.licences,
+        licences=_licences_of_benchmarks(recipe) | recipe.push_traces.licences,
         include_rejected=recipe.push_traces.include_rejected,
         shard_bytes=recipe.push_traces.shard_mb * 1_000_000,
     )
+
+
+def _licences_of_benchmarks(recipe: Recipe) -> dict[str, str]:
+    return {name: BENCHMARKS[name].licence for name, _ in benchmark_parts(recipe.problems)}
 
 
 def _check_licences(licences: Mapping[str, str], sources: Collection[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from distill.errors import RecipeError, nearest
 from distill.reading.yaml_text import parse_yaml
-from distill.recipe import StudentConfig, load_student
+from distill.recipe import DistillConfig, Method, StudentConfig, load_student
 
 ZOO = Path(__file__).parent
 
@@ -28,6 +28,14 @@ def sft_overrides(texts: Iterable[str]) -> dict[str, Any]:
     """`NAME=VALUE` each, the value as YAML, for `find_student`."""
     parts = (text.partition("=") for text in texts)
     return {name: parse_yaml(value, where="--set", fault=RecipeError, field=name) for name, _, value in parts}
+
+
+def students_of(config: DistillConfig) -> list[tuple[StudentConfig, tuple[Method, ...]]]:
+    """The students of a recipe, in its order, each with the methods by which it learns.
+
+    Raises what `find_student` raises.
+    """
+    return [(find_student(choice.name, choice.overrides), choice.methods) for choice in config.choices]
 
 
 def find_student(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> StudentConfig:

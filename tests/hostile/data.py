@@ -117,8 +117,7 @@ def _suite(make: Callable[[Path], object]) -> Callable[[Path], None]:
     def change(world: Path) -> None:
         (world / "bench").mkdir()
         make(world / "bench/aime24.json")
-        evaluation = {"suites": ["aime24"], "bench_data": str(world / "bench")}
-        recipe(eval=evaluation)(world)
+        recipe(eval={"suites": ["aime24"]}, bench_data=str(world / "bench"))(world)
 
     return change
 

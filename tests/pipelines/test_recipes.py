@@ -10,7 +10,7 @@ import pytest
 from distill.problems import source_files
 from distill.recipe import NativeTeacher, OpenAITeacher, load_recipe
 from pipelines.checks import recipe_checks
-from students.zoo import find_student
+from students.zoo import find_student, students_of
 from tests.repository import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "pipelines/recipes").glob("*.yaml"))
@@ -23,8 +23,8 @@ def test_recipe_validates_and_names_what_exists(path: Path) -> None:
     held_out = [recipe.eval.held_out] if recipe.eval.held_out else []
     for file in source_files([*recipe.problems, *held_out], base_dir=REPOSITORY).values():
         assert file.is_file()
-    for name in recipe.distill.students:
-        assert find_student(name, recipe.distill.overrides).name == name
+    for choice, (student, _) in zip(recipe.distill.choices, students_of(recipe.distill), strict=True):
+        assert student.name == choice.name
 
 
 def test_pico_is_the_default_scale() -> None:

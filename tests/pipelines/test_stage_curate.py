@@ -169,8 +169,8 @@ def test_questions_of_the_evaluation_are_dropped_with_their_text(run_dir: Path) 
     problems = read_records(run_dir / "generate" / "problems.parquet", Problem)
     rows = [{"problem": problem.prompt, "answer": "1"} for problem in problems[:3]]
     (bench / "math500.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    suites = {**recipe().eval.model_dump(), "suites": ["pico", "math500"], "bench_data": str(bench)}
-    assert run(run_dir, recipe(eval=suites)).counts["examples"] == 37
+    suites = {**recipe().eval.model_dump(), "suites": ["pico", "math500"]}
+    assert run(run_dir, recipe(eval=suites, bench_data=str(bench))).counts["examples"] == 37
     leaks = [
         d for d in read_records(run_dir / "curate" / "dropped.parquet", DroppedTrace) if d.filter == "decontaminate"
     ]
@@ -178,10 +178,9 @@ def test_questions_of_the_evaluation_are_dropped_with_their_text(run_dir: Path) 
     assert all(d.detail.startswith("is the held-out question") for d in leaks)
 
 
-def test_what_is_missing_or_broken_is_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("POTSTILL_BENCH_DATA", raising=False)
-    with pytest.raises(RecipeError, match=r"eval\.bench_data"):
-        run(run_dir, recipe(eval={"suites": ["aime24"]}))
+def test_what_is_missing_or_broken_is_named(run_dir: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere/aime24\.json: missing benchmark file"):
+        run(run_dir, recipe(eval={"suites": ["aime24"]}, bench_data="nowhere"))
     traces = read_records(run_dir / "generate" / "traces", Trace)
     stray = [*traces[:2], traces[2].model_copy(update={"problem_id": "nobody"})]
     write_records(run_dir / "generate" / "traces" / "part-00000.parquet", stray, Trace)

@@ -97,6 +97,19 @@ def test_one_after_the_other_then_nothing_then_what_changed(run):
     assert again.steps == {}
 
 
+def test_a_student_may_have_methods_and_settings_of_its_own(run):
+    recipe = recipe_of(run, methods=["distilled", "direct"], overrides={"lr": 2e-3, "num_epochs": 1})
+    small, large = recipe.distill.students
+    own = {"name": large, "methods": ["distilled"], "overrides": {"num_epochs": 2}}
+    tree = {**recipe.model_dump(mode="json"), "distill": {**recipe.distill.model_dump(), "students": [small, own]}}
+    manifest = distill(parse(Recipe, tree, where="test"), run, Context(Path()))
+    assert set(manifest.outputs) == {"small-distilled", "small-direct", "large-distilled"}
+    steps = {name: read_manifest(run / "distill" / name).counts["steps"] for name in manifest.outputs}
+    assert steps["large-distilled"] == 2 * steps["small-distilled"]
+    config = read_manifest(run / "distill" / "large-distilled").config
+    assert (config["student"]["sft"]["lr"], config["student"]["sft"]["num_epochs"]) == (2e-3, 2)
+
+
 def test_examples_that_are_not_there_are_named(run):
     (run / "curate" / "direct.parquet").unlink()
     with pytest.raises(DataError, match=r"direct\.parquet: not there yet"):

@@ -111,7 +111,7 @@ def test_everyone_is_asked_in_the_words_that_they_know(student, run_dir, tmp_pat
     """GSM8K's own words give way to the teacher's suffix; students and bases have it where they learned with it."""
     rows = [{"question": f"{n} + {n}?", "answer": f"so\n#### {2 * n}"} for n in range(2)]
     (tmp_path / "gsm8k_test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    plain = recipe_of(student, suites=["gsm8k"], held_out=None, bench_data=str(tmp_path))
+    plain = recipe_of(student, suites=["gsm8k"], held_out=None).model_copy(update={"bench_data": str(tmp_path)})
     words = {"system_prompt": "Be brief.", "prompt_suffix": "Box it."}
 
     def prompt_tokens(recipe: Recipe) -> dict[str, list[int]]:
