@@ -171,6 +171,7 @@ def _context(
         "lineage": [_lineage(model) for model in comparison.models],
         "fingerprints": _fingerprints(comparison),
         "ungraded": sum(of_suite.ungraded for of_suite in answers),
+        "unverifiable": sum(of_suite.unverifiable for of_suite in answers),
         "samples": sum(of_suite.num_samples for of_suite in answers),
         "overlap": _overlap(comparison),
     }

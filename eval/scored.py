@@ -33,14 +33,16 @@ MAX_TEXT_CHARACTERS = 6_000  # of a text that a page shows: its beginning and it
 class Answers:
     """What a model's samples of one suite add up to.
 
-    `means` has for each question the share of its graded samples that is right; `truncated` is a share of the graded
-    samples, `mean_tokens` a mean over all of them.
+    `means` has for each question the share of its graded samples that is right; `ungraded` are samples without a
+    verdict, `unverifiable` those whose reference no rule can read, which count as not right. `truncated` is a share of
+    the graded samples, `mean_tokens` a mean over all of them.
     """
 
     means: Mapping[str, float]
     num_samples: int
     samples_per_question: int
     ungraded: int
+    unverifiable: int
     truncated: float
     mean_tokens: float
 
@@ -151,6 +153,7 @@ def _read_answers(path: Path) -> dict[str, Answers]:
             "graded": pc.invert(pc.is_in(table["verdict"], value_set=pa.array(NO_VERDICT))),
             "right": pc.equal(table["verdict"], "correct"),
             "truncated": pc.equal(table["verdict"], "truncated"),
+            "unverifiable": pc.equal(table["verdict"], "unverifiable"),
         }
         for name, column in columns.items():
             table = table.append_column(name, pc.cast(column, pa.int64()))
@@ -172,6 +175,7 @@ def _answers(questions: list[dict[str, Any]]) -> Answers:
         num_samples=num_samples,
         samples_per_question=max(question["graded_count"] for question in questions),
         ungraded=num_samples - num_graded,
+        unverifiable=sum(question["unverifiable_sum"] for question in questions),
         truncated=sum(question["truncated_sum"] for question in questions) / num_graded if num_graded else 0.0,
         mean_tokens=sum(question["num_tokens_sum"] for question in questions) / num_samples,
     )

@@ -2,7 +2,8 @@
 
 `summary.json` holds
 
-    name, device, num_cores, seconds, stages     the run, its cost by stage and together
+    name, device, seconds, stages                the run, its cost by stage and together
+    num_cores                                    of the machine that wrote the report
     best                                         the best student and the rule that says so
     suites                                       per suite: every model's scores and samples, and the order of sizes
     students                                     per student what it gained, by suite over its base and its control
@@ -150,6 +151,7 @@ def _model(model: Model, suite: SuiteComparison) -> dict[str, Any]:
         "samples_per_question": answers.samples_per_question,
         "truncated": answers.truncated,
         "ungraded": answers.ungraded,
+        "unverifiable": answers.unverifiable,
         "mean_tokens": answers.mean_tokens,
         **{name: model.identity.get(field) for name, field in IDENTITY.items()},
     }
@@ -183,7 +185,7 @@ def _difference(difference: Difference) -> dict[str, Any]:
 def _of_whole_suites(model: Model, card: ScoreCard) -> dict[str, Any]:
     """What is counted for a suite and not for its families."""
     answers = None if "/" in card.suite else model.answers[card.suite]
-    counted = ("samples_per_question", "truncated", "ungraded", "mean_tokens")
+    counted = ("samples_per_question", "truncated", "ungraded", "unverifiable", "mean_tokens")
     return {name: "" if answers is None else getattr(answers, name) for name in counted} | {
         name: model.identity.get(IDENTITY[name], "") for name in ("engine", "engine_version")
     }
