@@ -17,20 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distill.curate.shown import cut
 from distill.manifest import atomic_folder, write_atomically
 from distill.progress import Progress, Task, silent
-from distill.records import Record
-from distill.verify.audit import AuditSummary
 from eval.charts import Figure, accuracy_by_family, accuracy_by_parameters, filter_funnel, picture, render, short_count
 from eval.compare import Comparison, SuiteComparison
+from eval.curation import curation_context
 from eval.page import heat_tables, template, visible, words
 from eval.scored import METRIC, Model, first_answers
-from eval.summary import best_rule, report_suspects, run_device, scores_csv, summary, summary_markdown
+from eval.summary import best_rule, run_device, scores_csv, summary, summary_markdown
 from eval.traces import SuiteTraces, page_names, side_by_side, slug, write_pages
 
 MAX_PAGE_BYTES = 3_000_000
-MAX_SHOWN_CHARACTERS = 2_000  # of a text of curation
 SUITES_A_TABLE = 5
 CHART_INCHES = 4.9
 TRACES = "traces"
@@ -163,9 +160,7 @@ def _context(
         "tiles": _tiles(comparison),
         "overview": _overview(comparison),
         "suites": [_suite(suite, figures) for suite in comparison.suites],
-        "funnel": [_funnel_step(step, comparison.funnel[0]["in"]) for step in comparison.funnel],
-        "left_out": _left_out(comparison),
-        "audit": _audit(comparison.audit) if comparison.audit and comparison.audit.answers else None,
+        **curation_context(comparison),
         "stages": stages,
         "seconds": sum(stage["seconds"] for stage in stages),
         "lineage": [_lineage(model) for model in comparison.models],
@@ -309,40 +304,6 @@ def _suite_answers(model: Model, suite: str) -> dict[str, Any]:
     }
 
 
-def _funnel_step(step: Mapping[str, Any], num_traces: int) -> dict[str, Any]:
-    """One filter: counts, shares in percent, and examples of what it dropped, made harmless to show."""
-    examples = [
-        {name: visible(cut(text, MAX_SHOWN_CHARACTERS)) for name, text in example.items()}
-        for example in step["examples"]
-    ]
-    dropped = step["in"] - step["out"]
-    return {
-        **step,
-        "dropped": dropped,
-        "share": f"{100 * dropped / step['in']:.1f}" if dropped else "0",
-        "kept_width": f"{100 * step['out'] / num_traces:.2f}" if num_traces else "0",
-        "in_width": f"{100 * step['in'] / num_traces:.2f}" if num_traces else "0",
-        "kept_share": f"{100 * step['out'] / num_traces:.1f}" if num_traces else "0",
-        "examples": examples,
-    }
-
-
-def _audit(audit: AuditSummary) -> dict[str, Any]:
-    """The second grader's counts and what it says, texts made harmless to show."""
-
-    def printable(record: Record) -> dict[str, Any]:
-        return {name: visible(value) if isinstance(value, str) else value for name, value in record}
-
-    return {
-        **audit.model_dump(),
-        "examples": [printable(one) for one in audit.examples],
-        "suspects": [printable(one) for one in report_suspects(audit)],
-        "num_suspects": len(audit.suspected_references),
-        "num_relabelled": len(audit.relabelled),
-        "num_relabelled_samples": audit.num_relabelled_samples,
-    }
-
-
 def _lineage(model: Model) -> dict[str, Any]:
     outputs = model.manifest.outputs if model.manifest else {}
     return {
@@ -351,14 +312,6 @@ def _lineage(model: Model) -> dict[str, Any]:
         "template": model.identity.get("template", "–")[:12],
         "samples": outputs.get("samples.parquet", "–")[:12],
     }
-
-
-def _left_out(comparison: Comparison) -> list[dict[str, Any]]:
-    """Examples that were too long for a student, counted in its own tokens."""
-    trained = comparison.manifests.get("distill")
-    counts = trained.counts if trained is not None else {}
-    dropped, tokens = counts.get("dropped", {}), counts.get("dropped_tokens", {})
-    return [{"name": name, "examples": count, "tokens": tokens[name]} for name, count in dropped.items() if count]
 
 
 def _fingerprints(comparison: Comparison) -> list[dict[str, str]]:

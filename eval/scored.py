@@ -33,8 +33,9 @@ MAX_TEXT_CHARACTERS = 6_000  # of a text that a page shows: its beginning and it
 class Answers:
     """What a model's samples of one suite add up to.
 
-    `means` has for each question the share of its graded samples that is right; `unverifiable` samples have a reference
-    that no rule can read. `truncated` is a share of the graded samples, `mean_tokens` a mean over all of them.
+    `means` has for each question the share of its graded samples that is right; `ungraded` are samples without a
+    verdict, `unverifiable` those whose reference no rule can read, which count as not right. `truncated` is a share of
+    the graded samples, `mean_tokens` a mean over all of them.
     """
 
     means: Mapping[str, float]

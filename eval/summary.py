@@ -2,7 +2,8 @@
 
 `summary.json` holds
 
-    name, device, num_cores, seconds, stages     the run, its cost by stage and together
+    name, device, seconds, stages                the run, its cost by stage and together
+    num_cores                                    of the machine that wrote the report
     best                                         the best student and the rule that says so
     suites                                       per suite: every model's scores and samples, and the order of sizes
     students                                     per student what it gained, by suite over its base and its control

@@ -23,7 +23,8 @@ from pipelines.context import Context
 # What decides how a report looks; a change of any of them writes the report again.
 SOURCES = (
     "templates",
-    *(f"{name}.py" for name in ("charts", "compare", "page", "report", "scored", "statistics", "summary", "traces")),
+    *(f"{name}.py" for name in ("charts", "compare", "curation", "page", "report", "scored")),
+    *(f"{name}.py" for name in ("statistics", "summary", "traces")),
 )
 
 

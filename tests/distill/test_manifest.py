@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,12 @@ class Stage:
 @pytest.fixture
 def stage(tmp_path: Path) -> Stage:
     return Stage(tmp_path)
+
+
+def test_seconds_begin_where_the_stage_does_not_where_its_body_does(tmp_path: Path) -> None:
+    stage_run = StageRun("x", {}, {}, tmp_path / "out")
+    time.sleep(0.05)  # a teacher is opened, say
+    assert stage_run.run(dict, []).seconds >= 0.05
 
 
 def test_a_complete_stage_does_not_run_again(stage: Stage) -> None:

@@ -93,7 +93,9 @@ def _write_model(
                     "finish_reason": "stop",
                     "num_prompt_tokens": 20,
                     "num_tokens": len(text),
-                    "verdict": "correct" if right else rng.choice(["wrong", "wrong", "truncated", "unverifiable"]),
+                    "verdict": "correct"
+                    if right
+                    else rng.choices(["wrong", "truncated", "unverifiable"], [75, 24, 1])[0],
                     "extracted": written,
                     "detail": "",
                 }

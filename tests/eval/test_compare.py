@@ -65,6 +65,7 @@ def test_a_suite_says_of_every_model_what_its_samples_say(run, got):
             assert model["num_questions"] * model["samples_per_question"] == len(rows)
             assert model["truncated"] == pytest.approx(fmean(row["verdict"] == "truncated" for row in rows))
             assert model["mean_tokens"] == pytest.approx(fmean(row["num_tokens"] for row in rows))
+            assert model["unverifiable"] == sum(row["verdict"] == "unverifiable" for row in rows)
             right = fmean(row["verdict"] == "correct" for row in rows)
             assert model["scores"]["pass@1"]["value"] == pytest.approx(right)
             assert set(model["scores"]) == {"pass@1", "cons@4"}

@@ -108,6 +108,11 @@ def test_everything_scored_is_in_the_page(report):
         assert name in words
     assert "0 occur among the 7,410 training questions" in words
     assert "NVIDIA H200" in words
+    suites = json.loads((report / "summary.json").read_text())["suites"]
+    unreadable = sum(model["unverifiable"] for suite in suites for model in suite["models"])
+    samples = sum(model["num_samples"] for suite in suites for model in suite["models"])
+    assert unreadable > 0
+    assert f"{unreadable:,} of {samples:,} answers have a reference that no rule can read" in words
 
 
 def test_every_suite_has_a_section_with_its_own_scores(report):

@@ -59,8 +59,8 @@ def held_out(tmp_path) -> Path:
             prompt=f"{{{{ {i} }}}} + 1 = ?\n",
             answer=str(i + 1),
             grader="reasoning_gym",
-            source=["gcd", "sums"][i % 2],
-            metadata={"i": i},
+            source="gcd",
+            metadata={"i": i} | ({"family": "sums"} if i % 2 else {}),  # before the source, where it is given
         )
         for i in range(8)
     ]
