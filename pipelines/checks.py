@@ -130,30 +130,28 @@ def _benchmarks(recipe: Recipe, base_dir: Path) -> str:
 
 def _models(recipe: Recipe, base_dir: Path) -> str:
     """What `potstill models fetch` brings is here or in the Hub's cache: no run is to end late for want of it."""
-    from pipelines.models.catalogue import load_catalogue
     from students.base_folder import FETCHED, local_base
 
-    teacher = Path(recipe.teacher.model)
-    bases = {student.base: student.revision for student, _ in _students_of(recipe) if local_base(student.base) is None}
-    missing = {}
-    catalogue = load_catalogue()
-    for name, model in catalogue.models.items():
-        folder = Path(FETCHED) / model.folder
-        if model.repository in bases:
-            from huggingface_hub import try_to_load_from_cache
+    folder = Path(recipe.teacher.model)
+    teacher = folder.name if folder.parent == Path(FETCHED) and not locate(str(folder), base_dir).exists() else None
+    bases = [student for student, _ in _students_of(recipe) if local_base(student.base) is None]
+    if teacher is None and not bases:
+        return "none is missing"
+    from huggingface_hub import try_to_load_from_cache
 
-            found = try_to_load_from_cache(model.repository, "config.json", revision=bases[model.repository])
-            is_here = isinstance(found, str)
-        else:
-            is_here = teacher != folder or locate(str(folder), base_dir).exists()
-        if not is_here:
-            missing[name] = folder
+    from pipelines.models.catalogue import load_catalogue
+
+    cached = (try_to_load_from_cache(one.base, "config.json", revision=one.revision) for one in bases)
+    wanted = {one.base for one, file in zip(bases, cached, strict=True) if not isinstance(file, str)}
+    catalogue = load_catalogue()
+    models = catalogue.models.items()
+    missing = {name: model for name, model in models if model.folder == teacher or model.repository in wanted}
     if not missing:
         return "none is missing"
     groups = (group for group, members in catalogue.groups.items() if missing.keys() <= set(members))
-    wanted = next(groups, None) or " ".join(missing)
-    folders = ", ".join(map(str, missing.values()))
-    raise EnvironmentFault(f"not here; run `potstill models fetch {wanted}`", where=folders)
+    remedy = f"potstill models fetch {next(groups, None) or ' '.join(missing)}"
+    folders = ", ".join(f"{FETCHED}/{model.folder}" for model in missing.values())
+    raise EnvironmentFault(f"not here; run `{remedy}`", where=folders)
 
 
 def _teacher(recipe: Recipe, base_dir: Path, progress: Progress | None) -> str:

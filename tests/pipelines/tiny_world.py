@@ -19,7 +19,9 @@ COMMAND = (sys.executable, "-c", "from pipelines.cli import main; main()")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
-def potstill(*arguments: str | Path, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
+def potstill(
+    *arguments: str | Path, cwd: Path = REPOSITORY, timeout_s: float = 280, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
@@ -27,7 +29,7 @@ def potstill(*arguments: str | Path, cwd: Path = REPOSITORY, **environment: str)
         env={**ENVIRONMENT, **environment},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout_s,
         check=False,
     )
 
