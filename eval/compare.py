@@ -8,7 +8,7 @@ do not mean that the difference is unclear.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -92,6 +92,8 @@ class Comparison:
     size_verdict: str
     families: tuple[str, ...]
     funnel: tuple[Mapping[str, Any], ...]
+    questions: Mapping[str, Sequence[Mapping[str, Any]]]  # the funnels of questions that a teacher wrote, by source
+    num_hinted: int  # examples whose traces were asked with the reference as a hint
     audit: AuditSummary | None
     stages: tuple[Mapping[str, Any], ...]
     manifests: Mapping[str, StageManifest] = field(default_factory=dict)
@@ -125,6 +127,8 @@ def compare_run(run_dir: Path) -> Comparison:
         size_verdict=size_verdict(steps),
         families=tuple(families),
         funnel=tuple(_read_funnel(run_dir / "curate" / "funnel.json")),
+        questions=_read_question_funnels(run_dir / "generate"),
+        num_hinted=_count(run_dir / "curate", "hinted", 0),
         audit=_read_audit(run_dir / "curate" / "audit.json"),
         stages=tuple(stage_costs(run_dir)),
         manifests=stage_manifests(run_dir),
@@ -174,9 +178,11 @@ def summary(comparison: Comparison) -> dict[str, Any]:
         for card in model.cards:
             if "/" not in card.suite and card.metric == METRIC:
                 models.append(card.model_dump(mode="json"))
-    funnel = [{name: step[name] for name in ("filter", "in", "out")} for step in comparison.funnel]
+    funnel = _without_examples(comparison.funnel)
+    questions = {name: _without_examples(steps) for name, steps in comparison.questions.items()}
+    written = {"questions": questions, "hinted": comparison.num_hinted}
     audit = None if comparison.audit is None else _audit_summary(comparison.audit)
-    return {"stages": list(comparison.stages), "models": models, "funnel": funnel, "audit": audit}
+    return {"stages": list(comparison.stages), "models": models, "funnel": funnel, **written, "audit": audit}
 
 
 def stage_manifests(run_dir: Path) -> dict[str, StageManifest]:
@@ -186,6 +192,9 @@ def stage_manifests(run_dir: Path) -> dict[str, StageManifest]:
         manifest = read_manifest(run_dir / name)
         if manifest is not None:
             found[name] = manifest
+            for written in manifest.counts.get("synthesised", ()):
+                if (nested := read_manifest(run_dir / name / "questions" / written)) is not None:
+                    found[f"{name}/{written}"] = nested
         elif name == "distill":
             for path in sorted((run_dir / name).glob("*/manifest.json")):
                 trained = read_manifest(path.parent)
@@ -244,6 +253,24 @@ def _size_steps(models: Sequence[Model], suite: str) -> list[SizeStep]:
 def _step(step: Mapping[str, Any]) -> dict[str, Any]:
     examples = [{name: str(example[name]) for name in DROPPED_FIELDS} for example in step.get("examples", ())]
     return {"filter": str(step["filter"]), "in": int(step["in"]), "out": int(step["out"]), "examples": examples}
+
+
+def _without_examples(steps: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: step[name] for name in ("filter", "in", "out")} for step in steps]
+
+
+def _count(folder: Path, name: str, default: Any) -> Any:
+    """One of the counts of a stage."""
+    manifest = read_manifest(folder)
+    return default if manifest is None else manifest.counts.get(name, default)
+
+
+def _read_question_funnels(generated: Path) -> dict[str, list[dict[str, Any]]]:
+    """Of the sources that the last generation had: folders of others may still be there."""
+    return {
+        name: _read_funnel(generated / "questions" / name / "funnel.json")
+        for name in _count(generated, "synthesised", {})
+    }
 
 
 def _read_funnel(path: Path) -> list[dict[str, Any]]:

@@ -102,6 +102,12 @@ def _context(
         "heat_rows": heat_rows,
         "traces": side_by_side(comparison),
         "funnel": [_funnel_step(step, comparison.funnel[0]["in"]) for step in comparison.funnel],
+        "written": [
+            {"name": name, "steps": [_funnel_step(step, steps[0]["in"]) for step in steps]}
+            for name, steps in comparison.questions.items()
+            if steps
+        ],
+        "num_hinted": comparison.num_hinted,
         "left_out": _left_out(comparison),
         "audit": _audit(comparison.audit) if comparison.audit and comparison.audit.answers else None,
         "stages": stages,

@@ -11,14 +11,29 @@ from pathlib import Path
 
 from distill.problems import hub, local, reasoning_gym
 from distill.problems.split import normalise, split_of
-from distill.recipe import DEFAULT_LIMITS, LocalSource, ProblemSource, ReadLimits, ReasoningGymSource
+from distill.recipe import (
+    DEFAULT_LIMITS,
+    GivenSource,
+    LocalSource,
+    ProblemSource,
+    ReadLimits,
+    ReasoningGymSource,
+    SynthesisedSource,
+)
 from distill.records import Problem
 
-__all__ = ["iterate_problems", "load_problems", "normalise", "source_files", "split_of"]
+__all__ = ["given_sources", "iterate_problems", "load_problems", "normalise", "source_files", "split_of"]
+
+
+def given_sources(sources: Iterable[ProblemSource]) -> list[GivenSource]:
+    """The sources that can be read as they are: in the place of a synthesised one those of its seeds."""
+    return [
+        given for source in sources for given in (source.seeds if isinstance(source, SynthesisedSource) else (source,))
+    ]
 
 
 def load_problems(
-    sources: Iterable[ProblemSource], *, base_dir: Path, limits: ReadLimits = DEFAULT_LIMITS
+    sources: Iterable[GivenSource], *, base_dir: Path, limits: ReadLimits = DEFAULT_LIMITS
 ) -> list[Problem]:
     """Read all sources, in order; of questions that occur twice (same id) the first stays.
 
@@ -33,7 +48,7 @@ def load_problems(
 
 
 def iterate_problems(
-    sources: Iterable[ProblemSource], *, base_dir: Path, limits: ReadLimits = DEFAULT_LIMITS
+    sources: Iterable[GivenSource], *, base_dir: Path, limits: ReadLimits = DEFAULT_LIMITS
 ) -> Iterator[Problem]:
     """Yield what `load_problems` loads, one by one, and those that occur twice, twice."""
     for source in sources:
@@ -41,9 +56,9 @@ def iterate_problems(
 
 
 def source_files(sources: Iterable[ProblemSource], *, base_dir: Path) -> dict[str, Path]:
-    """The files on this machine that the sources read, by the name a manifest lists them under."""
+    """The files on this machine that the sources and their seeds read, by the name a manifest lists them under."""
     files = {}
-    for source in sources:
+    for source in given_sources(sources):
         if isinstance(source, ReasoningGymSource) and isinstance(source.families, str):
             files[f"problems:{source.families}"] = reasoning_gym.problem_set_path(source.families, base_dir)
         elif isinstance(source, LocalSource):
@@ -51,7 +66,7 @@ def source_files(sources: Iterable[ProblemSource], *, base_dir: Path) -> dict[st
     return files
 
 
-def _read(source: ProblemSource, base_dir: Path, limits: ReadLimits) -> Iterable[Problem]:
+def _read(source: GivenSource, base_dir: Path, limits: ReadLimits) -> Iterable[Problem]:
     if isinstance(source, ReasoningGymSource):
         return reasoning_gym.read(source, base_dir)
     if isinstance(source, LocalSource):

@@ -17,7 +17,16 @@ from distill.recipe.curation import (
 )
 from distill.recipe.instruction import UNINSTRUCTED, Instruction, Reasoning
 from distill.recipe.limits import DEFAULT_LIMITS, ReadLimits
-from distill.recipe.problems import DatasetSource, Grader, LocalSource, ProblemSource, ReasoningGymSource
+from distill.recipe.problems import (
+    DatasetSource,
+    GivenSource,
+    Grader,
+    LocalSource,
+    Mode,
+    ProblemSource,
+    ReasoningGymSource,
+    SynthesisedSource,
+)
 from distill.recipe.reading import apply_override, load_recipe, load_settings, load_student, parse
 from distill.recipe.results import OWN_SUITES, EvalConfig, PushConfig
 from distill.recipe.students import PublishedScore, SFTConfig, StudentConfig
@@ -26,6 +35,7 @@ from distill.recipe.teachers import (
     AdaptiveSampling,
     FlagValue,
     GenerateConfig,
+    Hints,
     NativeTeacher,
     OpenAITeacher,
     RayTeacher,
@@ -51,12 +61,15 @@ __all__ = [
     "EvalConfig",
     "FlagValue",
     "GenerateConfig",
+    "GivenSource",
     "Grader",
+    "Hints",
     "Instruction",
     "JudgeConfig",
     "LocalSource",
     "Mark",
     "Mix",
+    "Mode",
     "NativeTeacher",
     "NearDuplicates",
     "OpenAITeacher",
@@ -71,6 +84,7 @@ __all__ = [
     "SFTConfig",
     "ServedTeacher",
     "StudentConfig",
+    "SynthesisedSource",
     "TeacherConfig",
     "VerifyConfig",
     "VllmServing",

@@ -8,7 +8,7 @@ from distill.recipe.config import Config
 from distill.recipe.curation import CurateConfig, VerifyConfig
 from distill.recipe.instruction import UNINSTRUCTED, Instruction
 from distill.recipe.limits import ReadLimits
-from distill.recipe.problems import LocalSource, ProblemSource
+from distill.recipe.problems import LocalSource, ProblemSource, SynthesisedSource
 from distill.recipe.results import OWN_SUITES, EvalConfig, PushConfig, PushTracesConfig
 from distill.recipe.students import DistillConfig
 from distill.recipe.teachers import GenerateConfig, TeacherConfig
@@ -31,6 +31,28 @@ class Recipe(Config):
     def learned_instruction(self) -> Instruction:
         """The words in which students learn a question, and in which they and their bases are asked."""
         return self.teacher.instruction if self.curate.instruction == "keep" else UNINSTRUCTED
+
+    @property
+    def teachers(self) -> dict[str, TeacherConfig]:
+        """All that write, by their names in messages: the recipe's, and those that synthesised sources have."""
+        own = {f"teacher of {source.name}": source.teacher for source in self.synthesised if source.teacher}
+        return {"teacher": self.teacher, **own}
+
+    @property
+    def synthesised(self) -> tuple[SynthesisedSource, ...]:
+        return tuple(source for source in self.problems if isinstance(source, SynthesisedSource))
+
+    @model_validator(mode="after")
+    def _synthesised_sources_are_apart(self) -> Recipe:
+        names = [source.name for source in self.synthesised]
+        if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+            raise ValueError(f"problems: two synthesised sources are called {twice[0]!r}; give one another name")
+        if names and self.generate.part is not None:
+            raise ValueError(
+                "generate.part: questions are synthesised on one machine; run it there without parts, and name the "
+                f"problems.parquet in generate/questions/{names[0]} as a local source on all of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _plain_reasoning_has_no_budget(self) -> Recipe:
