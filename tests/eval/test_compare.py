@@ -15,7 +15,7 @@ def comparison(tmp_path_factory):
 
 def test_summary_has_the_agreed_form(comparison):
     got = summary(comparison)
-    assert set(got) == {"stages", "models", "funnel", "audit"}
+    assert set(got) == {"stages", "models", "funnel", "questions", "hinted", "audit"}
     assert [stage["name"] for stage in got["stages"]] == ["generate", "curate", "distill", "eval"]
     assert all(set(stage) == {"name", "seconds", "peak_rss_bytes"} for stage in got["stages"])
     assert got["stages"][2]["seconds"] == 8 * 21.0, "students trained one by one are one stage"
@@ -27,6 +27,8 @@ def test_summary_has_the_agreed_form(comparison):
     teacher = next(model for model in got["models"] if model["role"] == "teacher")
     assert teacher["num_active_parameters"] < teacher["num_parameters"]
     assert got["funnel"][0] == {"filter": "correct_only", "in": 8192, "out": 7804}
+    assert got["questions"]["tales"][1] == {"filter": "agreement", "in": 640, "out": 512}
+    assert got["hinted"] == 37
 
 
 def test_rows_are_by_size_and_gains_are_paired(comparison):

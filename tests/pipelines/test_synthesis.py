@@ -23,6 +23,7 @@ from pipelines.checks import check_recipe, recipe_checks
 from pipelines.context import Context
 from pipelines.stages.curate import curate
 from pipelines.stages.generate import generate
+from pipelines.stages.push_traces import push_traces
 from tests.pipelines.question_writer import BOX, HELD_OUT, QuestionWriter, numbers, recipe_tree, write_seeds
 from tests.pipelines.tiny_world import potstill, write_yaml
 from tests.teacher.backends.openai.chat_endpoint import serving
@@ -102,6 +103,9 @@ def test_from_seeds_to_examples(endpoint: QuestionWriter, world: Path) -> None:
     assert {example.problem_id for example in examples} == {problem.id for problem in kept}
     assert curated.counts["funnel"][0] == {"filter": "verdict", "in": 60, "out": curated.counts["funnel"][0]["out"]}
     assert curated.counts["funnel"][0]["out"] == sum(problem.metadata["votes"]["agreeing"] for problem in kept)
+    push_traces(what, world / "run", Context(world, dry_run=True))
+    card = next(world.rglob("README.md")).read_text()
+    assert f"Written by a teacher: synthesised: {counts['asked']} questions asked for -> readable" in card
 
 
 def test_more_questions_are_asked_for_alone(endpoint: QuestionWriter, world: Path) -> None:
