@@ -108,6 +108,7 @@ def test_from_seeds_to_examples(endpoint: QuestionWriter, world: Path) -> None:
     assert f"Written by a teacher: synthesised: {counts['asked']} questions asked for -> readable" in card
 
 
+@pytest.mark.slow
 def test_more_questions_are_asked_for_alone(endpoint: QuestionWriter, world: Path) -> None:
     run(world, recipe(world, endpoint))
     few, before = read_records(questions(world) / "problems.parquet", Problem), set(asked(endpoint))
@@ -127,6 +128,7 @@ def test_more_questions_are_asked_for_alone(endpoint: QuestionWriter, world: Pat
     assert Counter(per_question.values()).most_common(1)[0][0] == 2, "two votes more for what had five"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "again"),
     [
