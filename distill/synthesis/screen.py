@@ -11,11 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from distill.decontaminate import HeldOutQuestions
+from distill.decontaminate import SHORT, HeldOutQuestions
 from distill.records import Problem
 from distill.synthesis.plan import Attempt
-from distill.words import symbols_of
+from distill.words import runs, symbols_of, words_of
 
+COPY_SHARE = 0.5
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
@@ -42,8 +43,16 @@ class Screen:
         digest = _digest(question.prompt)
         if digest in self._seen:
             return "deduplicate", "the same as a seed or an earlier question"
+        if attempt.mode != "numbers_varied" and (share := _copied(question.prompt, attempt.seed.prompt)) >= COPY_SHARE:
+            return "deduplicate", f"holds {share:.0%} of the seed's runs of {SHORT} words"
         self._seen.add(digest)
         return None
+
+
+def _copied(question: str, seed: str) -> float:
+    """Share of the seed's runs of words that the question repeats: small models write off where they should write."""
+    of_seed = set(runs(words_of(seed), SHORT))
+    return len(of_seed & set(runs(words_of(question), SHORT))) / max(len(of_seed), 1)
 
 
 def _digest(text: str) -> bytes:

@@ -95,6 +95,9 @@ def test_the_screen_drops_what_is_not_new() -> None:
     again = problem("  ann has 3 cats and Bob has 4 dogs.  How many animals have they?")
     assert screen.drop(again, rephrased) == ("deduplicate", "the same as a seed or an earlier question")
     assert screen.drop(SEEDS[3], rephrased) == ("deduplicate", "the same as a seed or an earlier question")
+    copied = problem(rephrased.seed.prompt.replace("A shop", "One shop"))
+    assert screen.drop(copied, rephrased) == ("deduplicate", "holds 93% of the seed's runs of 8 words")
+    assert screen.drop(problem(copied.prompt.replace("7", "9")), varied) is None, "which keeps the words"
     name, why = screen.drop(problem(held_out.replace("9 girls", "8 girls")), rephrased) or ("", "")
     assert name == "decontaminate"
     assert "of gsm8k" in why
