@@ -16,8 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 VerdictState = Literal["correct", "wrong", "unverifiable", "truncated", "timeout", "infra_error"]
 FinishReason = Literal["stop", "length"]
-Grader = Literal["reasoning_gym", "math", "choice", "code", "judge"]
+# "none": a text that is asked for, not a question; it is asked without the instruction on how to answer one.
+Grader = Literal["reasoning_gym", "math", "choice", "code", "judge", "none"]
 Role = Literal["teacher", "base", "direct", "distilled"]
+# Samples from this index on were asked with the reference as a hint, so that more samples without never meet them.
+FIRST_HINTED = 1_000_000
 
 
 def content_id(content: Any, *, digits: int = 32) -> str:
@@ -41,7 +44,7 @@ class Problem(Record):
     """One question with what is needed to grade an answer.
 
     `source` names the family or data set, `metadata` is what its grader asks for (for reasoning-gym the entry's own
-    metadata, `choices` for multiple choice, the tests for code).
+    metadata, `choices` for multiple choice, the tests for code; `votes` where the reference is the majority's answer).
     """
 
     prompt: str = Field(min_length=1)
@@ -52,9 +55,13 @@ class Problem(Record):
 
     @cached_property
     def id(self) -> str:
-        """Identity of the question: its text and the grader's reference (code: its tests), not where it came from."""
+        """Identity of the question: its text and the grader's reference (code: its tests), not where it came from.
+
+        A reference that was voted is no part of it: it is made of the question's own samples, which keep their keys.
+        """
         tests = [self.metadata] if self.grader == "code" else []
-        return content_id([self.prompt, self.answer, self.grader, *tests])
+        answer = None if "votes" in self.metadata else self.answer
+        return content_id([self.prompt, answer, self.grader, *tests])
 
 
 class Sampling(Record):
@@ -149,6 +156,11 @@ class Trace(Record):
     teacher: str
     logprobs: str | None = Field(None, description="compact JSON, where the teacher was asked for them")
 
+    @property
+    def hinted(self) -> bool:
+        """Was the teacher told the reference?"""
+        return self.sample_index >= FIRST_HINTED
+
     @classmethod
     def of(cls, completion: Completion, *, key: str, teacher: str) -> Trace:
         """A completion as it is kept; `teacher` is its identity's name."""
@@ -205,6 +217,7 @@ class Example(Record):
     trace_key: str | None
     source: str
     relabelled: bool = Field(False, description="its reference was suspected and replaced by the majority's answer")
+    hinted: bool = Field(False, description="the teacher was told the reference, and found a way to it")
     history: tuple[Message, ...] = ()
 
     @cached_property

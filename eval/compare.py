@@ -88,6 +88,8 @@ class Comparison:
     suites: tuple[SuiteComparison, ...]
     deciding_suite: str
     funnel: tuple[Mapping[str, Any], ...]
+    questions: Mapping[str, Sequence[Mapping[str, Any]]]  # the funnels of questions that a teacher wrote, by source
+    num_hinted: int  # examples whose traces were asked with the reference as a hint
     audit: AuditSummary | None
     stages: tuple[Mapping[str, Any], ...]
     manifests: Mapping[str, StageManifest] = field(default_factory=dict)
@@ -135,6 +137,8 @@ def compare_run(run_dir: Path, deciding_suite: str | None = None, progress: Prog
         suites=tuple(compare_suite(name, models) for name in names),
         deciding_suite=deciding_suite or names[0],
         funnel=tuple(_read_funnel(run_dir / "curate" / "funnel.json")),
+        questions=_read_question_funnels(run_dir / "generate"),
+        num_hinted=_count(run_dir / "curate", "hinted", 0),
         audit=_read_audit(run_dir / "curate" / "audit.json"),
         stages=tuple(stage_costs(run_dir)),
         manifests=stage_manifests(run_dir),
@@ -182,6 +186,9 @@ def stage_manifests(run_dir: Path) -> dict[str, StageManifest]:
         manifest = read_manifest(run_dir / name)
         if manifest is not None:
             found[name] = manifest
+            for written in manifest.counts.get("synthesised", ()):
+                if (nested := read_manifest(run_dir / name / "questions" / written)) is not None:
+                    found[f"{name}/{written}"] = nested
         elif name == "distill":
             for path in sorted((run_dir / name).glob("*/manifest.json")):
                 trained = read_manifest(path.parent)
@@ -249,6 +256,20 @@ def _size_steps(models: Sequence[Model], suite: str) -> list[SizeStep]:
 def _step(step: Mapping[str, Any]) -> dict[str, Any]:
     examples = [{name: str(example[name]) for name in DROPPED_FIELDS} for example in step.get("examples", ())]
     return {"filter": str(step["filter"]), "in": int(step["in"]), "out": int(step["out"]), "examples": examples}
+
+
+def _count(folder: Path, name: str, default: Any) -> Any:
+    """One of the counts of a stage."""
+    manifest = read_manifest(folder)
+    return default if manifest is None else manifest.counts.get(name, default)
+
+
+def _read_question_funnels(generated: Path) -> dict[str, list[dict[str, Any]]]:
+    """Of the sources that the last generation had: folders of others may still be there."""
+    return {
+        name: _read_funnel(generated / "questions" / name / "funnel.json")
+        for name in _count(generated, "synthesised", {})
+    }
 
 
 def _read_funnel(path: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,12 @@ def curation_context(comparison: Comparison) -> dict[str, Any]:
     """The variables of `curation.html.jinja`."""
     return {
         "funnel": [_funnel_step(step, comparison.funnel[0]["in"]) for step in comparison.funnel],
+        "written": [
+            {"name": name, "steps": [_funnel_step(step, steps[0]["in"]) for step in steps]}
+            for name, steps in comparison.questions.items()
+            if steps
+        ],
+        "num_hinted": comparison.num_hinted,
         "left_out": _left_out(comparison),
         "audit": _audit(comparison.audit) if comparison.audit and comparison.audit.answers else None,
     }

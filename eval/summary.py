@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -45,9 +45,15 @@ def summary(comparison: Comparison, stages: Sequence[Mapping[str, Any]]) -> dict
         "suites": [_suite(suite) for suite in comparison.suites],
         "students": [_student(comparison, student) for student in comparison.students],
         "models": [card.model_dump(mode="json") for card in totals],
-        "funnel": [{name: step[name] for name in ("filter", "in", "out")} for step in comparison.funnel],
+        "funnel": _without_examples(comparison.funnel),
+        "questions": {name: _without_examples(steps) for name, steps in comparison.questions.items()},
+        "hinted": comparison.num_hinted,
         "audit": None if comparison.audit is None else _audit_summary(comparison.audit),
     }
+
+
+def _without_examples(steps: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: step[name] for name in ("filter", "in", "out")} for step in steps]
 
 
 def run_device(stages: Sequence[Mapping[str, Any]]) -> str:

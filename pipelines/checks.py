@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 
 from distill.benchmarks import bench_folder, parts_of_suites
@@ -21,6 +22,7 @@ from distill.recipe import (
     RayTeacher,
     Recipe,
     StudentConfig,
+    TeacherConfig,
     VllmTeacher,
 )
 
@@ -40,6 +42,8 @@ OF_STAGES = {
 
 def check_recipe(recipe: Recipe, stages: Collection[str], *, base_dir: Path, progress: Progress | None = None) -> None:
     """Raise the first fault of `recipe_checks` that matters to these stages."""
+    if recipe.synthesised and "generate" in stages:
+        stages = {*stages, "curate"}  # whose filter against the suites' questions is applied as they are written
     for name, check in recipe_checks(recipe, base_dir, progress):
         if OF_STAGES.get(name, set(stages)) & set(stages):
             check()
@@ -53,7 +57,10 @@ def recipe_checks(recipe: Recipe, base_dir: Path, progress: Progress | None = No
     """
     yield "problems", lambda: _problems(recipe, base_dir)
     yield "models", lambda: _models(recipe, base_dir)
-    yield "teacher", lambda: _teacher(recipe, base_dir, progress)
+    for name, teacher in recipe.teachers.items():
+        yield name, partial(_teacher, teacher, base_dir, progress)
+    if recipe.synthesised:
+        yield "synthesis", lambda: _synthesis(recipe)
     yield "students", lambda: _students(recipe, progress)
     yield "suites", lambda: _suites(recipe)
     yield "benchmarks", lambda: _benchmarks(recipe, base_dir)
@@ -66,12 +73,14 @@ def check_weights(recipe: Recipe, stages: Collection[str], *, known: Collection[
 
     Folders whose hash is in `known` have been opened before and are left alone. Raises CheckpointError.
     """
-    if isinstance(recipe.teacher, NativeTeacher) and {"generate", "eval"} & set(stages):
-        folder = checkpoint_folder(locate(recipe.teacher.model, base_dir))
+    for teacher in recipe.teachers.values() if {"generate", "eval"} & set(stages) else ():
+        if not isinstance(teacher, NativeTeacher):
+            continue
+        folder = checkpoint_folder(locate(teacher.model, base_dir))
         if _is_new(folder, known):
             from teacher.backends import check_folder
 
-            check_folder(folder, speculate=recipe.teacher.speculate, instruction=recipe.teacher.instruction)
+            check_folder(folder, speculate=teacher.speculate, instruction=teacher.instruction)
     if {"distill", "eval"} & set(stages):
         folders = map(checkpoint_folder, _local_bases(recipe))
         asked = recipe.learned_instruction if "eval" in stages and "base" in recipe.eval.roles else UNINSTRUCTED
@@ -104,7 +113,7 @@ def _is_new(folder: Path, known: Collection[str]) -> bool:
 
 def _problems(recipe: Recipe, base_dir: Path) -> str:
     """Problem-set files can be read, local files to their last line; data sets of the Hub are not asked for."""
-    from distill.problems import load_problems, source_files
+    from distill.problems import given_sources, load_problems, source_files
     from distill.problems.reasoning_gym import read_problem_set
 
     held_out = () if recipe.eval.held_out is None else (recipe.eval.held_out,)
@@ -112,7 +121,7 @@ def _problems(recipe: Recipe, base_dir: Path) -> str:
     for path in files.values():
         if path.suffix in (".yaml", ".yml"):
             read_problem_set(path)
-    local = [source for source in recipe.problems if isinstance(source, LocalSource)]
+    local = [source for source in given_sources(recipe.problems) if isinstance(source, LocalSource)]
     count = len(load_problems(local, base_dir=base_dir, limits=recipe.limits)) if local else 0
     return ", ".join([*files, *([f"{count} local problems"] if local else [])]) or "no local file"
 
@@ -154,17 +163,26 @@ def _models(recipe: Recipe, base_dir: Path) -> str:
     raise EnvironmentFault(f"not here; run `{remedy}`", where=folders)
 
 
-def _teacher(recipe: Recipe, base_dir: Path, progress: Progress | None) -> str:
-    if isinstance(recipe.teacher, OpenAITeacher):
-        return f"{recipe.teacher.model} at {recipe.teacher.base_url}"
-    if isinstance(recipe.teacher, VllmTeacher):
+def _synthesis(recipe: Recipe) -> str:
+    """The most that is asked for: what it may cost is known before a question is written."""
+    return "; ".join(
+        f"{source.count:,} questions for {source.name}: at most {source.most_asked:,} asked for, "
+        f"{source.num_votes} answers to each that is new"
+        for source in recipe.synthesised
+    )
+
+
+def _teacher(teacher: TeacherConfig, base_dir: Path, progress: Progress | None) -> str:
+    if isinstance(teacher, OpenAITeacher):
+        return f"{teacher.model} at {teacher.base_url}"
+    if isinstance(teacher, VllmTeacher):
         from teacher.backends.vllm.backend import check_vllm
 
-        return check_vllm(recipe.teacher, base_dir=base_dir)
-    if isinstance(recipe.teacher, RayTeacher):
-        where = ", ".join(recipe.teacher.base_urls) or f"{recipe.teacher.num_replicas} replicas"
-        return f"{recipe.teacher.model} over Ray: {where}"  # its folder lies on the nodes
-    folder = checkpoint_folder(locate(recipe.teacher.model, base_dir), progress=progress)
+        return check_vllm(teacher, base_dir=base_dir)
+    if isinstance(teacher, RayTeacher):
+        where = ", ".join(teacher.base_urls) or f"{teacher.num_replicas} replicas"
+        return f"{teacher.model} over Ray: {where}"  # its folder lies on the nodes
+    folder = checkpoint_folder(locate(teacher.model, base_dir), progress=progress)
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", where=folder)
     check_model_folder(folder)

@@ -73,7 +73,8 @@ def examine_recipe(
     for name, check in (*recipe_checks(recipe, base_dir, progress), *own):
         findings.append(_outcome(name, check))
     fit = {finding.check for finding in findings if finding.state == "ok"}
-    findings += _teacher(recipe, base_dir) if "teacher" in fit else ()
+    for name, teacher in recipe.teachers.items():
+        findings += _teacher(name, teacher, recipe, base_dir) if name in fit else ()
     findings += _students(recipe) if "students" in fit else ()
     return [_naming(path, finding) for finding in findings]
 
@@ -97,9 +98,9 @@ def _naming(path: Path, finding: Finding) -> Finding:
 
 def _questions(recipe: Recipe, base_dir: Path) -> str:
     """The procedural sources make questions: their families and parameters are known to the generator alone."""
-    from distill.problems import load_problems
+    from distill.problems import given_sources, load_problems
 
-    sources = [*recipe.problems, *([] if recipe.eval.held_out is None else [recipe.eval.held_out])]
+    sources = [*given_sources(recipe.problems), *([] if recipe.eval.held_out is None else [recipe.eval.held_out])]
     drawn = [
         source.model_copy(update={"count": min(source.count, QUESTIONS_TRIED)})
         for source in sources
@@ -108,20 +109,20 @@ def _questions(recipe: Recipe, base_dir: Path) -> str:
     return f"{len(load_problems(drawn, base_dir=base_dir))} were drawn to try" if drawn else "none are procedural"
 
 
-def _teacher(recipe: Recipe, base_dir: Path) -> Iterator[Finding]:
+def _teacher(name: str, teacher: TeacherConfig, recipe: Recipe, base_dir: Path) -> Iterator[Finding]:
     """The weights of a native teacher, the prompt of any, whether an endpoint answers."""
     from pipelines.checks import check_weights
 
-    if isinstance(recipe.teacher, NativeTeacher):
+    if isinstance(teacher, NativeTeacher):
 
         def weights() -> str:
-            check_weights(recipe, ("generate",), known=(), base_dir=base_dir)
+            check_weights(recipe.model_copy(update={"teacher": teacher}), ("generate",), known=(), base_dir=base_dir)
             return "whole and finite"
 
-        yield _outcome("teacher weights", weights)
-    yield _outcome("teacher prompt", lambda: _prompt(recipe.teacher, base_dir))
-    if isinstance(recipe.teacher, OpenAITeacher):
-        yield _endpoint(recipe.teacher)
+        yield _outcome(f"{name} weights", weights)
+    yield _outcome(f"{name} prompt", lambda: _prompt(teacher, base_dir))
+    if isinstance(teacher, OpenAITeacher):
+        yield _endpoint(teacher)
 
 
 def _prompt(teacher: TeacherConfig, base_dir: Path) -> str:

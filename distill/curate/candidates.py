@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from distill.problems.split import normalise
-from distill.records import Problem, Record, Trace, Verdict, VerdictState
+from distill.records import FIRST_HINTED, Problem, Record, Trace, Verdict, VerdictState
 
 
 class GradedTrace(Record):
@@ -21,6 +21,10 @@ class GradedTrace(Record):
     extracted: str | None
     detail: str
     relabelled: bool = False
+
+    @property
+    def hinted(self) -> bool:
+        return self.sample_index >= FIRST_HINTED
 
     @property
     def verdict(self) -> Verdict:

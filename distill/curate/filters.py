@@ -1,4 +1,4 @@
-"""Filters that judge one sample by itself: verdict, completeness, length, language, repetition, contamination.
+"""Filters that judge one sample by itself: verdict, completeness, hints, length, language, repetition, contamination.
 
 Each is a function from a candidate to the reason why it is dropped, or None. They run in the order in which
 `single_filters` yields them, before the filters that compare samples with one another (`distill.curate.selection`).
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from distill.curate.candidates import Candidate
+from distill.curate.hint_leaks import hint_leak
 from distill.decontaminate import HeldOutQuestions
 from distill.recipe import CurateConfig, Reasoning
 from distill.records import Problem
@@ -24,12 +25,16 @@ def single_filters(
     problems: Mapping[str, Problem],
     held_out: Mapping[str, Iterable[str]],
     reasoning: Reasoning,
+    *,
+    hints: bool,
 ) -> Iterator[tuple[str, Filter]]:
-    """The filters that are on, in their order. `held_out` maps a suite to its questions."""
+    """The filters that are on, in their order. `held_out` maps a suite to its questions; `hints`: some had one."""
     if config.correct_only:
         yield "verdict", _not_correct
     if config.complete_reasoning:
         yield "complete_reasoning", _not_complete if reasoning == "tagged" else _not_complete_and_plain
+    if hints:
+        yield "hint_leak", _speaking_of_hint
     if config.max_tokens is not None:
         yield "length", _longer_than(config.max_tokens)
     if config.language is not None:
@@ -69,6 +74,11 @@ def _not_complete_and_plain(candidate: Candidate) -> str | None:
     if has_tags(trace.text):
         return "has reasoning tags, and teacher.reasoning is plain"
     return "no answer" if answer_of(trace.text, grader) is None else None
+
+
+def _speaking_of_hint(candidate: Candidate) -> str | None:
+    leak = hint_leak(candidate.trace.text) if candidate.trace.hinted else None
+    return None if leak is None else f"asked with a hint, and says {shorten(leak)!r}"
 
 
 def _longer_than(max_tokens: int) -> Filter:

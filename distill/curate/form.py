@@ -21,7 +21,8 @@ class ExampleForm(NamedTuple):
     instruction: Instruction
 
     def reasoned(self, problem: Problem, trace: Trace, verdict: Verdict) -> Example:
-        return self._example(problem, verdict, self._completion(trace.text, problem.grader), trace.key)
+        example = self._example(problem, verdict, self._completion(trace.text, problem.grader), trace.key)
+        return example.model_copy(update={"hinted": trace.hinted})
 
     def bare(self, problem: Problem, answer: str, verdict: Verdict) -> Example:
         """The same question with nothing but its answer, which no trace stands behind."""

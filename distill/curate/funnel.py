@@ -1,6 +1,6 @@
 """The funnel: all filters in their one order, what each lets through, and why each sample that is not there is not.
 
-    of one sample    verdict, complete_reasoning, length, language, repetition, loop, decontaminate
+    of one sample    verdict, complete_reasoning, hint_leak, length, language, repetition, loop, decontaminate
     of the set       difficulty, deduplicate, near_duplicate_questions, near_duplicate_completions, best_of_n,
                      max_per_problem, mix
 
@@ -42,15 +42,17 @@ def filter_traces(
     config: CurateConfig,
     held_out: HeldOut,
     reasoning: Reasoning,
+    *,
+    hints: bool = False,
 ) -> FilterResult:
-    """Run every filter that is on, over texts whose reasoning is marked so.
+    """Run every filter that is on, over texts whose reasoning is marked so. `hints`: some were asked with one.
 
     Raises DataError for a trace whose problem is not there and for a mix that cannot be made, RecipeError for shares
     of sources that there are not.
     """
     if config.mix is not None:
         check_sources(config.mix, {problem.source for problem in problems.values()})
-    filters = list(single_filters(config, problems, held_out, reasoning))
+    filters = list(single_filters(config, problems, held_out, reasoning, hints=hints))
     passed = [0] * (len(filters) + 1)
     dropped: dict[int, tuple[str, str]] = {}
     samples: list[Sample] = []
@@ -58,7 +60,8 @@ def filter_traces(
     completions = _signatures(config.near_duplicates, "completions")
     for position, candidate in enumerate(_candidates(problems, graded())):
         passed[0] += 1
-        rates.add(candidate.trace.problem_id, candidate.verdict)
+        if not candidate.trace.hinted:  # which says nothing of how hard the problem is
+            rates.add(candidate.trace.problem_id, candidate.verdict)
         for number, (name, reason_to_drop) in enumerate(filters, start=1):
             reason = reason_to_drop(candidate)
             if reason is not None:

@@ -21,6 +21,7 @@ OTHER_ANSWER = ("have another answer than the reference", "see audit.json, or se
 UNGRADED = ("could not be graded in time", "raise verify.timeout_s and verify.memory_mib")
 UNVERIFIABLE = ("have no answer that rules can decide", "give the problems references, or set verify.judge")
 OF_FILTER = {
+    "hint_leak": ("speak of the hint that they had", "raise generate.hints.num_samples"),
     "length": ("are too long", "raise curate.max_tokens"),
     "language": ("are in another language", "see curate.language"),
     "repetition": ("repeat themselves", "raise curate.max_repetition"),

@@ -15,18 +15,35 @@ from distill.problems.split import normalise, split_of
 from distill.recipe import (
     DEFAULT_LIMITS,
     BenchmarkSource,
+    GivenSource,
     LocalSource,
     ProblemSource,
     ReadLimits,
     ReasoningGymSource,
+    SynthesisedSource,
 )
 from distill.records import Problem
 
-__all__ = ["benchmark_parts", "iterate_problems", "load_problems", "normalise", "source_files", "split_of"]
+__all__ = [
+    "benchmark_parts",
+    "given_sources",
+    "iterate_problems",
+    "load_problems",
+    "normalise",
+    "source_files",
+    "split_of",
+]
+
+
+def given_sources(sources: Iterable[ProblemSource]) -> list[GivenSource]:
+    """The sources that can be read as they are: in the place of a synthesised one those of its seeds."""
+    return [
+        given for source in sources for given in (source.seeds if isinstance(source, SynthesisedSource) else (source,))
+    ]
 
 
 def load_problems(
-    sources: Iterable[ProblemSource],
+    sources: Iterable[GivenSource],
     *,
     base_dir: Path,
     limits: ReadLimits = DEFAULT_LIMITS,
@@ -45,7 +62,7 @@ def load_problems(
 
 
 def iterate_problems(
-    sources: Iterable[ProblemSource],
+    sources: Iterable[GivenSource],
     *,
     base_dir: Path,
     limits: ReadLimits = DEFAULT_LIMITS,
@@ -57,16 +74,16 @@ def iterate_problems(
 
 
 def benchmark_parts(sources: Iterable[ProblemSource]) -> list[BenchmarkPart]:
-    """The splits of benchmarks that are among the sources."""
-    return [(source.name, source.split) for source in sources if isinstance(source, BenchmarkSource)]
+    """The splits of benchmarks that are among the sources and their seeds."""
+    return [(source.name, source.split) for source in given_sources(sources) if isinstance(source, BenchmarkSource)]
 
 
 def source_files(
     sources: Iterable[ProblemSource], *, base_dir: Path, bench_data: Path | None = None
 ) -> dict[str, Path]:
-    """The files on this machine that the sources read, by the name a manifest lists them under."""
+    """The files on this machine that the sources and their seeds read, by the name a manifest lists them under."""
     files = {}
-    for source in sources:
+    for source in given_sources(sources):
         if isinstance(source, ReasoningGymSource) and isinstance(source.families, str):
             files[f"problems:{source.families}"] = reasoning_gym.problem_set_path(source.families, base_dir)
         elif isinstance(source, LocalSource):
@@ -77,7 +94,7 @@ def source_files(
     return files
 
 
-def _read(source: ProblemSource, base_dir: Path, limits: ReadLimits, bench_data: Path | None) -> Iterable[Problem]:
+def _read(source: GivenSource, base_dir: Path, limits: ReadLimits, bench_data: Path | None) -> Iterable[Problem]:
     if isinstance(source, ReasoningGymSource):
         return reasoning_gym.read(source, base_dir)
     if isinstance(source, LocalSource):

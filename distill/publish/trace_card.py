@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distill.publish.synthesised import funnel_lines
 from distill.publish.traces import ALL, DEFAULT, FOLDERS, MESSAGES, DatasetLayout, columns, schema
 
 SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M"))
@@ -27,6 +28,7 @@ class Provenance:
     prompt_suffix: str | None
     reasoning: str
     funnel: Sequence[Mapping[str, Any]]
+    questions: Mapping[str, Sequence[Mapping[str, Any]]]
     suites: Sequence[str]
     hashes: Mapping[str, str]
     versions: Mapping[str, str]
@@ -141,7 +143,13 @@ def _funnel(provenance: Provenance) -> str:
             f" {relabelled:,} samples count as correct by the majority of their question's samples, against a "
             "reference that is suspected to be wrong; the column `relabelled` names them."
         )
-    return f"{table}\n\n{against}\n"
+    if hinted := sum(step.get("hinted", 0) for step in provenance.funnel):
+        against += (
+            f" {hinted:,} samples were asked with the reference as a hint, because none without was right; the column "
+            "`hinted` names them."
+        )
+    written = "".join(f"\nWritten by a teacher: {line}.\n" for line in funnel_lines(provenance.questions))
+    return f"{table}\n\n{against}\n{written}"
 
 
 def _teacher(provenance: Provenance) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from distill.recipe.config import Config
+from distill.records import Problem
 
 Reasoning = Literal["tagged", "plain"]
 
@@ -34,6 +35,10 @@ class Instruction(Config):
         '1 + 1?\\n\\nThink.'
         """
         return f"{question}\n\n{self.prompt_suffix}" if self.prompt_suffix else question
+
+    def around(self, problem: Problem) -> Instruction:
+        """What stands around the problem: nothing where it is a text to write, for which no answer is to be given."""
+        return UNINSTRUCTED if problem.grader == "none" else self
 
     def turns(self, question: str) -> list[dict[str, Any]]:
         """The conversation that asks it."""

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from distill.recipe.config import BatchSize, Config, Mark
 from distill.recipe.instruction import InstructedTeacher
-from distill.records import Sampling
+from distill.records import FIRST_HINTED, Sampling
 
 FlagValue = bool | int | float | str | list[Any] | dict[str, Any] | None
 RESERVED_FLAGS = {
@@ -246,7 +246,7 @@ TeacherConfig = Annotated[NativeTeacher | OpenAITeacher | VllmTeacher | RayTeach
 class AdaptiveSampling(Config):
     """Rounds of `num_samples` samples a prompt, graded in between: how long a prompt goes on getting rounds."""
 
-    max_samples: int = Field(16, ge=1, description="samples a prompt at the most")
+    max_samples: int = Field(16, ge=1, lt=FIRST_HINTED, description="samples a prompt at the most")
     min_correct: int = Field(1, ge=1, description="a prompt with so many correct samples is done")
     give_up_after: int = Field(8, ge=1, description="a prompt without a correct one among so many samples is done")
     pass_rate: tuple[float, float] = Field(
@@ -261,9 +261,20 @@ class AdaptiveSampling(Config):
         return self
 
 
+class Hints(Config):
+    """A second try at questions of which no sample is right, with the reference as a hint.
+
+    STaR's rationalisation (arXiv 2203.14465, section 3.2). The hint is no part of the example; a trace is kept where
+    its answer is right and it does not speak of what it was told.
+    """
+
+    num_samples: int = Field(4, ge=1, lt=FIRST_HINTED, description="samples a question")
+
+
 class GenerateConfig(Config):
-    num_samples: int = Field(1, ge=1, description="samples a prompt; with `adaptive`, in each round")
+    num_samples: int = Field(1, ge=1, lt=FIRST_HINTED, description="samples a prompt; with `adaptive`, in each round")
     adaptive: AdaptiveSampling | None = Field(None, description="more samples where they are worth it; none: a fixed n")
+    hints: Hints | None = Field(None, description="a second try where no sample is right; none: there is none")
     sampling: Sampling = Sampling()
     special_tokens_in_text: Literal["text", "refuse"] = Field(
         "text",

@@ -11,7 +11,7 @@ from distill.recipe.config import Config
 from distill.recipe.curation import CurateConfig, VerifyConfig
 from distill.recipe.instruction import UNINSTRUCTED, Instruction
 from distill.recipe.limits import ReadLimits
-from distill.recipe.problems import BenchmarkSource, LocalSource, ProblemSource
+from distill.recipe.problems import BenchmarkSource, LocalSource, ProblemSource, SynthesisedSource
 from distill.recipe.results import OWN_SUITES, EvalConfig, PushConfig, PushTracesConfig
 from distill.recipe.students import DistillConfig
 from distill.recipe.teachers import GenerateConfig, TeacherConfig
@@ -56,6 +56,28 @@ class Recipe(Config):
         if isinstance(tree, dict) and isinstance(tree.get("eval"), dict) and "bench_data" in tree["eval"]:
             raise ValueError("eval.bench_data: is `bench_data` at the top of the recipe, for suites and problems alike")
         return tree
+
+    @property
+    def teachers(self) -> dict[str, TeacherConfig]:
+        """All that write, by their names in messages: the recipe's, and those that synthesised sources have."""
+        own = {f"teacher of {source.name}": source.teacher for source in self.synthesised if source.teacher}
+        return {"teacher": self.teacher, **own}
+
+    @property
+    def synthesised(self) -> tuple[SynthesisedSource, ...]:
+        return tuple(source for source in self.problems if isinstance(source, SynthesisedSource))
+
+    @model_validator(mode="after")
+    def _synthesised_sources_are_apart(self) -> Recipe:
+        names = [source.name for source in self.synthesised]
+        if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+            raise ValueError(f"problems: two synthesised sources are called {twice[0]!r}; give one another name")
+        if names and self.generate.part is not None:
+            raise ValueError(
+                "generate.part: questions are synthesised on one machine; run it there without parts, and name the "
+                f"problems.parquet in generate/questions/{names[0]} as a local source on all of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _plain_reasoning_has_no_budget(self) -> Recipe:

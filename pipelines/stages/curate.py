@@ -75,10 +75,11 @@ def curate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
         "verify": grading_settings(recipe.verify) | recipe.verify.model_dump(mode="json", include=AFTERWARDS),
         "curate": recipe.curate.model_dump(mode="json"),
         "form": {"reasoning": recipe.teacher.reasoning, "instruction": recipe.learned_instruction.words},
+        "hints": recipe.generate.hints is not None,
     }
     held_out: Callable[[], dict[str, list[str]]] = dict
     if recipe.curate.decontaminate:
-        held_out = _held_out(recipe, base_dir, inputs)
+        held_out = held_out_questions(recipe, base_dir, inputs)
         config["eval"] = recipe.eval.model_dump(mode="json", include={"suites", "held_out"})
         config |= hub_identities(parts_of_suites(recipe.eval.suites), bench_folder(recipe.bench_data, base_dir))
     stage_run = StageRun("curate", inputs, config, out_dir)
@@ -122,7 +123,7 @@ def _problems(inputs: Mapping[str, Path]) -> dict[str, Problem]:
     return {problem.id: problem for problem in read_records(inputs["problems"], Problem)}
 
 
-def _held_out(recipe: Recipe, base_dir: Path, inputs: dict[str, Path]) -> Callable[[], dict[str, list[str]]]:
+def held_out_questions(recipe: Recipe, base_dir: Path, inputs: dict[str, Path]) -> Callable[[], dict[str, list[str]]]:
     """Enter the files behind the evaluation's questions into `inputs`, and return what reads them, suite by suite."""
     from eval.suites import suite_files
 
@@ -191,13 +192,16 @@ def _audit(problems: Mapping[str, Problem], config: VerifyConfig, out_dir: Path)
     made = out_dir / "verify" / VERDICTS
     audit = Audit(problems, config)
     for one in iterate_records(made, GradedTrace):
-        audit.add(one.problem_id, one.key, one.state, one.extracted)
+        if not one.hinted:  # told the reference, it cannot speak for it
+            audit.add(one.problem_id, one.key, one.state, one.extracted)
     replaced = {suspect.problem_id: suspect for suspect in audit.suspects() if suspect.relabelled}
     with record_writer(out_dir / VERDICTS, GradedTrace) as writer:
         for one in iterate_records(made, GradedTrace):
             suspect = replaced.get(one.problem_id)
             agrees = suspect is not None and normal_form(one.extracted or "") == normal_form(suspect.majority)
-            if suspect is not None and one.state == "wrong" and agrees:
+            if suspect is not None and one.hinted and one.state == "correct":
+                one = one.model_copy(update={"state": "wrong", "detail": "led by a reference that was replaced"})
+            elif suspect is not None and one.state == "wrong" and agrees:
                 detail = f"relabelled: {suspect.num_agreeing} of {suspect.num_answers} samples against the reference"
                 one = one.model_copy(update={"state": "correct", "detail": detail, "relabelled": True})
             writer.write(one)
@@ -246,8 +250,10 @@ def _write_examples(
                 task.advance(1)
 
     form = ExampleForm(recipe.teacher.reasoning, recipe.learned_instruction)
-    filtered = filter_traces(problems, graded, recipe.curate, held_out, form.reasoning)
+    hints = recipe.generate.hints is not None
+    filtered = filter_traces(problems, graded, recipe.curate, held_out, form.reasoning, hints=hints)
     shown, lost = DroppedExamples(), LostSamples(form.reasoning)
+    num_hinted = 0
     with (
         record_writer(out_dir / EXAMPLES, Example) as examples,
         record_writer(out_dir / DIRECT, Example) as direct,
@@ -261,13 +267,14 @@ def _write_examples(
                     lost.add(candidate, one)
             else:
                 (direct if one.trace_key is None else examples).write(one)
+                num_hinted += one.hinted
     relabelled = sum(one.relabelled for one in iterate_records(out_dir / VERDICTS, GradedTrace))
-    funnel = [
-        {**step, "relabelled": relabelled} if step["filter"] == "verdict" and relabelled else step
-        for step in filtered.funnel
-    ]
+    hinted = sum(one.hinted for one in iterate_records(out_dir / VERDICTS, GradedTrace))
+    marks = {name: count for name, count in (("relabelled", relabelled), ("hinted", hinted)) if count}
+    funnel = [{**step, **marks} if step["filter"] == "verdict" else step for step in filtered.funnel]
     write_atomically(out_dir / FUNNEL, json.dumps(shown.beside(funnel), indent=2) + "\n")
     if not filtered.num_kept:
         raise DataError(f"no trace is left: {lost.summary()}", where=out_dir / FUNNEL)
     counts = {"traces": num_traces, "examples": examples.count, "questions": direct.count}
-    return {**counts, **({"relabelled": relabelled} if relabelled else {}), "funnel": funnel}
+    told = {"hinted": num_hinted} if hints else {}  # examples
+    return {**counts, **({"relabelled": relabelled} if relabelled else {}), **told, "funnel": funnel}

@@ -7,7 +7,7 @@ R/push/manifest.json   repository, commit, and the name and size of every file
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from distill.errors import DataError, RecipeError, nearest
 from distill.manifest import read_manifest, run_stage
 from distill.model_folder import read_config_json
 from distill.publish.origin import published_name
-from distill.recipe import Recipe, StudentConfig, parse
+from distill.publish.synthesised import question_funnels
+from distill.recipe import ProblemSource, Recipe, StudentConfig, parse
 from distill.records import ScoreCard, StageManifest
 from eval.compare import best_student
 from pipelines.context import Context
@@ -125,9 +126,11 @@ def _card(
     lineage = Lineage(
         recipe=recipe.name,
         teacher=_teacher(recipe, base_dir),
-        problems="; ".join(_problems(recipe)),
+        problems="; ".join(_problems(recipe.problems)),
         instruction=recipe.learned_instruction,
         funnel=_funnel(run_dir),
+        questions=question_funnels(read_manifest(run_dir / "generate")),
+        num_hinted=_num_hinted(run_dir),
         hashes=_hashes(run_dir, folder),
         versions={key: value for key, value in (manifest.versions if manifest else {}).items() if value[:1].isdigit()},
     )
@@ -164,9 +167,9 @@ def _teacher(recipe: Recipe, base_dir: Path) -> str:
     return published_name(recipe.teacher.model, locate(recipe.teacher.model, base_dir))
 
 
-def _problems(recipe: Recipe) -> list[str]:
+def _problems(sources: Iterable[ProblemSource]) -> list[str]:
     lines = []
-    for source in recipe.problems:
+    for source in sources:
         if source.kind == "reasoning_gym":
             lines.append(f"reasoning-gym, {source.count:,} problems, seed {source.seed}, split {source.split}")
         elif source.kind == "local":
@@ -174,9 +177,19 @@ def _problems(recipe: Recipe) -> list[str]:
         elif source.kind == "benchmark":
             benchmark = BENCHMARKS[source.name]
             lines.append(f"{source.name} (`{benchmark.repo}`, {benchmark.licence}), split {source.split}")
+        elif source.kind == "synthesised":
+            writer = "the teacher" if source.teacher is None else f"`{Path(source.teacher.model).name}`"
+            seeds = ", ".join(_problems(source.seeds))
+            lines.append(f"up to {source.count:,} that {writer} wrote after {seeds}, kept where its answers agree")
         else:
             lines.append(f"`{source.repo}` at `{source.revision}`, split {source.split}")
     return lines
+
+
+def _num_hinted(run_dir: Path) -> int:
+    """Examples whose traces were asked with the reference as a hint."""
+    curated = read_manifest(run_dir / "curate")
+    return int(curated.counts.get("hinted", 0)) if curated else 0
 
 
 def _funnel(run_dir: Path) -> list[dict[str, Any]]:

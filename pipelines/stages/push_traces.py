@@ -22,6 +22,7 @@ from distill.problems import benchmark_parts
 from distill.progress import Progress
 from distill.publish.hub import check_name, push_folder
 from distill.publish.origin import published_name
+from distill.publish.synthesised import question_funnels
 from distill.publish.trace_card import Provenance, dataset_card
 from distill.publish.traces import FOLDERS, DatasetLayout, lay_out, pair_with_drops
 from distill.recipe import Recipe
@@ -175,6 +176,7 @@ def _provenance(recipe: Recipe, generated: StageManifest, curated: StageManifest
         prompt_suffix=recipe.teacher.prompt_suffix,
         reasoning=recipe.teacher.reasoning,
         funnel=curated.counts["funnel"],
+        questions=question_funnels(generated),
         suites=[*recipe.eval.suites] if recipe.curate.decontaminate else [],
         hashes={
             **{name: digest for name, digest in generated.inputs.items() if name == "teacher"},

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from distill.licences import card_fields
 from distill.publish.origin import published_name, repository_of
+from distill.publish.synthesised import funnel_lines
 from distill.recipe import UNINSTRUCTED, Instruction, StudentConfig
 from distill.records import ScoreCard
 from students.base_folder import locate
@@ -23,7 +24,8 @@ from students.base_folder import locate
 class Lineage:
     """Sources of a student; `teacher` and `problems` are Markdown, `instruction` is what it learned questions with.
 
-    Hashes are SHA-256 of files and folders, as the stages' manifests have them.
+    `questions` are the funnels of sources that a teacher wrote, `num_hinted` the examples that needed a hint. Hashes
+    are SHA-256 of files and folders, as the stages' manifests have them.
     """
 
     recipe: str
@@ -31,6 +33,8 @@ class Lineage:
     problems: str
     instruction: Instruction = UNINSTRUCTED
     funnel: Sequence[Mapping[str, Any]] = ()
+    questions: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    num_hinted: int = 0
     hashes: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -129,10 +133,14 @@ def _lineage(student: StudentConfig, lineage: Lineage) -> str:
         f"1. Base: {base_name(student)}" + (f" at revision `{student.revision}`" if of_hub else ""),
         f"2. Teacher: {lineage.teacher}",
         f"3. Problems: {lineage.problems}",
+        *(f"   - {line}" for line in funnel_lines(lineage.questions)),
     ]
     if lineage.funnel:
         steps = " -> ".join(f"{step['filter']} {step['out']:,}" for step in lineage.funnel)
         lines.append(f"4. Traces: {lineage.funnel[0]['in']:,} -> {steps}")
+    if lineage.num_hinted:
+        hint = "with the reference as a hint, which no example holds (rationalisation, arXiv 2203.14465)"
+        lines.append(f"5. {lineage.num_hinted:,} of the examples are second tries, asked {hint}")
     if lineage.hashes:
         lines += ["", "| what | SHA-256 |", "|---|---|"]
         lines += [f"| {what} | `{digest}` |" for what, digest in lineage.hashes.items()]

@@ -118,7 +118,8 @@ class TransformersBackend:
     def generate(self, requests: Sequence[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
         """Yield completions batch by batch. A prompt that fills the model's context ends at once, by length."""
         self._counter = _TokenCounter()
-        prompts = [render_question(self.tokenizer, request.problem.prompt, self._instruction) for request in requests]
+        problems = [request.problem for request in requests]
+        prompts = [render_question(self.tokenizer, one.prompt, self._instruction.around(one)) for one in problems]
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         openings = [THINK_LINE if prompt.endswith(THINK_LINE) else "" for prompt in prompts]
         fitting = [number for number, prompt_ids in enumerate(ids) if len(prompt_ids) < self._context]

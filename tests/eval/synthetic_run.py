@@ -127,6 +127,7 @@ def _write_stages(run_dir: Path, sizes: Mapping[str, int]) -> None:
         manifest = json.loads((folder / MANIFEST).read_text())
         manifest |= {"seconds": seconds, "peak_rss_bytes": 1_240_000_000, "device": "NVIDIA H200"}
         manifest["counts"] = {"held_out": 240, "training_questions": 7_410, "shared_with_training": 0}
+        manifest["counts"] |= {"generate": {"synthesised": {"tales": {}}}, "curate": {"hinted": 37}}.get(name, {})
         (folder / MANIFEST).write_text(json.dumps(manifest))
     funnel = [("correct_only", 8192, 7804), ("complete_reasoning", 7804, 7804), ("max_repetition", 7804, 7790)]
     funnel += [("decontaminate", 7790, 7700), ("deduplicate", 7700, 7410)]
@@ -140,6 +141,10 @@ def _write_stages(run_dir: Path, sizes: Mapping[str, int]) -> None:
     steps = [{"filter": name, "in": before, "out": after, "examples": []} for name, before, after in funnel]
     steps[3] |= {"examples": [example, {**example, "key": "fedc"}]}
     (run_dir / "curate" / "funnel.json").write_text(json.dumps(steps))
+    written = [{"filter": "readable", "in": 900, "out": 640}, {"filter": "agreement", "in": 640, "out": 512}]
+    written = [step | {"examples": [example]} for step in written]
+    run_stage("synthesise", {}, {}, run_dir / "generate" / "questions" / "tales", lambda: {}, [])
+    (run_dir / "generate" / "questions" / "tales" / "funnel.json").write_text(json.dumps(written))
     (run_dir / "curate" / "audit.json").write_text(synthetic_audit().model_dump_json())
 
 

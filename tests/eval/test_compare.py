@@ -44,6 +44,8 @@ def test_the_summary_says_what_the_run_was_and_what_it_cost(got):
     assert got["stages"][2]["seconds"] == 8 * 21.0, "students trained one by one are one stage"
     assert got["seconds"] == pytest.approx(74.2 + 9.6 + 8 * 21.0 + 83.0 + 2.0)
     assert got["funnel"][0] == {"filter": "correct_only", "in": 8192, "out": 7804}
+    assert got["questions"]["tales"][1] == {"filter": "agreement", "in": 640, "out": 512}
+    assert got["hinted"] == 37
 
 
 def test_the_summary_has_a_card_for_every_model_and_suite(got):

@@ -184,10 +184,13 @@ def test_the_funnel_says_what_each_filter_dropped(report):
     words = " ".join("".join(page.words).split())
     assert "7,410 of 8,192 traces became training examples" in words
     assert [f"{100 * dropped / given:.1f}%" in words for dropped, given in ((388, 8192), (90, 7790))] == [True, True]
-    assert words.count("shares 'how many <b>bold</b> apples' with the held-out question") == 2
+    assert words.count("shares 'how many <b>bold</b> apples' with the held-out question") == 2 + 2, "two of questions"
+    assert "37 of the examples are second tries, asked with the reference as a hint." in words
     assert "\\u202e?" in words
-    widths = [a["style"] for tag, a in page.tags if tag == "b" and "style" in a][:5]
-    assert widths == [f"width: {100 * kept / 8192:.2f}%" for kept in (7804, 7804, 7790, 7700, 7410)]
+    assert "tales: 512 of 900 questions that were asked for are kept." in words
+    widths = [a["style"] for tag, a in page.tags if tag == "b" and "style" in a]
+    assert widths[:2] == [f"width: {100 * kept / 900:.2f}%" for kept in (640, 512)]
+    assert widths[2:7] == [f"width: {100 * kept / 8192:.2f}%" for kept in (7804, 7804, 7790, 7700, 7410)]
     summary = json.loads((report / "summary.json").read_text())
     assert summary["funnel"][3] == {"filter": "decontaminate", "in": 7790, "out": 7700}
 

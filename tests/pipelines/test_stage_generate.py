@@ -24,8 +24,8 @@ from distill.manifest import read_manifest
 from distill.recipe import Recipe
 from distill.records import Completion, Problem, Sampling, TeacherIdentity, Trace, TraceRequest
 from distill.tables import read_records
+from pipelines.asking import FLUSH_SAMPLES
 from pipelines.context import Context
-from pipelines.rounds import FLUSH_SAMPLES
 from pipelines.stages.generate import generate
 from tests.repository import REPOSITORY
 

@@ -76,6 +76,14 @@ def test_the_card_carries_lineage_scores_recipe_and_licence():
     assert "top-p 0.95, without a system prompt.\n" in text
 
 
+def test_the_card_tells_of_questions_that_a_teacher_wrote_and_of_hints():
+    student = find_student("r1-distill-qwen-1.5b")
+    written = [{"filter": "readable", "in": 900, "out": 640}, {"filter": "same_answer", "in": 640, "out": 512}]
+    told = model_card("x", student, log_of(student), [], replace(LINEAGE, questions={"tales": written}, num_hinted=37))
+    assert "   - tales: 900 questions asked for -> readable 640 -> same answer 512" in told
+    assert "5. 37 of the examples are second tries, asked with the reference as a hint" in told
+
+
 def test_the_card_says_how_a_student_that_learned_with_an_instruction_is_asked():
     student = find_student("r1-distill-qwen-1.5b")
     lineage = replace(LINEAGE, instruction=Instruction(system_prompt="Be brief.", prompt_suffix="Box it."))

@@ -192,9 +192,9 @@ class NativeBackend:
         """Yield a completion a request, each as soon as it is finished. Raises DataError for a prompt too long."""
         prefixes: dict[int, str] = {}
         sequences = []
-        prompts: dict[str, tuple[str, list[int]]] = {}  # samples of one question share its prompt
+        prompts: dict[tuple[str, str], tuple[str, list[int]]] = {}  # samples of one question share its prompt
         for number, request in enumerate(requests):
-            question = request.problem.prompt
+            question = request.problem.prompt, request.problem.grader
             if question not in prompts:
                 prompts[question] = self._prompt(request)
             prefix, prompt_ids = prompts[question]
@@ -319,7 +319,8 @@ class NativeBackend:
 
     def _prompt(self, request: TraceRequest) -> tuple[str, list[int]]:
         """Opening of the answer that the prompt has already written, and the prompt's tokens."""
-        prompt = render_question(self.tokenizer, request.problem.prompt, self._instruction)
+        problem = request.problem
+        prompt = render_question(self.tokenizer, problem.prompt, self._instruction.around(problem))
         return THINK_LINE if prompt.endswith(THINK_LINE) else "", encode_prompt(self.tokenizer, prompt)
 
     def _begin(

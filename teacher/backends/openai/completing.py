@@ -70,7 +70,7 @@ class Asker:
         return payload
 
     def _messages(self, request: TraceRequest, *continued: dict[str, str]) -> dict[str, Any]:
-        return {"messages": [*self._config.turns(request.problem.prompt), *continued]}
+        return {"messages": [*self._config.around(request.problem).turns(request.problem.prompt), *continued]}
 
     def _chat_logprobs(self) -> dict[str, Any]:
         top = self._sampling.top_logprobs

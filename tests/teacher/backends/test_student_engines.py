@@ -142,6 +142,20 @@ def test_a_student_is_asked_with_the_instruction_that_it_learned(
     assert told.identity != spelled.identity
 
 
+@ENGINES
+def test_a_text_to_write_is_asked_for_without_the_instruction(qwen_dir, engine):
+    """Beside a question in the same words, which has it."""
+    told = open_student(qwen_dir, engine=engine, batch_size=2, instruction=INSTRUCTION)
+    bare = open_student(qwen_dir, engine=engine, batch_size=2)
+    question = request_of("1 + 1")
+    text = TraceRequest(problem=question.problem.model_copy(update={"grader": "none"}), sample_index=0)
+    greedy = Sampling(max_tokens=8, temperature=0)
+    done = {c.request.problem.grader: c for c in told.generate([question, text], greedy)}
+    (same,) = bare.generate([question], greedy)
+    assert (done["none"].text, done["none"].num_prompt_tokens) == (same.text, same.num_prompt_tokens)
+    assert done["math"].num_prompt_tokens > same.num_prompt_tokens
+
+
 @pytest.mark.parametrize("refuses", ["{{ raise_exception('no system') }}", ""], ids=["refused", "left out"])
 def test_a_template_without_a_system_turn_is_named(make_checkpoint, refuses):
     folder = make_checkpoint()
