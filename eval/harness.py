@@ -158,7 +158,7 @@ def score_rows(
 
 
 def count_unverifiable(samples: Path) -> dict[str, int]:
-    """Answers of each suite whose reference could not be read, out of a samples.parquet; suites without any left out."""
+    """Answers of each suite whose reference could not be read, from a samples.parquet; suites without any left out."""
     import pyarrow.parquet as pq
 
     rows = pq.read_table(samples, columns=["suite", "verdict"]).to_pylist()
