@@ -98,7 +98,7 @@ HEDGES = frozenset(
         r"\S+",
         """or not no nor neither isn't wrong incorrect false maybe perhaps possibly but if then else unless either least
     most plus minus divided except excluding without undefined impossible infinite infinity unknown mod remainder half
-    third zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty hundredth tenth""",
+    third zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty""",
     )
 )
 CURRENCIES = {
