@@ -159,7 +159,7 @@ def plain(text: str) -> str:
     r"""The answer without its typesetting.
 
     >>> plain("\\textbf{(B)}\\ 15"), plain("$\\dfrac{1}{2}\\,$."), plain("2\u221a3"), plain("\\mathrm{2\\pi}")
-    ('\\text{(B)} 15', '\\frac{1}{2}', '2\\sqrt 3', '2\\pi')
+    ('\\text{(B)} 15', '\\frac {1}{2}', '2\\sqrt 3', '2\\pi')
     """
     text = TRAILING.sub("", "".join(map(_plain_letter, text)).strip())
     text = SCRIPT.sub(_script, RAISED_FRACTION.sub(_raised_fraction, text))

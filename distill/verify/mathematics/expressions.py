@@ -115,10 +115,6 @@ def _exact_recurring(match: re.Match[str]) -> str:
     return f"{{\\frac{{{above}}}{{{nines}}}}}"
 
 
-def names_of(latex: str) -> frozenset[str]:
-    return frozenset(symbol.name for symbol in parse(latex).free_symbols)
-
-
 def same_value(one: str, other: str) -> bool:
     """Tell whether two terms have one value, wherever they have one. Raises UnreadableTermError."""
     return same_expressions(parse(one), parse(other))
