@@ -138,10 +138,11 @@ SAME_AS = {
         r"\arsinh": r"\arcsinh",
     },
 }
-MARKDOWN = re.compile(r"(\*\*\*?|__|`+)(?P<inner>[^*_`].*?)\1", re.DOTALL)
+MARKDOWN = re.compile(r"(\*{2,}|_{2,}|`+)(?P<inner>[^*_`].*?)\1", re.DOTALL)
 DEGREES = re.compile(r"\^\s*(?:\{\s*(?:\\circ|o|\\text\{o\}|\^\\circ)\s*\}|o(?![A-Za-z])|\\circ\b)")
 WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 UNIT_LETTERS = re.compile(r"[mgshlLNJWV](?:[mgshlLNJWV]|[\s/^{}\d-])*")  # `\mathrm{m\,s^{-1}}`
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 LETTER = re.compile(r"[^\W\d_]")
 
 
@@ -158,13 +159,11 @@ def plain(text: str) -> str:
     r"""The answer without its typesetting.
 
     >>> plain("\\textbf{(B)}\\ 15"), plain("$\\dfrac{1}{2}\\,$."), plain("2\u221a3"), plain("\\mathrm{2\\pi}")
-    ('\\text{(B)} 15', '\\frac{1}{2}', '2\\sqrt 3', '2\\pi')
+    ('\\text{(B)} 15', '\\frac {1}{2}', '2\\sqrt 3', '2\\pi')
     """
     text = TRAILING.sub("", "".join(map(_plain_letter, text)).strip())
     text = SCRIPT.sub(_script, RAISED_FRACTION.sub(_raised_fraction, text))
     text = OTHER_SIGN.sub(lambda sign: SIGNS[sign[0]], text).strip()
-    while (marked := MARKDOWN.fullmatch(text)) is not None:
-        text = marked["inner"].strip()
     text = GROUPED.sub(lambda number: re.sub(r"\D", "", number[0]), text)
     text = DEGREES.sub(r"^\\circ ", _retype(text))
     text = BRACED_SIGN.sub(r"\1", EMPTY.sub("", text))
@@ -173,6 +172,8 @@ def plain(text: str) -> str:
         shorter = _without_outer_braces(text.rstrip(" ,;:"))
         if shorter.endswith(".") and not shorter.endswith(".."):
             shorter = shorter[:-1]
+        if (marked := MARKDOWN.fullmatch(shorter)) is not None:
+            shorter = marked["inner"]
         if shorter == text:
             return text
         text = shorter.strip()
@@ -288,7 +289,7 @@ def _over(group: _Group) -> str:
 def closes_at(text: str, start: int) -> int | None:
     """Where the brace that opens at `start` is closed."""
     depth = 0
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+    for match in BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
         if depth == 0:
             return match.start()
@@ -296,9 +297,22 @@ def closes_at(text: str, start: int) -> int | None:
 
 
 def _without_outer_braces(text: str) -> str:
-    while text.startswith("{") and closes_at(text, 0) == len(text) - 1:
-        text = text[1:-1].strip()
-    return text
+    """In one pass, however many there are."""
+    closing: dict[int, int] = {}
+    opened: list[int] = []
+    for match in BRACE.finditer(text) if text.startswith("{") else ():
+        if match.group() == "{":
+            opened.append(match.start())
+        elif match.group() == "}" and opened:
+            closing[opened.pop()] = match.start()
+    start, end = 0, len(text)
+    while closing.get(start) == end - 1:
+        start, end = start + 1, end - 1
+        while start < end and text[start].isspace():
+            start += 1
+        while start < end and text[end - 1].isspace():
+            end -= 1
+    return text[start:end]
 
 
 def words_of(text: str) -> str:
@@ -308,6 +322,7 @@ def words_of(text: str) -> str:
     ('june20', 'c')
     """
     text = re.sub(r",?\s*(?<![A-Za-z])and(?![A-Za-z])\s*", ",", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
+    text = re.sub(r"^\s*(?:an?|the)\s+(?=\w{3})", "", text, flags=re.IGNORECASE)
     text = re.sub(r"""[\s"'`{}]+""", "", text).casefold().rstrip(".!,;:")
     alone = re.fullmatch(r"[(\[]?([^\W\d_])[)\]]?", text)
     return alone[1] if alone else text

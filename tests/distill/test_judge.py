@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from distill.errors import EnvironmentFault
 from distill.protocols import Teacher
 from distill.recipe import JudgeConfig, OpenAITeacher, VerifyConfig
 from distill.records import Completion, Problem, Sampling, TeacherIdentity, TraceRequest, Verdict
-from distill.verify import open_verifier
+from distill.verify import kept, open_verifier
 from distill.verify.judge import DIFFERENT, SAME, ballot, judge_settings, read_vote
 from distill.verify.kept import grading_settings
 from tests.teacher.backends.openai.chat_endpoint import ChatEndpoint, serving
@@ -223,3 +225,14 @@ def test_through_a_real_endpoint() -> None:
             judge.close()
     assert [verdict.state for verdict in verdicts] == ["correct", "wrong", "correct"]
     assert {payload["temperature"] for payload in endpoint.payloads} == {0}
+
+
+@pytest.mark.parametrize("package", ["math-verify", "sympy", "latex2sympy2-extended"])
+def test_another_version_of_a_grader_is_another_verdict(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    base = VerifyConfig()
+    before, version = grading_settings(base), importlib.metadata.version
+    monkeypatch.setattr(kept, "GRADING_VERSION", kept.GRADING_VERSION + 1)
+    ours = grading_settings(base)
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0" if name == package else version(name))
+    assert len({json.dumps(settings, sort_keys=True) for settings in (before, ours, grading_settings(base))}) == 3

@@ -106,9 +106,8 @@ def test_truncated_is_not_correct_and_our_failures_are_not_wrong():
 
 
 def test_references_that_nobody_can_read_stop_a_suite_above_a_share():
-    rows = [row(f"r{i}", "correct", "1") for i in range(36)] + [
-        row("u", "unverifiable", "1") | {"answer": "\\frac{"}
-    ] * 4
+    rows = [row(f"r{i}", "correct", "1") for i in range(36)]
+    rows += [row("u", "unverifiable", "1") | {"answer": "\\frac{"}] * 4
     card, *_ = score_rows(rows, SUBJECT, "s", max_unverifiable=0.1)
     assert (card.value, card.num_samples) == (36 / 37, 40)
     with pytest.raises(DataError, match=r"s: 4 of 40 answers .* cannot be read, the first is '\\\\frac\{'; at most 5%"):

@@ -31,7 +31,6 @@ from distill.verify.mathematics.values import (
 from distill.verify.mathematics.words import is_product
 
 SIGNS = ("=", "<", ">", "\\le", "\\ge", "\\ne", "\\approx", "\\equiv", "\\in", "\\to", "\\sim")
-ORDERS = ("<", ">", "\\le", "\\ge")
 INDEX = r"(?:_\s*(?:\{[^{}]*\}|[A-Za-z0-9]))?'*"
 LETTER = rf"(?:[A-Za-z]|\\(?!frac|sqrt|pi\b)[a-zA-Z]+\s*){INDEX}"
 ARGUMENTS = r"\([^()]*(?:\([^()]*\)[^()]*)?\)"

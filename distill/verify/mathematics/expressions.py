@@ -47,7 +47,7 @@ POINTS: tuple[tuple[Fraction, ...], ...] = (
 DIGITS = 40
 SAME = 30  # digits that have to agree
 MAX_DIGITS = 4_000
-MAX_NESTING = 24  # of brackets; the parser's time grows with more than its square
+MAX_NESTING = 12  # of brackets; the time that the parser takes grows steeply with them
 MAX_ARGUMENT = 1e7  # of a factorial, and the largest exponent: beyond, a value is not worked out
 
 
@@ -91,7 +91,7 @@ def _nesting(latex: str) -> int:
     for character in latex:
         depth += (character in "({[") - (character in ")}]")
         deepest = max(deepest, depth)
-    return deepest
+    return max(deepest, latex.count("|") // 2)
 
 
 def _exact(decimal: re.Match[str]) -> str:
@@ -113,10 +113,6 @@ def _exact_recurring(match: re.Match[str]) -> str:
     nines = (10 ** len(match[2]) - 1) * 10 ** len(places)
     above = int((whole + places) or 0) * (10 ** len(match[2]) - 1) + int(match[2])
     return f"{{\\frac{{{above}}}{{{nines}}}}}"
-
-
-def names_of(latex: str) -> frozenset[str]:
-    return frozenset(symbol.name for symbol in parse(latex).free_symbols)
 
 
 def same_value(one: str, other: str) -> bool:

@@ -18,6 +18,7 @@ Result = tuple[VerdictState, str]
 # A choice as contests write it, `(B) 15`: its letter, where no other letter follows.
 LETTERED = re.compile(r"(?:\\text\{\s*)?\(?([A-Z])\)\s*\}?\s*(?P<rest>(?:(?![A-Z]).)+)", re.DOTALL)
 TEXTS = re.compile(r"\\text\{([^{}]*)\}")
+ORDERED = re.compile(r"order|arrang|rank|sequence|first|last|smallest|largest", re.IGNORECASE)
 LETTER = re.compile(r"\\text\{\s*\(?([A-Z])\)?\s*\}")
 
 
@@ -96,13 +97,19 @@ def _answers(value: Value, wanted: str, given: str, question: str) -> bool:
             read_answer: Value | None = read(given, question)
         except UnreadableError:
             read_answer = None
-        said = words_of(given) == value.key
+        said = words_of(given) == value.key or _same_labels(value.key, words_of(given), question)
         return said or (isinstance(read_answer, Words) and same_words(value.key, read_answer.key))
     # A bare `h` is a unit where the question, or the reference, speaks of hours.
     answer = read(given, " ".join((question, *TEXTS.findall(wanted))))
     if isinstance(answer, Words):
         return answer.key == words_of(wanted)
     return same(value, answer, question)
+
+
+def _same_labels(wanted: str, given: str, question: str) -> bool:
+    """`C, A` for `A, C`, where no order was asked for."""
+    labels = [sorted(text.split(",")) for text in (wanted, given)]
+    return labels[0] == labels[1] and all(len(label) == 1 for label in labels[0]) and not ORDERED.search(question)
 
 
 @lru_cache(maxsize=256)

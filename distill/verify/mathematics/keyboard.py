@@ -29,6 +29,7 @@ NAMES = {
 }
 WORD = re.compile(rf"{TEXT}|\\[A-Za-z]+|[A-Za-z]+(?![A-Za-z])")
 SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?![\w.])")
+TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))")
 OPERATORS = (
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"<=|=<"), r"\\le "),
@@ -53,6 +54,7 @@ def to_latex(text: str) -> str:
     ('\\sqrt{3}/2 + 2\\pi ', '3.2\\times 10^{5}', '\\frac{3}{8}x^{10}')
     """
     text = NOT.sub(lambda match: "\\ne " if match[1] == "=" else match[0], text)
+    text = TIMES_TEN.sub("\\\\times ", text)
     text = SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
     for pattern, written in OPERATORS:
         text = pattern.sub(written, text)

@@ -69,7 +69,6 @@ APPLIED = re.compile(
     re.DOTALL,
 )
 INTERVALS = re.compile(r"\\(?:cup|cap|setminus)")
-CONDITION = re.compile(r"(?:\\text\{[^{}]*(?:where|for|integer|with)[^{}]*\}.*|k|n|m)", re.DOTALL)
 TIME = re.compile(r"\d+(?::\d+)+")
 LABEL = re.compile(r"\\text\{[^{}]*(?::|\bis)\s*\}\s*:?\s*(?=.)")
 SENTENCE = re.compile(r"^\\text\{[^{}]*(?::|\bis)\s+([^{}A-Za-z]+)\}$")

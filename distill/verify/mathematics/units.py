@@ -96,13 +96,11 @@ POWERS = {"square": 2, "squared": 2, "sq": 2, "sq.": 2, "cubic": 3, "cubed": 3, 
 HEDGES = frozenset(
     re.findall(
         r"\S+",
-        """or and not no nor neither is are was were isn't wrong maybe perhaps possibly but if then else unless either
-    than more less least most about approximately roughly around nearly almost between to through plus minus times
-    divided if when where which that because so any all none some other except excluding without even only at
-    undefined impossible infinite infinity unknown false true yes correct incorrect mod remainder half quarter third
-    zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty hundredth tenth""",
+        """or not no nor neither isn't wrong incorrect false maybe perhaps possibly but if then else unless either least
+    most plus minus divided except excluding without undefined impossible infinite infinity unknown mod remainder half
+    third zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty""",
     )
-) - {"all"}
+)
 CURRENCIES = {
     "\\$": "dollar",
     "£": "GBP",
@@ -123,7 +121,9 @@ PHRASE = re.compile(
     r"(?P<unit>(?:(?:\\text\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|\\Omega\b|\\mu\b|(?<![\\A-Za-z])[A-Za-z]+\.?"
     r"|\^\s*(?:\{\s*-?\d\s*\}|-?\d)|/|\\cdot\b|\s)+))$"
 )
-WORD = re.compile(r"\\Omega|[A-Za-z](?:[A-Za-z'’-]*[A-Za-z])?\.?(?:[A-Za-z]\.)?|\^\s*\{?\s*(-?\d)\s*\}?|/|[^\sA-Za-z]")
+WORD = re.compile(
+    r"\\Omega|[A-Za-z](?:[A-Za-z'’-]*[A-Za-z])?'?\.?(?:[A-Za-z]\.)?|\^\s*\{?\s*(-?\d)\s*\}?|/|[^\sA-Za-z]"
+)
 DEGREES = re.compile(r"\s*\^\\circ\s*(?:\\text\{\s*)?([CFK])?\s*\}?$")
 CIRCULAR = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)\b")
 UNIT_FRACTION = re.compile(
