@@ -67,8 +67,9 @@ def prefill_kernel(
     """`scale_log2` is the softmax scale times log2 of e: powers are of two."""
     _, num_heads, width = query_MHD.shape
     out_MHD = torch.empty_like(query_MHD)
+    stages = 2 if cache_LPE.element_size() == 2 else 1  # pages of FP32 are twice as large in shared memory
     _prefill[(num_heads, len(packed.blocks_N2))](
         query_MHD, cache_LPE, *packed, out_MHD, scale_log2, packed.pages_KQ.stride(0),
-        H=num_heads, J=kv_heads, D=width, ROWS=QUERY_BLOCK, num_warps=4, num_stages=2,
+        H=num_heads, J=kv_heads, D=width, ROWS=QUERY_BLOCK, num_warps=4, num_stages=stages,
     )  # fmt: skip
     return out_MHD

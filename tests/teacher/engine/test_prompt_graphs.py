@@ -19,7 +19,11 @@ from teacher.kernels.attention.mla_cache import PAGE
 from teacher.models.gqa.gpu import GqaKernels
 from teacher.models.gqa.model import GqaModel
 from teacher.models.gqa.weights import load_gqa
+from teacher.models.latent.model import LatentModel
+from teacher.models.latent.weights import fuse_weights
+from tests.teacher.engine.test_speculation import Planned
 from tests.teacher.models.test_gqa_engine import LLAMA3, prompts, save_random
+from tests.teacher.v3_models import random_model, tiny_config
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -59,8 +63,8 @@ def requests() -> list[Sequence[int]]:
     ]
 
 
-def written(engine: Engine, sequences: list[Sequence[int]]) -> dict[int, Any]:
-    engine.runner.cache.entries_LPSE.fill_(float("nan"))  # what memory may hold before it is written
+def written(engine: Engine, sequences: list[Sequence[int]], before: float = float("nan")) -> dict[int, Any]:
+    engine.runner.cache.entries_LPSE.fill_(before)  # what memory may hold before it is written
     done = {sequence.key: sequence for sequence in engine.run(sequences)}
     assert engine.blocks.num_available == engine.blocks.num_pages
     return {key: (sequence.generated_ids, sequence.finish_reason) for key, sequence in done.items()}
@@ -81,6 +85,25 @@ def test_graphs_write_what_steps_write(tmp_path: Path, family: str, features: di
     assert written(engine, requests()) == written(plain, requests())
     # Every step is graphs, unless there is no shape for it (`max_step_tokens`) or a prompt's last token came alone.
     assert not eager or features.keys() & {"max_step_tokens", "max_chunk"}
+
+
+@pytest.mark.parametrize("features", [{}, {"batch_size": 3}, {"num_pages": 9}], ids=str)
+def test_prompts_of_latent_attention_are_graphs_of_their_own(features: dict[str, Any]) -> None:
+    """Beside the sequences that decode, up to four of 128 tokens; longer ones and more at once are steps as before."""
+    weights = fuse_weights(random_model(tiny_config(max_position_embeddings=512, rope_scaling=None), std=0.1))
+    plain = Engine(LatentModel(weights), batch_size=16, eos_token_ids=[5])
+    engine = Engine(
+        LatentModel(weights, Planned(weights)), **{"batch_size": 16, "eos_token_ids": [5], "run_ahead": True} | features
+    )
+    assert engine.runner.graphs is not None
+    mixed: list[bool] = []
+    step = engine.runner.graphs.step
+    engine.runner.graphs.step = lambda chunks, before: (
+        mixed.append(0 < sum(chunk.count > 1 for chunk in chunks) < len(chunks)) or step(chunks, before)
+    )
+    # Its twin looks at whole pages, which must hold numbers: a runner with graphs clears them.
+    assert written(engine, requests(), before=0.0) == written(plain, requests())
+    assert any(mixed), "prompts beside sequences that decode"
 
 
 def test_what_the_host_has_a_say_in_is_no_graph(tmp_path: Path) -> None:
