@@ -50,8 +50,8 @@ def small_scores(read: Read) -> str:
         return ""
     stages = ", ".join(f"{stage['name']} {stage['seconds']:,.0f} s" for stage in summary["stages"])
     opening = (
-        f"Real models through the whole chain on {summary['device']}; its stages take {minutes(summary['seconds'])}: "
-        f"{stages}.\n"
+        f"Real models through the whole chain on one machine ({summary['device']}): the stages take "
+        f"{minutes(summary['seconds'])} ({stages}).\n"
         "pass@1 (%) with its 95% interval, clustered by question; the gain over the base is paired over questions."
     )
     return "\n\n".join([opening, *(_suite_scores(suite, summary["students"]) for suite in summary["suites"])])

@@ -139,7 +139,7 @@ def test_before_the_run_there_is_no_table_and_after_it_every_suite(finished: Pat
     keep_run(finished, tmp_path / "results")
     now = written(SMALL.replace("a-machine", "nvidia-h200"), "README.md", tmp_path / "results")
     summary = json.loads((finished / "report/summary.json").read_text())
-    assert "on NVIDIA H200; its stages take 5 min 37 s: generate 74 s" in now
+    assert "on one machine (NVIDIA H200): the stages take 5 min 37 s (generate 74 s" in now
     for suite, name in zip(summary["suites"], ("GSM8K, 12 questions", "MATH-500, 60 questions"), strict=True):
         block = now[now.index(name) :]
         for student in summary["students"]:
