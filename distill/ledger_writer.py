@@ -1,7 +1,7 @@
 """Samples to the ledger as they arrive, by a thread of its own: whoever collects them waits for no disk.
 
-All that has arrived while the last batch was written is the next one, so that a sample waits for a twentieth of a
-second and a commit, whether samples come by the thousand or one an hour.
+All that has arrived while the last batch was written is the next one, so that a sample waits for a tenth of a second
+and a commit, whether samples come by the thousand or one an hour.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Self
 from distill.ledger import Ledger
 from distill.records import Trace
 
-REST_S = 0.05  # between commits: samples that come one by one shall not cost a commit each
+REST_S = 0.1  # between commits: samples that come one by one shall not cost a commit each
 
 
 class LedgerWriter:

@@ -32,6 +32,7 @@ from pipelines.run_folder import check_run_folder, held
 
 SCORING, GRADING = "eval-model", "grading"  # the stage of one model, and the setting of it that this room changes
 HELD_OUT = "held_out.parquet"
+NEEDED = {"answers", "identity", "subject"}  # counts of a model's manifest, without which its samples are not found
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _models(eval_dir: Path) -> tuple[dict[Path, StageManifest], list[str]]:
     complete, left = {}, []
     for folder in sorted(path for path in eval_dir.glob("*/") if path.is_dir()):
         manifest, kept = read_manifest(folder), (folder / LEDGER).is_file()
-        if kept and manifest is not None and GRADING in manifest.config:
+        if kept and manifest is not None and manifest.counts.keys() >= NEEDED:
             complete[folder] = manifest
         elif kept:
             left.append(f"{folder.name}: its evaluation is not complete; `potstill eval` goes on with it")

@@ -27,6 +27,7 @@ from tests.teacher.backends.openai.chat_endpoint import ChatEndpoint, serving
 QUESTIONS = 5
 SUITES = ["held_out", "gsm8k"]
 SAMPLES = 2 * QUESTIONS
+VERSION = kept.GRADING_VERSION
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def scores(run: Path) -> dict[str, float]:
 def test_scores_and_report_follow_the_graders(run: Path, recipe: Recipe, finished: Path) -> None:
     context, examples = Context(finished), (run / "curate" / "examples.parquet").read_bytes()
     assert scores(run) == {"held_out": 1.0, "gsm8k": 1.0}
-    with pytest.raises(DataError, match=r"graded by potstill 2, here is 99; run `potstill regrade`"):
+    with pytest.raises(DataError, match=rf"graded by potstill {VERSION}, here is 99; run `potstill regrade`"):
         require_complete("eval", recipe, run)
     outcome = regrade_run(recipe, run, context)
     moved = dict.fromkeys(SUITES, (1.0, 0.0))
@@ -197,7 +198,7 @@ def test_the_command_takes_a_run_and_a_recipe(run: Path, tmp_path: Path) -> None
     by_run = potstill("regrade", run, "--set", "verify.timeout_s=9")
     assert (by_run.returncode, by_run.stderr.count("potstill: ")) == (0, 0)
     lines = by_run.stdout.splitlines()
-    assert lines[0].startswith(f"{run}, graded by potstill 2, math-verify ")
+    assert lines[0].startswith(f"{run}, graded by potstill {VERSION}, math-verify ")
     assert lines[1] == (
         f"  teacher: 0 of {2 * SAMPLES} verdicts changed; held_out pass@1 100.0 -> 100.0; gsm8k pass@1 100.0 -> 100.0"
     )

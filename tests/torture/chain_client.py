@@ -28,6 +28,7 @@ class Chain:
         self.seconds: Counter[str] = Counter()  # of each part, in the uninterrupted run
         self.killed_in: Counter[str] = Counter()
         self.turn = 0
+        self.part = ""  # in which the last run ended
 
     def run(
         self, folder: Path, *, num_samples: int = 2, failpoint: str = "", kill: tuple[str, float] | None = None
@@ -49,6 +50,7 @@ class Chain:
             if stage and kill is None and not failpoint:
                 self.seconds[stage] += now - since
             if word == "end":
+                self.part = stage
                 if said == str(-signal.SIGKILL):
                     self.killed_in[stage] += 1
                 return int(said)
