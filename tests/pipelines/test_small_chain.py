@@ -50,7 +50,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "extends": str(REPOSITORY / "pipelines/recipes/small-cpu.yaml"),
         "name": "sums",
         "problems": [{"kind": "local", "path": "learned.jsonl"}],
-        "teacher": {"dtype": "bfloat16"},  # half the bytes of float32 a step
         "generate": {"num_samples": 1, "sampling": {"temperature": 0.3, "max_tokens": 224}},
         "distill": {
             "methods": ["distilled"],
