@@ -50,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "extends": str(REPOSITORY / "pipelines/recipes/small-cpu.yaml"),
         "name": "sums",
         "problems": [{"kind": "local", "path": "learned.jsonl"}],
-        "generate": {"num_samples": 1, "sampling": {"temperature": 0.3, "max_tokens": 100}},
+        "generate": {"num_samples": 1, "sampling": {"temperature": 0.3, "max_tokens": 224}},
         "distill": {
             "methods": ["distilled"],
             "students": [NAME],
