@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.readme_form import BENCHMARK_SETS, Read, Row, table
+from benchmarks.readme_form import BENCHMARK_SETS, NotMeasuredError, Read, Row, table
 from benchmarks.readme_scores import pico_scores, pico_seconds, small_scores
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def serve_v3(read: Read) -> str:
 def serve_students(read: Read) -> str:
     try:
         result = read("serve-students")
-    except ValueError:  # a device on which nobody has measured it yet
-        return "Nobody has measured it here yet: `make bench-serve`."
+    except NotMeasuredError:
+        return ""
     rates: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
     for row in result["rows"]:
         rates.setdefault((row["model"], row["batch"]), {})[row["engine"], row["scenario"]] = row["tokens_per_s"]

@@ -108,7 +108,7 @@ def test_references_equal_themselves_and_not_their_neighbours(verifier: Verifier
         for reference in references
     ]
     cases += [
-        Case("another", problem(reference, "What is it?", None), f"\\boxed{{{other}}}", "stop", "wrong")
+        Case("another", problem(reference, "What is it?", None), f"\\boxed{{{other}}}", "stop", "not correct")
         for reference, other in pairwise(references)
     ]
     assert misjudged(verifier, cases) == []
