@@ -263,7 +263,7 @@ def generation(num_samples: int) -> dict[str, Any] | None:
     """Tokens a second of the bundled teacher, directly and through its server; None where there is no teacher."""
     if not (BUNDLED / "config.json").exists():
         return None
-    from teacher.backends.native.backend import open_native
+    from teacher.backends.native.opening import open_native
 
     source = ReasoningGymSource(families="distill/problems/pico.yaml", count=num_samples, seed=5, split="held_out")
     problems = load_problems([source], base_dir=ROOT)[:num_samples]

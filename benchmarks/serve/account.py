@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.generation import held_out_problems
 from benchmarks.serve.students import TEMPERATURE, TOP_P, gsm8k, prompts_of
-from teacher.backends.native.backend import open_native
+from teacher.backends.native.opening import open_native
 from teacher.engine.engine import Engine
 from teacher.engine.sampler import SamplingParams
 from teacher.engine.sequence import Sequence

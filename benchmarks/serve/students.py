@@ -91,7 +91,7 @@ def prompts_of(folder: Path, questions: Iterable[str]) -> list[list[int]]:
 
 
 def ours(folder: Path, scale: Scale, in_flight: int) -> Iterator[dict[str, Any]]:
-    from teacher.backends.native.backend import open_native
+    from teacher.backends.native.opening import open_native
     from teacher.engine.sampler import SamplingParams
     from teacher.engine.sequence import Sequence
 

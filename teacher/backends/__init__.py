@@ -33,7 +33,7 @@ def open_teacher(
     a chat template. Only the chosen backend's module is imported: an endpoint needs no torch.
     """
     if isinstance(config, NativeTeacher):
-        from teacher.backends.native.backend import open_native
+        from teacher.backends.native.opening import open_native
 
         kind: dict[str, Any] = {"speculate": config.speculate, "batch_invariant": config.batch_invariant}
         kind["dtype"] = None if config.dtype == "auto" else config.dtype
@@ -71,7 +71,7 @@ def open_student(
     has no place for.
     """
     if engine == "native":
-        from teacher.backends.native.backend import open_native
+        from teacher.backends.native.opening import open_native
 
         kind: dict[str, Any] = {"as_student": True, "instruction": instruction, "progress": progress}
         return open_native(folder, batch_size=batch_size, on_cpu=_STUDENTS_TOGETHER, **kind)
@@ -100,6 +100,6 @@ def check_folder(
     folder: Path, *, speculate: bool = False, as_student: bool = False, instruction: Instruction = UNINSTRUCTED
 ) -> None:
     """Raise what opening the folder would find wrong, without making the model."""
-    from teacher.backends.native.backend import check_native
+    from teacher.backends.native.opening import check_native
 
     check_native(folder, speculate=speculate, as_student=as_student, instruction=instruction)

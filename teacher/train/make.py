@@ -23,7 +23,7 @@ from distill.recipe import load_settings, parse
 from distill.records import Sampling, TraceRequest
 from distill.training.loop import LogRow
 from distill.verify import extract_answer
-from teacher.backends.native.backend import open_native
+from teacher.backends.native.opening import open_native
 from teacher.model.checkpoint import save_checkpoint
 from teacher.model.config import DeepseekV3Config
 from teacher.model.counts import count_parameters

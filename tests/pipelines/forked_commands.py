@@ -24,7 +24,7 @@ def main() -> None:
     import pipelines.chain
     import pipelines.doctor  # noqa: F401
     import students.preflight  # noqa: F401
-    import teacher.backends.native.backend
+    import teacher.backends.native.opening
     import teacher.backends.transformers
     import teacher.http.app  # noqa: F401
     from pipelines.cli import main as potstill

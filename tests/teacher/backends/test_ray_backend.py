@@ -23,7 +23,7 @@ from distill.protocols import Teacher
 from distill.recipe import RayTeacher
 from distill.records import Completion, Problem, Sampling, TraceRequest
 from teacher.backends import open_teacher
-from teacher.backends.native.backend import open_native
+from teacher.backends.native.opening import open_native
 from teacher.backends.ray import RayBackend, Secret
 from tests.processes import command_lines
 from tests.repository import REPOSITORY

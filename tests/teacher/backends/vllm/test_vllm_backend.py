@@ -27,7 +27,7 @@ from distill.recipe import VllmTeacher, parse
 from distill.records import Completion, Problem, Sampling, TraceRequest
 from teacher.backends import open_teacher
 from teacher.backends.folder import readable_on_cpu
-from teacher.backends.native.backend import open_native
+from teacher.backends.native.opening import open_native
 from teacher.backends.vllm import server as vllm_server
 from teacher.backends.vllm.backend import VllmBackend
 from teacher.backends.vllm.routes import AllowList
