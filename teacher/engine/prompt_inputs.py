@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from teacher.engine.scheduler import Chunk
-from teacher.kernels.attention.gqa_prefill import QUERY_BLOCK, PackedQueries
 from teacher.kernels.attention.mla_cache import PAGE
+from teacher.kernels.attention.reference import QUERY_BLOCK, PackedQueries
 
 _ROWS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 _ROWS_A_PROMPT = 32  # of which a shape has room for one more, four at least

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from teacher.engine.block_manager import num_pages_for
 from teacher.engine.scheduler import Chunk
-from teacher.kernels.attention.gqa_prefill import PackedQueries
 from teacher.kernels.attention.mla_cache import PAGE
+from teacher.kernels.attention.reference import PackedQueries
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,10 @@ def recipe_of(folder: Path, url: str) -> Recipe:
         "teacher": {"backend": "openai", "model": "pico", "base_url": url, "prompt_suffix": "Box it."},
         "generate": {"num_samples": 2, "sampling": {"max_tokens": 50}},
         "distill": {"students": ["qwen2-0.2m"]},
+        "bench_data": str(folder),
         "eval": {
             "suites": SUITES,
             "held_out": {"kind": "local", "path": str(folder / "h.jsonl"), "split": "all"},
-            "bench_data": str(folder),
             "num_samples": 2,
             "sampling": {"max_tokens": 50},
             "roles": ["teacher"],
@@ -178,7 +178,7 @@ def test_another_set_of_questions_is_one_line_and_changes_nothing(
     elsewhere.mkdir()
     rows = [{"question": question, "answer": f"#### {int(question[0]) + 1}"} for question in questions]
     (elsewhere / "gsm8k_test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    other = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"bench_data": str(elsewhere)})})
+    other = recipe.model_copy(update={"bench_data": str(elsewhere)})
     before = tree_of(run / "eval" / "teacher")
     with pytest.raises(DataError, match=words):
         regrade_run(other, run, Context(finished))

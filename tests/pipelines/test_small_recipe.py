@@ -91,4 +91,4 @@ def test_the_teacher_that_is_not_scored_is_the_largest_student_s_base() -> None:
 
 
 def test_the_card_names_the_benchmark_and_its_licence() -> None:
-    assert _problems(recipe_of("small")) == ["gsm8k (`openai/gsm8k`, mit), split train"]
+    assert _problems(recipe_of("small").problems) == ["gsm8k (`openai/gsm8k`, mit), split train"]

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from teacher.kernels.arithmetic_triton import dot, to_dtype
-from teacher.kernels.attention.gqa_prefill import QUERY_BLOCK, PackedQueries
 from teacher.kernels.attention.mla_cache import PAGE
+from teacher.kernels.attention.reference import QUERY_BLOCK, PackedQueries
 
 P = tl.constexpr(PAGE)
 LOWEST = tl.constexpr(-1.0e30)  # a maximum over nothing: finite, since minus infinity from itself is NaN

@@ -17,9 +17,9 @@ from teacher.engine.cache import gathered
 from teacher.engine.step import Decodes, PromptChunk, Step
 from teacher.kernels.attention.gqa_cache import place_heads
 from teacher.kernels.attention.gqa_decode import fits, gqa_decode, gqa_decode_twin, num_shares
-from teacher.kernels.attention.gqa_prefill import PackedQueries, gqa_prefill
+from teacher.kernels.attention.gqa_prefill import gqa_prefill
 from teacher.kernels.attention.mla_schedule import schedule_decode
-from teacher.kernels.attention.reference import HeadNorms, place_heads_twin
+from teacher.kernels.attention.reference import HeadNorms, PackedQueries, place_heads_twin
 from teacher.kernels.device import has_fp8
 from teacher.models.gqa.weights import GqaLayer, GqaWeights
 from teacher.models.paged_plan import PagedPlan

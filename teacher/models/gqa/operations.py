@@ -15,7 +15,7 @@ from torch import Tensor
 
 from teacher.engine.cache import gathered
 from teacher.engine.step import Decodes, PromptChunk, Step
-from teacher.kernels.attention.gqa_prefill import PackedQueries
+from teacher.kernels.attention.reference import PackedQueries
 from teacher.model.rope import rotate
 from teacher.models.cpu_attention import EXTENT, HeadLayout, PiecePlan, attend_pieces, causal_bias, plan_pieces
 from teacher.models.gqa.weights import GqaLayer, GqaWeights

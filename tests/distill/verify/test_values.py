@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings, strategies as st
 
 from distill.verify.mathematics.comparison import same
 from distill.verify.mathematics.expressions import UnreadableTermError, parse
-from distill.verify.mathematics.numerals import read_numeral, same_number
+from distill.verify.mathematics.numerals import DOUBLE_DIGITS, read_numeral, same_number
 from distill.verify.mathematics.reading import prepare, read
 from distill.verify.mathematics.units import measured, same_unit
 from distill.verify.mathematics.values import UnreadableError
@@ -52,7 +52,8 @@ def test_a_rounded_decimal_stands_for_a_fraction_with_six_places_alone(above: in
     assert near
     assert far
     assert same_number(fraction, near) == (places >= 6 and near.decimals is not None)
-    assert not same_number(fraction, far)
+    if far.significant < DOUBLE_DIGITS[0]:  # the last digits of more are a double's noise
+        assert not same_number(fraction, far)
 
 
 @settings(max_examples=20)

@@ -14,8 +14,8 @@ from teacher.engine.sampler import SamplingParams
 from teacher.engine.scheduler import Chunk
 from teacher.engine.seats import Seats
 from teacher.engine.sequence import Sequence
-from teacher.kernels.attention.gqa_prefill import QUERY_BLOCK
 from teacher.kernels.attention.mla_cache import PAGE
+from teacher.kernels.attention.reference import QUERY_BLOCK
 from teacher.models.gqa.gpu import GqaKernels
 from teacher.models.gqa.model import GqaModel
 from teacher.models.gqa.weights import load_gqa

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from teacher.kernels.attention.gqa_prefill import QUERY_BLOCK, PackedQueries, gqa_prefill, gqa_prefill_twin
+from teacher.kernels.attention.gqa_prefill import gqa_prefill
 from teacher.kernels.attention.mla_cache import PAGE
+from teacher.kernels.attention.reference import QUERY_BLOCK, PackedQueries, gqa_prefill_twin
 
 CASES = [(4, 2, 16), (6, 1, 32), (14, 2, 64), (3, 3, 16)]  # heads, kv heads, width
 GPU_CASES = [(12, 2, 128), (9, 3, 64), (32, 8, 128)]  # Qwen2.5-1.5B, SmolLM2-135M, Llama-3-8B
