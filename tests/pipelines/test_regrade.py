@@ -198,7 +198,8 @@ def test_the_command_takes_a_run_and_a_recipe(run: Path, tmp_path: Path) -> None
     by_run = potstill("regrade", run, "--set", "verify.timeout_s=9")
     assert (by_run.returncode, by_run.stderr.count("potstill: ")) == (0, 0)
     lines = by_run.stdout.splitlines()
-    assert lines[0].startswith(f"{run}, graded by potstill {VERSION}, math-verify ")
+    assert lines[0].startswith(f"{run}, graded by potstill {VERSION}, ")
+    assert ", math-verify " in lines[0]
     assert lines[1] == (
         f"  teacher: 0 of {2 * SAMPLES} verdicts changed; held_out pass@1 100.0 -> 100.0; gsm8k pass@1 100.0 -> 100.0"
     )
