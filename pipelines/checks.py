@@ -101,7 +101,7 @@ def _preflight(recipe: Recipe) -> None:
     for student, methods in _students_of(recipe):
         folder = local_base(student.base)
         for method in methods if folder is not None else ():
-            for finding in preflight(student, method):
+            for finding in preflight(student, method, instruction=recipe.learned_instruction):
                 if finding.state == "error":
                     raise CheckpointError(f"{student.name}: {finding.text}", where=folder, field=finding.check)
 

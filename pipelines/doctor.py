@@ -155,7 +155,7 @@ def _students(recipe: Recipe) -> list[Finding]:
     from students.preflight import preflight
     from students.zoo import students_of
 
-    findings = []
+    findings, asked = [], recipe.learned_instruction
     for student, methods in students_of(recipe.distill):
         if local_base(student.base) is None:
             findings.append(Finding(student.name, "warning", f"{student.base} is not here; training fetches it"))
@@ -163,7 +163,7 @@ def _students(recipe: Recipe) -> list[Finding]:
         for method in methods:
             check = f"{student.name} {method}"
             try:
-                found = {finding.check: finding for finding in preflight(student, method)}
+                found = {finding.check: finding for finding in preflight(student, method, instruction=asked)}
             except PotstillError as exc:
                 findings.append(_fault(check, exc))
                 continue

@@ -20,7 +20,7 @@ from distill.findings import Finding
 from distill.progress import silent
 from distill.prompt_text import describe_prompt
 from distill.reasoning import END_OF_THINKING, THINK, THINK_LINE
-from distill.recipe import SFTConfig, StudentConfig
+from distill.recipe import UNINSTRUCTED, Instruction, SFTConfig, StudentConfig
 from students import bases
 from students.base_licence import check_licence
 from students.bases import Method
@@ -31,13 +31,21 @@ PROBE_QUESTION = "What is 2 + 3?"
 PROBE = {"distilled": f"{THINK_LINE}2 + 3 = 5\n</think>\n\n\\boxed{{5}}", "direct": "\\boxed{5}"}
 
 
-def preflight(student: StudentConfig, method: Method, examples_path: Path | None = None) -> list[Finding]:
-    """All checks of one student, for `potstill doctor`: errors are findings here, but a base that is broken raises."""
+def preflight(
+    student: StudentConfig,
+    method: Method,
+    examples_path: Path | None = None,
+    instruction: Instruction = UNINSTRUCTED,
+) -> list[Finding]:
+    """All checks of one student, for `potstill doctor`: errors are findings here, but a base that is broken raises.
+
+    `instruction` is what it learns its questions with.
+    """
     folder = bases.resolve_base(student)
     bases.check_folder(folder)
     config = bases.open_config(folder)
     tokenizer = bases.open_tokenizer(student, method, folder)
-    findings = check_student(student, method, config, tokenizer)
+    findings = check_student(student, method, config, tokenizer, instruction)
     if examples_path is not None and all(finding.state == "ok" for finding in findings):
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "tokens.arrow"
@@ -47,13 +55,22 @@ def preflight(student: StudentConfig, method: Method, examples_path: Path | None
 
 
 def check_student(
-    student: StudentConfig, method: Method, config: PreTrainedConfig, tokenizer: Tokenizer
+    student: StudentConfig,
+    method: Method,
+    config: PreTrainedConfig,
+    tokenizer: Tokenizer,
+    instruction: Instruction = UNINSTRUCTED,
 ) -> list[Finding]:
     """Findings about tokenizer, template and config, without examples."""
     findings = [check_licence(student, Path(str(tokenizer.name_or_path))), _architecture(student, config)]
-    findings += [_tokenizer_identity(tokenizer), _padding(tokenizer), _chat_template(tokenizer)]
+    findings += [_tokenizer_identity(tokenizer), _padding(tokenizer)]
+    findings.append(_chat_template(tokenizer, instruction))
     if findings[-1].state == "ok":
-        findings += [_prompt(tokenizer), _think_prefill(tokenizer, method), _training_text(tokenizer, method)]
+        findings += [
+            _prompt(tokenizer, instruction),
+            _think_prefill(tokenizer, method),
+            _training_text(tokenizer, method),
+        ]
     return [*findings, _vocabulary(student, config, tokenizer), _positions(student, config)]
 
 
@@ -150,18 +167,19 @@ def _padding(tokenizer: Tokenizer) -> Finding:
     return Finding("padding", "ok", f"pad {tokenizer.pad_token!r} is not EOS {tokenizer.eos_token!r}")
 
 
-def _chat_template(tokenizer: Tokenizer) -> Finding:
+def _chat_template(tokenizer: Tokenizer, instruction: Instruction) -> Finding:
     if tokenizer.chat_template is None:
         return Finding("chat_template", "error", "the base has no chat template and the student names none")
     try:
-        render_prompt(tokenizer, PROBE_QUESTION)
+        render_prompt(tokenizer, PROBE_QUESTION, instruction)
     except UserInputError as exc:
         return Finding("chat_template", "error", f"renders no prompt ({exc})")
     return Finding("chat_template", "ok", "renders a generation prompt")
 
 
-def _prompt(tokenizer: Tokenizer) -> Finding:
-    return Finding("prompt", "ok", describe_prompt(render_prompt(tokenizer, PROBE_QUESTION), PROBE_QUESTION))
+def _prompt(tokenizer: Tokenizer, instruction: Instruction) -> Finding:
+    prompt = render_prompt(tokenizer, PROBE_QUESTION, instruction)
+    return Finding("prompt", "ok", describe_prompt(prompt, PROBE_QUESTION, instruction.system_prompt))
 
 
 def _think_prefill(tokenizer: Tokenizer, method: Method) -> Finding:

@@ -22,7 +22,7 @@ from distill.chat_templates import TemplateRefusal
 from distill.errors import CheckpointError, DataError, UserInputError
 from distill.progress import Progress
 from distill.reasoning import THINK_LINE
-from distill.recipe import SFTConfig
+from distill.recipe import UNINSTRUCTED, Instruction, SFTConfig
 from distill.records import Example, Message
 from distill.special_tokens import SpecialTokens, special_tokens
 from students.examples import count_rows, learned_turns, read_examples
@@ -68,9 +68,9 @@ class TokenCounts:
         return cls(**{name: Fault(**value) if isinstance(value, dict) else value for name, value in tree.items()})
 
 
-def render_prompt(tokenizer: Tokenizer, question: str) -> str:
+def render_prompt(tokenizer: Tokenizer, question: str, instruction: Instruction = UNINSTRUCTED) -> str:
     """The prompt of a question, its special tokens veiled. Raises DataError where the template refuses it."""
-    (prompt,) = _render(tokenizer, [[{"role": "user", "content": question}]], add_generation_prompt=True)
+    (prompt,) = _render(tokenizer, [instruction.turns(question)], add_generation_prompt=True)
     return prompt
 
 

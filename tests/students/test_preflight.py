@@ -9,6 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distill.errors import CheckpointError, DataError, RecipeError
+from distill.recipe import Instruction
 from students import bases
 from students.preflight import check_student, log_entry, preflight, stop_on_error
 from tests.students.tiny_bases import make_base, make_examples, make_student
@@ -31,6 +32,12 @@ def errors(student, method, folder, change=lambda tokenizer, config: None) -> se
     config, tokenizer = bases.open_config(folder), bases.open_tokenizer(student, method, folder)
     change(tokenizer, config)
     return {finding.check for finding in check_student(student, method, config, tokenizer) if finding.state == "error"}
+
+
+def test_the_prompt_that_is_shown_has_the_words_that_are_learned(base):
+    findings = preflight(make_student(base), "distilled", instruction=Instruction(prompt_suffix="Box it."))
+    (prompt,) = [finding.text for finding in findings if finding.check == "prompt"]
+    assert "QUESTION\\n\\nBox it." in prompt
 
 
 @pytest.mark.parametrize("method", ["distilled", "direct"])
