@@ -51,7 +51,7 @@ lock: $(STAMP) ## Resolve pyproject.toml again into the lock files
 demo: $(STAMP) ## Run the whole pico chain: generate, distill, eval, compare
 	@$(POTSTILL) run pipelines/recipes/pico.yaml $(OPTIONS)
 
-small: $(STAMP) ## Run the chain on real models: one GPU, half an hour, after `make models` (docs/small.md)
+small: $(STAMP) ## Run the chain on real models: one GPU, after `make models` (docs/small.md)
 	@$(POTSTILL) run pipelines/recipes/small.yaml $(OPTIONS)
 
 generate: $(STAMP) ## Let the teacher of RECIPE write its traces
