@@ -162,12 +162,15 @@ class Trace(Record):
         return self.sample_index >= FIRST_HINTED
 
     @classmethod
-    def of(cls, completion: Completion, *, key: str, teacher: str) -> Trace:
-        """A completion as it is kept; `teacher` is its identity's name."""
+    def of(cls, completion: Completion, *, key: str, teacher: str, problem_id: str | None = None) -> Trace:
+        """A completion as it is kept; `teacher` is its identity's name.
+
+        `problem_id` is that of the problem it stands for, where another was asked.
+        """
         kept = ("text", "finish_reason", "num_prompt_tokens", "num_tokens", "logprobs")
         return cls(
             key=key,
-            problem_id=completion.request.problem.id,
+            problem_id=problem_id or completion.request.problem.id,
             sample_index=completion.request.sample_index,
             teacher=teacher,
             **{name: getattr(completion, name) for name in kept},

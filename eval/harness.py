@@ -166,14 +166,6 @@ def score_rows(
     return cards
 
 
-def count_unverifiable(samples: Path) -> dict[str, int]:
-    """How many answers of a samples.parquet have a reference that could not be read, by suite, where there are any."""
-    import pyarrow.parquet as pq
-
-    rows = pq.read_table(samples, columns=["suite", "verdict"]).to_pylist()
-    return dict(Counter(row["suite"] for row in rows if row["verdict"] == "unverifiable"))
-
-
 def group_outcomes(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[bool]]:
     """Graded rows as `problem id -> correct?` lists, what `eval.statistics` works on; ungraded rows are left out."""
     grouped: dict[str, list[bool]] = defaultdict(list)

@@ -151,14 +151,6 @@ class Asker:
 
     def _trace(self, completion: Completion) -> Trace:
         request = completion.request
-        return Trace(
-            key=self.wanted.key_of(request.problem.id, request.sample_index),
-            problem_id=self._belongs_to(request.problem),
-            sample_index=request.sample_index,
-            text=completion.text,
-            finish_reason=completion.finish_reason,
-            num_prompt_tokens=completion.num_prompt_tokens,
-            num_tokens=completion.num_tokens,
-            teacher=self._teacher.identity.name,
-            logprobs=completion.logprobs,
-        )
+        key = self.wanted.key_of(request.problem.id, request.sample_index)
+        stands_for = self._belongs_to(request.problem)
+        return Trace.of(completion, key=key, teacher=self._teacher.identity.name, problem_id=stands_for)

@@ -24,7 +24,7 @@ from distill.records import Sampling, ScoreCard, StageManifest, TeacherIdentity
 from distill.tables import iterate_records
 from distill.verify.kept import KeptVerdicts, grading_settings
 from eval.answers import LEDGER, AbsentModel, KeptAnswers, NotKept
-from eval.harness import SAMPLES, Subject, count_unverifiable, score_model
+from eval.harness import SAMPLES, Subject, score_model
 from eval.suites import check_suites
 from pipelines.context import Context
 from pipelines.preemption import preemptible
@@ -171,22 +171,21 @@ def grade_kept(
             num_answers=before.counts["answers"],
             **{name: asked[name] for name in ("seed", "num_samples", "question_alone", "limit")},
         )
-    counts = scoring_counts(cards, subject, identity, answers, folder)
+    counts = scoring_counts(cards, subject, identity, answers)
     rewrite_manifest(folder, before, {**asked, GRADING: dict(grading)}, counts)
     return cards
 
 
 def scoring_counts(
-    cards: Sequence[ScoreCard], subject: Subject, identity: TeacherIdentity, answers: KeptAnswers, folder: Path
+    cards: Sequence[ScoreCard], subject: Subject, identity: TeacherIdentity, answers: KeptAnswers
 ) -> dict[str, Any]:
-    """Counts of the manifest in one model's `folder`; `identity` and `subject` are what grading again needs to know."""
+    """Counts of one model's manifest; `identity` and `subject` are what grading again needs to know of the model."""
     totals = [card for card in cards if "/" not in card.suite and card.metric == "pass@1"]
     return {
         "samples": sum(card.num_samples for card in totals),
         "answers": answers.num_answers,
         "asked": answers.num_asked,
         "pass@1": {card.suite: card.value for card in totals},
-        "unverifiable": count_unverifiable(folder / SAMPLES),
         "identity": identity.model_dump(),
         "subject": vars(subject),
     }

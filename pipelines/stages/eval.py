@@ -220,7 +220,7 @@ def score(job: ScoringJob, progress: Progress) -> None:
                     )
             finally:
                 model.close()
-            return scoring_counts(cards, subject, model.identity, answers, job.out_dir)
+            return scoring_counts(cards, subject, model.identity, answers)
 
         stage_run.run(body, [SAMPLES, SCORES])
 
