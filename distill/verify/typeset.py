@@ -7,6 +7,7 @@ whichever of LaTeX's commands it stood in. One pass over the text with a stack o
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from dataclasses import dataclass, field
 
@@ -262,8 +263,8 @@ def _closed(group: _Group) -> str:
         return "{" + content + "}"
     bare = content.strip()
     if group.kind == "text":
-        if bare.startswith("$") and bare.endswith("$") and bare.count("$") == 2:
-            return bare.strip("$")
+        if _is_mathematics(bare):
+            return bare.replace("$", "")
         content = re.sub(r"(?<!\\)\$", "", content)
         inner = re.fullmatch(r"\\text\{([^{}]*)\}", content.strip())
         if inner is not None:
@@ -277,6 +278,13 @@ def _closed(group: _Group) -> str:
     if WORDS.search(bare) and not re.search(r"\\(?:text|frac|sqrt|begin|mathbb|mathcal|sin|cos|tan|log|ln)\b", bare):
         return "\\text{" + bare + "}"
     return content if "\\" not in bare or len(bare) < 2 else "{" + content + "}"
+
+
+def _is_mathematics(text: str) -> bool:
+    """Whether `$x$` or `$$x$$` is all that a text holds."""
+    inner = text.strip(f"$*{string.whitespace}")
+    before, _, after = text.partition(inner) if inner else ("", "", "")
+    return "$" in before and "$" in after and "$" not in inner
 
 
 def _over(group: _Group) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from distill.records import Problem
 from distill.verify.choice import grade_choice
@@ -20,10 +20,12 @@ WRAPPINGS = (
 
 
 @settings(max_examples=300)
-@given(st.sampled_from(["7", "\\frac{1}{2}", "2\\pi", "x^{2}+1", "(1,2)", "\\text{even}"]), st.data())
-def test_any_nesting_of_wrappings_comes_off(answer: str, data: st.DataObject) -> None:
+@example("x^{2}+1", ["$@$", "\\text{$@$}"])
+@example("2\\pi", ["$@$", "**@**", "\\text{$@$}"])
+@given(st.sampled_from(["7", "\\frac{1}{2}", "2\\pi", "x^{2}+1", "(1,2)", "\\text{even}"]), st.lists(st.sampled_from(WRAPPINGS), max_size=5))
+def test_any_nesting_of_wrappings_comes_off(answer: str, wrappings: list[str]) -> None:
     written = answer
-    for wrapping in data.draw(st.lists(st.sampled_from(WRAPPINGS), max_size=5)):
+    for wrapping in wrappings:
         written = wrapping.replace("@", written)
     assert "".join(plain(written).split()) == "".join(plain(answer).split())
 
