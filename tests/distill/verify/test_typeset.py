@@ -22,7 +22,10 @@ WRAPPINGS = (
 @settings(max_examples=300)
 @example("x^{2}+1", ["$@$", "\\text{$@$}"])
 @example("2\\pi", ["$@$", "**@**", "\\text{$@$}"])
-@given(st.sampled_from(["7", "\\frac{1}{2}", "2\\pi", "x^{2}+1", "(1,2)", "\\text{even}"]), st.lists(st.sampled_from(WRAPPINGS), max_size=5))
+@given(
+    st.sampled_from(["7", "\\frac{1}{2}", "2\\pi", "x^{2}+1", "(1,2)", "\\text{even}"]),
+    st.lists(st.sampled_from(WRAPPINGS), max_size=5),
+)
 def test_any_nesting_of_wrappings_comes_off(answer: str, wrappings: list[str]) -> None:
     written = answer
     for wrapping in wrappings:
