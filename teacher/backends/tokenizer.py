@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distill import chat_templates
 from distill.errors import CheckpointError, RecipeError, UserInputError
@@ -28,10 +28,10 @@ def load_tokenizer(folder: Path, facts: ModelFacts, *, of_base: bool = False) ->
     converted = of_base and not path.exists() and any((folder / name).is_file() for name in _OTHER_FILES)
     if not path.exists() and not converted:
         raise CheckpointError("no such file", where=path)
+    # AutoTokenizer would put the pre-tokenizer of a family in the place of the file's own.
+    read = _converted if converted else PreTrainedTokenizerFast.from_pretrained
     try:
-        # AutoTokenizer would put the pre-tokenizer of a family in the place of the file's own.
-        reader = AutoTokenizer if converted else PreTrainedTokenizerFast
-        tokenizer = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = read(folder, local_files_only=True, trust_remote_code=False)
     except Exception as exc:
         raise CheckpointError(f"is not a usable tokenizer: {exc}", where=path) from exc
     # Whatever the file says: a prompt that is too long is refused, not cut.
@@ -43,6 +43,13 @@ def load_tokenizer(folder: Path, facts: ModelFacts, *, of_base: bool = False) ->
         message = f"has {len(tokenizer)} tokens, more than config.json's vocab_size {facts.vocab_size}"
         raise CheckpointError(message, where=path)
     return tokenizer
+
+
+def _converted(folder: Path, **how: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer made of the files that its family had before there was tokenizer.json."""
+    from transformers import AutoTokenizer  # brings every model's code: half of the time in which a process starts
+
+    return AutoTokenizer.from_pretrained(folder, **how)
 
 
 def render_question(tokenizer: PreTrainedTokenizerBase, question: str, instruction: Instruction) -> str:
