@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,10 +160,14 @@ def _measure_published(args: argparse.Namespace, missing: list[str]) -> Iterator
     if not found:
         missing.append("published models: none in models/ or $POTSTILL_MODELS (potstill models fetch small)")
     for scenario in found:
-        yield from real.rows(scenario, real.scale(toy=args.dry_run), _measure(args, scenario, None, missing))
+        results = _measure(args, scenario, None, missing, limit_s=real.LIMIT_S)
+        yield from real.rows(scenario, real.scale(toy=args.dry_run), results)
 
 
-def _measure(args: argparse.Namespace, scenario: str, folder: Path | None, missing: list[str]) -> dict[str, Any]:
+def _measure(
+    args: argparse.Namespace, scenario: str, folder: Path | None, missing: list[str], *, limit_s: float | None = None
+) -> dict[str, Any]:
+    """Results by engine; those that fail, or take longer than `limit_s`, are named in `missing`."""
     given = [f"--moe-layers={args.moe_layers}", f"--batches={args.batches}", f"--scenario={scenario}"]
     given += [f"--folder={folder}"] if folder else []
     given += ["--dry-run"] if args.dry_run else []
@@ -172,28 +177,38 @@ def _measure(args: argparse.Namespace, scenario: str, folder: Path | None, missi
         if name not in able and name in pico.ENGINES:  # not every scenario has every engine
             continue
         print(f"{scenario}, {name}:", flush=True)
-        result = _run([sys.executable, "-m", "benchmarks.serve", f"--engine={name}", *given])
+        started = time.monotonic()
+        result = _run([sys.executable, "-m", "benchmarks.serve", f"--engine={name}", *given], limit_s)
         if result is None:
-            missing.append(f"{scenario}: {name}")
+            late = limit_s is not None and time.monotonic() - started > limit_s
+            missing.append(f"{scenario}: {name}" + (f" (not done within {limit_s:.0f} s)" if late else ""))
         else:
             found[name] = result
     return found
 
 
-def _run(command: list[str]) -> dict[str, Any] | None:
+def _run(command: list[str], limit_s: float | None) -> dict[str, Any] | None:
     """The engine's times; None where it failed, whose last words are on the screen."""
-    return next(iter(list(_results(command))), None)
+    return next(iter(list(_results(command, limit_s))), None)
 
 
-def _results(command: list[str]) -> Iterator[dict[str, Any]]:
-    """What a process of this program tells, as it tells it; the rest of what it says is on the screen."""
+def _results(command: list[str], limit_s: float | None = None) -> Iterator[dict[str, Any]]:
+    """What a process of this program tells, as it tells it; the rest of what it says is on the screen.
+
+    It is ended after `limit_s`, where there is one.
+    """
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
+        clock = None if limit_s is None else threading.Timer(limit_s, process.kill)
+        if clock is not None:
+            clock.start()
         for line in process.stdout:
             if line.startswith("RESULT "):
                 yield json.loads(line.removeprefix("RESULT "))
             else:
                 print(line, end="", flush=True)
+        if clock is not None:
+            clock.cancel()
 
 
 def _version(package: str) -> str | None:
