@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from distill.bundled import locate
@@ -23,45 +24,48 @@ from pipelines.preemption import preemptible
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # What a native teacher can be told to tell apart, under vLLM's names.
 REASONING_PARSERS = ("deepseek_r1",)
+OF_THE_RECIPE = "is for a native teacher; vLLM's own flags stand in its recipe"
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What only a native server can be told.
+
+    `max_waiting` bounds the queue (None: as `build_app` does), `reasoning_parser` (of `REASONING_PARSERS`) tells
+    reasoning and answer apart, `end_loops` ends texts by `RepetitionLimit`'s defaults, `speculate` drafts with the MTP
+    layer whatever the recipe says.
+    """
+
+    max_waiting: int | None = None
+    speculate: bool = False
+    reasoning_parser: str | None = None
+    end_loops: bool = False
 
 
 def serve_teacher(
     config: TeacherConfig,
     sampling: Sampling,
+    settings: ServerSettings,
     *,
     host: str,
     port: int,
     base_dir: Path,
-    max_waiting: int | None = None,
-    reasoning_parser: str | None = None,
-    end_loops: bool = False,
     announce: Callable[[str], object],
     node_rank: int = 0,
-    speculate: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; `sampling` says what a request leaves open, `base_dir` where paths start.
 
-    `announce` is told the address. `node_rank`: which node this is; others than the first serve its ranks. Of a native
-    server `max_waiting` bounds the queue (None: as `build_app` does), `reasoning_parser` (of `REASONING_PARSERS`) tells
-    reasoning and answer apart, `end_loops` ends texts by `RepetitionLimit`'s defaults, and `speculate` has it draft
-    with its MTP layer whatever the recipe says.
+    `announce` is told the address. `node_rank`: which node this is; others than the first serve its ranks.
 
     Raises RecipeError for a teacher that is itself an endpoint, for an address that others reach without a key set, and
     for a native server's settings with vLLM; EnvironmentFault where the address cannot be bound, and for ranks that do
     not come or are lost; Preempted where another node was told to stop.
     """
-    if reasoning_parser not in (None, *REASONING_PARSERS):
-        message = f"{reasoning_parser!r} is not known; {', '.join(REASONING_PARSERS)} is"
-        raise RecipeError(message, where="--reasoning-parser")
+    if (parser := settings.reasoning_parser) not in (None, *REASONING_PARSERS):
+        raise RecipeError(f"{parser!r} is not known; {', '.join(REASONING_PARSERS)} is", where="--reasoning-parser")
     if isinstance(config, VllmTeacher):
-        if max_waiting is not None:
-            raise RecipeError("vLLM's queue has no bound", where="--max-waiting")
-        if speculate:
-            raise RecipeError("vLLM speculates by its own flag, speculative-config", where="--speculate")
-        for flag, given in (("--reasoning-parser", reasoning_parser), ("--end-loops", end_loops)):
-            if given:
-                raise RecipeError("is for a native teacher; vLLM's own flags stand in its recipe", where=flag)
+        _refuse_settings(settings)
         _serve_vllm(config, host=host, port=port, base_dir=base_dir, announce=announce, node_rank=node_rank)
         return
     if not isinstance(config, NativeTeacher):
@@ -72,7 +76,34 @@ def serve_teacher(
 
         with preemptible():
             serve_node(config, node_rank, base_dir=base_dir, announce=announce)
-        return
+    else:
+        how = {"base_dir": base_dir, "announce": announce, "progress": progress or silent()}
+        _serve_native(config, sampling, settings, host=host, port=port, **how)
+
+
+def _refuse_settings(settings: ServerSettings) -> None:
+    """Raise RecipeError for the first of them that was given."""
+    for flag, is_given, message in (
+        ("--max-waiting", settings.max_waiting is not None, "vLLM's queue has no bound"),
+        ("--speculate", settings.speculate, "vLLM speculates by its own flag, speculative-config"),
+        ("--reasoning-parser", settings.reasoning_parser is not None, OF_THE_RECIPE),
+        ("--end-loops", settings.end_loops, OF_THE_RECIPE),
+    ):
+        if is_given:
+            raise RecipeError(message, where=flag)
+
+
+def _serve_native(
+    config: NativeTeacher,
+    sampling: Sampling,
+    settings: ServerSettings,
+    *,
+    host: str,
+    port: int,
+    base_dir: Path,
+    announce: Callable[[str], object],
+    progress: Progress,
+) -> None:
     key = _key(SERVER_KEY_ENV, host)
     name = checkpoint_folder(locate(config.model, base_dir), progress=progress).name
     listener = bind(host, port)
@@ -83,20 +114,19 @@ def serve_teacher(
     from teacher.http.server import serve
 
     config = config.model_copy(update={"system_prompt": None, "prompt_suffix": None})  # clients send what they mean
-    if speculate:
+    if settings.speculate:
         config = config.model_copy(update={"speculate": True})
-    with (progress or silent()).task(f"load {name}", None):
+    with progress.task(f"load {name}", None):
         teacher = open_teacher(config, base_dir=base_dir, progress=progress, needs_template=False)
-    limits = {} if max_waiting is None else {"max_waiting": max_waiting}
     app = build_app(
         teacher,
         model=name,
         sampling=sampling,
         max_batch=teacher.batch_size,
         api_key=key,
-        reasoning="content" if reasoning_parser is None else "apart",
-        repetition=RepetitionLimit() if end_loops else None,
-        **limits,
+        reasoning="content" if settings.reasoning_parser is None else "apart",
+        repetition=RepetitionLimit() if settings.end_loops else None,
+        **({} if settings.max_waiting is None else {"max_waiting": settings.max_waiting}),
     )
     address = f"{host}:{listener.getsockname()[1]}"
     serve(app, listener, ready=lambda: announce(f"serving {name!r} on http://{address}/v1"))

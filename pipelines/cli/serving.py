@@ -44,7 +44,7 @@ def serve(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every node's vLLM command, start nothing")] = False,
 ) -> None:
     """Serve the recipe's teacher, or the model in a folder or GGUF file, over an OpenAI-compatible HTTP API."""
-    from pipelines.serving import launch_plan, serve_teacher
+    from pipelines.serving import ServerSettings, launch_plan, serve_teacher
 
     with naming(recipe):
         if dry_run:
@@ -53,15 +53,12 @@ def serve(
         else:
             serve_teacher(
                 *_served_teacher(recipe, set_),
+                ServerSettings(max_waiting, speculate, reasoning_parser, end_loops),
                 host=host,
                 port=port,
                 base_dir=Path.cwd(),
-                max_waiting=max_waiting,
                 announce=say,
                 node_rank=node_rank,
-                speculate=speculate,
-                reasoning_parser=reasoning_parser,
-                end_loops=end_loops,
                 progress=command_progress(),
             )
             _end_at_once()
