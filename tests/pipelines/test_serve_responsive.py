@@ -110,8 +110,8 @@ async def longest_wait(port: int, line: bytes, end: bytes, over: asyncio.Event) 
     return longest
 
 
-async def longest_gap(port: int, over: asyncio.Event) -> float:
-    """Of a stream that goes on until it is over, from its first token."""
+async def longest_gap(port: int, running: asyncio.Event, over: asyncio.Event) -> float:
+    """Of a stream that goes on until it is over, from its first token; from the second on it is `running`."""
     never_ends = {**chat("1 + 1?"), "stream": True, "max_tokens": 4_000, "logit_bias": {"2": -100}, "temperature": 1}
     longest = 0.0
     while not over.is_set():
@@ -121,26 +121,27 @@ async def longest_gap(port: int, over: asyncio.Event) -> float:
         while not over.is_set() and (line := await reader.readline()):
             if line.startswith(b'data: {"id"'):
                 now = time.perf_counter()
-                longest = max(longest, now - (last or now))
+                if last is not None:
+                    longest = max(longest, now - last)
+                    running.set()
                 last = now
         writer.transport.abort()
-    assert longest > 0
     return longest
 
 
 async def watch(ports: tuple[int, int], bodies: dict[str, tuple[str, bytes]], *, seconds: float) -> Waits:
     """Send the bodies for so long at least."""
     server, control = ports
-    over = asyncio.Event()
+    running, over = asyncio.Event(), asyncio.Event()
     health = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
     watching = [
         asyncio.ensure_future(longest_wait(server, health, b"\r\n\r\n", over)),
         asyncio.ensure_future(longest_wait(control, b"x\n", b"\n", over)),
-        asyncio.ensure_future(longest_gap(server, over)),
+        asyncio.ensure_future(longest_gap(server, running, over)),
     ]
+    await running.wait()
     until = time.monotonic() + seconds
     statuses = {}
-    await asyncio.sleep(0.3)
     for name, (route, body) in bodies.items():
         reader, writer = await request(server, route, body)
         statuses[name] = int((await reader.read()).split()[1])

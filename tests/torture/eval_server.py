@@ -40,11 +40,11 @@ def recipe_of(folder: Path, job: dict[str, Any]) -> Recipe:
         "eval": {
             "suites": ["held_out", "gsm8k"],
             "held_out": {"kind": "local", "path": str(folder / "held_out.jsonl"), "split": "all"},
-            "bench_data": str(folder),
             "num_samples": job["num_samples"],
             "sampling": {"max_tokens": 12, "temperature": 1.0, "top_p": 1.0},
             "roles": ["teacher", "base"],
         },
+        "bench_data": str(folder),
     }
     return Recipe.model_validate(tree)
 
