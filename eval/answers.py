@@ -21,6 +21,7 @@ from distill.protocols import Teacher
 from distill.records import Completion, Problem, SampleKeys, Sampling, TeacherIdentity, Trace, TraceRequest, Verdict
 from distill.teacher_facts import with_teacher_facts
 from distill.verify.kept import KeptVerdicts
+from eval.tasks.processors import counted
 
 LEDGER = "ledger.sqlite"
 
@@ -75,7 +76,7 @@ class KeptAnswers:
         answers = []
         with self._progress.task(f"grade {title}", len(asked), unit="answers") as task:
             for (problem, trace), verdict in zip(asked, self._verdicts.grade(asked), strict=True):
-                answers.append(Answer(problem, trace, verdict))
+                answers.append(Answer(problem, trace, counted(problem, verdict)))
                 task.advance()
         self.num_answers += len(answers)
         return answers

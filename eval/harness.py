@@ -20,14 +20,15 @@ from typing import Any
 
 from distill.errors import DataError, EnvironmentFault
 from distill.manifest import write_atomically
-from distill.recipe import DEFAULT_LIMITS, EvalConfig, ReadLimits
+from distill.recipe import DEFAULT_LIMITS, ContestDates, EvalConfig, ReadLimits
 from distill.records import Role, Sampling, ScoreCard
 from eval.answers import Answer, KeptAnswers, NotKept
 from eval.statistics import Estimate, consensus, mean_estimate, pass_at_1
 from eval.suites import TASKS
-from eval.tasks.processors import MIN_VOTES, NO_VERDICT
+from eval.tasks.processors import NO_VERDICT
 
 SAMPLES, SCORES = "samples.parquet", "scores.json"
+MIN_VOTES = 4  # cons@k over fewer samples says little more than pass@1
 MAX_UNGRADED = 0.02  # share of samples without a verdict; above it the score would be a guess
 
 
@@ -55,6 +56,7 @@ def score_model(
     limit: int | None = None,
     held_out: Path | None = None,
     bench_data: Path | None = None,
+    contest_dates: ContestDates | None = None,
     limits: ReadLimits = DEFAULT_LIMITS,
     max_unverifiable: float = EvalConfig().max_unverifiable,
     num_answers: int | None = None,
@@ -75,6 +77,7 @@ def score_model(
         "held_out": str(held_out or ""),
         "bench_data": bench_data and str(bench_data),
         "limits": limits.model_dump(),
+        "contest_dates": contest_dates and contest_dates.model_dump(mode="json"),
     }
     for suite in suites:
         config = task_config(suite, num_samples=num_samples, sampling=sampling, question_alone=question_alone)

@@ -19,7 +19,7 @@ from distill.ledger import Ledger
 from distill.manifest import outputs_present, read_manifest, rewrite_manifest
 from distill.progress import Progress
 from distill.protocols import Verifier
-from distill.recipe import ReadLimits, Recipe, VerifyConfig
+from distill.recipe import ContestDates, ReadLimits, Recipe, VerifyConfig
 from distill.records import Sampling, ScoreCard, StageManifest, TeacherIdentity
 from distill.tables import iterate_records
 from distill.verify.kept import KeptVerdicts, grading_settings
@@ -168,6 +168,7 @@ def grade_kept(
             bench_data=bench_data,
             limits=limits,
             max_unverifiable=max_unverifiable,
+            contest_dates=ContestDates.model_validate(asked.get("contest_dates", {})),  # earlier runs had none
             num_answers=before.counts["answers"],
             **{name: asked[name] for name in ("seed", "num_samples", "question_alone", "limit")},
         )

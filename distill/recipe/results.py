@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from datetime import date
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distill.licences import Licence
 from distill.recipe.config import BatchSize, Config, Distinct, Mark
@@ -13,6 +14,29 @@ from distill.records import Role, Sampling
 
 # Suites of the recipe's own held-out problems: one that is named for what it is, and that of the bundled scale.
 OWN_SUITES = ("held_out", "pico")
+
+
+class ContestDates(Config):
+    """Which questions of a suite that dates them (LiveCodeBench) are asked: those of contests between two days.
+
+    A model cannot have learned a question that was published after its training data were gathered. R1's own window is
+    2024-08-01 to 2025-01-31 (arXiv 2501.12948, section 3).
+    """
+
+    first: date | None = Field(None, description="the first day; none: from the beginning")
+    last: date | None = Field(None, description="the last day, inclusive; none: to the end")
+
+    @model_validator(mode="after")
+    def _days_are_in_order(self) -> Self:
+        if self.first and self.last and self.first > self.last:
+            raise ValueError(f"first: {self.first} is after last, {self.last}")
+        return self
+
+    def hold(self, day: str | None) -> bool:
+        """Does a question of this day (ISO 8601; none: it has no date) belong to them?"""
+        if day is None:
+            return True
+        return (self.first is None or day >= str(self.first)) and (self.last is None or day <= str(self.last))
 
 
 class EvalConfig(Config):
@@ -29,6 +53,7 @@ class EvalConfig(Config):
         "native", description="who writes the answers of bases and students; the samples differ, not the odds"
     )
     limit: int | None = Field(None, ge=1, description="questions a suite")
+    contest_dates: ContestDates = ContestDates()
     max_unverifiable: float = Field(
         0.05, ge=0, le=1, description="share of a suite's samples whose reference no rule can read; above it it stops"
     )

@@ -29,6 +29,7 @@ from distill.protocols import Teacher
 from distill.recipe import (
     OWN_SUITES,
     BatchSize,
+    ContestDates,
     EvalConfig,
     Instruction,
     NativeTeacher,
@@ -67,6 +68,7 @@ class ScoringJob:
     sampling: Sampling | None
     seed: int
     limit: int | None
+    contest_dates: ContestDates
     batch_size: BatchSize
     engine: Literal["transformers", "native"]
     verify: VerifyConfig
@@ -109,6 +111,7 @@ class ScoringJob:
             "sampling": None if self.sampling is None else self.sampling.model_dump(),
             "seed": self.seed,
             "limit": self.limit,
+            "contest_dates": self.contest_dates.model_dump(mode="json"),
             GRADING: grading_settings(self.verify),
             **hub_identities(parts_of_suites(self.suites), self.bench_data),
         }
@@ -216,6 +219,7 @@ def score(job: ScoringJob, progress: Progress) -> None:
                         sampling=job.sampling,
                         question_alone=job.question_alone,
                         limit=job.limit,
+                        contest_dates=job.contest_dates,
                         **how,
                     )
             finally:
@@ -278,6 +282,7 @@ def _jobs(
             sampling=config.sampling if own or "sampling" in given else None,
             seed=config.sampling.seed,
             limit=config.limit,
+            contest_dates=config.contest_dates,
             batch_size=config.batch_size,
             engine=config.engine,
             verify=graders,
@@ -299,7 +304,8 @@ def _suite_files(config: EvalConfig, base_dir: Path, bench_data: Path | None) ->
 
 
 def _task_files(suites: tuple[str, ...], bench_data: Path | None) -> dict[str, Path]:
-    files = {"protocol": TASKS / "_r1_protocol.yaml", "metrics": TASKS / "processors.py"}
+    files = {f"protocol:{path.stem}": path for path in sorted(TASKS.glob("_*_protocol.yaml"))}
+    files["metrics"] = TASKS / "processors.py"
     for suite in suites:
         files[f"task:{suite}"] = TASKS / f"{suite}.yaml"
         if suite in OWN_SUITES:

@@ -10,12 +10,12 @@ import pytest
 
 from distill.errors import DataError, EnvironmentFault, RecipeError
 from distill.problems.benchmark import read_benchmark
-from distill.recipe import VerifyConfig
+from distill.recipe import ContestDates, VerifyConfig
 from distill.records import Problem, Sampling
 from distill.tables import read_records, write_records
 from distill.verify import open_verifier
 from eval.harness import score_rows, task_config
-from eval.suites import check_suites
+from eval.suites import SUITES, check_suites
 from eval.tasks.processors import documents, grade
 from tests.eval.scripted import SUBJECT, Scripted, scored
 
@@ -41,6 +41,46 @@ def test_benchmarks_follow_r1s_protocol(suite, questions, repeats, tmp_path):
     instruction = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     assert all(request.problem.prompt.endswith(instruction) for request in model.seen)
     assert len(read_benchmark(suite, "test", Path(BENCH_DATA))) == questions
+
+
+@needs_data
+def test_programs_are_asked_for_as_the_question_says(tmp_path):
+    for suite, repeats in (("humaneval", 8), ("mbpp", 4)):
+        model = Scripted(lambda *_: True)
+        cards, _ = scored(model, [suite], tmp_path, seed=3, limit=3, bench_data=Path(BENCH_DATA))
+        assert (cards[0].num_questions, cards[0].num_samples) == (3, 3 * repeats)
+        assert all(request.problem.prompt.endswith("one ```python block.") for request in model.seen)
+
+
+def test_a_letter_is_asked_for_and_dates_choose(tmp_path):
+    row = {"question": "Which?", "choices": {"text": ["air", "fire"], "label": ["A", "B"]}, "answerKey": "B"}
+    (tmp_path / "arc_challenge_test.jsonl").write_text(json.dumps(row) + "\n")
+    contests = [
+        {"question_content": f"Print {month}.", "difficulty": "easy", "contest_date": f"2024-{month:02}-01"}
+        | {name: json.dumps([{"input": "", "output": f"{month}"}]) for name in ("public_test_cases",)}
+        | {"private_test_cases": "[]"}
+        for month in (6, 9)
+    ]
+    (tmp_path / "livecodebench.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in contests))
+    model, dates = Scripted(lambda *_: True), ContestDates.model_validate({"first": "2024-08-01"})
+    suites = ["arc_challenge", "livecodebench"]
+    cards, _ = scored(model, suites, tmp_path / "out", seed=3, bench_data=tmp_path, contest_dates=dates)
+    counted = {card.suite: (card.num_questions, card.num_samples) for card in cards}
+    assert counted == {"arc_challenge": (1, 2), "livecodebench": (1, 16)}
+    assert {request.problem.prompt.partition("\n")[0] for request in model.seen} == {"Print 9."}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_has_its_task_file_and_samples_enough(suite):
+    """Sampling alone adds at most 1.4 points to the standard error (`_r1_protocol.yaml`), and not for nothing."""
+    sizes = {"gsm8k": 1_319, "math500": 500, "aime24": 30, "aime25": 30, "gpqa_diamond": 198, "mmlu_pro": 12_032}
+    sizes |= {"arc_challenge": 1_172, "arc_easy": 2_376, "mbpp": 500, "humaneval": 164, "humaneval_plus": 164}
+    config = task_config(suite)
+    assert (config["task"], config["num_fewshot"], config["metadata"]) == (suite, 0, {"version": 1.1})
+    if suite in sizes:
+        repeats = config["repeats"]
+        assert repeats * sizes[suite] >= 1_280
+        assert repeats == 1 or repeats * sizes[suite] < 2 * 1_280
 
 
 @needs_data
