@@ -17,7 +17,7 @@ from distill.errors import DataError, EnvironmentFault
 from distill.ledger import Ledger
 from distill.ledger_writer import LedgerWriter
 from distill.progress import Progress
-from distill.protocols import Teacher
+from distill.protocols import Teacher, Verifier
 from distill.records import Completion, Problem, SampleKeys, Sampling, TeacherIdentity, Trace, TraceRequest, Verdict
 from distill.teacher_facts import with_teacher_facts
 from distill.verify.kept import KeptVerdicts
@@ -61,6 +61,11 @@ class KeptAnswers:
         self._ledger = ledger
         self._verdicts = verdicts
         self._progress = progress
+
+    @property
+    def verifier(self) -> Verifier:
+        """What grades them."""
+        return self._verdicts.verifier
 
     def of(self, requests: Sequence[TraceRequest], sampling: Sampling, title: str) -> list[Answer]:
         """The answers to `requests`, in their order. Whatever ends the call, what had arrived is in the ledger.

@@ -158,11 +158,12 @@ def _model(model: Model, suite: SuiteComparison) -> dict[str, Any]:
         "truncated": answers.truncated,
         "ungraded": answers.ungraded,
         "unverifiable": answers.unverifiable,
-        "mean_tokens": answers.mean_tokens,
+        **{name: getattr(answers, name) for name in RATES},
         **{name: model.identity.get(field) for name, field in IDENTITY.items()},
     }
 
 
+RATES = ("mean_tokens", "p50_tokens", "p95_tokens", "format_rate", "language_mixing")
 IDENTITY = {"engine": "backend", "engine_version": "backend_version", "weights": "weights", "template": "template"}
 
 
@@ -191,7 +192,7 @@ def _difference(difference: Difference) -> dict[str, Any]:
 def _of_whole_suites(model: Model, card: ScoreCard) -> dict[str, Any]:
     """What is counted for a suite and not for its families."""
     answers = None if "/" in card.suite else model.answers[card.suite]
-    counted = ("samples_per_question", "truncated", "ungraded", "unverifiable", "mean_tokens")
+    counted = ("samples_per_question", "truncated", "ungraded", "unverifiable", *RATES)
     return {name: "" if answers is None else getattr(answers, name) for name in counted} | {
         name: model.identity.get(IDENTITY[name], "") for name in ("engine", "engine_version")
     }
@@ -218,11 +219,10 @@ def _student_cells(row: StudentRow) -> list[str]:
 
 def _answer_cells(model: Model, suite: str) -> list[str]:
     answers, identity = model.answers[suite], model.identity
-    consensus = next((card for card in model.cards_of(suite) if card.metric != METRIC), None)
     return [
         model.name,
         f"{len(answers.means):,} x {answers.samples_per_question}",
-        _points(consensus),
+        _points(model.consensus(suite)),
         f"{answers.truncated:.1%}",
         f"{answers.mean_tokens:,.0f}",
         " ".join(identity.get(name, "") for name in ("backend", "backend_version")).strip() or "–",

@@ -25,7 +25,7 @@ from distill.tables import iterate_records
 from distill.verify.kept import KeptVerdicts, grading_settings
 from eval.answers import LEDGER, AbsentModel, KeptAnswers, NotKept
 from eval.harness import SAMPLES, Subject, score_model
-from eval.suites import check_suites
+from eval.suites import check_suites, own_suite_file
 from pipelines.context import Context
 from pipelines.preemption import preemptible
 from pipelines.run_folder import check_run_folder, held
@@ -77,7 +77,7 @@ def regrade_run(recipe: Recipe, run_dir: Path, context: Context) -> Regrading:
             "; ".join(left) or "keeps nothing that could be graded again; run `potstill eval`", where=run_dir
         )
     suites = dict.fromkeys(suite for manifest in models.values() for suite in manifest.config["suites"])
-    check_suites(suites)
+    check_suites(suites, recipe.eval.own)
     check_run_folder(run_dir, [run_dir / name for name in ("curate", "eval", "report")])
     with held(run_dir), preemptible():
         regraded = _regrade_models(recipe, run_dir, models, context)
@@ -113,6 +113,7 @@ def _regrade_models(
     grading, regraded = grading_settings(graders_of(recipe)), []
     how = {
         "held_out": run_dir / "eval" / HELD_OUT,
+        "own": {name: own_suite_file(name, run_dir / "eval") for name in recipe.eval.own},
         "bench_data": bench_folder(recipe.bench_data, context.base_dir),
         "limits": recipe.limits,
         "max_unverifiable": recipe.eval.max_unverifiable,
@@ -143,6 +144,7 @@ def grade_kept(
     progress: Progress,
     *,
     held_out: Path | None,
+    own: Mapping[str, Path],
     bench_data: Path | None,
     limits: ReadLimits,
     max_unverifiable: float,
@@ -165,6 +167,7 @@ def grade_kept(
             folder,
             sampling=None if sampling is None else Sampling.model_validate(sampling),
             held_out=held_out,
+            own=own,
             bench_data=bench_data,
             limits=limits,
             max_unverifiable=max_unverifiable,

@@ -50,8 +50,9 @@ def problem_of(doc: Mapping[str, Any], prompt: str | None = None) -> Problem:
     )
 
 
-def held_out(held_out: str = "", **_: Any) -> dict[str, Any]:
-    return documents(read_records(Path(held_out), Problem))
+def held_out(held_out: str = "", own: str = "", **_: Any) -> dict[str, Any]:
+    """The run's held-out problems, or those of a suite of the recipe's own."""
+    return documents(read_records(Path(own or held_out), Problem))
 
 
 def benchmark(

@@ -35,7 +35,8 @@ def test_benchmarks_follow_r1s_protocol(suite, questions, repeats, tmp_path):
     assert (total.suite, total.metric, total.value) == (suite, "pass@1", 0.5)
     assert (total.num_questions, total.num_samples) == (limit, limit * repeats)
     whole = [card.metric for card in cards if "/" not in card.suite]
-    assert whole == ["pass@1"] + ([f"cons@{repeats}"] if repeats >= 4 else [])
+    several = [f"pass@{1 << power}" for power in range(1, 7) if 1 << power <= repeats]
+    assert whole == ["pass@1", *several] + ([f"cons@{repeats}"] if repeats >= 4 else [])
     assert model.sampling == Sampling(temperature=0.6, top_p=0.95, max_tokens=32_768, seed=3)
     assert len({request.seed(model.sampling) for request in model.seen}) == limit * repeats, "k samples, k seeds"
     instruction = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -119,6 +120,8 @@ def test_pico_scores_totals_families_and_samples(held_out, tmp_path):
     values = {(card.suite, card.metric): card.value for card in cards}
     assert values == {
         ("pico", "pass@1"): (4 * 1 + 4 * 0.25) / 8,
+        ("pico", "pass@2"): (4 * 1 + 4 * 0.5) / 8,
+        ("pico", "pass@4"): 1.0,
         ("pico", "cons@4"): pytest.approx((4 * 1 + 4 * 0.25) / 8),  # four different answers tie
         ("pico/gcd", "pass@1"): 1.0,
         ("pico/sums", "pass@1"): 0.25,
@@ -134,7 +137,7 @@ def test_pico_scores_totals_families_and_samples(held_out, tmp_path):
 
 
 def row(problem: str, verdict: str, extracted: str | None = None) -> dict:
-    return {"problem_id": problem, "family": "f", "verdict": verdict, "extracted": extracted}
+    return {"problem_id": problem, "family": "f", "verdict": verdict, "extracted": extracted, "vote": extracted}
 
 
 def test_truncated_is_not_correct_and_our_failures_are_not_wrong():

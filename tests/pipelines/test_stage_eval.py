@@ -15,6 +15,7 @@ from distill.records import Example, Problem
 from distill.tables import read_records, write_records
 from distill.verify import kept
 from pipelines.context import Context
+from pipelines.stages.curate import held_out_questions
 from pipelines.stages.eval import HELD_OUT, evaluate
 from tests.pipelines.recorded_progress import RecordedProgress
 from tests.teacher.backends.tiny_models import save_tiny_model
@@ -247,3 +248,24 @@ def test_an_untrained_student_is_one_line_and_nothing_written(student, tmp_path)
     with pytest.raises(DataError, match=r"mini-distilled: this student has not been trained yet"):
         evaluate(recipe_of(student), tmp_path / "tiny", Context(Path()))
     assert not (tmp_path / "tiny").exists()
+
+
+def test_problems_of_one_s_own_are_a_suite(student, run_dir, tmp_path):
+    """Asked and scored like any other, screened from training, and stopped where training has seen them."""
+    rows = [{"prompt": f"How many are {n} and {n} apples, all told?", "answer": 2 * n} for n in range(3)]
+    (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    mine = {"name": "mine", "problems": {"kind": "local", "path": str(tmp_path / "mine.jsonl")}}
+    recipe = recipe_of(student, suites=["pico", mine], roles=["base"])
+    manifest = evaluate(recipe, run_dir, ALONE)
+    assert (manifest.counts["held_out"], manifest.counts["samples"]) == (6 + 3, (6 + 3) * 2)
+    cards = json.loads((run_dir / "eval" / "mini-base" / "scores.json").read_text())
+    counted = {
+        card["suite"]: (card["num_questions"], card["num_samples"]) for card in cards if card["metric"] == "pass@1"
+    }
+    assert counted["mine"] == (3, 6)
+    assert evaluate(recipe, run_dir, ALONE) == manifest
+    asked = held_out_questions(recipe, Path(), {})()
+    assert sorted(asked["mine"]) == sorted(row["prompt"] for row in rows)
+    (tmp_path / "mine.jsonl").write_text(f"{json.dumps({'prompt': '1 + 1 = ?', 'answer': 2})}\n")
+    with pytest.raises(DataError, match=r"1 of 1 mine questions occur among the training examples"):
+        evaluate(recipe, run_dir, ALONE)
