@@ -12,7 +12,7 @@ import io
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,7 @@ def score_model(
     limit: int | None = None,
     held_out: Path | None = None,
     own: Mapping[str, Path] | None = None,
+    compared: Collection[str] = (),
     bench_data: Path | None = None,
     contest_dates: ContestDates | None = None,
     limits: ReadLimits = DEFAULT_LIMITS,
@@ -68,7 +69,7 @@ def score_model(
 
     `num_samples` and `sampling` replace what the task files say (R1's protocol), `question_alone` leaves out the words
     in which they ask for a boxed answer; `limit` is questions a suite; `own` are files of problems of suites that have
-    no task file. Raises EnvironmentFault where more than 2% of
+    no task file; those that are `compared` are answered and not scored. Raises EnvironmentFault where more than 2% of
     the samples could not be graded, DataError where more than `max_unverifiable` of a suite's have a reference that
     cannot be read (those count as not correct), NotKept where the suites do not want just `num_answers`, the number
     that is kept.
@@ -89,9 +90,11 @@ def score_model(
         answers, results = _run_task(kept, config, seed, limit, metadata, subject)
         ballot = votes(answers, kept.verifier)
         of_suite = [_row(suite, answer, vote) for answer, vote in zip(answers, ballot, strict=True)]
+        rows += of_suite
+        if suite in compared:
+            continue
         suite_cards = score_rows(of_suite, subject, suite, max_unverifiable)
         _agree(suite_cards[0], results)
-        rows += of_suite
         cards += suite_cards
     if num_answers not in (None, len(rows)):
         message = f"{num_answers} answers are kept, the suites now want {len(rows)}; run `potstill eval`"
@@ -174,6 +177,8 @@ def score_rows(
     cards = [card(suite, "pass@1", pass_at_1(questions))]
     for k in ks(most):
         enough = [question for question in questions if len(question) >= k]
+        if len(enough) < (1 - MAX_UNGRADED) * len(questions):
+            break  # of a few questions it says nothing of the suite
         values = [pass_at_k(len(question), sum(question), k) for question in enough]
         cards.append(card(suite, f"pass@{k}", mean_estimate(values, sum(map(len, enough)))))
     ballots: dict[str, list[tuple[str | None, bool]]] = defaultdict(list)

@@ -8,7 +8,7 @@ the report) is written again; which traces students learn from is not, since the
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from distill.tables import iterate_records
 from distill.verify.kept import KeptVerdicts, grading_settings
 from eval.answers import LEDGER, AbsentModel, KeptAnswers, NotKept
 from eval.harness import SAMPLES, Subject, score_model
+from eval.retained import FOLDER
 from eval.suites import check_suites, own_suite_file
 from pipelines.context import Context
 from pipelines.preemption import preemptible
@@ -94,7 +95,7 @@ def regrade_run(recipe: Recipe, run_dir: Path, context: Context) -> Regrading:
 def _models(eval_dir: Path) -> tuple[dict[Path, StageManifest], list[str]]:
     """The folders of models whose evaluation is complete and kept, and words about the others."""
     complete, left = {}, []
-    for folder in sorted(path for path in eval_dir.glob("*/") if path.is_dir()):
+    for folder in sorted(path for path in eval_dir.glob("*/") if path.is_dir() and path.name != FOLDER):
         manifest, kept = read_manifest(folder), (folder / LEDGER).is_file()
         if kept and manifest is not None and manifest.counts.keys() >= NEEDED:
             complete[folder] = manifest
@@ -113,6 +114,7 @@ def _regrade_models(
     grading, regraded = grading_settings(graders_of(recipe)), []
     how = {
         "held_out": run_dir / "eval" / HELD_OUT,
+        "compared": recipe.eval.compared,
         "own": {name: own_suite_file(name, run_dir / "eval") for name in recipe.eval.own},
         "bench_data": bench_folder(recipe.bench_data, context.base_dir),
         "limits": recipe.limits,
@@ -145,6 +147,7 @@ def grade_kept(
     *,
     held_out: Path | None,
     own: Mapping[str, Path],
+    compared: Collection[str],
     bench_data: Path | None,
     limits: ReadLimits,
     max_unverifiable: float,
@@ -168,6 +171,7 @@ def grade_kept(
             sampling=None if sampling is None else Sampling.model_validate(sampling),
             held_out=held_out,
             own=own,
+            compared=compared,
             bench_data=bench_data,
             limits=limits,
             max_unverifiable=max_unverifiable,

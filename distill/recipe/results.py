@@ -13,11 +13,19 @@ from distill.benchmarks import BENCHMARKS
 from distill.licences import Licence
 from distill.recipe.config import BatchSize, Config, Distinct, Mark
 from distill.recipe.problems import GivenSource, HeldOutSource, ReasoningGymSource
+from distill.recipe.teachers import TeacherConfig
 from distill.records import Role, Sampling
 
 # Suites of the recipe's own held-out problems: one that is named for what it is, and that of the bundled scale.
 OWN_SUITES = ("held_out", "pico")
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # of a suite: the name of its file, too
+
+
+class ComparingJudge(Config):
+    """A model that says, at temperature 0, which of two answers serves better (`eval.side_by_side`)."""
+
+    teacher: TeacherConfig = Field(description="any backend; its identity is part of the verdict's key")
+    max_tokens: int = Field(8_192, ge=16, description="of one verdict, reasoning included")
 
 
 def _written(day: Any) -> Any:
@@ -104,6 +112,19 @@ class EvalConfig(Config):
         0.05, ge=0, le=1, description="share of a suite's samples whose reference no rule can read; above it it stops"
     )
     roles: Distinct[Role] = Field(("teacher", "base", "direct", "distilled"), description="which models are scored")
+    judge: ComparingJudge | None = Field(
+        None, description="holds students' answers beside the teacher's, in suites of yours whose grader is `judge`"
+    )
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Suites without references, whose answers are compared and not graded."""
+        return tuple(name for name in self.suites if getattr(self.own.get(name), "grader", None) == "judge")
+
+    @property
+    def graded(self) -> tuple[str, ...]:
+        """The other suites."""
+        return tuple(name for name in self.suites if name not in self.compared)
 
     @property
     def asked_of_all(self) -> dict[str, Any]:
@@ -127,6 +148,18 @@ class EvalConfig(Config):
                 raise ValueError(f"own.{name}: is not among suites")
             if isinstance(source, ReasoningGymSource) and source.split != "held_out":
                 raise ValueError(f"own.{name}.split: must be 'held_out', so that no student has learned its questions")
+        return self
+
+    @model_validator(mode="after")
+    def _answers_without_reference_have_a_judge(self) -> Self:
+        if not (compared := self.compared):
+            return self
+        if self.judge is None:
+            raise ValueError(f"judge: the suite {compared[0]!r} has no reference, and needs one (judge.teacher)")
+        if "teacher" not in self.roles or len(self.roles) == 1:
+            raise ValueError(f"roles: {compared[0]!r} holds students beside the teacher, and needs both")
+        if not self.graded:
+            raise ValueError(f"suites: beside {compared[0]!r} one must have references, by which models are ranked")
         return self
 
 

@@ -171,7 +171,7 @@ def _grade_all(
         states: Counter[str] = Counter()
         with (
             Ledger.open(inputs["traces"].parent / LEDGER) as ledger,
-            open_judge(config, base_dir, folder, progress) as judge,
+            open_judge(config.judge and config.judge.teacher, base_dir, folder, progress) as judge,
             open_verifier(config, judge=judge) as verifier,
             KeptVerdicts(ledger, verifier, grading_settings(config, judge)) as kept,
             progress.task("verify", total=num_traces, unit="answers") as plain,

@@ -45,10 +45,12 @@ from distill.tables import read_records, write_records
 from distill.verify.kept import KeptVerdicts, grading_settings
 from eval.answers import LEDGER, KeptAnswers, NotKept
 from eval.harness import SAMPLES, SCORES, Subject, score_model
+from eval.retained import FOLDER, RETENTION
 from eval.suites import TASKS, check_suites, own_suite_file, own_suites, parts_asked, suite_files
 from pipelines.context import Context
 from pipelines.preemption import preemptible
 from pipelines.regrade import GRADING, HELD_OUT, SCORING, grade_kept, graders_of, scoring_counts
+from pipelines.retention import compare_answers
 from pipelines.workers import run_side_by_side
 
 MAX_WORKERS = 4  # each holds a model and the libraries, about 0.8 GB for a pico model
@@ -74,6 +76,7 @@ class ScoringJob:
     verify: VerifyConfig
     held_out: Path | None
     own: dict[str, Path]  # the problems of suites of the recipe's own
+    compared: tuple[str, ...]  # those of them that have no references
     own_parts: tuple[BenchmarkPart, ...]  # benchmarks among them
     bench_data: Path | None
     limits: ReadLimits
@@ -161,12 +164,15 @@ def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
         counts = _write_own_problems(recipe, out_dir, examples, base_dir, bench_data)
         with preemptible():
             scored = _score_all(jobs, num_workers, context.progress)
+            compare_answers(recipe, run_dir, [job.name for job in jobs], context)
         manifests = {job.name: manifest for job in jobs if (manifest := read_manifest(job.out_dir))}
         samples = sum(manifest.counts["samples"] for manifest in manifests.values())
         asked = sum(manifests[name].counts["asked"] for name in scored)
         return {**counts, "models": len(jobs), "samples": samples, "asked": asked}
 
     outputs = [f"{job.name}/{name}" for job in jobs for name in (SAMPLES, SCORES)]
+    if config.compared:
+        outputs.append(f"{FOLDER}/{RETENTION}")
     outputs += [own_suite_file(name, out_dir).name for name in own_suites(config)]
     return run_stage("eval", inputs, settings, out_dir, body, outputs)
 
@@ -195,7 +201,9 @@ def score(job: ScoringJob, progress: Progress) -> None:
     from distill.verify import open_verifier
 
     stage_run = StageRun(SCORING, job.inputs, job.settings, job.out_dir)
-    how = {name: getattr(job, name) for name in ("held_out", "own", "bench_data", "limits", "max_unverifiable")}
+    how = {
+        name: getattr(job, name) for name in ("held_out", "own", "compared", "bench_data", "limits", "max_unverifiable")
+    }
     with open_verifier(job.verify) as verifier:
         if (before := stage_run.current_but_for(GRADING)) is not None:
             with suppress(NotKept):  # the ledger has lost some
@@ -293,6 +301,7 @@ def _jobs(
             verify=graders,
             held_out=None if config.held_out is None else run_dir / "eval" / HELD_OUT,
             own={name: own_suite_file(name, run_dir / "eval") for name in config.own},
+            compared=config.compared,
             own_parts=tuple(benchmark_parts(config.own.values())),
             bench_data=bench_data,
             limits=recipe.limits,

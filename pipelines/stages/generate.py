@@ -158,7 +158,7 @@ def _body(
         # Adaptive sampling and hints alone need a judge here: elsewhere curation asks it.
         graded = recipe.generate.adaptive is not None or recipe.generate.hints is not None
         verify = recipe.verify if graded else recipe.verify.model_copy(update={"judge": None})
-        with open_judge(verify, context.base_dir, out_dir, progress) as judge:
+        with open_judge(verify.judge and verify.judge.teacher, context.base_dir, out_dir, progress) as judge:
             rounds.ask(judge)
             tries.ask(judge)
         total = len(rounds.wanted) + tries.counts().get("hinted", 0)
