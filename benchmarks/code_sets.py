@@ -13,36 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.problems import load_problems
+from distill.benchmarks import BenchmarkSplit
+from distill.problems.benchmark import read_benchmark
 from distill.protocols import Verifier
-from distill.recipe import LocalSource
 from distill.records import Problem
 
-CODE_SETS = {
-    "humaneval": LocalSource(
-        path="HumanEval.jsonl.gz",
-        grader="code",
-        prompt_field="prompt",
-        answer_field="canonical_solution",
-        tests_field="test",
-        entry_point_field="entry_point",
-    ),
-    "mbpp": LocalSource(
-        path="mbpp.jsonl",
-        grader="code",
-        prompt_field="text",
-        answer_field="code",
-        tests_field="test_list",
-        setup_field="test_setup_code",
-    ),
-}
+CODE_SETS: dict[str, tuple[BenchmarkSplit, ...]] = {"humaneval": ("test",), "mbpp": ("test", "train")}
 WRAPPED = "\n_inner = {name}\ndef {name}(*args, **kwargs):\n    return [_inner(*args, **kwargs)]\n"
 
 
 def code_rows(verifier: Verifier, folder: Path) -> list[dict[str, Any]]:
     rows = []
-    for name, source in CODE_SETS.items():
-        problems = load_problems([source], base_dir=folder)
+    for name, splits in CODE_SETS.items():
+        problems = [problem for split in splits for problem in read_benchmark(name, split, folder)]
         rows.append(_row(verifier, name, "canonical solutions", problems, [p.answer or "" for p in problems]))
         rows.append(_row(verifier, name, "spoiled solutions", problems, [spoiled(p) for p in problems]))
     return rows

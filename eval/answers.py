@@ -17,10 +17,11 @@ from distill.errors import DataError, EnvironmentFault
 from distill.ledger import Ledger
 from distill.ledger_writer import LedgerWriter
 from distill.progress import Progress
-from distill.protocols import Teacher
+from distill.protocols import Teacher, Verifier
 from distill.records import Completion, Problem, SampleKeys, Sampling, TeacherIdentity, Trace, TraceRequest, Verdict
 from distill.teacher_facts import with_teacher_facts
 from distill.verify.kept import KeptVerdicts
+from eval.tasks.processors import counted
 
 LEDGER = "ledger.sqlite"
 
@@ -61,6 +62,11 @@ class KeptAnswers:
         self._verdicts = verdicts
         self._progress = progress
 
+    @property
+    def verifier(self) -> Verifier:
+        """What grades them."""
+        return self._verdicts.verifier
+
     def of(self, requests: Sequence[TraceRequest], sampling: Sampling, title: str) -> list[Answer]:
         """The answers to `requests`, in their order. Whatever ends the call, what had arrived is in the ledger.
 
@@ -75,7 +81,7 @@ class KeptAnswers:
         answers = []
         with self._progress.task(f"grade {title}", len(asked), unit="answers") as task:
             for (problem, trace), verdict in zip(asked, self._verdicts.grade(asked), strict=True):
-                answers.append(Answer(problem, trace, verdict))
+                answers.append(Answer(problem, trace, counted(problem, verdict)))
                 task.advance()
         self.num_answers += len(answers)
         return answers

@@ -20,6 +20,7 @@ from distill.progress import Progress, silent
 from distill.records import ScoreCard, StageManifest
 from distill.verify.audit import AuditSummary
 from eval.harness import SCORES
+from eval.retained import read_retention
 from eval.scored import METRIC, Model, read_model
 from eval.statistics import Difference, paired_difference
 
@@ -92,6 +93,7 @@ class Comparison:
     num_hinted: int  # examples whose traces were asked with the reference as a hint
     audit: AuditSummary | None
     stages: tuple[Mapping[str, Any], ...]
+    retention: tuple[Mapping[str, Any], ...] = ()  # of suites without references: `eval.retained`
     manifests: Mapping[str, StageManifest] = field(default_factory=dict)
 
     @cached_property
@@ -141,6 +143,7 @@ def compare_run(run_dir: Path, deciding_suite: str | None = None, progress: Prog
         num_hinted=_count(run_dir / "curate", "hinted", 0),
         audit=_read_audit(run_dir / "curate" / "audit.json"),
         stages=tuple(stage_costs(run_dir)),
+        retention=read_retention(run_dir / "eval"),
         manifests=stage_manifests(run_dir),
     )
 

@@ -1,9 +1,9 @@
 """Score one model on suites: lm-eval drives, the model writes k distinct samples a question, `distill.verify` grades.
 
 Answers come from `eval.answers`, which keeps them one by one. Leaves two files in the model's folder:
-`samples.parquet`, one row a sample, and `scores.json`, the ScoreCards: per suite pass@1 (and cons@k from four samples
-on), and pass@1 of each family of a suite that has several. Verdicts that are our failure (`timeout`, `infra_error`) are
-left out of the means and counted; above a small share they stop the stage.
+`samples.parquet`, one row a sample, and `scores.json`, the ScoreCards: per suite pass@1, pass@k for powers of two,
+cons@k from four samples on, and pass@1 of each family of a suite that has several. Verdicts that are our failure
+(`timeout`, `infra_error`) are left out of the means and counted; above a small share they stop the stage.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,17 @@ from typing import Any
 
 from distill.errors import DataError, EnvironmentFault
 from distill.manifest import write_atomically
-from distill.recipe import DEFAULT_LIMITS, EvalConfig, ReadLimits
+from distill.recipe import DEFAULT_LIMITS, ContestDates, EvalConfig, ReadLimits
 from distill.records import Role, Sampling, ScoreCard
 from eval.answers import Answer, KeptAnswers, NotKept
+from eval.metrics import ks, mixes_scripts, pass_at_k
 from eval.statistics import Estimate, consensus, mean_estimate, pass_at_1
-from eval.suites import TASKS
-from eval.tasks.processors import MIN_VOTES, NO_VERDICT
+from eval.suites import HELD_OUT, TASKS
+from eval.tasks.processors import NO_VERDICT
+from eval.votes import votes
 
 SAMPLES, SCORES = "samples.parquet", "scores.json"
+MIN_VOTES = 4  # cons@k over fewer samples says little more than pass@1
 MAX_UNGRADED = 0.02  # share of samples without a verdict; above it the score would be a guess
 
 
@@ -54,7 +57,10 @@ def score_model(
     question_alone: bool = False,
     limit: int | None = None,
     held_out: Path | None = None,
+    own: Mapping[str, Path] | None = None,
+    compared: Collection[str] = (),
     bench_data: Path | None = None,
+    contest_dates: ContestDates | None = None,
     limits: ReadLimits = DEFAULT_LIMITS,
     max_unverifiable: float = EvalConfig().max_unverifiable,
     num_answers: int | None = None,
@@ -62,7 +68,8 @@ def score_model(
     """Write samples.parquet and scores.json to `out_dir` and return the ScoreCards.
 
     `num_samples` and `sampling` replace what the task files say (R1's protocol), `question_alone` leaves out the words
-    in which they ask for a boxed answer; `limit` is questions a suite. Raises EnvironmentFault where more than 2% of
+    in which they ask for a boxed answer; `limit` is questions a suite; `own` are files of problems of suites that have
+    no task file; those that are `compared` are answered and not scored. Raises EnvironmentFault where more than 2% of
     the samples could not be graded, DataError where more than `max_unverifiable` of a suite's have a reference that
     cannot be read (those count as not correct), NotKept where the suites do not want just `num_answers`, the number
     that is kept.
@@ -75,14 +82,19 @@ def score_model(
         "held_out": str(held_out or ""),
         "bench_data": bench_data and str(bench_data),
         "limits": limits.model_dump(),
+        "contest_dates": contest_dates and contest_dates.model_dump(mode="json"),
     }
     for suite in suites:
-        config = task_config(suite, num_samples=num_samples, sampling=sampling, question_alone=question_alone)
+        how = {"num_samples": num_samples, "sampling": sampling, "question_alone": question_alone}
+        config = task_config(suite, own=(own or {}).get(suite), **how)  # type: ignore[arg-type]
         answers, results = _run_task(kept, config, seed, limit, metadata, subject)
-        of_suite = [_row(suite, answer) for answer in answers]
+        ballot = votes(answers, kept.verifier)
+        of_suite = [_row(suite, answer, vote) for answer, vote in zip(answers, ballot, strict=True)]
+        rows += of_suite
+        if suite in compared:
+            continue
         suite_cards = score_rows(of_suite, subject, suite, max_unverifiable)
         _agree(suite_cards[0], results)
-        rows += of_suite
         cards += suite_cards
     if num_answers not in (None, len(rows)):
         message = f"{num_answers} answers are kept, the suites now want {len(rows)}; run `potstill eval`"
@@ -93,12 +105,22 @@ def score_model(
 
 
 def task_config(
-    suite: str, *, num_samples: int | None = None, sampling: Sampling | None = None, question_alone: bool = False
+    suite: str,
+    *,
+    num_samples: int | None = None,
+    sampling: Sampling | None = None,
+    question_alone: bool = False,
+    own: Path | None = None,
 ) -> dict[str, Any]:
-    """A task file as lm-eval reads it, with what the recipe states itself laid over it."""
+    """A task file as lm-eval reads it, with what the recipe states itself laid over it.
+
+    A suite of the recipe's own, whose problems are in `own`, is asked like `held_out`.
+    """
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    config = dict(load_yaml(TASKS / f"{suite}.yaml"))
+    config = dict(load_yaml(TASKS / f"{HELD_OUT if own else suite}.yaml"))
+    if own is not None:
+        config |= {"task": suite, "dataset_kwargs": {"own": str(own)}}
     if num_samples is not None:
         config["repeats"] = num_samples
         config["filter_list"] = [{"name": "all", "filter": [{"function": "take_first_k", "k": num_samples}]}]
@@ -121,7 +143,7 @@ def score_rows(
     suite: str,
     max_unverifiable: float = EvalConfig().max_unverifiable,
 ) -> list[ScoreCard]:
-    """ScoreCards of one suite from its sample rows: total, cons@k, then families.
+    """ScoreCards of one suite from its sample rows: pass@1 and pass@k, cons@k, then pass@1 of families.
 
     Raises EnvironmentFault where graders failed too often, DataError where too many references cannot be read.
     """
@@ -150,14 +172,21 @@ def score_rows(
     def outcomes(of: Sequence[Mapping[str, Any]]) -> list[list[bool]]:
         return list(group_outcomes(of).values())
 
-    cards = [card(suite, "pass@1", pass_at_1(outcomes(graded)))]
-    answers: dict[str, list[tuple[str | None, bool]]] = defaultdict(list)
+    questions = outcomes(graded)
+    most = max(map(len, questions))
+    cards = [card(suite, "pass@1", pass_at_1(questions))]
+    for k in ks(most):
+        enough = [question for question in questions if len(question) >= k]
+        if len(enough) < (1 - MAX_UNGRADED) * len(questions):
+            break  # of a few questions it says nothing of the suite
+        values = [pass_at_k(len(question), sum(question), k) for question in enough]
+        cards.append(card(suite, f"pass@{k}", mean_estimate(values, sum(map(len, enough)))))
+    ballots: dict[str, list[tuple[str | None, bool]]] = defaultdict(list)
     for row in graded:
-        answers[row["problem_id"]].append((row["extracted"], row["verdict"] == "correct"))
-    votes = max(map(len, answers.values()))
-    if votes >= MIN_VOTES:
-        values = [consensus(votes_of) for votes_of in answers.values()]
-        cards.append(card(suite, f"cons@{votes}", mean_estimate(values, len(graded))))
+        ballots[row["problem_id"]].append((row["vote"], row["verdict"] == "correct"))
+    if most >= MIN_VOTES and any(row["vote"] is not None for row in graded):
+        values = [consensus(ballot) for ballot in ballots.values()]
+        cards.append(card(suite, f"cons@{most}", mean_estimate(values, len(graded))))
     families = sorted({row["family"] for row in graded})
     if len(families) > 1:
         for family in families:
@@ -221,8 +250,9 @@ def _agree(card: ScoreCard, results: Mapping[str, Any]) -> None:
     assert abs(theirs - card.value) < 1e-9, f"{card.name} {card.suite}: lm-eval says {theirs}, we say {card.value}"
 
 
-def _row(suite: str, answer: Answer) -> dict[str, Any]:
+def _row(suite: str, answer: Answer, vote: str | None) -> dict[str, Any]:
     problem, trace, verdict = answer.problem, answer.trace, answer.verdict
+    mixed = mixes_scripts(problem.prompt, trace.text)
     return {
         "suite": suite,
         "problem_id": problem.id,
@@ -236,6 +266,8 @@ def _row(suite: str, answer: Answer) -> dict[str, Any]:
         "num_tokens": trace.num_tokens,
         "verdict": verdict.state,
         "extracted": verdict.extracted,
+        "vote": vote,
+        "mixed_scripts": None if mixed is None else int(mixed),
         "detail": verdict.detail,
     }
 
@@ -244,7 +276,7 @@ def _write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    whole = {"sample_index", "num_prompt_tokens", "num_tokens"}
+    whole = {"sample_index", "num_prompt_tokens", "num_tokens", "mixed_scripts"}
     schema = pa.schema([(name, pa.int64() if name in whole else pa.string()) for name in rows[0]])
     buffer = io.BytesIO()
     # A model may write half a surrogate pair; Parquet strings are UTF-8.

@@ -298,7 +298,7 @@ def _suite_answers(model: Model, suite: str) -> dict[str, Any]:
         "name": model.name,
         "role": model.role,
         "card": model.card(suite),
-        "consensus": next((card for card in model.cards_of(suite) if card.metric != METRIC), None),
+        "consensus": model.consensus(suite),
         "num_questions": len(answers.means),
         "engine": " ".join(model.identity.get(name, "") for name in ("backend", "backend_version")).strip(),
     }

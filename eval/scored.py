@@ -23,7 +23,8 @@ from eval.harness import SAMPLES, SCORES
 from eval.tasks.processors import NO_VERDICT
 
 METRIC = "pass@1"
-COUNTED = ("suite", "problem_id", "verdict", "num_tokens")
+COUNTED = ("suite", "problem_id", "verdict", "num_tokens", "extracted")
+MIXED = "mixed_scripts"
 SHOWN = ("family", "prompt", "answer", "text", "verdict", "extracted", "num_tokens")
 BATCH_ROWS = 1_024
 MAX_TEXT_CHARACTERS = 6_000  # of a text that a page shows: its beginning and its end, where the answer stands
@@ -35,7 +36,10 @@ class Answers:
 
     `means` has for each question the share of its graded samples that is right; `ungraded` are samples without a
     verdict, `unverifiable` those whose reference no rule can read, which count as not right. `truncated` is a share of
-    the graded samples, `mean_tokens` a mean over all of them.
+    the graded samples. Of all samples are the tokens of an answer (mean, median, 95th percentile), `format_rate`, the
+    share whose reasoning is closed and followed by an answer in the form that was asked for, and `language_mixing`, the
+    share that leaves the question's script (`eval.metrics.mixes_scripts`; None where no question has words, or where
+    the samples were written before it was counted).
     """
 
     means: Mapping[str, float]
@@ -45,6 +49,10 @@ class Answers:
     unverifiable: int
     truncated: float
     mean_tokens: float
+    p50_tokens: float
+    p95_tokens: float
+    format_rate: float
+    language_mixing: float | None
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,12 @@ class Model:
         return next((card for card in self.cards if (card.suite, card.metric) == (suite, metric)), None)
 
     def cards_of(self, suite: str) -> list[ScoreCard]:
-        """Every metric of a whole suite: pass@1, and cons@k where there are samples enough."""
+        """Every metric of a whole suite: pass@1, and pass@k and cons@k where there are samples enough."""
         return [card for card in self.cards if card.suite == suite]
+
+    def consensus(self, suite: str) -> ScoreCard | None:
+        """cons@k of a whole suite, where there are samples enough."""
+        return next((card for card in self.cards_of(suite) if card.metric.startswith("cons@")), None)
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -148,26 +160,35 @@ def _read_answers(path: Path) -> dict[str, Answers]:
     import pyarrow.parquet as pq
 
     with _readable(path):
-        table = pq.read_table(path, columns=list(COUNTED))
+        present = [*COUNTED, *({MIXED} & set(pq.read_schema(path).names))]
+        table = pq.read_table(path, columns=present)
+        if MIXED not in present:
+            table = table.append_column(MIXED, pa.nulls(table.num_rows, pa.int64()))
         columns = {
             "graded": pc.invert(pc.is_in(table["verdict"], value_set=pa.array(NO_VERDICT))),
             "right": pc.equal(table["verdict"], "correct"),
             "truncated": pc.equal(table["verdict"], "truncated"),
             "unverifiable": pc.equal(table["verdict"], "unverifiable"),
+            "formed": pc.is_valid(table["extracted"]),
         }
         for name, column in columns.items():
             table = table.append_column(name, pc.cast(column, pa.int64()))
         # One thread: the order of the questions, and with it every sum, is the file's.
         questions = table.group_by(["suite", "problem_id"], use_threads=False).aggregate(
-            [("graded", "count"), *((name, "sum") for name in (*columns, "num_tokens"))]
+            [("graded", "count"), (MIXED, "count"), *((name, "sum") for name in (*columns, "num_tokens", MIXED))]
         )
+        tokens = {
+            suite: pc.quantile(table.filter(pc.equal(table["suite"], suite))["num_tokens"], [0.5, 0.95]).to_pylist()
+            for suite in pc.unique(table["suite"]).to_pylist()
+        }
         by_suite: dict[str, list[dict[str, Any]]] = {}
         for question in questions.to_pylist():
             by_suite.setdefault(question["suite"], []).append(question)
-    return {suite: _answers(of_suite) for suite, of_suite in by_suite.items()}
+    return {suite: _answers(of_suite, *tokens[suite]) for suite, of_suite in by_suite.items()}
 
 
-def _answers(questions: list[dict[str, Any]]) -> Answers:
+def _answers(questions: list[dict[str, Any]], p50_tokens: float, p95_tokens: float) -> Answers:
+    num_compared = sum(question[f"{MIXED}_count"] for question in questions)
     num_samples = sum(question["graded_count"] for question in questions)
     num_graded = sum(question["graded_sum"] for question in questions)
     return Answers(
@@ -178,6 +199,12 @@ def _answers(questions: list[dict[str, Any]]) -> Answers:
         unverifiable=sum(question["unverifiable_sum"] for question in questions),
         truncated=sum(question["truncated_sum"] for question in questions) / num_graded if num_graded else 0.0,
         mean_tokens=sum(question["num_tokens_sum"] for question in questions) / num_samples,
+        p50_tokens=p50_tokens,
+        p95_tokens=p95_tokens,
+        format_rate=sum(question["formed_sum"] for question in questions) / num_samples,
+        language_mixing=sum(question[f"{MIXED}_sum"] or 0 for question in questions) / num_compared
+        if num_compared
+        else None,
     )
 
 

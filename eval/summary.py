@@ -7,6 +7,7 @@
     best                                         the best student and the rule that says so
     suites                                       per suite: every model's scores and samples, and the order of sizes
     students                                     per student what it gained, by suite over its base and its control
+    retention                                    students' answers beside the teacher's, of suites without references
     models, funnel, audit                        ScoreCards of whole suites (pass@1), the filters, the second grader
 
 A difference has `value`, `stderr`, `ci95`, `num_questions`, and `within_interval`: its interval holds zero. Shares and
@@ -44,6 +45,7 @@ def summary(comparison: Comparison, stages: Sequence[Mapping[str, Any]]) -> dict
         "best": _best(comparison),
         "suites": [_suite(suite) for suite in comparison.suites],
         "students": [_student(comparison, student) for student in comparison.students],
+        "retention": list(comparison.retention),
         "models": [card.model_dump(mode="json") for card in totals],
         "funnel": _without_examples(comparison.funnel),
         "questions": {name: _without_examples(steps) for name, steps in comparison.questions.items()},
@@ -106,7 +108,17 @@ def summary_markdown(comparison: Comparison, stages: Sequence[Mapping[str, Any]]
         lines.append(f"Best distilled student: **{name}**, {best_rule(comparison)}.")
     for suite in comparison.suites:
         lines += ["", f"## {_cell(suite.name)}", "", *_suite_markdown(suite)]
+    if comparison.retention:
+        head = ["suite", "student", "retention", "wins", "ties", "losses", "questions", "judge"]
+        lines += ["", "## Beside the teacher", "", _row(head), _row(["---"] * len(head))]
+        lines += [_row(_retention_cells(row)) for row in comparison.retention]
     return "\n".join(lines) + "\n"
+
+
+def _retention_cells(row: Mapping[str, Any]) -> list[str]:
+    share = f"{100 * row['value']:.1f} ({interval(*row['ci95'])})"
+    counts = [f"{row[name]:,}" for name in ("wins", "ties", "losses", "num_questions")]
+    return [row["suite"], row["model"], share, *counts, row["judge"]]
 
 
 def report_suspects(audit: AuditSummary) -> list[SuspectedReference]:
@@ -158,11 +170,12 @@ def _model(model: Model, suite: SuiteComparison) -> dict[str, Any]:
         "truncated": answers.truncated,
         "ungraded": answers.ungraded,
         "unverifiable": answers.unverifiable,
-        "mean_tokens": answers.mean_tokens,
+        **{name: getattr(answers, name) for name in RATES},
         **{name: model.identity.get(field) for name, field in IDENTITY.items()},
     }
 
 
+RATES = ("mean_tokens", "p50_tokens", "p95_tokens", "format_rate", "language_mixing")
 IDENTITY = {"engine": "backend", "engine_version": "backend_version", "weights": "weights", "template": "template"}
 
 
@@ -191,7 +204,7 @@ def _difference(difference: Difference) -> dict[str, Any]:
 def _of_whole_suites(model: Model, card: ScoreCard) -> dict[str, Any]:
     """What is counted for a suite and not for its families."""
     answers = None if "/" in card.suite else model.answers[card.suite]
-    counted = ("samples_per_question", "truncated", "ungraded", "unverifiable", "mean_tokens")
+    counted = ("samples_per_question", "truncated", "ungraded", "unverifiable", *RATES)
     return {name: "" if answers is None else getattr(answers, name) for name in counted} | {
         name: model.identity.get(IDENTITY[name], "") for name in ("engine", "engine_version")
     }
@@ -218,11 +231,10 @@ def _student_cells(row: StudentRow) -> list[str]:
 
 def _answer_cells(model: Model, suite: str) -> list[str]:
     answers, identity = model.answers[suite], model.identity
-    consensus = next((card for card in model.cards_of(suite) if card.metric != METRIC), None)
     return [
         model.name,
         f"{len(answers.means):,} x {answers.samples_per_question}",
-        _points(consensus),
+        _points(model.consensus(suite)),
         f"{answers.truncated:.1%}",
         f"{answers.mean_tokens:,.0f}",
         " ".join(identity.get(name, "") for name in ("backend", "backend_version")).strip() or "–",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
-from distill.benchmarks import bench_folder, parts_of_suites
+from distill.benchmarks import bench_folder
 from distill.bundled import locate
 from distill.errors import CheckpointError, EnvironmentFault, RecipeError, nearest
 from distill.gguf import checkpoint_folder
@@ -115,13 +115,15 @@ def _problems(recipe: Recipe, base_dir: Path) -> str:
     """Problem-set files can be read, local files to their last line; data sets of the Hub are not asked for."""
     from distill.problems import given_sources, load_problems, source_files
     from distill.problems.reasoning_gym import read_problem_set
+    from eval.suites import own_suites
 
-    held_out = () if recipe.eval.held_out is None else (recipe.eval.held_out,)
-    files = source_files([*recipe.problems, *held_out], base_dir=base_dir)
+    asked = own_suites(recipe.eval)
+    files = source_files([*recipe.problems, *asked.values()], base_dir=base_dir)
     for path in files.values():
         if path.suffix in (".yaml", ".yml"):
             read_problem_set(path)
     local = [source for source in given_sources(recipe.problems) if isinstance(source, LocalSource)]
+    local += [source for name, source in asked.items() if name in recipe.eval.own and isinstance(source, LocalSource)]
     count = len(load_problems(local, base_dir=base_dir, limits=recipe.limits)) if local else 0
     return ", ".join([*files, *([f"{count} local problems"] if local else [])]) or "no local file"
 
@@ -130,9 +132,10 @@ def _benchmarks(recipe: Recipe, base_dir: Path) -> str:
     """The questions of every benchmark that is learned from or asked: read where they are files, else looked up."""
     from distill.problems import benchmark_parts
     from distill.problems.benchmark import describe_benchmark
+    from eval.suites import parts_asked
 
     folder = bench_folder(recipe.bench_data, base_dir)
-    parts = dict.fromkeys([*benchmark_parts(recipe.problems), *parts_of_suites(recipe.eval.suites)])
+    parts = dict.fromkeys([*benchmark_parts(recipe.problems), *parts_asked(recipe.eval)])
     found = [describe_benchmark(name, split, folder, recipe.limits) for name, split in parts]
     return "; ".join(found) or "none"
 
@@ -255,5 +258,5 @@ def _local_bases(recipe: Recipe) -> list[Path]:
 def _suites(recipe: Recipe) -> str:
     from eval.suites import check_suites
 
-    check_suites(recipe.eval.suites)
+    check_suites(recipe.eval.suites, recipe.eval.own)
     return ", ".join(recipe.eval.suites)

@@ -99,8 +99,9 @@ def _naming(path: Path, finding: Finding) -> Finding:
 def _questions(recipe: Recipe, base_dir: Path) -> str:
     """The procedural sources make questions: their families and parameters are known to the generator alone."""
     from distill.problems import given_sources, load_problems
+    from eval.suites import own_suites
 
-    sources = [*given_sources(recipe.problems), *([] if recipe.eval.held_out is None else [recipe.eval.held_out])]
+    sources = [*given_sources(recipe.problems), *own_suites(recipe.eval).values()]
     drawn = [
         source.model_copy(update={"count": min(source.count, QUESTIONS_TRIED)})
         for source in sources

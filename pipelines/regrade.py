@@ -8,7 +8,7 @@ the report) is written again; which traces students learn from is not, since the
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from distill.ledger import Ledger
 from distill.manifest import outputs_present, read_manifest, rewrite_manifest
 from distill.progress import Progress
 from distill.protocols import Verifier
-from distill.recipe import ReadLimits, Recipe, VerifyConfig
+from distill.recipe import ContestDates, ReadLimits, Recipe, VerifyConfig
 from distill.records import Sampling, ScoreCard, StageManifest, TeacherIdentity
 from distill.tables import iterate_records
 from distill.verify.kept import KeptVerdicts, grading_settings
 from eval.answers import LEDGER, AbsentModel, KeptAnswers, NotKept
 from eval.harness import SAMPLES, Subject, score_model
-from eval.suites import check_suites
+from eval.retained import FOLDER
+from eval.suites import check_suites, own_suite_file
 from pipelines.context import Context
 from pipelines.preemption import preemptible
 from pipelines.run_folder import check_run_folder, held
@@ -77,7 +78,7 @@ def regrade_run(recipe: Recipe, run_dir: Path, context: Context) -> Regrading:
             "; ".join(left) or "keeps nothing that could be graded again; run `potstill eval`", where=run_dir
         )
     suites = dict.fromkeys(suite for manifest in models.values() for suite in manifest.config["suites"])
-    check_suites(suites)
+    check_suites(suites, recipe.eval.own)
     check_run_folder(run_dir, [run_dir / name for name in ("curate", "eval", "report")])
     with held(run_dir), preemptible():
         regraded = _regrade_models(recipe, run_dir, models, context)
@@ -94,7 +95,7 @@ def regrade_run(recipe: Recipe, run_dir: Path, context: Context) -> Regrading:
 def _models(eval_dir: Path) -> tuple[dict[Path, StageManifest], list[str]]:
     """The folders of models whose evaluation is complete and kept, and words about the others."""
     complete, left = {}, []
-    for folder in sorted(path for path in eval_dir.glob("*/") if path.is_dir()):
+    for folder in sorted(path for path in eval_dir.glob("*/") if path.is_dir() and path.name != FOLDER):
         manifest, kept = read_manifest(folder), (folder / LEDGER).is_file()
         if kept and manifest is not None and manifest.counts.keys() >= NEEDED:
             complete[folder] = manifest
@@ -113,6 +114,8 @@ def _regrade_models(
     grading, regraded = grading_settings(graders_of(recipe)), []
     how = {
         "held_out": run_dir / "eval" / HELD_OUT,
+        "compared": recipe.eval.compared,
+        "own": {name: own_suite_file(name, run_dir / "eval") for name in recipe.eval.own},
         "bench_data": bench_folder(recipe.bench_data, context.base_dir),
         "limits": recipe.limits,
         "max_unverifiable": recipe.eval.max_unverifiable,
@@ -143,6 +146,8 @@ def grade_kept(
     progress: Progress,
     *,
     held_out: Path | None,
+    own: Mapping[str, Path],
+    compared: Collection[str],
     bench_data: Path | None,
     limits: ReadLimits,
     max_unverifiable: float,
@@ -165,9 +170,12 @@ def grade_kept(
             folder,
             sampling=None if sampling is None else Sampling.model_validate(sampling),
             held_out=held_out,
+            own=own,
+            compared=compared,
             bench_data=bench_data,
             limits=limits,
             max_unverifiable=max_unverifiable,
+            contest_dates=ContestDates.model_validate(asked.get("contest_dates", {})),  # earlier runs had none
             num_answers=before.counts["answers"],
             **{name: asked[name] for name in ("seed", "num_samples", "question_alone", "limit")},
         )

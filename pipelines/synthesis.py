@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill.benchmarks import bench_folder, hub_identities, parts_of_suites
+from distill.benchmarks import bench_folder, hub_identities
 from distill.errors import DataError
 from distill.ledger import Ledger
 from distill.manifest import StageRun, write_atomically
@@ -39,6 +39,7 @@ from distill.verify import open_verifier
 from distill.verify.extract import answer_of, bare_answer
 from distill.verify.kept import grading_settings
 from distill.wanted import Place, Requests
+from eval.suites import parts_asked
 from pipelines.asking import Asker
 from pipelines.context import Context
 from pipelines.preemption import preemptible
@@ -77,8 +78,8 @@ def synthesise(
         "prompts": PROMPTS_ID,
         "verify": grading_settings(recipe.verify.model_copy(update={"judge": None})),
         "min_containment": recipe.curate.min_containment,
-        "eval": recipe.eval.model_dump(mode="json", include={"suites", "held_out"}),
-        **hub_identities([*benchmark_parts([source]), *parts_of_suites(recipe.eval.suites)], bench_data),
+        "eval": recipe.eval.asked_of_all,
+        **hub_identities([*benchmark_parts([source]), *parts_asked(recipe.eval)], bench_data),
     }
     stage_run = StageRun("synthesise", inputs, config, folder)
     if (done := stage_run.current()) is not None:

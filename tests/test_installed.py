@@ -109,7 +109,7 @@ def test_paths_of_recipes_are_looked_for_among_the_bundled_files_too() -> None:
         if isinstance(node, ast.BinOp) and ast.unparse(node.left) in ("base_dir", "self.base_dir", "context.base_dir")
     }
     owner = "teacher/backends/vllm/backend.py: base_dir / owner"  # is it here? then it is none of the Hub's
-    folder = "distill/benchmarks.py: base_dir / name"  # a folder of the user's own
+    folder = "distill/benchmarks/__init__.py: base_dir / name"  # a folder of the user's own
     assert found == {"distill/bundled.py: base_dir / path", owner, folder}
 
 

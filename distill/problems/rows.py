@@ -24,7 +24,8 @@ def problem_of(row: Mapping[str, Any], source: LocalSource | DatasetSource, *, n
     prompt = _field(row, source.prompt_field, where)
     if not isinstance(prompt, str) or not prompt.strip():
         raise DataError(f"must be a text, got {prompt!r}", where=where, field=source.prompt_field)
-    answer = _field(row, source.answer_field, where)
+    # What a judge compares needs no reference.
+    answer = row.get(source.answer_field) if source.grader == "judge" else _field(row, source.answer_field, where)
     if answer is not None and not isinstance(answer, (str, int, float)):
         raise DataError(f"must be a text or a number, got {answer!r}", where=where, field=source.answer_field)
     if source.choices_field is not None:

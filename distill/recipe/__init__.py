@@ -29,7 +29,7 @@ from distill.recipe.problems import (
     SynthesisedSource,
 )
 from distill.recipe.reading import apply_override, load_recipe, load_settings, load_student, parse
-from distill.recipe.results import OWN_SUITES, EvalConfig, PushConfig
+from distill.recipe.results import OWN_SUITES, ContestDates, EvalConfig, PushConfig
 from distill.recipe.students import DistillConfig, Method, PublishedScore, SFTConfig, StudentConfig
 from distill.recipe.teachers import (
     SERVER_KEY_ENV,
@@ -58,6 +58,7 @@ __all__ = [
     "BestOfN",
     "CodeLimits",
     "Config",
+    "ContestDates",
     "CurateConfig",
     "DatasetSource",
     "Difficulty",

@@ -45,6 +45,7 @@ WORDS: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
     "too_long": "must have at most {max_length} entries",
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a mapping"),
 }
+TAKEN_AS = {("a number", "text"), ("text", "a date")}  # how YAML 1.1 reads `4e-5`, and 2024-08-01
 # The error says all: what was got would say nothing, or is not there.
 WITHOUT_VALUE = {
     "missing",
@@ -86,7 +87,7 @@ def misread(given: Any, taken: Any, at: Location = ()) -> Iterator[tuple[str, st
     elif isinstance(given, list | tuple) and isinstance(taken, list | tuple):
         for number, (value, made) in enumerate(zip(given, taken, strict=False)):
             yield from misread(value, made, (*at, number))
-    elif (kind := _kind(taken)) != _kind(given) and (kind, _kind(given)) != ("a number", "text"):
+    elif (kind := _kind(taken)) != _kind(given) and (kind, _kind(given)) not in TAKEN_AS:
         yield ".".join(map(str, at)), f"must be {kind}, got {in_words(given)}"
     elif isinstance(taken, int) and taken.bit_length() > WHOLE_NUMBER_BITS:
         yield ".".join(map(str, at)), TOO_LARGE

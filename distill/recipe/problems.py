@@ -86,7 +86,7 @@ class BenchmarkSource(Config):
     """Questions of a known benchmark: from the folder of benchmark files where one is named, else from the Hub."""
 
     kind: Literal["benchmark"] = "benchmark"
-    name: str = Field(description="as the suite of the same questions is called: gsm8k, math500, aime24, aime25")
+    name: str = Field(description=f"as the suite of the same questions is called: {', '.join(BENCHMARKS)}")
     split: BenchmarkSplit = "train"
     limit: int | None = Field(None, ge=1, description="questions at the most")
 

@@ -8,6 +8,7 @@ file may name one parent (`extends: other.yaml`, relative to itself): mappings m
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from distill.errors import RecipeError
 from distill.reading.yaml_text import parse_yaml, read_yaml
 from distill.recipe.faults import fault_of, misread
+from distill.recipe.results import names_and_problems
 from distill.recipe.students import StudentConfig
 from distill.recipe.whole import Recipe
 
@@ -46,6 +48,9 @@ def load_student(path: Path, sft_overrides: Mapping[str, Any] | None = None) -> 
 
 def parse(model: type[M], tree: Any, *, where: Path | str) -> M:
     """Validate `tree` as `model`; the first fault becomes a RecipeError with file, dotted field and what is allowed."""
+    if model is Recipe and isinstance(tree, dict) and "eval" in tree:
+        with suppress(ValueError):  # which validation words better
+            tree = {**tree, "eval": names_and_problems(tree["eval"])}
     try:
         settings = model.model_validate(tree)
     except ValidationError as exc:

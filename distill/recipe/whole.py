@@ -41,11 +41,11 @@ class Recipe(Config):
     @property
     def deciding_suite(self) -> str:
         """The suite whose pass@1 says which student is the best."""
-        return self.push.best_by or self.eval.suites[0]
+        return self.push.best_by or self.eval.graded[0]
 
     @model_validator(mode="after")
     def _the_best_is_found_on_a_suite_that_is_scored(self) -> Recipe:
-        suite, suites = self.push.best_by, self.eval.suites
+        suite, suites = self.push.best_by, self.eval.graded
         if suite is not None and suite not in suites:
             raise ValueError(f"push.best_by: {suite!r} is not among eval.suites; {nearest(suite, suites)}")
         return self

@@ -1,7 +1,6 @@
 """The reference of a question that has none: the answer that enough of its samples give (self-consistency).
 
-Answers are the same where their normal forms are (`distill.verify.audit`), and else where the grader finds them equal,
-either taken for the reference: `1/2`, `0.5` and `\\frac{2}{4}` are three votes for one answer.
+Which answers are the same: `distill.verify.votes`.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from typing import NamedTuple
 
 from distill.protocols import Verifier
 from distill.records import Problem
-from distill.verify.audit import normal_form
-from distill.verify.extract import bare_answer
+from distill.verify.votes import by_normal_form, same_answers
 
 NO_ANSWER = "no answer"
 
@@ -39,27 +37,15 @@ def agreements(
 
     The grader is asked only about questions that normal forms leave below `min_agreement`, a share of all samples.
     """
-    grouped = [_groups(votes) for _, votes in questions]
+    grouped = [by_normal_form(votes) for _, votes in questions]
     pairs = [
         (number, one, other)
         for number, (groups, (_, votes)) in enumerate(zip(grouped, questions, strict=True))
         if _is_open(groups, len(votes), min_agreement)
         for one, other in combinations(groups, 2)
     ]
-    verdicts = verifier.verify(
-        [
-            (
-                questions[number][0].model_copy(update={"answer": grouped[number][one][0]}),
-                _boxed(grouped[number][other]),
-                "stop",
-            )
-            for number, one, other in pairs
-        ]
-    )
-    joined: list[dict[str, str]] = [{form: form for form in groups} for groups in grouped]
-    for (number, one, other), verdict in zip(pairs, verdicts, strict=True):
-        if verdict.correct:
-            _join(joined[number], one, other)
+    problems = [problem for problem, _ in questions]
+    joined = same_answers(list(zip(problems, grouped, strict=True)), pairs, verifier)
     return [
         _winner(groups, names, len(votes)) for groups, names, (_, votes) in zip(grouped, joined, questions, strict=True)
     ]
@@ -70,30 +56,10 @@ def enough(num_votes: int, min_agreement: float) -> int:
     return math.ceil(min_agreement * num_votes - 1e-9)  # 0.6 of 5 is 3, whatever floats make of it
 
 
-def _groups(votes: Sequence[str | None]) -> dict[str, list[str]]:
-    """Spellings by normal form, in the order of the votes."""
-    groups: dict[str, list[str]] = {}
-    for vote in votes:
-        if vote is not None and vote.strip():
-            groups.setdefault(normal_form(vote), []).append(vote)
-    return groups
-
-
 def _is_open(groups: dict[str, list[str]], num_votes: int, min_agreement: float) -> bool:
     """Could equal answers of other forms still bring one over the bar?"""
     needed, sizes = enough(num_votes, min_agreement), [len(group) for group in groups.values()]
     return len(sizes) > 1 and max(sizes) < needed <= sum(sizes)
-
-
-def _boxed(spellings: Sequence[str]) -> str:
-    return bare_answer(spellings[0], "math")
-
-
-def _join(names: dict[str, str], one: str, other: str) -> None:
-    kept, gone = names[one], names[other]
-    for form, name in names.items():
-        if name == gone:
-            names[form] = kept
 
 
 def _winner(groups: dict[str, list[str]], names: dict[str, str], num_votes: int) -> Agreement:

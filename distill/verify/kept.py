@@ -52,7 +52,7 @@ class KeptVerdicts:
     def __init__(self, ledger: Ledger, verifier: Verifier, settings: Mapping[str, Any]) -> None:
         self.found = 0  # verdicts that were there
         self._ledger = ledger
-        self._verifier = verifier
+        self.verifier = verifier
         self._settings = settings
         self._waiting: list[tuple[str, str, Verdict]] = []
         self._flushed = time.monotonic()
@@ -71,7 +71,7 @@ class KeptVerdicts:
         known = self._ledger.verdicts(pairs)
         self.found += len(known)
         fresh = [answer for answer, pair in zip(answers, pairs, strict=True) if pair[0] not in known]
-        made = self._verifier.verify([(problem, trace.text, trace.finish_reason) for problem, trace in fresh])
+        made = self.verifier.verify([(problem, trace.text, trace.finish_reason) for problem, trace in fresh])
         for key, grading in pairs:
             if key in known:
                 yield known[key]

@@ -81,6 +81,27 @@ def share_of_language(text: str, language: str) -> float | None:
     return own / total if total else None
 
 
+def words_in_other_scripts(text: str, question: str) -> float | None:
+    """Words of `text` in scripts that `question` has no word of, over all its words, in 0..1; None without words.
+
+    Han, kana and the two together are one script: a Japanese question may be answered in either.
+
+    >>> words_in_other_scripts("So 所以 the sum is $x = 3$.", "What is the sum?")
+    0.2
+    """
+    allowed = {_script_family(word) for word in WORD.findall(_prose(question)) if _weight(word)}
+    counted = [(word, weight) for word in WORD.findall(_prose(text)) if (weight := _weight(word))]
+    total = sum(weight for _, weight in counted)
+    if not allowed or not total:
+        return None
+    return sum(weight for word, weight in counted if _script_family(word) not in allowed) / total
+
+
+def _script_family(word: str) -> str:
+    script = _script(word[0])
+    return "CJK" if script in ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA") else script
+
+
 def _prose(text: str) -> str:
     """The text without code and mathematics."""
     text = DISPLAY.sub(" ", CODE.sub(" ", text))

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from distill.benchmarks import bench_folder
+from distill.errors import DataError
 from distill.problems.benchmark import read_benchmark
-from distill.recipe import ReadLimits
+from distill.recipe import ContestDates, ReadLimits
 from distill.records import Problem, Verdict
 from distill.tables import read_records
-from eval.statistics import consensus
 
-MIN_VOTES = 4  # cons@k over fewer samples says little more than pass@1
 NO_VERDICT = ("timeout", "infra_error")  # failures of ours, never the model's
 
 
@@ -51,30 +50,29 @@ def problem_of(doc: Mapping[str, Any], prompt: str | None = None) -> Problem:
     )
 
 
-def held_out(held_out: str = "", **_: Any) -> dict[str, Any]:
-    return documents(read_records(Path(held_out), Problem))
+def held_out(held_out: str = "", own: str = "", **_: Any) -> dict[str, Any]:
+    """The run's held-out problems, or those of a suite of the recipe's own."""
+    return documents(read_records(Path(own or held_out), Problem))
 
 
-def gsm8k(**settings: Any) -> dict[str, Any]:
-    return _benchmark("gsm8k", **settings)
-
-
-def math500(**settings: Any) -> dict[str, Any]:
-    return _benchmark("math500", **settings)
-
-
-def aime24(**settings: Any) -> dict[str, Any]:
-    return _benchmark("aime24", **settings)
-
-
-def aime25(**settings: Any) -> dict[str, Any]:
-    return _benchmark("aime25", **settings)
-
-
-def _benchmark(
-    suite: str, *, bench_data: str | None = None, limits: Mapping[str, int] | None = None, **_: Any
+def benchmark(
+    suite: str = "",
+    bench_data: str | None = None,
+    limits: Mapping[str, int] | None = None,
+    contest_dates: Mapping[str, str | None] | None = None,
+    **_: Any,
 ) -> dict[str, Any]:
-    return documents(read_benchmark(suite, "test", bench_folder(bench_data), ReadLimits(**(limits or {}))))
+    """The test split of the benchmark that the task file names."""
+    problems = read_benchmark(suite, "test", bench_folder(bench_data), ReadLimits(**(limits or {})))
+    return documents(between_dates(problems, ContestDates.model_validate(contest_dates or {})))
+
+
+def between_dates(problems: Sequence[Problem], dates: ContestDates) -> list[Problem]:
+    """Problems of contests between two dates, and those that have no date. Raises DataError where none is left."""
+    chosen = [problem for problem in problems if dates.hold(problem.metadata.get("date"))]
+    if not chosen:
+        raise DataError(f"none of {len(problems)} questions lies between its dates", field="eval.contest_dates")
+    return chosen
 
 
 def reference(doc: Mapping[str, Any]) -> str:
@@ -90,13 +88,20 @@ def grade(doc: Mapping[str, Any], results: Sequence[Sequence[str]]) -> dict[str,
     verdicts = [verdict for verdict in _verdicts(doc, results[0]) if verdict.state not in NO_VERDICT]
     if not verdicts:
         return {}
-    metrics = {
+    return {
         "pass@1": sum(verdict.correct for verdict in verdicts) / len(verdicts),
         "truncated": sum(verdict.state == "truncated" for verdict in verdicts) / len(verdicts),
     }
-    if len(verdicts) >= MIN_VOTES:
-        metrics["cons@k"] = consensus([(verdict.extracted, verdict.correct) for verdict in verdicts])
-    return metrics
+
+
+def counted(problem: Problem, verdict: Verdict) -> Verdict:
+    """The verdict as a score takes it: a program that does not end in its time has failed its tests.
+
+    Elsewhere a time-out is the grader's, and no verdict.
+    """
+    if problem.grader == "code" and verdict.state == "timeout":
+        return verdict.model_copy(update={"state": "wrong"})
+    return verdict
 
 
 def _verdicts(doc: Mapping[str, Any], responses: Sequence[str]) -> list[Verdict]:
@@ -108,4 +113,5 @@ def _verdicts(doc: Mapping[str, Any], responses: Sequence[str]) -> list[Verdict]
 
     problem = problem_of(doc)
     with open_verifier(VerifyConfig()) as verifier:
-        return list(verifier.verify([(problem, str(response), "stop") for response in responses]))
+        verdicts = verifier.verify([(problem, str(response), "stop") for response in responses])
+        return [counted(problem, verdict) for verdict in verdicts]

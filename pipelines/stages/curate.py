@@ -43,6 +43,7 @@ from distill.teacher_facts import with_teacher_facts
 from distill.verify import open_verifier
 from distill.verify.audit import Audit, normal_form
 from distill.verify.kept import AFTERWARDS, KeptVerdicts, grading_settings
+from eval.suites import own_suites, parts_asked, suite_files
 from pipelines.context import Context
 from pipelines.judging import open_judge
 from pipelines.preemption import preemptible
@@ -80,8 +81,8 @@ def curate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     held_out: Callable[[], dict[str, list[str]]] = dict
     if recipe.curate.decontaminate:
         held_out = held_out_questions(recipe, base_dir, inputs)
-        config["eval"] = recipe.eval.model_dump(mode="json", include={"suites", "held_out"})
-        config |= hub_identities(parts_of_suites(recipe.eval.suites), bench_folder(recipe.bench_data, base_dir))
+        config["eval"] = recipe.eval.asked_of_all
+        config |= hub_identities(parts_asked(recipe.eval), bench_folder(recipe.bench_data, base_dir))
     stage_run = StageRun("curate", inputs, config, out_dir)
     if (done := stage_run.current()) is not None:
         return done
@@ -125,18 +126,17 @@ def _problems(inputs: Mapping[str, Path]) -> dict[str, Problem]:
 
 def held_out_questions(recipe: Recipe, base_dir: Path, inputs: dict[str, Path]) -> Callable[[], dict[str, list[str]]]:
     """Enter the files behind the evaluation's questions into `inputs`, and return what reads them, suite by suite."""
-    from eval.suites import suite_files
-
     folder = bench_folder(recipe.bench_data, base_dir)
     inputs.update({f"suite:{name}": path for name, path in suite_files(recipe.eval.suites, folder).items()})
-    own = [recipe.eval.held_out] if recipe.eval.held_out is not None else []
-    inputs.update({f"held_out:{name}": path for name, path in source_files(own, base_dir=base_dir).items()})
+    own = own_suites(recipe.eval)
+    files = source_files(own.values(), base_dir=base_dir, bench_data=folder)
+    inputs.update({f"held_out:{name}": path for name, path in files.items()})
 
     def read() -> dict[str, list[str]]:
         parts = parts_of_suites(recipe.eval.suites)
         questions = {name: read_benchmark(name, split, folder, recipe.limits) for name, split in parts}
-        if own:
-            questions["held_out"] = load_problems(own, base_dir=base_dir)
+        for name, source in own.items():
+            questions[name] = load_problems([source], base_dir=base_dir, limits=recipe.limits, bench_data=folder)
         return {suite: [problem.prompt for problem in of_suite] for suite, of_suite in questions.items()}
 
     return read
@@ -171,7 +171,7 @@ def _grade_all(
         states: Counter[str] = Counter()
         with (
             Ledger.open(inputs["traces"].parent / LEDGER) as ledger,
-            open_judge(config, base_dir, folder, progress) as judge,
+            open_judge(config.judge and config.judge.teacher, base_dir, folder, progress) as judge,
             open_verifier(config, judge=judge) as verifier,
             KeptVerdicts(ledger, verifier, grading_settings(config, judge)) as kept,
             progress.task("verify", total=num_traces, unit="answers") as plain,

@@ -16,19 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.benchmarks import bench_folder, hub_identities, parts_of_suites
+from distill.benchmarks import BENCHMARKS, BenchmarkPart, bench_folder, hub_identities, parts_of_suites
 from distill.bundled import locate
 from distill.cores import num_cores
 from distill.errors import DataError
 from distill.gguf import checkpoint_folder
 from distill.ledger import Ledger
 from distill.manifest import StageRun, current, read_manifest, run_stage
-from distill.problems import load_problems, normalise, source_files
+from distill.problems import benchmark_parts, load_problems, normalise, source_files
 from distill.progress import Progress
 from distill.protocols import Teacher
 from distill.recipe import (
     OWN_SUITES,
     BatchSize,
+    ContestDates,
     EvalConfig,
     Instruction,
     NativeTeacher,
@@ -44,10 +45,12 @@ from distill.tables import read_records, write_records
 from distill.verify.kept import KeptVerdicts, grading_settings
 from eval.answers import LEDGER, KeptAnswers, NotKept
 from eval.harness import SAMPLES, SCORES, Subject, score_model
-from eval.suites import TASKS, check_suites, suite_files
+from eval.retained import FOLDER, RETENTION
+from eval.suites import TASKS, check_suites, own_suite_file, own_suites, parts_asked, suite_files
 from pipelines.context import Context
 from pipelines.preemption import preemptible
 from pipelines.regrade import GRADING, HELD_OUT, SCORING, grade_kept, graders_of, scoring_counts
+from pipelines.retention import compare_answers
 from pipelines.workers import run_side_by_side
 
 MAX_WORKERS = 4  # each holds a model and the libraries, about 0.8 GB for a pico model
@@ -67,10 +70,14 @@ class ScoringJob:
     sampling: Sampling | None
     seed: int
     limit: int | None
+    contest_dates: ContestDates
     batch_size: BatchSize
     engine: Literal["transformers", "native"]
     verify: VerifyConfig
     held_out: Path | None
+    own: dict[str, Path]  # the problems of suites of the recipe's own
+    compared: tuple[str, ...]  # those of them that have no references
+    own_parts: tuple[BenchmarkPart, ...]  # benchmarks among them
     bench_data: Path | None
     limits: ReadLimits
     max_unverifiable: float
@@ -93,6 +100,7 @@ class ScoringJob:
         files = _task_files(self.suites, self.bench_data)
         if self.held_out is not None:
             files["held_out"] = self.held_out
+        files |= {f"own:{name}": path for name, path in self.own.items()}
         return files if self.weights is None else files | {"model": self.weights}
 
     @property
@@ -109,8 +117,9 @@ class ScoringJob:
             "sampling": None if self.sampling is None else self.sampling.model_dump(),
             "seed": self.seed,
             "limit": self.limit,
+            "contest_dates": self.contest_dates.model_dump(mode="json"),
             GRADING: grading_settings(self.verify),
-            **hub_identities(parts_of_suites(self.suites), self.bench_data),
+            **hub_identities([*parts_of_suites(self.suites), *self.own_parts], self.bench_data),
         }
 
     def _writer(self) -> dict[str, Any]:
@@ -130,7 +139,7 @@ def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     held-out question occurs among the training examples."""
     base_dir = context.base_dir
     config, out_dir = recipe.eval, run_dir / "eval"
-    check_suites(config.suites)
+    check_suites(config.suites, config.own)
     bench_data = bench_folder(recipe.bench_data, base_dir)
     num_workers = context.num_workers or _num_workers()
     graders = graders_of(recipe)
@@ -149,20 +158,22 @@ def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     }
     if "teacher" in config.roles:
         settings["teacher"] = recipe.teacher.identity()
-    settings |= hub_identities(parts_of_suites(config.suites), bench_data)
+    settings |= hub_identities(parts_asked(config), bench_data)
 
     def body() -> dict[str, Any]:
-        counts = _write_held_out(recipe, out_dir, examples, base_dir)
+        counts = _write_own_problems(recipe, out_dir, examples, base_dir, bench_data)
         with preemptible():
             scored = _score_all(jobs, num_workers, context.progress)
+            compare_answers(recipe, run_dir, [job.name for job in jobs], context)
         manifests = {job.name: manifest for job in jobs if (manifest := read_manifest(job.out_dir))}
         samples = sum(manifest.counts["samples"] for manifest in manifests.values())
         asked = sum(manifests[name].counts["asked"] for name in scored)
         return {**counts, "models": len(jobs), "samples": samples, "asked": asked}
 
     outputs = [f"{job.name}/{name}" for job in jobs for name in (SAMPLES, SCORES)]
-    if config.held_out is not None:
-        outputs.append(HELD_OUT)
+    if config.compared:
+        outputs.append(f"{FOLDER}/{RETENTION}")
+    outputs += [own_suite_file(name, out_dir).name for name in own_suites(config)]
     return run_stage("eval", inputs, settings, out_dir, body, outputs)
 
 
@@ -190,7 +201,9 @@ def score(job: ScoringJob, progress: Progress) -> None:
     from distill.verify import open_verifier
 
     stage_run = StageRun(SCORING, job.inputs, job.settings, job.out_dir)
-    how = {name: getattr(job, name) for name in ("held_out", "bench_data", "limits", "max_unverifiable")}
+    how = {
+        name: getattr(job, name) for name in ("held_out", "own", "compared", "bench_data", "limits", "max_unverifiable")
+    }
     with open_verifier(job.verify) as verifier:
         if (before := stage_run.current_but_for(GRADING)) is not None:
             with suppress(NotKept):  # the ledger has lost some
@@ -216,6 +229,7 @@ def score(job: ScoringJob, progress: Progress) -> None:
                         sampling=job.sampling,
                         question_alone=job.question_alone,
                         limit=job.limit,
+                        contest_dates=job.contest_dates,
                         **how,
                     )
             finally:
@@ -250,7 +264,10 @@ def _jobs(
 
     config = recipe.eval
     given = config.model_fields_set
-    own = set(config.suites) <= set(OWN_SUITES)  # no protocol of their own: the recipe's settings hold, defaults too
+    own = set(config.suites) <= {
+        *OWN_SUITES,
+        *config.own,
+    }  # no protocol of their own: the recipe's settings hold, defaults too
     models: list[tuple[str, Role, Path | TeacherConfig]] = []
     if "teacher" in config.roles:
         models.append(("teacher", "teacher", recipe.teacher))
@@ -278,10 +295,14 @@ def _jobs(
             sampling=config.sampling if own or "sampling" in given else None,
             seed=config.sampling.seed,
             limit=config.limit,
+            contest_dates=config.contest_dates,
             batch_size=config.batch_size,
             engine=config.engine,
             verify=graders,
             held_out=None if config.held_out is None else run_dir / "eval" / HELD_OUT,
+            own={name: own_suite_file(name, run_dir / "eval") for name in config.own},
+            compared=config.compared,
+            own_parts=tuple(benchmark_parts(config.own.values())),
             bench_data=bench_data,
             limits=recipe.limits,
             max_unverifiable=config.max_unverifiable,
@@ -294,39 +315,47 @@ def _jobs(
 
 def _suite_files(config: EvalConfig, base_dir: Path, bench_data: Path | None) -> dict[str, Path]:
     """Files that decide the questions of all models: the suites' and the problem set behind the held-out source."""
-    held_out = [] if config.held_out is None else [config.held_out]
-    return _task_files(config.suites, bench_data) | source_files(held_out, base_dir=base_dir)
+    own = source_files(own_suites(config).values(), base_dir=base_dir, bench_data=bench_data)
+    return _task_files(config.suites, bench_data) | own
 
 
 def _task_files(suites: tuple[str, ...], bench_data: Path | None) -> dict[str, Path]:
-    files = {"protocol": TASKS / "_r1_protocol.yaml", "metrics": TASKS / "processors.py"}
+    files = {f"protocol:{path.stem}": path for path in sorted(TASKS.glob("_*_protocol.yaml"))}
+    files["metrics"] = TASKS / "processors.py"
     for suite in suites:
-        files[f"task:{suite}"] = TASKS / f"{suite}.yaml"
-        if suite in OWN_SUITES:
-            files["task:held_out"] = TASKS / "held_out.yaml"  # both are this one
+        if (task := TASKS / f"{suite}.yaml").exists():
+            files[f"task:{suite}"] = task
+        if suite not in BENCHMARKS:
+            files["task:held_out"] = TASKS / "held_out.yaml"  # that of all problems of the recipe's own
     return files | {f"data:{suite}": path for suite, path in suite_files(suites, bench_data).items()}
 
 
-def _write_held_out(recipe: Recipe, out_dir: Path, examples: Path, base_dir: Path) -> dict[str, int]:
-    """Write the held-out problems and check that training never saw one of them. Raises DataError."""
-    config, learned = recipe.eval, recipe.learned_instruction
-    if config.held_out is None:
-        return {"held_out": 0, "training_questions": 0, "shared_with_training": 0}
-    # By id, which is a hash: a `limit` then takes a fair share of every family.
-    problems = sorted(load_problems([config.held_out], base_dir=base_dir), key=lambda problem: problem.id)
+def _write_own_problems(
+    recipe: Recipe, out_dir: Path, examples: Path, base_dir: Path, bench_data: Path | None
+) -> dict[str, int]:
+    """Write the problems that the recipe brings and check that training never saw one of them. Raises DataError."""
+    learned, sources = recipe.learned_instruction, own_suites(recipe.eval)
+    counts = {"held_out": 0, "training_questions": 0, "shared_with_training": 0}
+    if not sources:
+        return counts
     trained = (
         {normalise(example.question) for example in read_records(examples, Example)} if examples.exists() else set()
     )
-    shared = [problem for problem in problems if normalise(learned.asked(problem.prompt)) in trained]
-    if shared:
-        raise DataError(
-            f"{len(shared)} of {len(problems)} held-out questions occur among the training examples, "
-            f"the first is {shared[0].prompt[:80]!r}",
-            where=examples,
-            field="question",
-        )
-    write_records(out_dir / HELD_OUT, problems, Problem)
-    return {"held_out": len(problems), "training_questions": len(trained), "shared_with_training": 0}
+    for name, source in sources.items():
+        # By id, which is a hash: a `limit` then takes a fair share of every family.
+        problems = load_problems([source], base_dir=base_dir, limits=recipe.limits, bench_data=bench_data)
+        problems.sort(key=lambda problem: problem.id)
+        shared = [problem for problem in problems if normalise(learned.asked(problem.prompt)) in trained]
+        if shared:
+            raise DataError(
+                f"{len(shared)} of {len(problems)} {name.replace('_', '-')} questions occur among the training "
+                f"examples, the first is {shared[0].prompt[:80]!r}",
+                where=examples,
+                field="question",
+            )
+        write_records(own_suite_file(name, out_dir), problems, Problem)
+        counts["held_out"] += len(problems)
+    return {**counts, "training_questions": len(trained)}
 
 
 def _num_workers() -> int:

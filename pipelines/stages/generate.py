@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distill.benchmarks import bench_folder, hub_identities, parts_of_suites
+from distill.benchmarks import bench_folder, hub_identities
 from distill.errors import DataError, RecipeError
 from distill.export import export_traces
 from distill.ledger import Ledger
@@ -32,6 +32,7 @@ from distill.records import Problem, StageManifest
 from distill.synthesis import PROMPTS_ID
 from distill.tables import iterate_records, write_records
 from distill.verify.kept import grading_settings
+from eval.suites import parts_asked
 from pipelines.context import Context, OpenTeacher
 from pipelines.hints import SecondTries, all_keys
 from pipelines.judging import open_judge
@@ -57,7 +58,7 @@ def generate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     parts = benchmark_parts(recipe.problems)
     if recipe.synthesised:  # a question of the evaluation is not to be written
         held_out_questions(recipe, base_dir, inputs)
-        parts += parts_of_suites(recipe.eval.suites)
+        parts += parts_asked(recipe.eval)
     if (folder := teacher_folder(recipe.teacher, base_dir)) is not None:
         inputs["teacher"] = folder
     config = _what_matters(recipe) | hub_identities(parts, bench_data)
@@ -97,7 +98,7 @@ def _what_matters(recipe: Recipe) -> dict[str, Any]:
     if recipe.synthesised:  # decided by answers that agree, and by what is held out
         matters["verify"] = grading_settings(recipe.verify)
         matters["curate"] = recipe.curate.model_dump(mode="json", include={"min_containment"})
-        matters["eval"] = recipe.eval.model_dump(mode="json", include={"suites", "held_out"})
+        matters["eval"] = recipe.eval.asked_of_all
     return matters
 
 
@@ -157,7 +158,7 @@ def _body(
         # Adaptive sampling and hints alone need a judge here: elsewhere curation asks it.
         graded = recipe.generate.adaptive is not None or recipe.generate.hints is not None
         verify = recipe.verify if graded else recipe.verify.model_copy(update={"judge": None})
-        with open_judge(verify, context.base_dir, out_dir, progress) as judge:
+        with open_judge(verify.judge and verify.judge.teacher, context.base_dir, out_dir, progress) as judge:
             rounds.ask(judge)
             tries.ask(judge)
         total = len(rounds.wanted) + tries.counts().get("hinted", 0)

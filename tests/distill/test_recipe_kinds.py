@@ -25,6 +25,8 @@ WRONG = [
     *([], {}, [[]], [True], ["x", "x"], {"x": True}, {"x": [1]}, {1: 2}, [None, 2, 3]),
     *(datetime.date(2026, 1, 1), b"bytes", {"an element of a set"}, 1 + 2j),
 ]
+MINE = {"kind": "local", "path": "mine.jsonl"}
+PROCEDURAL = {"kind": "reasoning_gym", "families": "pico", "count": 4}
 OF_A_VALIDATOR = re.compile(r"Input|valid (?!YAML)|instance|tuple|dict|str\b|int\b|bool|NoneType|regex|Unable|pydantic")
 
 
@@ -199,3 +201,43 @@ def test_a_student_file_is_as_strict() -> None:
     assert parse(StudentConfig, {**tree, "sft": {"lr": "4e-5"}}, where="s.yaml").sft.lr == 4e-5
     with pytest.raises(RecipeError, match=r"s\.yaml: sft\.packing: must be true or false, got 1"):
         parse(StudentConfig, {**tree, "sft": {"lr": 1e-3, "packing": 1}}, where="s.yaml")
+
+
+def tree_with(suites: list[Any], **changes: Any) -> dict[str, Any]:
+    tree = {"name": "t", "problems": [{"kind": "benchmark", "name": "gsm8k"}], "distill": {"students": ["qwen2-0.2m"]}}
+    return {**tree, "teacher": {"backend": "native", "model": "x"}, "eval": {"suites": suites, **changes}}
+
+
+@pytest.mark.parametrize("day", ["2024-08-01", "'2024-08-01'"])
+def test_a_day_is_a_day_quoted_or_not(day):
+    dates = yaml.safe_load(f"first: {day}")
+    recipe = parse(Recipe, tree_with(["livecodebench"], contest_dates=dates), where="recipe")
+    assert recipe.eval.contest_dates.first == "2024-08-01"
+    for wrong in ("2024-8-1", "2024-02-30", "August", 20240801):
+        with pytest.raises(RecipeError, match=r"eval\.contest_dates\.first: must be (a day|text)"):
+            parse(Recipe, tree_with(["livecodebench"], contest_dates={"first": wrong}), where="recipe")
+    window = {**dates, "last": "2024-07-01"}
+    with pytest.raises(RecipeError, match=r"eval\.contest_dates: first: 2024-08-01 is after last, 2024-07-01"):
+        parse(Recipe, tree_with(["livecodebench"], contest_dates=window), where="recipe")
+
+
+@pytest.mark.parametrize(
+    ("suites", "words"),
+    [
+        ([{"name": "math500", "problems": MINE}], r"eval: own\.math500: is a suite that there is already"),
+        (["gsm8k", {"name": "gsm8k", "problems": MINE}], r"eval\.suites: 'gsm8k' is given twice"),
+        ([{"name": "mine"}], r"eval: suites\.0: a suite of yours has `name` and `problems`"),
+        ([{"name": "mine", "problems": {"kind": "local"}}], r"eval\.own\.mine\.path: required, but not given"),
+        ([{"name": "../mine", "problems": MINE}], r"eval: own: a suite's name must be of the form"),
+        ([{"name": "mine", "problems": PROCEDURAL}], r"eval: own\.mine\.split: must be 'held_out'"),
+    ],
+)
+def test_suites_of_one_s_own_that_are_refused(suites, words):
+    with pytest.raises(RecipeError, match=words):
+        parse(Recipe, tree_with(suites), where="recipe")
+
+
+def test_a_suite_of_one_s_own_is_written_back_as_it_is_read():
+    recipe = parse(Recipe, tree_with(["gsm8k", {"name": "mine", "problems": MINE}]), where="recipe")
+    assert recipe.eval.suites == ("gsm8k", "mine")
+    assert parse(Recipe, recipe.model_dump(mode="json"), where="recipe") == recipe

@@ -36,9 +36,17 @@ class Scripted:
             self.order.setdefault(request.problem.id, len(self.order))
         for request in reversed(requests):  # any order is allowed
             right = self.right(self.order[request.problem.id], request.sample_index)
-            answer = request.problem.answer if right else f"{request.sample_index}+x^99"
-            text = f"<think>\nI remember.\n</think>\n\n\\boxed{{{answer}}}"
-            yield Completion(request=request, text=text, finish_reason="stop", num_prompt_tokens=1, num_tokens=9)
+            yield Completion(
+                request=request,
+                text=self.text(request, right=right),
+                finish_reason="stop",
+                num_prompt_tokens=1,
+                num_tokens=9,
+            )
+
+    def text(self, request: TraceRequest, *, right: bool) -> str:
+        answer = request.problem.answer if right else f"{request.sample_index}+x^99"
+        return f"<think>\nI remember.\n</think>\n\n\\boxed{{{answer}}}"
 
     def close(self) -> None:
         pass

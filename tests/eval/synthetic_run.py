@@ -97,6 +97,8 @@ def _write_model(
                     if right
                     else rng.choices(["wrong", "truncated", "unverifiable"], [75, 24, 1])[0],
                     "extracted": written,
+                    "vote": "right" if right else written,
+                    "mixed_scripts": 0,
                     "detail": "",
                 }
             )

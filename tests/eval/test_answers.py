@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from distill.errors import EnvironmentFault
+from distill.recipe import CodeLimits, VerifyConfig
 from distill.records import Completion, Problem, Sampling, TraceRequest
 from distill.tables import write_records
+from distill.verify import open_verifier
 from eval.answers import AbsentModel, NotKept
 from tests.eval.scripted import Exact, Scripted, scored
 from tests.pipelines.recorded_progress import RecordedProgress
@@ -142,3 +144,21 @@ def test_a_model_that_leaves_samples_out_is_a_fault(score) -> None:
     model.most = 9
     with pytest.raises(EnvironmentFault, match="s: the model left 3 samples out"):
         score(model)
+
+
+class Programmer(Scripted):
+    def text(self, request: TraceRequest, *, right: bool) -> str:
+        return f"```python\n{'print(2)' if right else 'while True: pass'}\n```"
+
+
+def test_a_program_that_does_not_end_has_failed(tmp_path):
+    """Elsewhere a grader that runs out of time says nothing of the answer."""
+    case = {"input": "", "output": "2"}
+    endless = VerifyConfig(num_workers=1, code=CodeLimits(timeout_s=0.5))
+    problem = Problem(prompt="2?", answer=None, grader="code", source="s", metadata={"cases": [case]})
+    path = tmp_path / "held_out.parquet"
+    write_records(path, [problem], Problem)
+    model = Programmer(lambda _, sample: sample == 0)
+    with open_verifier(endless) as verifier:
+        (card, *_), _ = scored(model, ["held_out"], tmp_path, seed=1, num_samples=2, verifier=verifier, held_out=path)
+    assert (card.value, card.num_samples) == (0.5, 2)

@@ -70,7 +70,11 @@ def test_a_suite_says_of_every_model_what_its_samples_say(run, got):
             assert model["unverifiable"] == sum(row["verdict"] == "unverifiable" for row in rows)
             right = fmean(row["verdict"] == "correct" for row in rows)
             assert model["scores"]["pass@1"]["value"] == pytest.approx(right)
-            assert set(model["scores"]) == {"pass@1", "cons@4"}
+            assert set(model["scores"]) == {"pass@1", "pass@2", "pass@4", "cons@4"}
+            tokens = sorted(row["num_tokens"] for row in rows)
+            assert tokens[len(tokens) // 2 - 1] <= model["p50_tokens"] <= tokens[len(tokens) // 2]
+            assert model["p50_tokens"] < model["p95_tokens"] <= tokens[-1]
+            assert (model["format_rate"], model["language_mixing"]) == (1.0, 0.0)
             assert (model["engine"], model["engine_version"], model["ungraded"]) == ("native", "0.1.0", 0)
     families = {suite["name"]: set(suite["models"][0]["families"]) for suite in got["suites"]}
     assert families == {"pico": set(FAMILIES), "math500": {f"level {n}" for n in range(1, 6)}, "gsm8k": set()}

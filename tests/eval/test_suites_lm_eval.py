@@ -10,12 +10,12 @@ import pytest
 
 from distill.errors import DataError, EnvironmentFault, RecipeError
 from distill.problems.benchmark import read_benchmark
-from distill.recipe import VerifyConfig
+from distill.recipe import ContestDates, VerifyConfig
 from distill.records import Problem, Sampling
 from distill.tables import read_records, write_records
 from distill.verify import open_verifier
 from eval.harness import score_rows, task_config
-from eval.suites import check_suites
+from eval.suites import SUITES, check_suites
 from eval.tasks.processors import documents, grade
 from tests.eval.scripted import SUBJECT, Scripted, scored
 
@@ -35,12 +35,53 @@ def test_benchmarks_follow_r1s_protocol(suite, questions, repeats, tmp_path):
     assert (total.suite, total.metric, total.value) == (suite, "pass@1", 0.5)
     assert (total.num_questions, total.num_samples) == (limit, limit * repeats)
     whole = [card.metric for card in cards if "/" not in card.suite]
-    assert whole == ["pass@1"] + ([f"cons@{repeats}"] if repeats >= 4 else [])
+    several = [f"pass@{1 << power}" for power in range(1, 7) if 1 << power <= repeats]
+    assert whole == ["pass@1", *several] + ([f"cons@{repeats}"] if repeats >= 4 else [])
     assert model.sampling == Sampling(temperature=0.6, top_p=0.95, max_tokens=32_768, seed=3)
     assert len({request.seed(model.sampling) for request in model.seen}) == limit * repeats, "k samples, k seeds"
     instruction = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     assert all(request.problem.prompt.endswith(instruction) for request in model.seen)
     assert len(read_benchmark(suite, "test", Path(BENCH_DATA))) == questions
+
+
+@needs_data
+def test_programs_are_asked_for_as_the_question_says(tmp_path):
+    for suite, repeats in (("humaneval", 8), ("mbpp", 4)):
+        model = Scripted(lambda *_: True)
+        cards, _ = scored(model, [suite], tmp_path, seed=3, limit=3, bench_data=Path(BENCH_DATA))
+        assert (cards[0].num_questions, cards[0].num_samples) == (3, 3 * repeats)
+        assert all(request.problem.prompt.endswith("one ```python block.") for request in model.seen)
+
+
+def test_a_letter_is_asked_for_and_dates_choose(tmp_path):
+    row = {"question": "Which?", "choices": {"text": ["air", "fire"], "label": ["A", "B"]}, "answerKey": "B"}
+    (tmp_path / "arc_challenge_test.jsonl").write_text(json.dumps(row) + "\n")
+    contests = [
+        {"question_content": f"Print {month}.", "difficulty": "easy", "contest_date": f"2024-{month:02}-01"}
+        | {name: json.dumps([{"input": "", "output": f"{month}"}]) for name in ("public_test_cases",)}
+        | {"private_test_cases": "[]"}
+        for month in (6, 9)
+    ]
+    (tmp_path / "livecodebench.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in contests))
+    model, dates = Scripted(lambda *_: True), ContestDates.model_validate({"first": "2024-08-01"})
+    suites = ["arc_challenge", "livecodebench"]
+    cards, _ = scored(model, suites, tmp_path / "out", seed=3, bench_data=tmp_path, contest_dates=dates)
+    counted = {card.suite: (card.num_questions, card.num_samples) for card in cards}
+    assert counted == {"arc_challenge": (1, 2), "livecodebench": (1, 16)}
+    assert {request.problem.prompt.partition("\n")[0] for request in model.seen} == {"Print 9."}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_has_its_task_file_and_samples_enough(suite):
+    """Sampling alone adds at most 1.4 points to the standard error (`_r1_protocol.yaml`), and not for nothing."""
+    sizes = {"gsm8k": 1_319, "math500": 500, "aime24": 30, "aime25": 30, "gpqa_diamond": 198, "mmlu_pro": 12_032}
+    sizes |= {"arc_challenge": 1_172, "arc_easy": 2_376, "mbpp": 500, "humaneval": 164, "humaneval_plus": 164}
+    config = task_config(suite)
+    assert (config["task"], config["num_fewshot"], config["metadata"]) == (suite, 0, {"version": 1.1})
+    if suite in sizes:
+        repeats = config["repeats"]
+        assert repeats * sizes[suite] >= 1_280
+        assert repeats == 1 or repeats * sizes[suite] < 2 * 1_280
 
 
 @needs_data
@@ -79,6 +120,8 @@ def test_pico_scores_totals_families_and_samples(held_out, tmp_path):
     values = {(card.suite, card.metric): card.value for card in cards}
     assert values == {
         ("pico", "pass@1"): (4 * 1 + 4 * 0.25) / 8,
+        ("pico", "pass@2"): (4 * 1 + 4 * 0.5) / 8,
+        ("pico", "pass@4"): 1.0,
         ("pico", "cons@4"): pytest.approx((4 * 1 + 4 * 0.25) / 8),  # four different answers tie
         ("pico/gcd", "pass@1"): 1.0,
         ("pico/sums", "pass@1"): 0.25,
@@ -94,7 +137,7 @@ def test_pico_scores_totals_families_and_samples(held_out, tmp_path):
 
 
 def row(problem: str, verdict: str, extracted: str | None = None) -> dict:
-    return {"problem_id": problem, "family": "f", "verdict": verdict, "extracted": extracted}
+    return {"problem_id": problem, "family": "f", "verdict": verdict, "extracted": extracted, "vote": extracted}
 
 
 def test_truncated_is_not_correct_and_our_failures_are_not_wrong():

@@ -6,17 +6,22 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from starlette.responses import JSONResponse, Response
 
-from distill.errors import DataError
+from distill.errors import DataError, PotstillError
 from distill.manifest import run_stage
 from distill.problems import load_problems, split_of
 from distill.recipe import Recipe
 from distill.records import Example, Problem
 from distill.tables import read_records, write_records
 from distill.verify import kept
+from eval.compare import compare_run
+from eval.summary import summary, summary_markdown
 from pipelines.context import Context
+from pipelines.stages.curate import held_out_questions
 from pipelines.stages.eval import HELD_OUT, evaluate
 from tests.pipelines.recorded_progress import RecordedProgress
+from tests.teacher.backends.openai.chat_endpoint import ChatEndpoint, serving
 from tests.teacher.backends.tiny_models import save_tiny_model
 from tests.teacher.v3_models import tiny_config, write_model_folder
 
@@ -247,3 +252,72 @@ def test_an_untrained_student_is_one_line_and_nothing_written(student, tmp_path)
     with pytest.raises(DataError, match=r"mini-distilled: this student has not been trained yet"):
         evaluate(recipe_of(student), tmp_path / "tiny", Context(Path()))
     assert not (tmp_path / "tiny").exists()
+
+
+def test_problems_of_one_s_own_are_a_suite(student, run_dir, tmp_path):
+    """Asked and scored like any other, screened from training, and stopped where training has seen them."""
+    rows = [{"prompt": f"How many are {n} and {n} apples, all told?", "answer": 2 * n} for n in range(3)]
+    (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    mine = {"name": "mine", "problems": {"kind": "local", "path": str(tmp_path / "mine.jsonl")}}
+    recipe = recipe_of(student, suites=["pico", mine], roles=["base"])
+    manifest = evaluate(recipe, run_dir, ALONE)
+    assert (manifest.counts["held_out"], manifest.counts["samples"]) == (6 + 3, (6 + 3) * 2)
+    cards = json.loads((run_dir / "eval" / "mini-base" / "scores.json").read_text())
+    counted = {
+        card["suite"]: (card["num_questions"], card["num_samples"]) for card in cards if card["metric"] == "pass@1"
+    }
+    assert counted["mine"] == (3, 6)
+    assert evaluate(recipe, run_dir, ALONE) == manifest
+    asked = held_out_questions(recipe, Path(), {})()
+    assert sorted(asked["mine"]) == sorted(row["prompt"] for row in rows)
+    (tmp_path / "mine.jsonl").write_text(f"{json.dumps({'prompt': '1 + 1 = ?', 'answer': 2})}\n")
+    with pytest.raises(DataError, match=r"1 of 1 mine questions occur among the training examples"):
+        evaluate(recipe, run_dir, ALONE)
+
+
+class TeacherAndJudge(ChatEndpoint):
+    """Writes something for every question; as a judge it prefers what it reads first, and fails from a request on."""
+
+    fails_from, num_judged = 10**9, 0
+
+    def _answer(self, payload: dict) -> Response:
+        prompt = payload["messages"][-1]["content"]
+        words = "There is much to say."
+        if "carry the mark " in prompt:
+            self.num_judged += 1
+            if self.num_judged >= self.fails_from:
+                return JSONResponse({"error": {"message": "gone"}}, 404)
+            words = f"{prompt.split('carry the mark ', 1)[1].split('. ', 1)[0]} FIRST"
+        choice = {"index": 0, "message": {"role": "assistant", "content": f"Hm.\n</think>\n\n{words}"}}
+        usage = {"prompt_tokens": 9, "completion_tokens": 20, "total_tokens": 29}
+        choices = [choice | {"finish_reason": "stop"}]
+        return JSONResponse({"id": "x", "object": "chat.completion", "choices": choices, "usage": usage})
+
+
+def test_answers_without_reference_stand_beside_the_teacher_s(student, run_dir, tmp_path):
+    rows = [{"prompt": f"Tell me of {thing}."} for thing in ("rivers", "bread", "clocks")]
+    (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    mine = {"name": "mine", "problems": {"kind": "local", "path": str(tmp_path / "mine.jsonl"), "grader": "judge"}}
+    with serving(TeacherAndJudge(model="both")) as endpoint:
+        both = {"backend": "openai", "base_url": endpoint.url, "model": "both", "max_retries": 0, "max_concurrency": 1}
+        asked_of = {"suites": ["pico", mine], "judge": {"teacher": both}, "roles": ["teacher", "base"]}
+        given = recipe_of(student, num_samples=1, **asked_of)
+        recipe = Recipe.model_validate({**given.model_dump(), "teacher": both})
+        endpoint.fails_from = 3
+        with pytest.raises(PotstillError, match="gone"):
+            evaluate(recipe, run_dir, ALONE)
+        assert not (run_dir / "eval" / "manifest.json").exists()
+        endpoint.fails_from = 10**9
+        evaluate(recipe, run_dir, ALONE)
+        counts = json.loads((run_dir / "eval" / "retention" / "manifest.json").read_text())["counts"]
+        assert counts == {"verdicts": 6, "asked": 4}, "two had been said before the stop"
+        num_payloads = len(endpoint.payloads)
+        evaluate(recipe, run_dir, ALONE)
+        assert len(endpoint.payloads) == num_payloads
+    comparison = compare_run(run_dir)
+    (row,) = comparison.retention
+    assert (row["suite"], row["model"], row["judge"]) == ("mine", "mini-base", "both")
+    assert (row["wins"], row["ties"], row["losses"], row["num_questions"]) == (0, 3, 0, 3)
+    assert [suite.name for suite in comparison.suites] == ["pico"], "it is not ranked"
+    assert summary(comparison, comparison.stages)["retention"] == [row]
+    assert "| mine | mini-base | 50.0" in summary_markdown(comparison, comparison.stages)

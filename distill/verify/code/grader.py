@@ -3,7 +3,7 @@
 Two kinds of tests, as `Problem.metadata` holds them:
 
     {"tests", "setup", "prelude", "entry_point", "remote"}   test code that calls functions of the program
-    {"cases": [{"input", "output"}, ...]}                    standard input, and the standard output it must give
+    {"cases": [{"input", "output"}, ...], "prelude"}         standard input, and the standard output it must give
 
 The expected values are never in the program's sandbox: its side of the wire holds arguments going in and results coming
 out, and what it writes can only be a result. So it passes by computing what is expected and in no other way.
@@ -101,7 +101,8 @@ def grade_program(
 ) -> Result:
     """State and detail for one program. Raises SandboxFailure where it is our fault, Killed where it may be."""
     if metadata.get("cases"):
-        return _grade_cases(sandbox, metadata["cases"], program, limits)
+        behind = "" if "__future__" in program else metadata.get("prelude", "")  # which only stands first
+        return _grade_cases(sandbox, metadata["cases"], f"{behind}\n{program}" if behind else program, limits)
     if not metadata.get("tests"):
         return "unverifiable", "the problem has no tests"
     tests = {key: metadata.get(key) or default for key, default in TEST_FIELDS.items()}
