@@ -19,6 +19,7 @@ from distill.manifest import read_manifest
 from distill.progress import Progress, silent
 from distill.records import ScoreCard, StageManifest
 from distill.verify.audit import AuditSummary
+from eval.contamination import Contamination
 from eval.harness import SCORES
 from eval.scored import METRIC, Model, read_model
 from eval.statistics import Difference, paired_difference
@@ -93,6 +94,7 @@ class Comparison:
     audit: AuditSummary | None
     stages: tuple[Mapping[str, Any], ...]
     manifests: Mapping[str, StageManifest] = field(default_factory=dict)
+    contamination: Contamination | None = None  # None: there is no training set to look through
 
     @cached_property
     def best(self) -> ScoreCard | None:

@@ -22,6 +22,7 @@ from distill.progress import Progress, Task, silent
 from eval.charts import Figure, accuracy_by_family, accuracy_by_parameters, filter_funnel, picture, render, short_count
 from eval.compare import Comparison, SuiteComparison
 from eval.curation import curation_context
+from eval.leaks import leaks_context, leaks_csv
 from eval.page import heat_tables, template, visible, words
 from eval.scored import METRIC, Model, first_answers
 from eval.summary import best_rule, run_device, scores_csv, summary, summary_markdown
@@ -65,6 +66,8 @@ def write_report(
             "summary.md": summary_markdown(comparison, stages),
             "summary.json": json.dumps(summary(comparison, stages), indent=2) + "\n",
         }
+        if comparison.contamination is not None:
+            written["contamination.csv"] = leaks_csv(comparison.contamination)
         written |= {f"{name}.png": pixels for name, pixels in pictures.items()}
         for name, data in written.items():
             write_atomically(out_dir / name, data)
@@ -160,6 +163,7 @@ def _context(
         "tiles": _tiles(comparison),
         "overview": _overview(comparison),
         "suites": [_suite(suite, figures) for suite in comparison.suites],
+        "leaks": leaks_context(comparison),
         **curation_context(comparison),
         "stages": stages,
         "seconds": sum(stage["seconds"] for stage in stages),

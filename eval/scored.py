@@ -116,6 +116,19 @@ def read_model(folder: Path) -> Model:
     return Model(folder.name, cards, answers, read_manifest(folder), folder / SAMPLES)
 
 
+def read_prompts(samples: Path) -> dict[tuple[str, str], str]:
+    """The text of every question, by suite and question. Raises DataError."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    prompts = {}
+    with _readable(samples), pq.ParquetFile(samples) as file:
+        for batch in file.iter_batches(BATCH_ROWS, columns=["suite", "problem_id", "sample_index", "prompt"]):
+            for row in batch.filter(pc.equal(batch["sample_index"], 0)).to_pylist():
+                prompts[row["suite"], row["problem_id"]] = row["prompt"]
+    return prompts
+
+
 def first_answers(samples: Path) -> dict[tuple[str, str], ShownAnswer]:
     """The first sample of every question, by suite and question. Raises DataError."""
     import pyarrow.compute as pc

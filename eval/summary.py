@@ -7,6 +7,7 @@
     best                                         the best student and the rule that says so
     suites                                       per suite: every model's scores and samples, and the order of sizes
     students                                     per student what it gained, by suite over its base and its control
+    contamination                                questions that students were trained on, scores without them
     models, funnel, audit                        ScoreCards of whole suites (pass@1), the filters, the second grader
 
 A difference has `value`, `stderr`, `ci95`, `num_questions`, and `within_interval`: its interval holds zero. Shares and
@@ -15,8 +16,6 @@ scores lie in [0, 1].
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -25,8 +24,10 @@ from distill.cores import num_cores
 from distill.records import ScoreCard
 from distill.verify.audit import AuditSummary, SuspectedReference
 from eval.compare import Comparison, SizeStep, StudentRow, SuiteComparison
+from eval.leaks import leaks_summary
 from eval.scored import METRIC, Model
 from eval.statistics import Difference
+from eval.table import csv_text, markdown_cell as _cell, markdown_row as _row
 
 MAX_SUSPECTS = 20  # suspected references that are shown, replaced ones first; audit.json has all
 RIVALS = {"base": "base", "direct": "control"}
@@ -48,6 +49,7 @@ def summary(comparison: Comparison, stages: Sequence[Mapping[str, Any]]) -> dict
         "funnel": _without_examples(comparison.funnel),
         "questions": {name: _without_examples(steps) for name, steps in comparison.questions.items()},
         "hinted": comparison.num_hinted,
+        "contamination": leaks_summary(comparison),
         "audit": None if comparison.audit is None else _audit_summary(comparison.audit),
     }
 
@@ -89,11 +91,7 @@ def scores_csv(comparison: Comparison) -> str:
         for model in comparison.models
         for card in model.cards
     ]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(list(rows[0]), rows)
 
 
 def summary_markdown(comparison: Comparison, stages: Sequence[Mapping[str, Any]]) -> str:
@@ -231,15 +229,6 @@ def _answer_cells(model: Model, suite: str) -> list[str]:
 
 def _points(card: ScoreCard | None) -> str:
     return "–" if card is None else f"{100 * card.value:.1f} ({interval(*card.ci95)})"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(map(_cell, cells))} |"
-
-
-def _cell(text: str) -> str:
-    """Text of one table cell: no line break, and no mark of Markdown or HTML that is read as one."""
-    return "".join(f"\\{mark}" if mark in "\\|*_`<>[]" else mark for mark in " ".join(text.split()))
 
 
 def _audit_summary(audit: AuditSummary) -> dict[str, Any]:
