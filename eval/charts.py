@@ -134,8 +134,9 @@ def accuracy_by_parameters(suite: SuiteComparison) -> Draw:
                 of = [model for model in models if model.cards[0].architecture == architecture]
                 sizes |= _line(axes, of, role, suite.name, first=order == 0)
         _names(axes, suite, sorted(sizes), narrow=narrow)
-        if suite.teacher:
-            _teacher_line(axes, suite.teacher)
+        for teacher in suite.of_role("teacher"):
+            if card := teacher.card(suite.name):
+                _teacher_line(axes, card, teacher.name)
         axes.set_xscale("log")
         axes.set_xticks(_labelled_sizes(sorted(sizes)))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -150,14 +151,14 @@ def accuracy_by_parameters(suite: SuiteComparison) -> Draw:
     return draw
 
 
-def _teacher_line(axes: Any, card: ScoreCard) -> None:
+def _teacher_line(axes: Any, card: ScoreCard, name: str) -> None:
     colour = COLOURS["teacher"]
     axes.axhline(100 * card.value, color=colour, linestyle=(0, (5, 3)), linewidth=1.6)
     axes.axhspan(*(100 * bound for bound in card.ci95), color=colour, alpha=0.10, linewidth=0)
     axes.text(
         0.0,
         100 * card.value - 1.2,
-        f"teacher {100 * card.value:.1f}%",
+        f"{name} {100 * card.value:.1f}%",
         color=colour,
         transform=axes.get_yaxis_transform(),
         verticalalignment="top",

@@ -95,6 +95,7 @@ class Comparison:
     stages: tuple[Mapping[str, Any], ...]
     manifests: Mapping[str, StageManifest] = field(default_factory=dict)
     contamination: Contamination | None = None  # None: there is no training set to look through
+    runs: Mapping[str, Comparison] = field(default_factory=dict)  # by name, where several are compared
 
     @cached_property
     def best(self) -> ScoreCard | None:
@@ -131,7 +132,7 @@ def compare_run(run_dir: Path, deciding_suite: str | None = None, progress: Prog
         for folder in folders:
             read.append(read_model(folder))
             task.advance(1)
-    models = _by_size(read)
+    models = by_size(read)
     names = list(dict.fromkeys(suite for model in read for suite in model.suites))
     return Comparison(
         name=run_dir.name,
@@ -213,7 +214,7 @@ def stage_costs(run_dir: Path) -> list[dict[str, Any]]:
     return list(costs.values())
 
 
-def _by_size(models: Sequence[Model]) -> tuple[Model, ...]:
+def by_size(models: Sequence[Model]) -> tuple[Model, ...]:
     """The teacher, then the students smallest first, each with its roles in their order."""
     sizes: dict[str, int] = {}
     for model in models:
@@ -249,7 +250,8 @@ def _size_steps(models: Sequence[Model], suite: str) -> list[SizeStep]:
     ladder = [model for model in models if model.role == "distilled"]
     steps = []
     for small in ladder:
-        larger = [model for model in ladder if model.num_parameters >= LIKE_SIZE * small.num_parameters]
+        of_run = [model for model in ladder if model.run == small.run]
+        larger = [model for model in of_run if model.num_parameters >= LIKE_SIZE * small.num_parameters]
         own = [model for model in larger if model.cards[0].architecture == small.cards[0].architecture]
         if larger:
             large = (own or larger)[0]

@@ -19,6 +19,7 @@ from typing import Any
 
 from distill.manifest import atomic_folder, write_atomically
 from distill.progress import Progress, Task, silent
+from eval.across import run_pairs
 from eval.charts import Figure, accuracy_by_family, accuracy_by_parameters, filter_funnel, picture, render, short_count
 from eval.compare import Comparison, SuiteComparison
 from eval.curation import curation_context
@@ -162,6 +163,7 @@ def _context(
         "best_rule": best_rule(comparison),
         "tiles": _tiles(comparison),
         "overview": _overview(comparison),
+        "runs": _runs(comparison),
         "suites": [_suite(suite, figures) for suite in comparison.suites],
         "leaks": leaks_context(comparison),
         **curation_context(comparison),
@@ -216,7 +218,7 @@ def _tiles(comparison: Comparison) -> list[dict[str, str]]:
                 "note": f"smallest {100 * min(gains):+.1f}, {len(gains)} students",
             }
         )
-    if teacher := suite.teacher:
+    if (teacher := suite.teacher) and not comparison.runs:
         size = f", {short_count(teacher.num_parameters)} parameters" if teacher.num_parameters else ""
         note = f"{words(teacher.architecture)}{size}"
         tiles.append({"name": f"teacher on {suite.name}", "value": f"{100 * teacher.value:.1f}%", "note": note})
@@ -239,7 +241,7 @@ def _overview(comparison: Comparison) -> list[dict[str, Any]]:
                 "key": "teacher",
                 "best": False,
                 "num_parameters": model.num_parameters,
-                "cells": [{"suite": suite.name, "card": suite.teacher, "gained": None} for suite in suites],
+                "cells": [{"suite": suite.name, "card": model.card(suite.name), "gained": None} for suite in suites],
             }
             for model in teachers
         ]
@@ -265,6 +267,21 @@ def _overview_row(comparison: Comparison, student: str, suites: Sequence[SuiteCo
     }
 
 
+def _runs(comparison: Comparison) -> list[dict[str, Any]]:
+    """What each of several runs holds."""
+    return [
+        {
+            "name": name,
+            "models": len(one.models),
+            "suites": ", ".join(suite.name for suite in one.suites),
+            "examples": one.funnel[-1]["out"] if one.funnel else None,
+            "seconds": sum(stage["seconds"] for stage in one.stages),
+            "device": run_device(one.stages),
+        }
+        for name, one in comparison.runs.items()
+    ]
+
+
 def _suite(suite: SuiteComparison, figures: Mapping[str, Figure]) -> dict[str, Any]:
     answers = [_suite_answers(model, suite.name) for model in suite.models]
     rows = []
@@ -278,6 +295,7 @@ def _suite(suite: SuiteComparison, figures: Mapping[str, Figure]) -> dict[str, A
         "num_questions": max(one["num_questions"] for one in answers),
         "samples_per_question": max(one["samples_per_question"] for one in answers),
         "students": suite.students,
+        "run_pairs": run_pairs(suite.models, suite.name),
         "size_chart": _markup(figures.get(_size_chart(suite))),
         "size_verdict": suite.size_verdict,
         "size_steps": [str(step) for step in suite.size_steps],

@@ -56,6 +56,7 @@ class Model:
     answers: Mapping[str, Answers]
     manifest: StageManifest | None
     samples: Path
+    run: str = ""  # of several that are compared; then every name begins with it
 
     @property
     def role(self) -> str:

@@ -5,7 +5,8 @@
     name, device, seconds, stages                the run, its cost by stage and together
     num_cores                                    of the machine that wrote the report
     best                                         the best student and the rule that says so
-    suites                                       per suite: every model's scores and samples, and the order of sizes
+    suites                                       per suite: every model's scores and samples, and the order of sizes;
+                                                 of several runs, `run_pairs`: a model in a later run minus the first's
     students                                     per student what it gained, by suite over its base and its control
     contamination                                questions that students were trained on, scores without them
     models, funnel, audit                        ScoreCards of whole suites (pass@1), the filters, the second grader
@@ -23,6 +24,7 @@ from typing import Any
 from distill.cores import num_cores
 from distill.records import ScoreCard
 from distill.verify.audit import AuditSummary, SuspectedReference
+from eval.across import RunPair, run_pairs
 from eval.compare import Comparison, SizeStep, StudentRow, SuiteComparison
 from eval.leaks import leaks_summary
 from eval.scored import METRIC, Model
@@ -134,6 +136,7 @@ def _suite(suite: SuiteComparison) -> dict[str, Any]:
         "num_questions": max(len(model.answers[suite.name].means) for model in suite.models),
         "samples_per_question": max(model.answers[suite.name].samples_per_question for model in suite.models),
         "models": [_model(model, suite) for model in suite.models],
+        "run_pairs": [_run_pair(pair) for pair in run_pairs(suite.models, suite.name)],
         "size_steps": [_size_step(step) for step in suite.size_steps],
         "size_verdict": suite.size_verdict,
     }
@@ -173,6 +176,11 @@ def _size_step(step: SizeStep) -> dict[str, Any]:
     return {"smaller": step.smaller, "larger": step.larger, "one_architecture": step.one_architecture, **difference}
 
 
+def _run_pair(pair: RunPair) -> dict[str, Any]:
+    difference = None if pair.difference is None else _difference(pair.difference)
+    return {"first": pair.first.name, "second": pair.second.name, "difference": difference, "why_not": pair.why_not}
+
+
 def _student(comparison: Comparison, student: str) -> dict[str, Any]:
     rows = {suite.name: row for suite in comparison.suites for row in suite.students if row.student == student}
     return {
@@ -200,8 +208,9 @@ def _suite_markdown(suite: SuiteComparison) -> list[str]:
     head = ["student", "parameters", "base", "control", "distilled", *(f"gain over {of}" for of in RIVALS.values())]
     lines += [_row(head), _row(["---"] * len(head))]
     lines += [_row(_student_cells(row)) for row in suite.students]
-    if suite.teacher:
-        lines += ["", f"The teacher scores {_points(suite.teacher)}."]
+    for teacher in suite.of_role("teacher"):
+        who = _cell(teacher.name) if teacher.run else "The teacher"
+        lines += ["", f"{who} scores {_points(teacher.card(suite.name))}."]
     head = ["model", "questions x samples", "cons@k", "cut off", "tokens an answer", "engine"]
     lines += ["", suite.size_verdict, "", _row(head), _row(["---"] * len(head))]
     lines += [_row(_answer_cells(model, suite.name)) for model in suite.models]

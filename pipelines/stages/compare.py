@@ -7,7 +7,7 @@ run_dir/report/contamination/   which questions of the suites are in the trainin
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,10 @@ from pipelines.stages.distill import EXAMPLES
 # What decides how a report looks; a change of any of them writes the report again.
 SOURCES = (
     "templates",
-    *(f"{name}.py" for name in ("charts", "compare", "contamination", "curation", "leaks", "page", "report", "scored")),
+    *(
+        f"{name}.py"
+        for name in ("across", "charts", "compare", "contamination", "curation", "leaks", "page", "report", "scored")
+    ),
     *(f"{name}.py" for name in ("statistics", "summary", "table", "traces")),
 )
 LEAKS = "contamination"
@@ -40,6 +43,22 @@ LEAK_SOURCES = (Path(decontaminate.__file__), Path(words.__file__), Path(contami
 
 def compare(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     """Write the report of what has been scored. Raises DataError where nothing has."""
+    config = {
+        "name": recipe.name,
+        "deciding_suite": recipe.deciding_suite,
+        "min_containment": recipe.curate.min_containment,
+    }
+
+    def read() -> Comparison:
+        comparison = compare_run(run_dir, recipe.deciding_suite, context.progress)
+        found = contamination_of(comparison, recipe, run_dir, run_dir / "report" / LEAKS, context.progress)
+        return replace(comparison, contamination=found)
+
+    return write_comparison("compare", read, inputs_of(run_dir), config, run_dir / "report", context.progress)
+
+
+def inputs_of(run_dir: Path) -> dict[str, Path]:
+    """The files of a run that its report is made of. Raises DataError where nothing has been scored."""
     folders = sorted(path.parent for path in (run_dir / "eval").glob(f"*/{SCORES}"))
     if not folders:
         raise DataError("holds no scores: run eval first", where=run_dir / "eval")
@@ -50,23 +69,32 @@ def compare(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
         path = run_dir / "curate" / f"{name}.json"
         if path.exists():
             inputs[name] = path
-    inputs |= {f"training:{name}": path for name, path in training_files(run_dir).items()}
-    inputs |= {f"code:{name}": Path(report.__file__).parent / name for name in SOURCES}
+    return inputs | {f"training:{name}": path for name, path in training_files(run_dir).items()}
+
+
+def write_comparison(
+    stage: str,
+    read: Callable[[], Comparison],
+    inputs: Mapping[str, Path],
+    config: Mapping[str, Any],
+    out_dir: Path,
+    progress: Progress,
+) -> StageManifest:
+    """Run the stage that writes the report of what `read` returns into `out_dir`."""
+    code = {f"code:{name}": Path(report.__file__).parent / name for name in SOURCES}
     outputs: list[str] = []
 
     def body() -> Mapping[str, Any]:
         started = time.monotonic()
-        comparison = compare_run(run_dir, recipe.deciding_suite, context.progress)
-        found = contamination_of(comparison, recipe, run_dir, run_dir / "report" / LEAKS, context.progress)
-        comparison = replace(comparison, contamination=found)
+        comparison = read()
         outputs.extend(
             report.write_report(
                 comparison,
-                run_dir / "report",
+                out_dir,
                 elapsed_s=lambda: time.monotonic() - started,
                 peak_rss_bytes=peak_rss_bytes,
                 device=device_name(),
-                progress=context.progress,
+                progress=progress,
             )
         )
         return {
@@ -76,9 +104,7 @@ def compare(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
             "size": {suite.name: suite.size_verdict for suite in comparison.suites},
         }
 
-    config: dict[str, Any] = {"name": recipe.name, "deciding_suite": recipe.deciding_suite}
-    config["min_containment"] = recipe.curate.min_containment
-    return run_stage("compare", inputs, config, run_dir / "report", body, outputs)
+    return run_stage(stage, {**inputs, **code}, config, out_dir, body, outputs)
 
 
 def training_files(run_dir: Path) -> dict[str, Path]:
