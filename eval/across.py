@@ -48,6 +48,7 @@ def merge(runs: Mapping[str, Comparison]) -> Comparison:
         stages=tuple({**stage, "name": f"{run}/{stage['name']}"} for run, one in runs.items() for stage in one.stages),
         manifests={f"{run}/{name}": of for run, one in runs.items() for name, of in one.manifests.items()},
         contamination=_all_leaks(runs),
+        curves=tuple(replace(curve, name=f"{run}/{curve.name}") for run, one in runs.items() for curve in one.curves),
         runs=runs,
     )
 
@@ -90,6 +91,22 @@ def difference_of(model: Model, other: Model, suite: str) -> tuple[Difference | 
     if not model.answers[suite].means.keys() & other.answers[suite].means.keys():
         return None, "no question in common"
     return paired_difference(model.answers[suite].means, other.answers[suite].means), ""
+
+
+def pair_row(suite: str, other: Model, model: Model) -> dict[str, Any]:
+    """`model` minus `other` as a row of a table; empty cells and the reason where they cannot be paired."""
+    difference, why_not = difference_of(model, other, suite)
+    named = {"suite": suite, "model": model.name, "minus": other.name, "why_not": why_not}
+    if difference is None:
+        return named
+    low, high = difference.ci95
+    return {
+        **named,
+        "difference": difference.value,
+        "ci95_low": low,
+        "ci95_high": high,
+        "num_questions": difference.num_questions,
+    }
 
 
 def protocol_differences(first: Model, second: Model, suite: str) -> list[str]:

@@ -23,6 +23,7 @@ from eval.contamination import Contamination
 from eval.harness import SCORES
 from eval.scored import METRIC, Model, read_model
 from eval.statistics import Difference, paired_difference
+from eval.training_curves import Curve, read_curves
 
 LIKE_SIZE = 1.15  # students whose parameter counts differ by less are not a size comparison
 DROPPED_FIELDS = ("key", "detail", "question", "completion")  # of an example of what a filter dropped
@@ -95,6 +96,8 @@ class Comparison:
     stages: tuple[Mapping[str, Any], ...]
     manifests: Mapping[str, StageManifest] = field(default_factory=dict)
     contamination: Contamination | None = None  # None: there is no training set to look through
+    curves: tuple[Curve, ...] = ()
+    price_per_hour: float | None = None  # of the machine that scored, in any currency
     runs: Mapping[str, Comparison] = field(default_factory=dict)  # by name, where several are compared
 
     @cached_property
@@ -145,6 +148,7 @@ def compare_run(run_dir: Path, deciding_suite: str | None = None, progress: Prog
         audit=_read_audit(run_dir / "curate" / "audit.json"),
         stages=tuple(stage_costs(run_dir)),
         manifests=stage_manifests(run_dir),
+        curves=tuple(read_curves(run_dir)),
     )
 
 

@@ -50,7 +50,7 @@ def compare_runs(run_dirs: Sequence[Path], out_dir: Path, context: Context) -> S
         for run, recipe, run_dir in zip(names, recipes, run_dirs, strict=True):
             one = compare_run(run_dir, recipes[0].deciding_suite, context.progress)
             found = contamination_of(one, recipe, run_dir, out_dir / LEAKS / run, context.progress)
-            runs[run] = replace(one, contamination=found)
+            runs[run] = replace(one, contamination=found, price_per_hour=recipe.eval.price_per_hour)
         return merge(runs)
 
     with held(out_dir):

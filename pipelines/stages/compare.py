@@ -23,17 +23,30 @@ from eval import contamination, report
 from eval.compare import Comparison, compare_run
 from eval.contamination import Contamination, find_leaks, questions_of
 from eval.harness import SAMPLES, SCORES
+from eval.training_curves import LOG
 from pipelines.context import Context
 from pipelines.stages.distill import EXAMPLES
 
 # What decides how a report looks; a change of any of them writes the report again.
 SOURCES = (
     "templates",
+    "training_curves.py",
     *(
         f"{name}.py"
-        for name in ("across", "charts", "compare", "contamination", "curation", "leaks", "page", "report", "scored")
+        for name in (
+            "across",
+            "charts",
+            "compare",
+            "contamination",
+            "curation",
+            "figures",
+            "leaks",
+            "page",
+            "report",
+            "scored",
+        )
     ),
-    *(f"{name}.py" for name in ("statistics", "summary", "table", "traces")),
+    *(f"{name}.py" for name in ("statistics", "summary", "table", "tradeoffs", "traces")),
 )
 LEAKS = "contamination"
 FINDINGS = "findings.json"
@@ -47,12 +60,13 @@ def compare(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
         "name": recipe.name,
         "deciding_suite": recipe.deciding_suite,
         "min_containment": recipe.curate.min_containment,
+        "price_per_hour": recipe.eval.price_per_hour,
     }
 
     def read() -> Comparison:
         comparison = compare_run(run_dir, recipe.deciding_suite, context.progress)
         found = contamination_of(comparison, recipe, run_dir, run_dir / "report" / LEAKS, context.progress)
-        return replace(comparison, contamination=found)
+        return replace(comparison, contamination=found, price_per_hour=recipe.eval.price_per_hour)
 
     return write_comparison("compare", read, inputs_of(run_dir), config, run_dir / "report", context.progress)
 
@@ -69,6 +83,7 @@ def inputs_of(run_dir: Path) -> dict[str, Path]:
         path = run_dir / "curate" / f"{name}.json"
         if path.exists():
             inputs[name] = path
+    inputs |= {f"log:{path.parent.name}": path for path in (run_dir / "distill").glob(f"*/{LOG}")}
     return inputs | {f"training:{name}": path for name, path in training_files(run_dir).items()}
 
 
