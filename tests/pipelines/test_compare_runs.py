@@ -54,6 +54,7 @@ def report(runs, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_model_of_every_run_is_in_it_by_the_runs_name(runs, report):
     summary = json.loads((report / "summary.json").read_text())
     assert [suite["name"] for suite in summary["suites"]] == ["pico", "gsm8k"]
@@ -68,6 +69,7 @@ def test_every_model_of_every_run_is_in_it_by_the_runs_name(runs, report):
         assert not (run / "report").exists(), "runs stay as they are"
 
 
+@pytest.mark.slow
 def test_a_student_is_paired_with_itself_where_it_was_asked_alike(runs, report):
     summary = json.loads((report / "summary.json").read_text())
     pairs = {pair["second"]: pair for pair in summary["suites"][0]["run_pairs"]}
@@ -88,12 +90,14 @@ def test_a_student_is_paired_with_itself_where_it_was_asked_alike(runs, report):
     assert "tuesday/pico/qwen2-0.2m-distilled not paired sampling.temperature 0.6 and 1.0" in words
 
 
+@pytest.mark.slow
 def test_sizes_are_compared_within_a_run(report):
     for suite in json.loads((report / "summary.json").read_text())["suites"]:
         for step in suite["size_steps"]:
             assert step["smaller"].rpartition("/")[0] == step["larger"].rpartition("/")[0]
 
 
+@pytest.mark.slow
 def test_a_report_is_written_again_in_its_own_folder_and_never_over_other_things(runs, report, tmp_path):
     compare_runs(runs, report, HERE)
     full = tmp_path / "mine"
