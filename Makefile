@@ -10,6 +10,7 @@ RECIPE ?= pipelines/recipes/pico.yaml
 SET ?=
 OUT ?= runs
 RUN ?= runs/small
+RUNS ?=
 DRY_RUN ?=
 NO_VLLM ?=
 
@@ -63,8 +64,8 @@ distill: $(STAMP) ## Verify and filter the traces, then train the students of RE
 eval: $(STAMP) ## Score teacher, bases and students of RECIPE on its suites
 	@$(POTSTILL) eval $(RECIPE) $(OPTIONS)
 
-compare: $(STAMP) ## Write the report of RECIPE
-	@$(POTSTILL) compare $(RECIPE) $(OPTIONS)
+compare: $(STAMP) ## Write the report of RECIPE, or of several runs together: RUNS="runs/a runs/b"
+	@$(POTSTILL) compare $(or $(RUNS),$(RECIPE)) $(OPTIONS)
 
 regrade: $(STAMP) ## Grade what a run of RECIPE keeps again, without generating
 	@$(POTSTILL) regrade $(RECIPE) $(OPTIONS)

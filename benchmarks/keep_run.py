@@ -16,7 +16,8 @@ from pathlib import Path
 
 from benchmarks.device import RESULTS, slug
 
-KEPT = ("summary.json", "summary.md", "scores.csv", "index.html", "*.png")
+CSVS = ("scores.csv", "pairs.csv", "tradeoffs.csv", "contamination.csv")  # that the page links to
+KEPT = ("summary.json", "summary.md", *CSVS, "index.html", "*.png")
 
 
 def keep_run(run: Path, results: Path = RESULTS) -> Path:

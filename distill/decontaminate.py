@@ -20,10 +20,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from distill.records import Problem
 from distill.words import Words, runs, symbols_of, words_of
+
+LeakTest = Literal["exact", "contained", "13-gram", "8-gram"]
 
 LONG, SHORT = 13, 8  # words a run
 MIN_RUNS = 3  # of 8 words, that are no boilerplate: fewer are no evidence
@@ -43,6 +45,24 @@ class HeldOutQuestion(NamedTuple):
         return f"{line if len(line) <= 80 else f'{line[:77]}...'!r} of {self.suite}"
 
 
+class Leak(NamedTuple):
+    """What a text has in common with a held-out question; `words` are folded, `share` is that of 8-word runs."""
+
+    question: HeldOutQuestion
+    test: LeakTest
+    words: Words
+    share: float = 1.0
+
+    def __str__(self) -> str:
+        text = " ".join(self.words)
+        if self.test == "exact":
+            return f"is the held-out question {self.question}"
+        if self.test == "8-gram":
+            held = f"holds {self.share:.0%} of the runs of 8 words, with {text!r}"
+            return f"{held}, of the held-out question {self.question}"
+        return f"shares {text!r} with the held-out question {self.question}"
+
+
 class HeldOutQuestions:
     """The questions of every suite, indexed. `training` is looked through once, for its boilerplate.
 
@@ -53,15 +73,15 @@ class HeldOutQuestions:
         self, held_out: Mapping[str, Iterable[str]], training: Iterable[Problem], *, min_containment: float | None
     ) -> None:
         self._min_containment = min_containment
-        self._exact: dict[Words, HeldOutQuestion] = {}
+        self._exact: dict[Words, tuple[HeldOutQuestion, ...]] = {}
         for suite, prompts in held_out.items():
-            for prompt in prompts:
-                words = words_of(prompt)
+            for prompt in dict.fromkeys(prompts):
+                words, symbols = words_of(prompt), symbols_of(prompt)
                 question = HeldOutQuestion(suite, prompt, words, frozenset(runs(words, SHORT)))
-                self._exact.setdefault(symbols_of(prompt), question)
-        questions = list(self._exact.values())
+                self._exact[symbols] = (*self._exact.get(symbols, ()), question)
+        questions = [question for alike in self._exact.values() for question in alike]
         self._runs = _owners((question, _telling_runs(question)) for question in questions)
-        self._grams: dict[Words, HeldOutQuestion] = {}
+        self._grams: dict[Words, tuple[HeldOutQuestion, ...]] = {}
         if min_containment is not None:
             self._grams = _owners((question, question.grams) for question in questions if len(question.words) >= LONG)
         self._lengths = sorted({len(run) for run in self._runs})
@@ -69,33 +89,43 @@ class HeldOutQuestions:
         for index in (self._runs, self._grams):
             for run in boilerplate & index.keys():
                 del index[run]
-        self._num_grams = Counter(map(id, self._grams.values()))
+        self._num_grams = Counter(id(owner) for owners in self._grams.values() for owner in owners)
 
     def match(self, problem: Problem) -> str | None:
         """Return what the question has in common with a held-out one, in words and with the text, or None."""
-        if (same := self._exact.get(symbols_of(problem.prompt))) is not None:
-            return f"is the held-out question {same}"
-        if problem.grader == "reasoning_gym":
-            return None
-        words = words_of(problem.prompt)
-        for run in self._candidates(words):
-            if run in self._runs:
-                return f"shares {' '.join(run)!r} with the held-out question {self._runs[run]}"
-        return self._containment(words)
+        leak = next(self.leaks(problem.prompt, procedural=problem.grader == "reasoning_gym"), None)
+        return None if leak is None else str(leak)
 
-    def _containment(self, words: Words) -> str | None:
+    def leaks(self, text: str, *, procedural: bool = False) -> Iterator[Leak]:
+        """Yield each held-out question that the text holds once, by the strictest test that says so.
+
+        `procedural`: the exact test alone.
+        """
+        found: set[int] = set()
+        for question in self._exact.get(symbols_of(text), ()):
+            found.add(id(question))
+            yield Leak(question, "exact", question.words)
+        if procedural:
+            return
+        words = words_of(text)
+        for run in self._candidates(words):
+            for question in self._runs.get(run, ()):
+                if id(question) not in found:
+                    found.add(id(question))
+                    yield Leak(question, "13-gram" if len(run) == LONG else "contained", run)
+        yield from (leak for leak in self._containments(words) if id(leak.question) not in found)
+
+    def _containments(self, words: Words) -> Iterator[Leak]:
         found: dict[int, set[Words]] = defaultdict(set)
         for gram in runs(words, SHORT):
-            if (owner := self._grams.get(gram)) is not None:
+            for owner in self._grams.get(gram, ()):
                 found[id(owner)].add(gram)
         for identity, grams in found.items():
             share, of = len(grams) / self._num_grams[identity], self._num_grams[identity]
             assert self._min_containment is not None
             if of >= MIN_RUNS and share >= self._min_containment:
-                owner = self._grams[next(iter(grams))]
-                text = " ".join(_longest(owner.words, grams))
-                return f"holds {share:.0%} of the runs of 8 words, with {text!r}, of the held-out question {owner}"
-        return None
+                owner = next(owner for owner in self._grams[next(iter(grams))] if id(owner) == identity)
+                yield Leak(owner, "8-gram", _longest(owner.words, grams), share)
 
     def _boilerplate(self, training: Iterable[Problem]) -> set[Words]:
         """Runs of the index that many training questions have; runs of fewer than 13 words that stand for a whole
@@ -124,16 +154,19 @@ def _telling_runs(question: HeldOutQuestion) -> frozenset[Words]:
     return frozenset([question.words] if len(question.words) >= SHORT else [])
 
 
-def _owners(runs_of: Iterable[tuple[HeldOutQuestion, frozenset[Words]]]) -> dict[Words, HeldOutQuestion]:
-    """Each run with the first question that has it; runs of two questions that are no copies are left out."""
-    owners: dict[Words, HeldOutQuestion] = {}
+def _owners(
+    runs_of: Iterable[tuple[HeldOutQuestion, frozenset[Words]]],
+) -> dict[Words, tuple[HeldOutQuestion, ...]]:
+    """Each run with the question that has it, and this one's copies; runs of two that are no copies are left out."""
+    owners: dict[Words, tuple[HeldOutQuestion, ...]] = {}
     shared: set[Words] = set()
     for question, of_question in runs_of:
         for run in of_question:
-            owner = owners.setdefault(run, question)
-            if owner is not question and not _copies(owner, question):
+            others = owners.get(run, ())
+            owners[run] = (*others, question)
+            if others and not _copies(others[0], question):
                 shared.add(run)
-    return {run: owner for run, owner in owners.items() if run not in shared}
+    return {run: of_run for run, of_run in owners.items() if run not in shared}
 
 
 def _copies(one: HeldOutQuestion, other: HeldOutQuestion) -> bool:

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from distill.printable import printable
 from distill.records import ScoreCard
 from eval.compare import SuiteComparison
 from eval.scored import Model
+from eval.training_curves import Curve
 
 # Distinct in hue and in lightness (colour-blind safe); each role has a marker of its own besides.
 INK, MUTED, GRID, PAPER = "#1b2430", "#5c6877", "#dfe4ea", "#fefefe"
@@ -45,35 +47,44 @@ _STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may hold dollars
 }
+STYLES = ("-", "--", ":", "-.")  # of lines, where there are more than colours
+TITLES = {"distilled": "loss, distilled", "direct": "loss, bare answers"}
 WIDE_INCHES, NARROW_INCHES = 8.6, 4.4
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One chart of the page: `wide` and `narrow` are inline SVG, `pixels` a PNG of the wide one."""
+    """One chart of the page: `wide` and `narrow` are inline SVG, the others files of the wide one: PNG and SVG."""
 
     wide: str
     narrow: str
     pixels: bytes
+    vector: str
 
 
 Draw = Callable[[Any, bool], None]  # draws on a matplotlib figure; True: for a narrow page
 
 
-def render(name: str, draw: Draw, height: float, title: str, about: str) -> Figure:
-    """Draw a figure of `height` inches; `title` and `about` are for those who do not see it."""
+def render(
+    name: str, draw: Draw, height: float, title: str, about: str, *, narrow_height: float | None = None
+) -> Figure:
+    """Draw a figure of `height` inches; `title` and `about` are for those who do not see it.
+
+    On a narrow page it is 0.6 inches higher, or `narrow_height` high.
+    """
     with _drawn(f"{name} wide", draw, (WIDE_INCHES, height), narrow=False) as figure:
         wide, pixels = _vector(figure), _pixels(figure)
-    with _drawn(f"{name} narrow", draw, (NARROW_INCHES, height + 0.6), narrow=True) as figure:
+    with _drawn(f"{name} narrow", draw, (NARROW_INCHES, narrow_height or height + 0.6), narrow=True) as figure:
         narrow = _vector(figure)
-    return Figure(_apply_theme(wide, title, about), _apply_theme(narrow, title, about), pixels)
+    return Figure(_apply_theme(wide, title, about), _apply_theme(narrow, title, about), pixels, wide)
 
 
-def picture(draw: Draw, height: float) -> bytes:
-    """A figure as PNG alone."""
+def picture(draw: Draw, height: float) -> tuple[bytes, str]:
+    """A figure for the files alone, as PNG and as SVG."""
     with _drawn("", draw, (WIDE_INCHES, height), narrow=False) as figure:
-        return _pixels(figure)
+        return _pixels(figure), _vector(figure)
 
 
 @contextmanager
@@ -87,6 +98,8 @@ def _drawn(salt: str, draw: Draw, size: tuple[float, float], *, narrow: bool) ->
         figure = Canvas(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure, narrow)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, not again for every file
         yield figure
 
 
@@ -134,8 +147,9 @@ def accuracy_by_parameters(suite: SuiteComparison) -> Draw:
                 of = [model for model in models if model.cards[0].architecture == architecture]
                 sizes |= _line(axes, of, role, suite.name, first=order == 0)
         _names(axes, suite, sorted(sizes), narrow=narrow)
-        if suite.teacher:
-            _teacher_line(axes, suite.teacher)
+        for teacher in suite.of_role("teacher"):
+            if card := teacher.card(suite.name):
+                _teacher_line(axes, card, teacher.name)
         axes.set_xscale("log")
         axes.set_xticks(_labelled_sizes(sorted(sizes)))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -150,14 +164,14 @@ def accuracy_by_parameters(suite: SuiteComparison) -> Draw:
     return draw
 
 
-def _teacher_line(axes: Any, card: ScoreCard) -> None:
+def _teacher_line(axes: Any, card: ScoreCard, name: str) -> None:
     colour = COLOURS["teacher"]
     axes.axhline(100 * card.value, color=colour, linestyle=(0, (5, 3)), linewidth=1.6)
     axes.axhspan(*(100 * bound for bound in card.ci95), color=colour, alpha=0.10, linewidth=0)
     axes.text(
         0.0,
         100 * card.value - 1.2,
-        f"teacher {100 * card.value:.1f}%",
+        f"{name} {100 * card.value:.1f}%",
         color=colour,
         transform=axes.get_yaxis_transform(),
         verticalalignment="top",
@@ -241,7 +255,7 @@ def accuracy_by_family(suite: SuiteComparison) -> Draw:
                     label=LABELS[role],
                     zorder=3,
                 )
-        axes.set_yticks(range(len(families)), [family.replace("_", " ") for family in families])
+        axes.set_yticks(range(len(families)), [printable(family).replace("_", " ") for family in families])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set_xlim(-2, 102)
         axes.set_ylim(-0.6, len(families) - 0.4)
@@ -261,6 +275,39 @@ def family_means(suite: SuiteComparison, role: str) -> dict[str, float]:
         if values:
             means[family] = sum(values) / len(values)
     return means
+
+
+def training_curves(curves: Sequence[Curve]) -> Draw:
+    """A panel of losses a method, and one of learning rates; a line a student, alike in all of them."""
+
+    def draw(figure: Any, narrow: bool) -> None:
+        methods = list(dict.fromkeys(curve.method for curve in curves))
+        panels = len(methods) + 1
+        students = list(dict.fromkeys(curve.student for curve in curves))
+        colours = list(COLOURS.values())
+        handles: dict[str, Any] = {}
+        for number, method in enumerate([*methods, None], start=1):
+            axes = figure.add_subplot(panels, 1, number) if narrow else figure.add_subplot(1, panels, number)
+            for curve in curves:
+                if method not in (None, curve.method) or (method is None and curve.method != methods[0]):
+                    continue
+                place = students.index(curve.student)
+                (handles[curve.student],) = axes.plot(
+                    [step for step, _, _ in curve.steps],
+                    [lr if method is None else loss for _, loss, lr in curve.steps],
+                    color=colours[place % len(colours)],
+                    linestyle=STYLES[place // len(colours) % len(STYLES)],
+                    linewidth=1.6,
+                )
+            axes.set_xlabel("step")
+            axes.set_title("learning rate" if method is None else TITLES.get(method, f"loss, {method}"), fontsize=10)
+            axes.set_ylim(bottom=0)
+            if method is None:
+                axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+        columns = (45 if narrow else 95) // (max(map(len, students)) + 8)  # in letters, as many as a line holds
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=max(1, min(4, columns)))
+
+    return draw
 
 
 def filter_funnel(funnel: Sequence[Mapping[str, Any]]) -> Draw:

@@ -19,10 +19,12 @@ from distill.manifest import read_manifest
 from distill.progress import Progress, silent
 from distill.records import ScoreCard, StageManifest
 from distill.verify.audit import AuditSummary
+from eval.contamination import Contamination
 from eval.harness import SCORES
 from eval.retained import read_retention
 from eval.scored import METRIC, Model, read_model
 from eval.statistics import Difference, paired_difference
+from eval.training_curves import Curve, read_curves
 
 LIKE_SIZE = 1.15  # students whose parameter counts differ by less are not a size comparison
 DROPPED_FIELDS = ("key", "detail", "question", "completion")  # of an example of what a filter dropped
@@ -95,6 +97,10 @@ class Comparison:
     stages: tuple[Mapping[str, Any], ...]
     retention: tuple[Mapping[str, Any], ...] = ()  # of suites without references: `eval.retained`
     manifests: Mapping[str, StageManifest] = field(default_factory=dict)
+    contamination: Contamination | None = None  # None: there is no training set to look through
+    curves: tuple[Curve, ...] = ()
+    price_per_hour: float | None = None  # of the machine that scored, in any currency
+    runs: Mapping[str, Comparison] = field(default_factory=dict)  # by name, where several are compared
 
     @cached_property
     def best(self) -> ScoreCard | None:
@@ -131,7 +137,7 @@ def compare_run(run_dir: Path, deciding_suite: str | None = None, progress: Prog
         for folder in folders:
             read.append(read_model(folder))
             task.advance(1)
-    models = _by_size(read)
+    models = by_size(read)
     names = list(dict.fromkeys(suite for model in read for suite in model.suites))
     return Comparison(
         name=run_dir.name,
@@ -145,6 +151,7 @@ def compare_run(run_dir: Path, deciding_suite: str | None = None, progress: Prog
         stages=tuple(stage_costs(run_dir)),
         retention=read_retention(run_dir / "eval"),
         manifests=stage_manifests(run_dir),
+        curves=tuple(read_curves(run_dir)),
     )
 
 
@@ -214,7 +221,7 @@ def stage_costs(run_dir: Path) -> list[dict[str, Any]]:
     return list(costs.values())
 
 
-def _by_size(models: Sequence[Model]) -> tuple[Model, ...]:
+def by_size(models: Sequence[Model]) -> tuple[Model, ...]:
     """The teacher, then the students smallest first, each with its roles in their order."""
     sizes: dict[str, int] = {}
     for model in models:
@@ -250,7 +257,8 @@ def _size_steps(models: Sequence[Model], suite: str) -> list[SizeStep]:
     ladder = [model for model in models if model.role == "distilled"]
     steps = []
     for small in ladder:
-        larger = [model for model in ladder if model.num_parameters >= LIKE_SIZE * small.num_parameters]
+        of_run = [model for model in ladder if model.run == small.run]
+        larger = [model for model in of_run if model.num_parameters >= LIKE_SIZE * small.num_parameters]
         own = [model for model in larger if model.cards[0].architecture == small.cards[0].architecture]
         if larger:
             large = (own or larger)[0]

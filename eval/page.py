@@ -51,7 +51,7 @@ def heat_tables(models: Sequence[Model], rows: Iterable[Mapping[str, Any]]) -> l
 def _side_by_side(models: Sequence[Model]) -> list[list[list[Model]]]:
     groups: dict[str, list[Model]] = {}
     for model in models:
-        groups.setdefault("" if model.role == "teacher" else model.student, []).append(model)
+        groups.setdefault(model.run if model.role == "teacher" else model.student, []).append(model)
     tables: list[list[list[Model]]] = [[]]
     for group in groups.values():
         if tables[-1] and sum(map(len, tables[-1])) + len(group) > MAX_COLUMNS:
@@ -63,7 +63,7 @@ def _side_by_side(models: Sequence[Model]) -> list[list[list[Model]]]:
 def _heat_table(groups: Sequence[Sequence[Model]], rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     heads = [
         {
-            "name": "" if group[0].role == "teacher" else group[0].student,
+            "name": group[0].run if group[0].role == "teacher" else group[0].student,
             "labels": [SHORT_ROLES[model.role] for model in group],
         }
         for group in groups

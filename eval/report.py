@@ -19,17 +19,27 @@ from typing import Any
 
 from distill.manifest import atomic_folder, write_atomically
 from distill.progress import Progress, Task, silent
-from eval.charts import Figure, accuracy_by_family, accuracy_by_parameters, filter_funnel, picture, render, short_count
+from eval.across import difference_of, run_pairs
+from eval.charts import (
+    Figure,
+    filter_funnel,
+    picture,
+    short_count,
+)
 from eval.compare import Comparison, SuiteComparison
 from eval.curation import curation_context
+from eval.figures import family_chart, figures_of, markup, size_chart, tables_csv, tradeoff_chart
+from eval.leaks import leaks_context, leaks_csv
 from eval.page import heat_tables, template, visible, words
 from eval.scored import METRIC, Model, first_answers
 from eval.summary import best_rule, run_device, scores_csv, summary, summary_markdown
-from eval.traces import SuiteTraces, page_names, side_by_side, slug, write_pages
+from eval.traces import SuiteTraces, compared, page_names, side_by_side, slug, write_pages
+from eval.tradeoffs import fronts, tradeoff_rows
 
 MAX_PAGE_BYTES = 3_000_000
 SUITES_A_TABLE = 5
-CHART_INCHES = 4.9
+
+MAX_MATRIX = 9  # models; pairs.csv has every pair
 TRACES = "traces"
 
 
@@ -53,10 +63,10 @@ def write_report(
             for of_suite in traces:
                 for _ in write_pages(of_suite, folder, facts):
                     task.advance(1)
-        figures = _figures(comparison, task)
-        pictures = {name: figure.pixels for name, figure in figures.items()}
+        figures = figures_of(comparison, task)
+        files = {name: (figure.pixels, figure.vector) for name, figure in figures.items()}
         if comparison.funnel:
-            pictures["filter_funnel"] = picture(filter_funnel(comparison.funnel), 1.2 + 0.42 * len(comparison.funnel))
+            files["filter_funnel"] = picture(filter_funnel(comparison.funnel), 1.2 + 0.42 * len(comparison.funnel))
         cost = {"name": "compare", "seconds": round(elapsed_s(), 3), "peak_rss_bytes": peak_rss_bytes()}
         stages = [*comparison.stages, {**cost, "device": device}]
         written: dict[str, str | bytes] = {
@@ -65,7 +75,11 @@ def write_report(
             "summary.md": summary_markdown(comparison, stages),
             "summary.json": json.dumps(summary(comparison, stages), indent=2) + "\n",
         }
-        written |= {f"{name}.png": pixels for name, pixels in pictures.items()}
+        if comparison.contamination is not None:
+            written["contamination.csv"] = leaks_csv(comparison.contamination)
+        written |= {f"{name}.png": pixels for name, (pixels, _) in files.items()}
+        written |= {f"{name}.svg": vector for name, (_, vector) in files.items()}
+        written |= tables_csv(comparison)
         for name, data in written.items():
             write_atomically(out_dir / name, data)
     _delete_others(out_dir, written)
@@ -108,43 +122,9 @@ def _anew(folder: Path) -> Iterator[Path]:
 
 def _delete_others(out_dir: Path, written: Mapping[str, Any]) -> None:
     """Charts of suites that are no longer scored."""
-    for path in out_dir.glob("*.png"):
+    for path in (*out_dir.glob("*.png"), *out_dir.glob("*.svg"), *out_dir.glob("*.csv")):
         if path.name not in written:
             path.unlink()
-
-
-def _figures(comparison: Comparison, task: Task) -> dict[str, Figure]:
-    figures = {}
-
-    def add(name: str, *arguments: Any) -> None:
-        figures[name] = render(name, *arguments)
-        task.advance(1)
-
-    for suite in comparison.suites:
-        if suite.students:
-            about = "; ".join(
-                f"{row.student} ({short_count(row.num_parameters)}): "
-                + ", ".join(f"{role} {100 * card.value:.1f}%" for role, card in row.scores.items())
-                for row in suite.students
-            )
-            title = f"Accuracy on {suite.name} against parameters"
-            add(_size_chart(suite), accuracy_by_parameters(suite), CHART_INCHES, title, about)
-        if suite.families:
-            height = 1.5 + 0.42 * len(suite.families)
-            about = (
-                "One row a family: mean pass@1 of bases, of students of bare answers, of distilled ones, the teacher."
-            )
-            title = f"Accuracy on {suite.name} by family"
-            add(_family_chart(suite), accuracy_by_family(suite), height, title, about)
-    return figures
-
-
-def _size_chart(suite: SuiteComparison) -> str:
-    return f"accuracy_by_parameters-{slug(suite.name)}"
-
-
-def _family_chart(suite: SuiteComparison) -> str:
-    return f"accuracy_by_family-{slug(suite.name)}"
 
 
 def _context(
@@ -159,7 +139,11 @@ def _context(
         "best_rule": best_rule(comparison),
         "tiles": _tiles(comparison),
         "overview": _overview(comparison),
-        "suites": [_suite(suite, figures) for suite in comparison.suites],
+        "runs": _runs(comparison),
+        "suites": [_suite(suite, figures, comparison.price_per_hour) for suite in comparison.suites],
+        "price_per_hour": comparison.price_per_hour,
+        "training_chart": markup(figures.get("training_curves")),
+        "leaks": leaks_context(comparison),
         **curation_context(comparison),
         "stages": stages,
         "seconds": sum(stage["seconds"] for stage in stages),
@@ -212,7 +196,7 @@ def _tiles(comparison: Comparison) -> list[dict[str, str]]:
                 "note": f"smallest {100 * min(gains):+.1f}, {len(gains)} students",
             }
         )
-    if teacher := suite.teacher:
+    if (teacher := suite.teacher) and not comparison.runs:
         size = f", {short_count(teacher.num_parameters)} parameters" if teacher.num_parameters else ""
         note = f"{words(teacher.architecture)}{size}"
         tiles.append({"name": f"teacher on {suite.name}", "value": f"{100 * teacher.value:.1f}%", "note": note})
@@ -235,7 +219,7 @@ def _overview(comparison: Comparison) -> list[dict[str, Any]]:
                 "key": "teacher",
                 "best": False,
                 "num_parameters": model.num_parameters,
-                "cells": [{"suite": suite.name, "card": suite.teacher, "gained": None} for suite in suites],
+                "cells": [{"suite": suite.name, "card": model.card(suite.name), "gained": None} for suite in suites],
             }
             for model in teachers
         ]
@@ -261,7 +245,22 @@ def _overview_row(comparison: Comparison, student: str, suites: Sequence[SuiteCo
     }
 
 
-def _suite(suite: SuiteComparison, figures: Mapping[str, Figure]) -> dict[str, Any]:
+def _runs(comparison: Comparison) -> list[dict[str, Any]]:
+    """What each of several runs holds."""
+    return [
+        {
+            "name": name,
+            "models": len(one.models),
+            "suites": ", ".join(suite.name for suite in one.suites),
+            "examples": one.funnel[-1]["out"] if one.funnel else None,
+            "seconds": sum(stage["seconds"] for stage in one.stages),
+            "device": run_device(one.stages),
+        }
+        for name, one in comparison.runs.items()
+    ]
+
+
+def _suite(suite: SuiteComparison, figures: Mapping[str, Figure], price_per_hour: float | None) -> dict[str, Any]:
     answers = [_suite_answers(model, suite.name) for model in suite.models]
     rows = []
     for family in suite.families:
@@ -274,21 +273,33 @@ def _suite(suite: SuiteComparison, figures: Mapping[str, Figure]) -> dict[str, A
         "num_questions": max(one["num_questions"] for one in answers),
         "samples_per_question": max(one["samples_per_question"] for one in answers),
         "students": suite.students,
-        "size_chart": _markup(figures.get(_size_chart(suite))),
+        "run_pairs": run_pairs(suite.models, suite.name),
+        "size_chart": markup(figures.get(size_chart(suite))),
         "size_verdict": suite.size_verdict,
         "size_steps": [str(step) for step in suite.size_steps],
+        "tradeoffs": tradeoff_rows(suite, found) if (found := fronts(suite, price_per_hour)) else [],
+        "tradeoff_chart": markup(figures.get(tradeoff_chart(suite))),
+        "matrix": _matrix(suite),
         "answers": answers,
         "consensus": next((one["consensus"].metric for one in answers if one["consensus"]), None),
-        "family_chart": _markup(figures.get(_family_chart(suite))),
+        "family_chart": markup(figures.get(family_chart(suite))),
         "heat": heat_tables(suite.models, rows),
     }
 
 
-def _markup(figure: Figure | None) -> dict[str, Any] | None:
-    """Markup: it is drawn by `eval.charts`, which escapes what it says."""
-    from markupsafe import Markup
-
-    return None if figure is None else {"wide": Markup(figure.wide), "narrow": Markup(figure.narrow)}
+def _matrix(suite: SuiteComparison) -> list[dict[str, Any]]:
+    """Teacher and distilled students against each other, row minus column; of more than a page holds, none."""
+    models = compared(suite)
+    if not 1 < len(models) <= MAX_MATRIX:
+        return []
+    rows = []
+    for model in models:
+        cells = [
+            {"name": other.name, "pair": None if other is model else difference_of(model, other, suite.name)}
+            for other in models
+        ]
+        rows.append({"name": model.name, "role": model.role, "cells": cells})
+    return rows
 
 
 def _suite_answers(model: Model, suite: str) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class Model:
     answers: Mapping[str, Answers]
     manifest: StageManifest | None
     samples: Path
+    run: str = ""  # of several that are compared; then every name begins with it
 
     @property
     def role(self) -> str:
@@ -126,6 +127,19 @@ def read_model(folder: Path) -> Model:
         if card.suite.partition("/")[0] not in answers:
             raise DataError(f"holds no sample of the suite {card.suite!r} that is scored", where=folder / SAMPLES)
     return Model(folder.name, cards, answers, read_manifest(folder), folder / SAMPLES)
+
+
+def read_prompts(samples: Path) -> dict[tuple[str, str], str]:
+    """The text of every question, by suite and question. Raises DataError."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    prompts = {}
+    with _readable(samples), pq.ParquetFile(samples) as file:
+        for batch in file.iter_batches(BATCH_ROWS, columns=["suite", "problem_id", "sample_index", "prompt"]):
+            for row in batch.filter(pc.equal(batch["sample_index"], 0)).to_pylist():
+                prompts[row["suite"], row["problem_id"]] = row["prompt"]
+    return prompts
 
 
 def first_answers(samples: Path) -> dict[tuple[str, str], ShownAnswer]:

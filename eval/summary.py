@@ -5,9 +5,11 @@
     name, device, seconds, stages                the run, its cost by stage and together
     num_cores                                    of the machine that wrote the report
     best                                         the best student and the rule that says so
-    suites                                       per suite: every model's scores and samples, and the order of sizes
+    suites                                       per suite: every model's scores and samples, and the order of sizes;
+                                                 of several runs, `run_pairs`: a model in a later run minus the first's
     students                                     per student what it gained, by suite over its base and its control
     retention                                    students' answers beside the teacher's, of suites without references
+    contamination                                questions that students were trained on, scores without them
     models, funnel, audit                        ScoreCards of whole suites (pass@1), the filters, the second grader
 
 A difference has `value`, `stderr`, `ci95`, `num_questions`, and `within_interval`: its interval holds zero. Shares and
@@ -16,8 +18,6 @@ scores lie in [0, 1].
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -25,9 +25,12 @@ from typing import Any
 from distill.cores import num_cores
 from distill.records import ScoreCard
 from distill.verify.audit import AuditSummary, SuspectedReference
+from eval.across import RunPair, run_pairs
 from eval.compare import Comparison, SizeStep, StudentRow, SuiteComparison
+from eval.leaks import leaks_summary
 from eval.scored import METRIC, Model
 from eval.statistics import Difference
+from eval.table import csv_text, markdown_cell as _cell, markdown_row as _row
 
 MAX_SUSPECTS = 20  # suspected references that are shown, replaced ones first; audit.json has all
 RIVALS = {"base": "base", "direct": "control"}
@@ -50,6 +53,7 @@ def summary(comparison: Comparison, stages: Sequence[Mapping[str, Any]]) -> dict
         "funnel": _without_examples(comparison.funnel),
         "questions": {name: _without_examples(steps) for name, steps in comparison.questions.items()},
         "hinted": comparison.num_hinted,
+        "contamination": leaks_summary(comparison),
         "audit": None if comparison.audit is None else _audit_summary(comparison.audit),
     }
 
@@ -91,11 +95,7 @@ def scores_csv(comparison: Comparison) -> str:
         for model in comparison.models
         for card in model.cards
     ]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(list(rows[0]), rows)
 
 
 def summary_markdown(comparison: Comparison, stages: Sequence[Mapping[str, Any]]) -> str:
@@ -148,6 +148,7 @@ def _suite(suite: SuiteComparison) -> dict[str, Any]:
         "num_questions": max(len(model.answers[suite.name].means) for model in suite.models),
         "samples_per_question": max(model.answers[suite.name].samples_per_question for model in suite.models),
         "models": [_model(model, suite) for model in suite.models],
+        "run_pairs": [_run_pair(pair) for pair in run_pairs(suite.models, suite.name)],
         "size_steps": [_size_step(step) for step in suite.size_steps],
         "size_verdict": suite.size_verdict,
     }
@@ -188,6 +189,11 @@ def _size_step(step: SizeStep) -> dict[str, Any]:
     return {"smaller": step.smaller, "larger": step.larger, "one_architecture": step.one_architecture, **difference}
 
 
+def _run_pair(pair: RunPair) -> dict[str, Any]:
+    difference = None if pair.difference is None else _difference(pair.difference)
+    return {"first": pair.first.name, "second": pair.second.name, "difference": difference, "why_not": pair.why_not}
+
+
 def _student(comparison: Comparison, student: str) -> dict[str, Any]:
     rows = {suite.name: row for suite in comparison.suites for row in suite.students if row.student == student}
     return {
@@ -215,8 +221,9 @@ def _suite_markdown(suite: SuiteComparison) -> list[str]:
     head = ["student", "parameters", "base", "control", "distilled", *(f"gain over {of}" for of in RIVALS.values())]
     lines += [_row(head), _row(["---"] * len(head))]
     lines += [_row(_student_cells(row)) for row in suite.students]
-    if suite.teacher:
-        lines += ["", f"The teacher scores {_points(suite.teacher)}."]
+    for teacher in suite.of_role("teacher"):
+        who = _cell(teacher.name) if teacher.run else "The teacher"
+        lines += ["", f"{who} scores {_points(teacher.card(suite.name))}."]
     head = ["model", "questions x samples", "cons@k", "cut off", "tokens an answer", "engine"]
     lines += ["", suite.size_verdict, "", _row(head), _row(["---"] * len(head))]
     lines += [_row(_answer_cells(model, suite.name)) for model in suite.models]
@@ -243,15 +250,6 @@ def _answer_cells(model: Model, suite: str) -> list[str]:
 
 def _points(card: ScoreCard | None) -> str:
     return "–" if card is None else f"{100 * card.value:.1f} ({interval(*card.ci95)})"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(map(_cell, cells))} |"
-
-
-def _cell(text: str) -> str:
-    """Text of one table cell: no line break, and no mark of Markdown or HTML that is read as one."""
-    return "".join(f"\\{mark}" if mark in "\\|*_`<>[]" else mark for mark in " ".join(text.split()))
 
 
 def _audit_summary(audit: AuditSummary) -> dict[str, Any]:

@@ -111,6 +111,9 @@ class EvalConfig(Config):
     max_unverifiable: float = Field(
         0.05, ge=0, le=1, description="share of a suite's samples whose reference no rule can read; above it it stops"
     )
+    price_per_hour: Annotated[float | None, Mark.PRICE] = Field(
+        None, ge=0, description="of the machine that scores; the report then says what 1,000 answers cost"
+    )
     roles: Distinct[Role] = Field(("teacher", "base", "direct", "distilled"), description="which models are scored")
     judge: ComparingJudge | None = Field(
         None, description="holds students' answers beside the teacher's, in suites of yours whose grader is `judge`"

@@ -17,31 +17,25 @@ app = typer.Typer()
 @app.command("run")
 def run_(recipe: RecipePath, set_: Overrides = [], out: Runs = Path("runs")) -> None:
     """Run the whole chain: generate, distill, eval, compare."""
-    _run_stages("run", recipe, set_, out)
+    run_stages("run", recipe, set_, out)
 
 
 @app.command()
 def generate(recipe: RecipePath, set_: Overrides = [], out: Runs = Path("runs")) -> None:
     """Let the teacher write its traces."""
-    _run_stages("generate", recipe, set_, out)
+    run_stages("generate", recipe, set_, out)
 
 
 @app.command()
 def distill(recipe: RecipePath, set_: Overrides = [], out: Runs = Path("runs")) -> None:
     """Verify and filter the traces, then train the students."""
-    _run_stages("distill", recipe, set_, out)
+    run_stages("distill", recipe, set_, out)
 
 
 @app.command("eval")
 def eval_(recipe: RecipePath, set_: Overrides = [], out: Runs = Path("runs")) -> None:
     """Score teacher, bases and students."""
-    _run_stages("eval", recipe, set_, out)
-
-
-@app.command()
-def compare(recipe: RecipePath, set_: Overrides = [], out: Runs = Path("runs")) -> None:
-    """Write the report that compares the sizes."""
-    _run_stages("compare", recipe, set_, out)
+    run_stages("eval", recipe, set_, out)
 
 
 @app.command()
@@ -52,7 +46,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be pushed, push nothing")] = False,
 ) -> None:
     """Push a student to the Hugging Face Hub."""
-    _run_stages("push", recipe, set_, out, dry_run=dry_run)
+    run_stages("push", recipe, set_, out, dry_run=dry_run)
 
 
 @app.command("push-traces")
@@ -63,10 +57,11 @@ def push_traces(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="lay the data set out, push nothing")] = False,
 ) -> None:
     """Push the traces to the Hugging Face Hub, as a data set."""
-    _run_stages("push-traces", recipe, set_, out, dry_run=dry_run)
+    run_stages("push-traces", recipe, set_, out, dry_run=dry_run)
 
 
-def _run_stages(command: str, path: Path, overrides: list[str], out: Path, *, dry_run: bool = False) -> None:
+def run_stages(command: str, path: Path, overrides: list[str], out: Path, *, dry_run: bool = False) -> None:
+    """Run a command's stages in the folder of the recipe's run, and say what each did."""
     from pipelines import chain
     from pipelines.context import Context
 

@@ -131,6 +131,12 @@ def _write_stages(run_dir: Path, sizes: Mapping[str, int]) -> None:
         manifest["counts"] = {"held_out": 240, "training_questions": 7_410, "shared_with_training": 0}
         manifest["counts"] |= {"generate": {"synthesised": {"tales": {}}}, "curate": {"hinted": 37}}.get(name, {})
         (folder / MANIFEST).write_text(json.dumps(manifest))
+    for number, (size, method) in enumerate((s, m) for s in sizes for m in ("direct", "distilled")):
+        steps = [
+            {"step": n, "loss": 2.4 / (1 + 0.02 * n) + 0.1 * number, "lr": 1e-3 * (1 - n / 800)} for n in range(1, 769)
+        ]
+        log = {"method": method, "num_steps": 768, "num_tokens": 1_248_129, "steps": steps}
+        (run_dir / "distill" / f"{size}-{method}" / "train_log.json").write_text(json.dumps(log))
     funnel = [("correct_only", 8192, 7804), ("complete_reasoning", 7804, 7804), ("max_repetition", 7804, 7790)]
     funnel += [("decontaminate", 7790, 7700), ("deduplicate", 7700, 7410)]
     leak = "shares 'how many <b>bold</b> apples' with the held-out question '</h3><script>0</script>' of gsm8k"

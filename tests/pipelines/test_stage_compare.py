@@ -31,8 +31,13 @@ def run_dir(tmp_path) -> Path:
 
 def test_the_report_is_written_once_and_again_when_a_score_changes(run_dir):
     first = compare(RECIPE, run_dir, HERE)
-    names = {"index.html", "summary.json", "summary.md", "scores.csv", "traces", "filter_funnel.png"}
-    assert set(first.outputs) == names | {"accuracy_by_parameters-pico.png", "accuracy_by_family-pico.png"}
+    charts = ("accuracy_by_parameters-pico", "accuracy_by_family-pico", "accuracy_against_cost-pico")
+    names = {"index.html", "summary.json", "summary.md", "traces"}
+    names |= {f"{name}.csv" for name in ("scores", "pairs", "tradeoffs", "training_curves")}
+    pictures = {
+        f"{name}.{ending}" for name in (*charts, "filter_funnel", "training_curves") for ending in ("png", "svg")
+    }
+    assert set(first.outputs) == names | pictures
     assert first.counts["models"] == 13
     page = run_dir / "report" / "index.html"
     stamp = page.stat().st_mtime_ns
