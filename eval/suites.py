@@ -12,16 +12,22 @@ from pathlib import Path
 from distill.benchmarks import BENCHMARKS, parts_of_suites
 from distill.errors import RecipeError, nearest
 from distill.problems.benchmark import benchmark_file
-from distill.recipe import OWN_SUITES
+from distill.progress import Progress
+from distill.recipe import LM_EVAL, OWN_SUITES
 
 TASKS = Path(__file__).parent / "tasks"
 SUITES = (*OWN_SUITES, *BENCHMARKS)
 
 
-def check_suites(names: Iterable[str]) -> None:
-    """Raise RecipeError for a suite that is unknown."""
-    for name in names:
-        if name not in SUITES:
+def check_suites(names: Iterable[str], progress: Progress | None = None) -> None:
+    """Raise RecipeError for a suite that is unknown, and for a task of lm-eval's that is refused."""
+    named = list(names)
+    if tasks := [name.removeprefix(LM_EVAL) for name in named if name.startswith(LM_EVAL)]:
+        from eval.lm_eval.tasks import check_tasks
+
+        check_tasks(tasks, progress)
+    for name in named:
+        if name not in SUITES and not name.startswith(LM_EVAL):
             raise RecipeError(f"unknown suite {name!r}; {nearest(name, SUITES)}", where="recipe", field="eval.suites")
 
 

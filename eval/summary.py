@@ -8,6 +8,7 @@
     suites                                       per suite: every model's scores and samples, and the order of sizes
     students                                     per student what it gained, by suite over its base and its control
     models, funnel, audit                        ScoreCards of whole suites (pass@1), the filters, the second grader
+    lm_eval                                      ScoreCards of lm-eval's own tasks, by lm-eval's metrics
 
 A difference has `value`, `stderr`, `ci95`, `num_questions`, and `within_interval`: its interval holds zero. Shares and
 scores lie in [0, 1].
@@ -22,6 +23,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distill.cores import num_cores
+from distill.recipe import LM_EVAL
 from distill.records import ScoreCard
 from distill.verify.audit import AuditSummary, SuspectedReference
 from eval.compare import Comparison, SizeStep, StudentRow, SuiteComparison
@@ -45,6 +47,7 @@ def summary(comparison: Comparison, stages: Sequence[Mapping[str, Any]]) -> dict
         "suites": [_suite(suite) for suite in comparison.suites],
         "students": [_student(comparison, student) for student in comparison.students],
         "models": [card.model_dump(mode="json") for card in totals],
+        "lm_eval": [card.model_dump(mode="json") for model in comparison.models for card in model.tasks],
         "funnel": _without_examples(comparison.funnel),
         "questions": {name: _without_examples(steps) for name, steps in comparison.questions.items()},
         "hinted": comparison.num_hinted,
@@ -80,14 +83,13 @@ def scores_csv(comparison: Comparison) -> str:
             "suite": card.suite.partition("/")[0],
             "family": card.suite.partition("/")[2],
             **{name: getattr(card, name) for name in ("metric", "value", "stderr")},
-            "ci95_low": card.ci95[0],
-            "ci95_high": card.ci95[1],
+            **dict(zip(("ci95_low", "ci95_high"), card.ci95 or ("", ""), strict=True)),
             "num_questions": card.num_questions,
             "num_samples": card.num_samples,
             **_of_whole_suites(model, card),
         }
         for model in comparison.models
-        for card in model.cards
+        for card in (*model.cards, *model.tasks)
     ]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -106,6 +108,8 @@ def summary_markdown(comparison: Comparison, stages: Sequence[Mapping[str, Any]]
         lines.append(f"Best distilled student: **{name}**, {best_rule(comparison)}.")
     for suite in comparison.suites:
         lines += ["", f"## {_cell(suite.name)}", "", *_suite_markdown(suite)]
+    if tasks := [card for model in comparison.models for card in model.tasks]:
+        lines += ["", "## lm-eval's own tasks", "", *_tasks_markdown(tasks)]
     return "\n".join(lines) + "\n"
 
 
@@ -190,7 +194,7 @@ def _difference(difference: Difference) -> dict[str, Any]:
 
 def _of_whole_suites(model: Model, card: ScoreCard) -> dict[str, Any]:
     """What is counted for a suite and not for its families."""
-    answers = None if "/" in card.suite else model.answers[card.suite]
+    answers = None if "/" in card.suite else model.answers.get(card.suite)  # lm-eval's own tasks have none
     counted = ("samples_per_question", "truncated", "ungraded", "unverifiable", "mean_tokens")
     return {name: "" if answers is None else getattr(answers, name) for name in counted} | {
         name: model.identity.get(IDENTITY[name], "") for name in ("engine", "engine_version")
@@ -208,6 +212,25 @@ def _suite_markdown(suite: SuiteComparison) -> list[str]:
     lines += ["", suite.size_verdict, "", _row(head), _row(["---"] * len(head))]
     lines += [_row(_answer_cells(model, suite.name)) for model in suite.models]
     return lines
+
+
+def _tasks_markdown(cards: Sequence[ScoreCard]) -> list[str]:
+    """Every model's metrics on whole tasks and groups, as lm-eval gives them, with its standard errors."""
+    whole = [card for card in cards if "/" not in card.suite] or list(cards)
+    head = ["model", "task", "metric", "value", "standard error", "documents"]
+    return [_row(head), _row(["---"] * len(head))] + [
+        _row(
+            [
+                card.name,
+                card.suite.removeprefix(LM_EVAL),
+                card.metric,
+                f"{card.value:.4f}",
+                "–" if card.stderr is None else f"{card.stderr:.4f}",
+                f"{card.num_questions:,}",
+            ]
+        )
+        for card in whole
+    ]
 
 
 def _student_cells(row: StudentRow) -> list[str]:
