@@ -23,6 +23,15 @@ def device_name() -> str:
     return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in kinds.items())
 
 
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them; empty where there is none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = _gpu_names(visible)
+    if visible is None or not names:
+        return tuple(str(number) for number in range(len(names)))
+    return tuple(part.strip() for part in visible.split(","))[: len(names)]
+
+
 def processor_name() -> str:
     """The processor as the system names it."""
     try:

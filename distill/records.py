@@ -245,7 +245,10 @@ class StageManifest(Record):
 
 
 class ScoreCard(Record):
-    """One model on one suite (or one family of it, `suite` = `pico/gcd`)."""
+    """One model on one suite (or one family of it, `suite` = `pico/gcd`).
+
+    `stderr` and `ci95` are None where a metric of lm-eval's has no standard error.
+    """
 
     name: str
     role: Role
@@ -255,7 +258,7 @@ class ScoreCard(Record):
     suite: str
     metric: str
     value: float
-    stderr: float
-    ci95: tuple[float, float]
+    stderr: float | None
+    ci95: tuple[float, float] | None
     num_questions: int
     num_samples: int

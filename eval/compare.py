@@ -139,6 +139,10 @@ def compare_run(run_dir: Path, deciding_suite: str | None = None, progress: Prog
             task.advance(1)
     models = by_size(read)
     names = list(dict.fromkeys(suite for model in read for suite in model.suites))
+    if not names:
+        raise DataError(
+            "only lm-eval's tasks were scored, which scores.json has; no suite to compare by", where=run_dir
+        )
     return Comparison(
         name=run_dir.name,
         models=models,

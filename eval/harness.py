@@ -100,8 +100,12 @@ def score_model(
         message = f"{num_answers} answers are kept, the suites now want {len(rows)}; run `potstill eval`"
         raise NotKept(message, where=out_dir)
     _write_rows(rows, out_dir / SAMPLES)
-    write_atomically(out_dir / SCORES, json.dumps([card.model_dump(mode="json") for card in cards], indent=2) + "\n")
+    write_scores(cards, out_dir)
     return cards
+
+
+def write_scores(cards: Sequence[ScoreCard], out_dir: Path) -> None:
+    write_atomically(out_dir / SCORES, json.dumps([card.model_dump(mode="json") for card in cards], indent=2) + "\n")
 
 
 def task_config(
@@ -216,7 +220,7 @@ def _run_task(
 
         tasks = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata).load([config])
         for task in tasks["tasks"].values():
-            task.build_all_requests = _without_bar(task.build_all_requests)
+            task.build_all_requests = without_bar(task.build_all_requests)
         lm = PotstillLM(kept, seed=seed, title=f"{subject.name} {config['task']}")
         results = evaluate(lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=False)
     return lm.answers, results["results"][config["task"]]
@@ -234,7 +238,7 @@ def quiet_lm_eval() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _without_bar(build_requests: Callable[..., None]) -> Callable[..., None]:
+def without_bar(build_requests: Callable[..., None]) -> Callable[..., None]:
     """Keep the bar that lm-eval draws while it builds its requests off the terminal: it takes no option for that."""
 
     def build(**arguments: Any) -> None:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from distill.curate.shown import cut
 from distill.errors import DataError
 from distill.manifest import read_manifest
+from distill.recipe import LM_EVAL
 from distill.records import ScoreCard, StageManifest
 from eval.harness import SAMPLES, SCORES
 from eval.tasks.processors import NO_VERDICT
@@ -57,18 +58,19 @@ class Answers:
 
 @dataclass(frozen=True)
 class Model:
-    """One scored model: its cards, its answers by suite, and the manifest that it was scored under."""
+    """One scored model: its cards, its answers by suite, the manifest that it was scored under, lm-eval's own tasks."""
 
     name: str
     cards: tuple[ScoreCard, ...]
     answers: Mapping[str, Answers]
     manifest: StageManifest | None
     samples: Path
+    tasks: tuple[ScoreCard, ...] = ()
     run: str = ""  # of several that are compared; then every name begins with it
 
     @property
     def role(self) -> str:
-        return self.cards[0].role
+        return (*self.cards, *self.tasks)[0].role
 
     @property
     def student(self) -> str:
@@ -77,7 +79,7 @@ class Model:
 
     @property
     def num_parameters(self) -> int:
-        return self.cards[0].num_parameters
+        return (*self.cards, *self.tasks)[0].num_parameters
 
     @property
     def suites(self) -> list[str]:
@@ -122,11 +124,13 @@ def read_model(folder: Path) -> Model:
         raise DataError(f"not a list of score cards ({exc})", where=folder / SCORES) from exc
     if not cards:
         raise DataError("holds no score card", where=folder / SCORES)
-    answers = _read_answers(folder / SAMPLES)
+    tasks = tuple(card for card in cards if card.suite.startswith(LM_EVAL))
+    cards = tuple(card for card in cards if not card.suite.startswith(LM_EVAL))
+    answers = _read_answers(folder / SAMPLES) if cards else {}
     for card in cards:
         if card.suite.partition("/")[0] not in answers:
             raise DataError(f"holds no sample of the suite {card.suite!r} that is scored", where=folder / SAMPLES)
-    return Model(folder.name, cards, answers, read_manifest(folder), folder / SAMPLES)
+    return Model(folder.name, cards, answers, read_manifest(folder), folder / SAMPLES, tasks)
 
 
 def read_prompts(samples: Path) -> dict[tuple[str, str], str]:

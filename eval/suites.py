@@ -13,18 +13,26 @@ from distill.benchmarks import BENCHMARKS, BenchmarkPart, parts_of_suites
 from distill.errors import RecipeError, nearest
 from distill.problems import benchmark_parts
 from distill.problems.benchmark import benchmark_file
-from distill.recipe import OWN_SUITES, EvalConfig, GivenSource
+from distill.progress import Progress
+from distill.recipe import LM_EVAL, OWN_SUITES, EvalConfig, GivenSource
 
 TASKS = Path(__file__).parent / "tasks"
 HELD_OUT = "held_out"
 SUITES = (*OWN_SUITES, *BENCHMARKS)
 
 
-def check_suites(names: Iterable[str], own: Collection[str] = ()) -> None:
-    """Raise RecipeError for a suite that is unknown; `own` are those that the recipe brings problems for."""
-    known = (*SUITES, *own)
-    for name in names:
-        if name not in known:
+def check_suites(names: Iterable[str], own: Collection[str] = (), progress: Progress | None = None) -> None:
+    """Raise RecipeError for a suite that is unknown, and for a task of lm-eval's that is refused.
+
+    `own` are those that the recipe brings problems for.
+    """
+    named, known = list(names), (*SUITES, *own)
+    if tasks := [name.removeprefix(LM_EVAL) for name in named if name.startswith(LM_EVAL)]:
+        from eval.lm_eval.tasks import check_tasks
+
+        check_tasks(tasks, progress)
+    for name in named:
+        if name not in known and not name.startswith(LM_EVAL):
             raise RecipeError(f"unknown suite {name!r}; {nearest(name, known)}", where="recipe", field="eval.suites")
 
 

@@ -11,6 +11,7 @@
     retention                                    students' answers beside the teacher's, of suites without references
     contamination                                questions that students were trained on, scores without them
     models, funnel, audit                        ScoreCards of whole suites (pass@1), the filters, the second grader
+    lm_eval                                      ScoreCards of lm-eval's own tasks, by lm-eval's metrics
 
 A difference has `value`, `stderr`, `ci95`, `num_questions`, and `within_interval`: its interval holds zero. Shares and
 scores lie in [0, 1].
@@ -23,6 +24,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distill.cores import num_cores
+from distill.recipe import LM_EVAL
 from distill.records import ScoreCard
 from distill.verify.audit import AuditSummary, SuspectedReference
 from eval.across import RunPair, run_pairs
@@ -50,6 +52,7 @@ def summary(comparison: Comparison, stages: Sequence[Mapping[str, Any]]) -> dict
         "students": [_student(comparison, student) for student in comparison.students],
         "retention": list(comparison.retention),
         "models": [card.model_dump(mode="json") for card in totals],
+        "lm_eval": [card.model_dump(mode="json") for model in comparison.models for card in model.tasks],
         "funnel": _without_examples(comparison.funnel),
         "questions": {name: _without_examples(steps) for name, steps in comparison.questions.items()},
         "hinted": comparison.num_hinted,
@@ -86,14 +89,13 @@ def scores_csv(comparison: Comparison) -> str:
             "suite": card.suite.partition("/")[0],
             "family": card.suite.partition("/")[2],
             **{name: getattr(card, name) for name in ("metric", "value", "stderr")},
-            "ci95_low": card.ci95[0],
-            "ci95_high": card.ci95[1],
+            **dict(zip(("ci95_low", "ci95_high"), card.ci95 or ("", ""), strict=True)),
             "num_questions": card.num_questions,
             "num_samples": card.num_samples,
             **_of_whole_suites(model, card),
         }
         for model in comparison.models
-        for card in model.cards
+        for card in (*model.cards, *model.tasks)
     ]
     return csv_text(list(rows[0]), rows)
 
@@ -112,6 +114,8 @@ def summary_markdown(comparison: Comparison, stages: Sequence[Mapping[str, Any]]
         head = ["suite", "student", "retention", "wins", "ties", "losses", "questions", "judge"]
         lines += ["", "## Beside the teacher", "", _row(head), _row(["---"] * len(head))]
         lines += [_row(_retention_cells(row)) for row in comparison.retention]
+    if tasks := [card for model in comparison.models for card in model.tasks]:
+        lines += ["", "## lm-eval's own tasks", "", *_tasks_markdown(tasks)]
     return "\n".join(lines) + "\n"
 
 
@@ -209,7 +213,7 @@ def _difference(difference: Difference) -> dict[str, Any]:
 
 def _of_whole_suites(model: Model, card: ScoreCard) -> dict[str, Any]:
     """What is counted for a suite and not for its families."""
-    answers = None if "/" in card.suite else model.answers[card.suite]
+    answers = None if "/" in card.suite else model.answers.get(card.suite)  # lm-eval's own tasks have none
     counted = ("samples_per_question", "truncated", "ungraded", "unverifiable", *RATES)
     return {name: "" if answers is None else getattr(answers, name) for name in counted} | {
         name: model.identity.get(IDENTITY[name], "") for name in ("engine", "engine_version")
@@ -228,6 +232,25 @@ def _suite_markdown(suite: SuiteComparison) -> list[str]:
     lines += ["", suite.size_verdict, "", _row(head), _row(["---"] * len(head))]
     lines += [_row(_answer_cells(model, suite.name)) for model in suite.models]
     return lines
+
+
+def _tasks_markdown(cards: Sequence[ScoreCard]) -> list[str]:
+    """Every model's metrics on whole tasks and groups, as lm-eval gives them, with its standard errors."""
+    whole = [card for card in cards if "/" not in card.suite] or list(cards)
+    head = ["model", "task", "metric", "value", "standard error", "documents"]
+    return [_row(head), _row(["---"] * len(head))] + [
+        _row(
+            [
+                card.name,
+                card.suite.removeprefix(LM_EVAL),
+                card.metric,
+                f"{card.value:.4f}",
+                "–" if card.stderr is None else f"{card.stderr:.4f}",
+                f"{card.num_questions:,}",
+            ]
+        )
+        for card in whole
+    ]
 
 
 def _student_cells(row: StudentRow) -> list[str]:

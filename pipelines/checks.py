@@ -15,6 +15,7 @@ from distill.model_folder import check_model_folder
 from distill.progress import Progress
 from distill.recipe import (
     UNINSTRUCTED,
+    EndpointEngine,
     LocalSource,
     Method,
     NativeTeacher,
@@ -23,6 +24,7 @@ from distill.recipe import (
     Recipe,
     StudentConfig,
     TeacherConfig,
+    VllmEngine,
     VllmTeacher,
 )
 
@@ -35,6 +37,7 @@ OF_STAGES = {
     "models": {"generate", "distill", "eval"},
     "benchmarks": {"generate", "curate", "eval"},
     "suites": {"curate", "eval"},
+    "engine": {"eval"},
     "push": {"push"},
     "push traces": {"push-traces"},
 }
@@ -62,7 +65,8 @@ def recipe_checks(recipe: Recipe, base_dir: Path, progress: Progress | None = No
     if recipe.synthesised:
         yield "synthesis", lambda: _synthesis(recipe)
     yield "students", lambda: _students(recipe, progress)
-    yield "suites", lambda: _suites(recipe)
+    yield "suites", lambda: _suites(recipe, progress)
+    yield "engine", lambda: _engine(recipe)
     yield "benchmarks", lambda: _benchmarks(recipe, base_dir)
     yield "push", lambda: _push(recipe)
     yield "push traces", lambda: _push_traces(recipe)
@@ -241,6 +245,16 @@ def _push_traces(recipe: Recipe) -> str:
     return repo
 
 
+def _engine(recipe: Recipe) -> str:
+    """Who scores bases and students. A vLLM that is to be started is installed; no endpoint is asked here."""
+    engine = recipe.eval.engine
+    if isinstance(engine, VllmEngine):
+        from teacher.backends.vllm.launch import installed_version
+
+        return f"vLLM {installed_version()}, {engine.num_gpus} ranks a model"
+    return f"an endpoint, {engine.base_url}" if isinstance(engine, EndpointEngine) else engine
+
+
 def _local_bases(recipe: Recipe) -> list[Path]:
     """Base folders and GGUF files on this machine. Raises CheckpointError for a base that is a path and not there."""
     from students.base_folder import is_repository, local_base
@@ -255,8 +269,8 @@ def _local_bases(recipe: Recipe) -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def _suites(recipe: Recipe) -> str:
+def _suites(recipe: Recipe, progress: Progress | None) -> str:
     from eval.suites import check_suites
 
-    check_suites(recipe.eval.suites, recipe.eval.own)
+    check_suites(recipe.eval.suites, recipe.eval.own, progress)
     return ", ".join(recipe.eval.suites)

@@ -19,11 +19,13 @@ class Context:
 
     `base_dir` is where the recipe's relative paths start: the command line says it once. `dry_run` has a push show what
     it would do. `num_workers` bounds the models that are scored side by side (None: as many as the machine has room
-    for). `open_teacher` opens the teacher that writes the traces (None: the backend that the recipe names).
+    for), `gpus` are those that they share (None: all that this process sees). `open_teacher` opens the teacher that
+    writes the traces (None: the backend that the recipe names).
     """
 
     base_dir: Path
     progress: Progress = field(default_factory=silent)
     dry_run: bool = False
     num_workers: int | None = None
+    gpus: tuple[str, ...] | None = None
     open_teacher: OpenTeacher | None = None

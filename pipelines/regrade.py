@@ -24,7 +24,7 @@ from distill.records import Sampling, ScoreCard, StageManifest, TeacherIdentity
 from distill.tables import iterate_records
 from distill.verify.kept import KeptVerdicts, grading_settings
 from eval.answers import LEDGER, AbsentModel, KeptAnswers, NotKept
-from eval.harness import SAMPLES, Subject, score_model
+from eval.harness import SAMPLES, Subject, score_model, write_scores
 from eval.retained import FOLDER
 from eval.suites import check_suites, own_suite_file
 from pipelines.context import Context
@@ -33,6 +33,7 @@ from pipelines.run_folder import check_run_folder, held
 
 SCORING, GRADING = "eval-model", "grading"  # the stage of one model, and the setting of it that this room changes
 HELD_OUT = "held_out.parquet"
+TASKS_FOLDER = "lm_eval"  # of a model's folder: lm-eval's own tasks, which lm-eval grades as it is asked
 NEEDED = {"answers", "identity", "subject"}  # counts of a model's manifest, without which its samples are not found
 
 
@@ -161,33 +162,46 @@ def grade_kept(
     asked, sampling = before.config, before.config["sampling"]
     identity = TeacherIdentity.model_validate(before.counts["identity"])
     subject = Subject(**before.counts["subject"])
+    tasks = [ScoreCard.model_validate(card) for card in before.counts.get("lm_eval", [])]
+    if tasks and not (folder / TASKS_FOLDER).is_dir():
+        raise NotKept("no such folder; run `potstill eval`", where=folder / TASKS_FOLDER)
     with Ledger.open(folder / LEDGER) as ledger, KeptVerdicts(ledger, verifier, grading) as verdicts:
         answers = KeptAnswers(AbsentModel(identity, folder / LEDGER), ledger, verdicts, progress)
-        cards = score_model(
-            answers,
-            subject,
-            asked["suites"],
-            folder,
-            sampling=None if sampling is None else Sampling.model_validate(sampling),
-            held_out=held_out,
-            own=own,
-            compared=compared,
-            bench_data=bench_data,
-            limits=limits,
-            max_unverifiable=max_unverifiable,
-            contest_dates=ContestDates.model_validate(asked.get("contest_dates", {})),  # earlier runs had none
-            num_answers=before.counts["answers"],
-            **{name: asked[name] for name in ("seed", "num_samples", "question_alone", "limit")},
-        )
-    counts = scoring_counts(cards, subject, identity, answers)
+        cards: list[ScoreCard] = []
+        if asked["suites"]:
+            cards = score_model(
+                answers,
+                subject,
+                asked["suites"],
+                folder,
+                sampling=None if sampling is None else Sampling.model_validate(sampling),
+                held_out=held_out,
+                own=own,
+                compared=compared,
+                bench_data=bench_data,
+                limits=limits,
+                max_unverifiable=max_unverifiable,
+                contest_dates=ContestDates.model_validate(asked.get("contest_dates", {})),  # earlier runs had none
+                num_answers=before.counts["answers"],
+                **{name: asked[name] for name in ("seed", "num_samples", "question_alone", "limit")},
+            )
+    write_scores([*cards, *tasks], folder)
+    counts = scoring_counts(cards, subject, identity, answers, tasks)
     rewrite_manifest(folder, before, {**asked, GRADING: dict(grading)}, counts)
     return cards
 
 
 def scoring_counts(
-    cards: Sequence[ScoreCard], subject: Subject, identity: TeacherIdentity, answers: KeptAnswers
+    cards: Sequence[ScoreCard],
+    subject: Subject,
+    identity: TeacherIdentity,
+    answers: KeptAnswers,
+    tasks: Sequence[ScoreCard] = (),
 ) -> dict[str, Any]:
-    """Counts of one model's manifest; `identity` and `subject` are what grading again needs to know of the model."""
+    """Counts of one model's manifest; `identity` and `subject` are what grading again needs to know of the model.
+
+    `tasks` are the scores of lm-eval's own tasks, which no grader of ours can change.
+    """
     totals = [card for card in cards if "/" not in card.suite and card.metric == "pass@1"]
     return {
         "samples": sum(card.num_samples for card in totals),
@@ -196,6 +210,7 @@ def scoring_counts(
         "pass@1": {card.suite: card.value for card in totals},
         "identity": identity.model_dump(),
         "subject": vars(subject),
+        **({"lm_eval": [card.model_dump(mode="json") for card in tasks]} if tasks else {}),
     }
 
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -28,16 +28,24 @@ GRACE_S = 5.0
 
 
 def run_side_by_side(
-    work: Work, jobs: Sequence[tuple[str, Any]], num_workers: int, *, num_threads: int, progress: Progress
+    work: Work,
+    jobs: Sequence[tuple[str, Any]],
+    num_workers: int,
+    *,
+    num_threads: int,
+    progress: Progress,
+    environments: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """Call `work(job, progress)` for every (name, job), `num_workers` at a time, started in the order given.
 
-    `work` is a function of a module and jobs can be pickled. Each process may use `num_threads` of torch's threads.
+    `work` is a function of a module and jobs can be pickled. Each process may use `num_threads` of torch's threads, and
+    has the variables of its place in `environments`, if there is one for each (which GPUs are its own, say).
     Raises the first PotstillError of a job as it is, EnvironmentFault for a process that was killed.
     """
     waiting = list(jobs)
     with ExitStack() as stack:
-        crew = [_Worker(work, num_threads, progress, stack) for _ in range(min(num_workers, len(jobs)))]
+        places = [environments[n] if environments else {} for n in range(min(num_workers, len(jobs)))]
+        crew = [_Worker(work, num_threads, progress, stack, place) for place in places]
         for worker in crew:
             worker.start_next(waiting)
         while busy := {worker.connection: worker for worker in crew if worker.job is not None}:
@@ -52,13 +60,17 @@ def run_side_by_side(
 class _Worker:
     """The parent's side of one process."""
 
-    def __init__(self, work: Work, num_threads: int, progress: Progress, stack: ExitStack) -> None:
+    def __init__(
+        self, work: Work, num_threads: int, progress: Progress, stack: ExitStack, environment: Mapping[str, str]
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.progress = progress
         self.tasks: dict[int, tuple[Task, ExitStack]] = {}
         self.job: str | None = None
-        self.process: SpawnProcess = context.Process(target=_serve, args=(work, theirs, num_threads), daemon=True)
+        self.process: SpawnProcess = context.Process(
+            target=_serve, args=(work, theirs, num_threads, environment), daemon=True
+        )
         with _without_main():
             self.process.start()
         theirs.close()
@@ -154,11 +166,11 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _serve(work: Work, connection: Connection, num_threads: int) -> None:
+def _serve(work: Work, connection: Connection, num_threads: int, environment: Mapping[str, str]) -> None:
     """The worker's side: jobs in, messages out, until there are no more or the parent ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    os.environ |= {"OMP_NUM_THREADS": str(num_threads), **environment}
     import torch
 
     torch.set_num_threads(num_threads)

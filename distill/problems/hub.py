@@ -62,7 +62,7 @@ def _ask(source: DatasetSource, question: Callable[[Any], Any]) -> Any:
     from datasets.exceptions import DatasetGenerationError, DefunctDatasetError, FileNotFoundDatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    with _quiet():
+    with quiet():
         try:
             _require_answer(source)
             return question(datasets)
@@ -105,7 +105,7 @@ def _require_answer(source: DatasetSource) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Neither bars of the libraries nor what they log: that is in what they raise."""
     import datasets
     import huggingface_hub

@@ -29,19 +29,22 @@ from distill.recipe.problems import (
     SynthesisedSource,
 )
 from distill.recipe.reading import apply_override, load_recipe, load_settings, load_student, parse
-from distill.recipe.results import OWN_SUITES, ContestDates, EvalConfig, PushConfig
+from distill.recipe.results import LM_EVAL, OWN_SUITES, ContestDates, Engine, EvalConfig, LmEvalConfig, PushConfig
 from distill.recipe.students import DistillConfig, Method, PublishedScore, SFTConfig, StudentConfig
 from distill.recipe.teachers import (
     SERVER_KEY_ENV,
     AdaptiveSampling,
+    EndpointEngine,
     FlagValue,
     GenerateConfig,
     Hints,
     NativeTeacher,
     OpenAITeacher,
     RayTeacher,
+    ServedEngine,
     ServedTeacher,
     TeacherConfig,
+    VllmEngine,
     VllmServing,
     VllmTeacher,
 )
@@ -49,6 +52,7 @@ from distill.recipe.whole import Recipe
 
 __all__ = [
     "DEFAULT_LIMITS",
+    "LM_EVAL",
     "OWN_SUITES",
     "SERVER_KEY_ENV",
     "UNINSTRUCTED",
@@ -63,6 +67,8 @@ __all__ = [
     "DatasetSource",
     "Difficulty",
     "DistillConfig",
+    "EndpointEngine",
+    "Engine",
     "EvalConfig",
     "FlagValue",
     "GenerateConfig",
@@ -71,6 +77,7 @@ __all__ = [
     "Hints",
     "Instruction",
     "JudgeConfig",
+    "LmEvalConfig",
     "LocalSource",
     "Mark",
     "Method",
@@ -88,11 +95,13 @@ __all__ = [
     "ReasoningGymSource",
     "Recipe",
     "SFTConfig",
+    "ServedEngine",
     "ServedTeacher",
     "StudentConfig",
     "SynthesisedSource",
     "TeacherConfig",
     "VerifyConfig",
+    "VllmEngine",
     "VllmServing",
     "VllmTeacher",
     "apply_override",

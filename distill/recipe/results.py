@@ -13,11 +13,13 @@ from distill.benchmarks import BENCHMARKS
 from distill.licences import Licence
 from distill.recipe.config import BatchSize, Config, Distinct, Mark
 from distill.recipe.problems import GivenSource, HeldOutSource, ReasoningGymSource
-from distill.recipe.teachers import TeacherConfig
+from distill.recipe.teachers import ServedEngine, TeacherConfig
 from distill.records import Role, Sampling
 
 # Suites of the recipe's own held-out problems: one that is named for what it is, and that of the bundled scale.
 OWN_SUITES = ("held_out", "pico")
+# In front of the name of one of lm-eval's own tasks, which then is a suite too.
+LM_EVAL = "lm_eval:"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # of a suite: the name of its file, too
 
 
@@ -87,8 +89,28 @@ def names_and_problems(tree: Any) -> Any:
     return {**tree, "suites": names, "own": own}
 
 
+class LmEvalConfig(Config):
+    """How lm-eval's own tasks are asked, where lm-eval leaves it open."""
+
+    num_fewshot: int | None = Field(None, ge=0, description="examples in a prompt; none: as the task says")
+    chat_template: bool = Field(False, description="the model's own chat template around every prompt")
+    fewshot_as_multiturn: bool = Field(False, description="with the chat template: every example a turn of its own")
+
+
+def _by_backend(given: Any) -> Any:
+    """`vllm` is short for `{backend: vllm}`."""
+    return {"backend": given} if given in ("vllm", "openai") else given
+
+
+# This project's own, transformers as a peer, or a server: one of ours for each model, or one that is there.
+Engine = Annotated[
+    Literal["native", "transformers"] | Annotated[ServedEngine, Field(discriminator="backend")],
+    BeforeValidator(_by_backend),
+]
+
+
 class EvalConfig(Config):
-    """Suites by name: the recipe's own held-out problems, benchmarks (`distill.benchmarks`), or problems of yours.
+    """Suites by name: the recipe's own held-out problems, benchmarks (`distill.benchmarks`), `lm_eval:TASK`, or yours.
 
     The latter may stand in the list itself: `suites: [gsm8k, {name: mine, problems: {kind: local, path: ...}}]`.
     """
@@ -103,9 +125,10 @@ class EvalConfig(Config):
     batch_size: Annotated[BatchSize, Mark.SPEED] = Field(
         "auto", description="answers in progress together; auto: by the GPU's memory; 128 on a CPU or by transformers"
     )
-    engine: Literal["transformers", "native"] = Field(
+    engine: Engine = Field(
         "native", description="who writes the answers of bases and students; the samples differ, not the odds"
     )
+    lm_eval: LmEvalConfig = LmEvalConfig()
     limit: int | None = Field(None, ge=1, description="questions a suite")
     contest_dates: ContestDates = ContestDates()
     max_unverifiable: float = Field(
@@ -126,8 +149,8 @@ class EvalConfig(Config):
 
     @property
     def graded(self) -> tuple[str, ...]:
-        """The other suites."""
-        return tuple(name for name in self.suites if name not in self.compared)
+        """Those whose answers potstill grades."""
+        return tuple(name for name in self.our_suites if name not in self.compared)
 
     @property
     def asked_of_all(self) -> dict[str, Any]:
@@ -163,6 +186,28 @@ class EvalConfig(Config):
             raise ValueError(f"roles: {compared[0]!r} holds students beside the teacher, and needs both")
         if not self.graded:
             raise ValueError(f"suites: beside {compared[0]!r} one must have references, by which models are ranked")
+        return self
+
+    @property
+    def our_suites(self) -> tuple[str, ...]:
+        """The suites that potstill asks itself."""
+        return tuple(suite for suite in self.suites if not suite.startswith(LM_EVAL))
+
+    @property
+    def lm_eval_tasks(self) -> tuple[str, ...]:
+        """lm-eval's own tasks among the suites, by lm-eval's names."""
+        return tuple(suite.removeprefix(LM_EVAL) for suite in self.suites if suite.startswith(LM_EVAL))
+
+    @model_validator(mode="after")
+    def _a_served_engine_can_do_it(self) -> EvalConfig:
+        if isinstance(self.engine, ServedEngine) and self.sampling.max_thinking_tokens is not None:
+            raise ValueError("sampling.max_thinking_tokens: is for the native engine")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_of_lm_eval_can_be_asked(self) -> EvalConfig:
+        if self.lm_eval_tasks and self.engine == "transformers":
+            raise ValueError("engine: transformers does not score texts for lm-eval's tasks; native does")
         return self
 
 

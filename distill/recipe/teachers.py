@@ -5,6 +5,7 @@ A field that changes none of a teacher's texts carries a `Mark`: it is no part o
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -21,6 +22,8 @@ RESERVED_FLAGS = {
     *("revision", "served-model-name", "tokenizer-revision", "uds"),
 }
 
+
+NUMERIC_FLAGS = ("dtype", "hf-overrides", "kv-cache-dtype", "quantization", "speculative-config")
 
 # The key that a native server asks for, and its nodes each other; a vLLM one has the variable that its recipe names.
 SERVER_KEY_ENV = "POTSTILL_API_KEY"
@@ -116,11 +119,9 @@ SET_BY_POTSTILL = {
 }
 
 
-class ServedTeacher(InstructedTeacher):
-    """A model behind an OpenAI-compatible endpoint, whoever started the endpoint, and how it is asked."""
+class Asking(Config):
+    """How a model behind an OpenAI-compatible endpoint is asked, whoever started the endpoint."""
 
-    model: str = Field(description="the served model's name")
-    revision: str = "unknown"
     api_key_env: Annotated[str, Mark.PLACE] = "OPENAI_API_KEY"
     max_concurrency: Annotated[int, Mark.SPEED] = Field(
         256, ge=1, description="requests in flight at the most; how many it is adapts"
@@ -136,6 +137,20 @@ class ServedTeacher(InstructedTeacher):
     )
     max_retries: Annotated[int, Mark.PATIENCE] = Field(8, ge=0)
     extra_body: dict[str, Any] = Field(default_factory=dict, description="fields added to every request, as they are")
+
+    @field_validator("extra_body")
+    @classmethod
+    def _potstill_sets_the_rest(cls, body: dict[str, Any]) -> dict[str, Any]:
+        if taken := SET_BY_POTSTILL & body.keys():
+            raise ValueError(f"{min(taken)!r} is set by potstill itself")
+        return body
+
+
+class ServedTeacher(InstructedTeacher, Asking):
+    """A model behind an OpenAI-compatible endpoint, whoever started the endpoint."""
+
+    model: str = Field(description="the served model's name")
+    revision: str = "unknown"
     budget_forcing: Literal["completions", "chat", "server"] = Field(
         "completions", description="how the end of thinking is forced (sampling.max_thinking_tokens); docs/serving.md"
     )
@@ -146,13 +161,6 @@ class ServedTeacher(InstructedTeacher):
     think_prefilled: bool = Field(
         True, description="the served template already opens <think>: put it back in front of tagged reasoning"
     )
-
-    @field_validator("extra_body")
-    @classmethod
-    def _potstill_sets_the_rest(cls, body: dict[str, Any]) -> dict[str, Any]:
-        if taken := SET_BY_POTSTILL & body.keys():
-            raise ValueError(f"{min(taken)!r} is set by potstill itself")
-        return body
 
     @property
     def opens_thinking(self) -> bool:
@@ -192,6 +200,17 @@ class VllmServing(Config):
         3, ge=0, description="how often a server that died is started again"
     )
 
+    @property
+    def numerics(self) -> dict[str, FlagValue]:
+        """The flags that change what the same weights write; the others say how fast they do."""
+        return {name: self.flags[name] for name in NUMERIC_FLAGS if self.flags.get(name) is not None}
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that one server takes: its ranks of every kind."""
+        sizes = [self.flags.get(f"{kind}-parallel-size") or 1 for kind in ("tensor", "pipeline", "data")]
+        return math.prod(size for size in sizes if isinstance(size, int))
+
     @field_validator("flags")
     @classmethod
     def _ours_are_not_given(cls, flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
@@ -203,6 +222,28 @@ class VllmServing(Config):
             if name == "trust-remote-code" and flags[name] is not False:
                 raise ValueError(f"{name!r} would run Python code of the model's folder, which potstill never does")
         return flags
+
+
+class VllmEngine(Asking, VllmServing):
+    """A vLLM server of ours for every model that is scored, one after the other; several replicas by its own flags."""
+
+    backend: Literal["vllm"] = "vllm"
+
+
+class EndpointEngine(Asking):
+    """An endpoint that serves the models that are scored, started elsewhere.
+
+    Whether it serves these very weights cannot be seen from here: the scores are named after the folders.
+    """
+
+    backend: Literal["openai"] = "openai"
+    base_url: str = "http://127.0.0.1:8000/v1"
+    served: dict[str, str] = Field(
+        default_factory=dict, description="names under which models are served, by their names in the run"
+    )
+
+
+ServedEngine = VllmEngine | EndpointEngine
 
 
 class VllmTeacher(ServedTeacher, VllmServing, OverNodes):

@@ -14,7 +14,7 @@ from distill.recipe.limits import ReadLimits
 from distill.recipe.problems import BenchmarkSource, LocalSource, ProblemSource, SynthesisedSource
 from distill.recipe.results import OWN_SUITES, EvalConfig, PushConfig, PushTracesConfig
 from distill.recipe.students import DistillConfig
-from distill.recipe.teachers import GenerateConfig, TeacherConfig
+from distill.recipe.teachers import GenerateConfig, ServedTeacher, TeacherConfig
 
 
 class Recipe(Config):
@@ -41,7 +41,7 @@ class Recipe(Config):
     @property
     def deciding_suite(self) -> str:
         """The suite whose pass@1 says which student is the best."""
-        return self.push.best_by or self.eval.graded[0]
+        return self.push.best_by or (*self.eval.graded, *self.eval.suites)[0]
 
     @model_validator(mode="after")
     def _the_best_is_found_on_a_suite_that_is_scored(self) -> Recipe:
@@ -103,6 +103,15 @@ class Recipe(Config):
             if isinstance(source, BenchmarkSource) and source.split == "test" and source.name in self.eval.suites:
                 message = f"the suite {source.name!r} asks the questions of its test split"
                 raise ValueError(f"problems.{number}.split: {message}, which no student may learn")
+        return self
+
+    @model_validator(mode="after")
+    def _who_is_scored_by_lm_eval_has_tokens(self) -> Recipe:
+        if self.eval.lm_eval_tasks and "teacher" in self.eval.roles and isinstance(self.teacher, ServedTeacher):
+            raise ValueError(
+                f"eval.roles: lm-eval's tasks need a model's tokens, which a {self.teacher.backend} teacher does not "
+                "tell; score the other roles"
+            )
         return self
 
     @model_validator(mode="after")

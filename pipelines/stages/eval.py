@@ -3,6 +3,7 @@
     run_dir/eval/held_out.parquet              the recipe's own held-out questions, none of them in the training set
     run_dir/eval/<model>/ledger.sqlite         each of the model's samples as soon as it is there, and its verdicts
     run_dir/eval/<model>/{samples.parquet, scores.json, manifest.json}
+    run_dir/eval/<model>/lm_eval/<task>.jsonl  documents of lm-eval's own tasks, with the answers and their metrics
     run_dir/eval/manifest.json                 all of them together
 
 Each model is a stage of its own: a new student is scored without scoring the others again, an interrupted run goes on
@@ -12,126 +13,42 @@ with the samples that are missing. What is kept and how it is graded again: `eva
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from distill.benchmarks import BENCHMARKS, BenchmarkPart, bench_folder, hub_identities, parts_of_suites
-from distill.bundled import locate
+from distill.benchmarks import bench_folder, hub_identities
 from distill.cores import num_cores
+from distill.device import visible_gpus
 from distill.errors import DataError
-from distill.gguf import checkpoint_folder
 from distill.ledger import Ledger
 from distill.manifest import StageRun, current, read_manifest, run_stage
 from distill.problems import benchmark_parts, load_problems, normalise, source_files
 from distill.progress import Progress
-from distill.protocols import Teacher
+from distill.protocols import Teacher, TokenModel
 from distill.recipe import (
     OWN_SUITES,
-    BatchSize,
-    ContestDates,
     EvalConfig,
-    Instruction,
-    NativeTeacher,
-    ReadLimits,
     Recipe,
+    ServedEngine,
     ServedTeacher,
     TeacherConfig,
     VerifyConfig,
-    VllmServing,
 )
-from distill.records import Example, Problem, Role, Sampling, StageManifest
+from distill.records import Example, Problem, Role, ScoreCard, StageManifest
 from distill.tables import read_records, write_records
 from distill.verify.kept import KeptVerdicts, grading_settings
 from eval.answers import LEDGER, KeptAnswers, NotKept
-from eval.harness import SAMPLES, SCORES, Subject, score_model
+from eval.harness import Subject, score_model, write_scores
 from eval.retained import FOLDER, RETENTION
-from eval.suites import TASKS, check_suites, own_suite_file, own_suites, parts_asked, suite_files
+from eval.suites import check_suites, own_suite_file, own_suites, parts_asked
 from pipelines.context import Context
 from pipelines.preemption import preemptible
-from pipelines.regrade import GRADING, HELD_OUT, SCORING, grade_kept, graders_of, scoring_counts
+from pipelines.regrade import GRADING, HELD_OUT, SCORING, TASKS_FOLDER, grade_kept, graders_of, scoring_counts
 from pipelines.retention import compare_answers
+from pipelines.scoring_job import ScoringJob, engine_settings, lm_eval_settings, task_files
 from pipelines.workers import run_side_by_side
 
-MAX_WORKERS = 4  # each holds a model and the libraries, about 0.8 GB for a pico model
-
-
-@dataclass(frozen=True)
-class ScoringJob:
-    """One model to score; everything a worker process needs, picklable."""
-
-    name: str
-    role: Role
-    model: Path | TeacherConfig
-    instruction: Instruction
-    question_alone: bool
-    suites: tuple[str, ...]
-    num_samples: int | None
-    sampling: Sampling | None
-    seed: int
-    limit: int | None
-    contest_dates: ContestDates
-    batch_size: BatchSize
-    engine: Literal["transformers", "native"]
-    verify: VerifyConfig
-    held_out: Path | None
-    own: dict[str, Path]  # the problems of suites of the recipe's own
-    compared: tuple[str, ...]  # those of them that have no references
-    own_parts: tuple[BenchmarkPart, ...]  # benchmarks among them
-    bench_data: Path | None
-    limits: ReadLimits
-    max_unverifiable: float
-    out_dir: Path
-    base_dir: Path
-
-    @property
-    def weights(self) -> Path | None:
-        """The model's folder; none for an endpoint, nor for a repository of the Hub."""
-        if isinstance(self.model, Path):
-            return self.model
-        if isinstance(self.model, NativeTeacher):
-            return checkpoint_folder(locate(self.model.model, self.base_dir))
-        if isinstance(self.model, VllmServing) and (folder := locate(self.model.model, self.base_dir)).exists():
-            return folder
-        return None
-
-    @property
-    def inputs(self) -> dict[str, Path]:
-        files = _task_files(self.suites, self.bench_data)
-        if self.held_out is not None:
-            files["held_out"] = self.held_out
-        files |= {f"own:{name}": path for name, path in self.own.items()}
-        return files if self.weights is None else files | {"model": self.weights}
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Settings that decide the scores besides the files; how fast they are made is left out."""
-        return {
-            "name": self.name,
-            "role": self.role,
-            "writer": self._writer(),
-            "instruction": self.instruction.words,
-            "question_alone": self.question_alone,
-            "suites": list(self.suites),
-            "num_samples": self.num_samples,
-            "sampling": None if self.sampling is None else self.sampling.model_dump(),
-            "seed": self.seed,
-            "limit": self.limit,
-            "contest_dates": self.contest_dates.model_dump(mode="json"),
-            GRADING: grading_settings(self.verify),
-            **hub_identities([*parts_of_suites(self.suites), *self.own_parts], self.bench_data),
-        }
-
-    def _writer(self) -> dict[str, Any]:
-        """Settings of the engine or teacher that can change a sample; a folder is known by its content."""
-        if isinstance(self.model, Path):
-            return {"engine": self.engine}
-        told = {"system_prompt", "prompt_suffix"}  # said by `instruction`
-        if isinstance(self.model, NativeTeacher):
-            told.add("reasoning")  # what is made of its texts; an endpoint's begin otherwise
-        if self.weights is not None:
-            told.add("model")
-        return {name: value for name, value in self.model.identity().items() if name not in told}
+MAX_WORKERS = 4  # without a GPU: each holds a model and the libraries, about 0.8 GB for a pico model
 
 
 def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
@@ -139,12 +56,10 @@ def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     held-out question occurs among the training examples."""
     base_dir = context.base_dir
     config, out_dir = recipe.eval, run_dir / "eval"
-    check_suites(config.suites, config.own)
+    check_suites(config.suites, config.own, context.progress)
     bench_data = bench_folder(recipe.bench_data, base_dir)
-    num_workers = context.num_workers or _num_workers()
-    graders = graders_of(recipe)
-    graders = graders.model_copy(update={"num_workers": max(1, graders.num_workers // num_workers)})
-    jobs = _jobs(recipe, run_dir, base_dir, bench_data, graders)
+    gpus = visible_gpus() if context.gpus is None else context.gpus
+    jobs = _jobs(recipe, run_dir, base_dir, bench_data, graders_of(recipe))
     examples = run_dir / "curate" / "examples.parquet"
     inputs = {f"model:{job.name}": path for job in jobs if (path := job.weights) is not None}
     inputs |= _suite_files(config, base_dir, bench_data)
@@ -152,10 +67,14 @@ def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
         inputs["examples"] = examples
     settings: dict[str, Any] = {
         "eval": config.identity(),
+        **lm_eval_settings(config.lm_eval_tasks, config.lm_eval),
         "verify": grading_settings(graders_of(recipe)),
         "instruction": recipe.learned_instruction.words,
         "question_alone": bool(recipe.teacher.prompt_suffix),
     }
+    if isinstance(config.engine, ServedEngine):  # most of what it is set to changes no sample
+        del settings["eval"]["engine"]
+        settings["engine"] = engine_settings(config.engine)
     if "teacher" in config.roles:
         settings["teacher"] = recipe.teacher.identity()
     settings |= hub_identities(parts_asked(config), bench_data)
@@ -163,34 +82,53 @@ def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
     def body() -> dict[str, Any]:
         counts = _write_own_problems(recipe, out_dir, examples, base_dir, bench_data)
         with preemptible():
-            scored = _score_all(jobs, num_workers, context.progress)
+            scored = _score_all(jobs, gpus, context.num_workers, context.progress)
             compare_answers(recipe, run_dir, [job.name for job in jobs], context)
         manifests = {job.name: manifest for job in jobs if (manifest := read_manifest(job.out_dir))}
         samples = sum(manifest.counts["samples"] for manifest in manifests.values())
         asked = sum(manifests[name].counts["asked"] for name in scored)
         return {**counts, "models": len(jobs), "samples": samples, "asked": asked}
 
-    outputs = [f"{job.name}/{name}" for job in jobs for name in (SAMPLES, SCORES)]
+    outputs = [f"{job.name}/{name}" for job in jobs for name in job.outputs]
     if config.compared:
         outputs.append(f"{FOLDER}/{RETENTION}")
     outputs += [own_suite_file(name, out_dir).name for name in own_suites(config)]
     return run_stage("eval", inputs, settings, out_dir, body, outputs)
 
 
-def _score_all(jobs: list[ScoringJob], num_workers: int, progress: Progress) -> list[str]:
+def _score_all(jobs: list[ScoringJob], gpus: tuple[str, ...], num_workers: int | None, progress: Progress) -> list[str]:
     """Score the models that are not, and return their names.
 
-    Tiny models are bound by single operations, which threads do not help: two cores are two models at a time.
+    Those that need as many GPUs share out what there is, as many of them at a time as it has room for; those that need
+    more come first. Without a GPU, tiny models are bound by single operations, which threads do not help: two cores are
+    two models at a time.
     """
     missing = [job for job in jobs if current(SCORING, job.inputs, job.settings, job.out_dir) is None]
-    workers = min(num_workers, len(missing))
-    if workers > 1:
-        threads = max(1, num_cores() // workers)
-        run_side_by_side(score, [(j.name, j) for j in missing], workers, num_threads=threads, progress=progress)
-    else:
-        for job in missing:
-            score(job, progress)
+    for num_gpus in sorted({job.num_gpus for job in missing}, reverse=True):
+        alike = [job for job in missing if job.num_gpus == num_gpus]
+        places = _places(gpus, num_gpus) if gpus else _places_of_cpu(alike)
+        places = places[: min(num_workers or len(places), len(alike))]
+        if len(places) == 1:
+            for job in alike:
+                score(job, progress)
+            continue
+        shared = [job.sharing_graders(len(places)) for job in alike]
+        named = [(job.name, job) for job in shared]
+        how: dict[str, Any] = {"num_threads": max(1, num_cores() // len(places)), "environments": places}
+        run_side_by_side(score, named, len(places), progress=progress, **how)
     return [job.name for job in missing]
+
+
+def _places(gpus: tuple[str, ...], num_gpus: int) -> list[dict[str, str]]:
+    """Variables of the processes that score models of so many GPUs each side by side."""
+    if not num_gpus:
+        return [{}]
+    starts = range(0, max(len(gpus) - num_gpus, 0) + 1, num_gpus)
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[start : start + num_gpus])} for start in starts]
+
+
+def _places_of_cpu(jobs: list[ScoringJob]) -> list[dict[str, str]]:
+    return [{}] * (1 if any(job.is_server for job in jobs) else min(num_cores(), MAX_WORKERS))
 
 
 def score(job: ScoringJob, progress: Progress) -> None:
@@ -219,24 +157,45 @@ def score(job: ScoringJob, progress: Progress) -> None:
                     KeptVerdicts(ledger, verifier, job.settings[GRADING]) as verdicts,
                 ):
                     answers = KeptAnswers(model, ledger, verdicts, progress)
-                    cards = score_model(
-                        answers,
-                        subject,
-                        job.suites,
-                        job.out_dir,
-                        seed=job.seed,
-                        num_samples=job.num_samples,
-                        sampling=job.sampling,
-                        question_alone=job.question_alone,
-                        limit=job.limit,
-                        contest_dates=job.contest_dates,
-                        **how,
-                    )
+                    cards: list[ScoreCard] = []
+                    if job.suites:
+                        cards = score_model(
+                            answers,
+                            subject,
+                            job.suites,
+                            job.out_dir,
+                            seed=job.seed,
+                            num_samples=job.num_samples,
+                            sampling=job.sampling,
+                            question_alone=job.question_alone,
+                            limit=job.limit,
+                            contest_dates=job.contest_dates,
+                            **how,
+                        )
+                    tasks, num_asked = _score_tasks(job, model, subject, ledger, progress)
+                    write_scores([*cards, *tasks], job.out_dir)
             finally:
                 model.close()
-            return scoring_counts(cards, subject, model.identity, answers)
+            counts = scoring_counts(cards, subject, model.identity, answers, tasks)
+            return counts | {"asked": counts["asked"] + num_asked}
 
-        stage_run.run(body, [SAMPLES, SCORES])
+        stage_run.run(body, job.outputs)
+
+
+def _score_tasks(
+    job: ScoringJob, model: Teacher, subject: Subject, ledger: Ledger, progress: Progress
+) -> tuple[list[ScoreCard], int]:
+    """ScoreCards of lm-eval's own tasks, and how many of the answers the ledger did not have."""
+    if not job.tasks:
+        return [], 0
+    from eval.lm_eval.kept import KeptTokens
+    from eval.lm_eval.scoring import score_task
+
+    assert isinstance(model, TokenModel), "the recipe is refused where its engine is none"
+    kept, out_dir = KeptTokens(model, ledger, progress), job.out_dir / TASKS_FOLDER
+    how = {"config": job.lm_eval, "seed": job.seed, "limit": job.limit, "bench_data": job.bench_data}
+    cards = [card for task in job.tasks for card in score_task(kept, subject, task, out_dir, progress, **how)]
+    return cards, kept.num_asked
 
 
 def _open(job: ScoringJob, progress: Progress) -> tuple[Teacher, Subject]:
@@ -244,6 +203,7 @@ def _open(job: ScoringJob, progress: Progress) -> tuple[Teacher, Subject]:
 
     if isinstance(job.model, Path):
         how = {"engine": job.engine, "batch_size": job.batch_size, "instruction": job.instruction}
+        how |= {"name": job.name, "log_dir": job.out_dir}
         model = open_student(job.model, progress=progress, **how)
     else:
         model = open_teacher(job.model, base_dir=job.base_dir, log_dir=job.out_dir, progress=progress)
@@ -264,10 +224,8 @@ def _jobs(
 
     config = recipe.eval
     given = config.model_fields_set
-    own = set(config.suites) <= {
-        *OWN_SUITES,
-        *config.own,
-    }  # no protocol of their own: the recipe's settings hold, defaults too
+    # No protocol of their own: the recipe's settings hold, defaults too.
+    own = set(config.our_suites) <= {*OWN_SUITES, *config.own}
     models: list[tuple[str, Role, Path | TeacherConfig]] = []
     if "teacher" in config.roles:
         models.append(("teacher", "teacher", recipe.teacher))
@@ -290,7 +248,9 @@ def _jobs(
             # The teacher is asked as for its traces; bases in the words in which their students learned.
             instruction=recipe.teacher.instruction if role == "teacher" else recipe.learned_instruction,
             question_alone=bool(recipe.teacher.prompt_suffix),
-            suites=config.suites,
+            suites=config.our_suites,
+            tasks=config.lm_eval_tasks,
+            lm_eval=config.lm_eval,
             num_samples=config.num_samples if own or "num_samples" in given else None,
             sampling=config.sampling if own or "sampling" in given else None,
             seed=config.sampling.seed,
@@ -316,18 +276,7 @@ def _jobs(
 def _suite_files(config: EvalConfig, base_dir: Path, bench_data: Path | None) -> dict[str, Path]:
     """Files that decide the questions of all models: the suites' and the problem set behind the held-out source."""
     own = source_files(own_suites(config).values(), base_dir=base_dir, bench_data=bench_data)
-    return _task_files(config.suites, bench_data) | own
-
-
-def _task_files(suites: tuple[str, ...], bench_data: Path | None) -> dict[str, Path]:
-    files = {f"protocol:{path.stem}": path for path in sorted(TASKS.glob("_*_protocol.yaml"))}
-    files["metrics"] = TASKS / "processors.py"
-    for suite in suites:
-        if (task := TASKS / f"{suite}.yaml").exists():
-            files[f"task:{suite}"] = task
-        if suite not in BENCHMARKS:
-            files["task:held_out"] = TASKS / "held_out.yaml"  # that of all problems of the recipe's own
-    return files | {f"data:{suite}": path for suite, path in suite_files(suites, bench_data).items()}
+    return task_files(config.our_suites, config.lm_eval_tasks, bench_data) | own
 
 
 def _write_own_problems(
@@ -356,9 +305,3 @@ def _write_own_problems(
         write_records(own_suite_file(name, out_dir), problems, Problem)
         counts["held_out"] += len(problems)
     return {**counts, "training_questions": len(trained)}
-
-
-def _num_workers() -> int:
-    import torch
-
-    return 1 if torch.cuda.is_available() else min(num_cores(), MAX_WORKERS)

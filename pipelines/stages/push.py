@@ -20,7 +20,7 @@ from distill.manifest import read_manifest, run_stage
 from distill.model_folder import read_config_json
 from distill.publish.origin import published_name
 from distill.publish.synthesised import question_funnels
-from distill.recipe import ProblemSource, Recipe, StudentConfig, parse
+from distill.recipe import LM_EVAL, ProblemSource, Recipe, StudentConfig, parse
 from distill.records import ScoreCard, StageManifest
 from eval.compare import best_student
 from pipelines.context import Context
@@ -91,7 +91,7 @@ def _score_files(run_dir: Path) -> list[Path]:
 
 
 def _scores(run_dir: Path) -> list[ScoreCard]:
-    """Every score of the run; from report/summary.json where the score cards themselves are not here."""
+    """Every score on suites of ours; from report/summary.json where the score cards themselves are not here."""
     cards = []
     for path in _score_files(run_dir) or [run_dir / "report" / "summary.json"]:
         try:
@@ -102,7 +102,7 @@ def _scores(run_dir: Path) -> list[ScoreCard]:
             continue
         except (ValueError, TypeError, KeyError, ValidationError) as exc:
             raise DataError(f"not a file of score cards ({type(exc).__name__})", where=path) from exc
-    return cards
+    return [card for card in cards if not card.suite.startswith(LM_EVAL)]
 
 
 def _card(

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from distill.bundled import locate
 from distill.gguf import checkpoint_folder
-from distill.recipe import UNINSTRUCTED, BatchSize, Instruction, NativeTeacher, RayTeacher, TeacherConfig, VllmTeacher
+from distill.recipe import (
+    UNINSTRUCTED,
+    BatchSize,
+    Engine,
+    Instruction,
+    NativeTeacher,
+    RayTeacher,
+    TeacherConfig,
+    VllmTeacher,
+)
 
 if TYPE_CHECKING:
     from distill.progress import Progress
@@ -60,12 +69,16 @@ def open_teacher(
 def open_student(
     folder: Path,
     *,
-    engine: Literal["native", "transformers"],
+    engine: Engine,
+    name: str = "",
+    log_dir: Path | None = None,
     batch_size: BatchSize = "auto",
     instruction: Instruction = UNINSTRUCTED,
     progress: Progress | None = None,
 ) -> Teacher:
     """A student's or base's folder, opened to be scored, asked with the instruction that it learned.
+
+    Of a served engine `name` is the model's in its run, and `log_dir` is where a server that is started keeps its log.
 
     Raises CheckpointError (one line) for anything wrong in it, RecipeError for a system prompt that its chat template
     has no place for.
@@ -75,6 +88,11 @@ def open_student(
 
         kind: dict[str, Any] = {"as_student": True, "instruction": instruction, "progress": progress}
         return open_native(folder, batch_size=batch_size, on_cpu=_STUDENTS_TOGETHER, **kind)
+    if engine != "transformers":
+        from teacher.backends.served_student import open_served_student
+
+        how: dict[str, Any] = {"name": name, "instruction": instruction, "progress": progress}
+        return open_served_student(folder, engine, log_dir=log_dir or folder.parent, **how)
     from teacher.backends.transformers import open_transformers
 
     batch_size = _STUDENTS_TOGETHER if batch_size == "auto" else batch_size

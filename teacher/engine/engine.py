@@ -153,7 +153,8 @@ class Engine:
     def add(self, sequence: Sequence[Key]) -> None:
         """Let a sequence wait for its turn. One that can never fit gets a `fault`, and the next step returns it."""
         room = self.max_positions - len(sequence.prompt_ids)
-        if room <= 0:
+        # One token alone needs no place of its own: it may follow a prompt that has them all.
+        if room < (sequence.max_tokens > 1):
             most = self.max_positions - 1
             sequence.fault = f"the prompt has {len(sequence.prompt_ids)} tokens; the engine takes {most}"
         elif not sequence.prompt_ids:

@@ -60,7 +60,7 @@ class Chunk(Generic[Key]):
         sequence = self.sequence
         if not sequence.is_unscored:
             return range(0)
-        first = max(self.start, len(sequence.prompt_logprobs))  # more are there where it had to wait, and starts again
+        first = max(self.start, sequence.first_unscored)  # more are there where it had to wait, and starts again
         return range(first, max(first, min(self.start + self.count, len(sequence.prompt_ids) - 1)))
 
     @property
@@ -232,18 +232,25 @@ class Scheduler(Generic[Key]):
 
         The last token is left out: its logits are wanted, so it is computed again, in a page of the sequence's own.
         """
-        if not self.blocks.caching or sequence.is_unscored:
+        if not self.blocks.caching:
             return [], []
-        num_full = (sequence.num_tokens - 1) // PAGE
+        num_full = self._most_shared(sequence)
         shared: list[int] = []
         while len(shared) < num_full and (page := self.blocks.lookup(self._key(sequence, len(shared)))) is not None:
             shared.append(page)
-        last = self.blocks.lookup(self._key(sequence, num_full)) if len(shared) == num_full else None
+        if sequence.is_unscored or len(shared) < num_full:
+            return shared, []
+        last = self.blocks.lookup(self._key(sequence, num_full))
         return shared, [] if last is None else [last]
 
+    def _most_shared(self, sequence: Sequence[Key]) -> int:
+        """Full pages that others may have computed: all but the last token's, and none of those that are scored."""
+        most = (sequence.num_tokens - 1) // PAGE
+        return min(most, sequence.scored_from // PAGE) if sequence.is_unscored else most
+
     def _is_being_computed(self, sequence: Sequence[Key], num_shared: int) -> bool:
-        is_shared = self.blocks.caching and not sequence.is_unscored
-        return is_shared and self._key(sequence, num_shared) in self._being_computed
+        may_share = not sequence.is_unscored or num_shared < self._most_shared(sequence)
+        return self.blocks.caching and may_share and self._key(sequence, num_shared) in self._being_computed
 
     def _fits(self, sequence: Sequence[Key], found: list[int]) -> bool:
         """Tell whether pages it does not share can be had, and one for each that runs, beside those that were found."""

@@ -40,7 +40,7 @@ class Sequence(Generic[Key]):
 
     `seed` alone decides the random numbers, so a request draws the same tokens whatever else is in the batch (up to
     rounding in the logits). `key` is the caller's. `thinking` is the limit that still holds; None: none, or past it.
-    `fault` says why a sequence ended without an answer.
+    `fault` says why a sequence ended without an answer. `first_ids` are written first, whatever is sampled.
     """
 
     key: Key
@@ -59,7 +59,10 @@ class Sequence(Generic[Key]):
     guide: Guide | None = None
     streamed: bool = False  # whether each step's tokens are told, not only the last
     logprobs: list[Logprobs] = field(default_factory=list)  # one entry a generated token, where they are wanted
-    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # one a token of the prompt but the first, likewise
+    # One a token of the prompt behind its place `scored_from`, likewise.
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    scored_from: int = 0
+    first_ids: Tokens[int] = ()
     watch: Watch | None = None  # the engine's, for stops and repetition
     counts: TokenCounts | None = None  # the engine's, for penalties
     # The engine's: pages of the cache in order, how many tokens have their latents there, the keys of full pages, that
@@ -80,6 +83,9 @@ class Sequence(Generic[Key]):
     _forced: deque[int] = field(default_factory=deque)
     _random: random.Random | None = None
     _uniforms: array[float] = field(default_factory=lambda: array("d"))  # of all generated tokens, and some to come
+
+    def __post_init__(self) -> None:
+        self._forced.extend(self.first_ids)
 
     def uniform(self, ahead: int = 0) -> float:
         """The number in [0, 1) that decides the next token, or the one `ahead` tokens later."""
@@ -169,9 +175,13 @@ class Sequence(Generic[Key]):
 
     @property
     def is_unscored(self) -> bool:
-        """Tell whether logprobs of its prompt are wanted and not there yet: all of it must be computed for them."""
-        wanted = self.sampling_params.prompt_logprobs is not None
-        return wanted and len(self.prompt_logprobs) < len(self.prompt_ids) - 1
+        """Tell whether logprobs of its prompt are wanted and not there yet: its places must be computed for them."""
+        return self.sampling_params.prompt_logprobs is not None and self.first_unscored < len(self.prompt_ids) - 1
+
+    @property
+    def first_unscored(self) -> int:
+        """The first place of the prompt behind which a token stands whose logprob is not known, if any is wanted."""
+        return self.scored_from + len(self.prompt_logprobs)
 
     @property
     def is_ended(self) -> bool:

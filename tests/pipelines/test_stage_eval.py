@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,15 +12,18 @@ from starlette.responses import JSONResponse, Response
 from distill.errors import DataError, PotstillError
 from distill.manifest import run_stage
 from distill.problems import load_problems, split_of
+from distill.progress import Progress, silent
 from distill.recipe import Recipe
 from distill.records import Example, Problem
 from distill.tables import read_records, write_records
 from distill.verify import kept
 from eval.compare import compare_run
-from eval.summary import summary, summary_markdown
+from eval.summary import scores_csv, summary, summary_markdown
 from pipelines.context import Context
 from pipelines.stages.curate import held_out_questions
-from pipelines.stages.eval import HELD_OUT, evaluate
+from pipelines.stages.eval import HELD_OUT, _places, evaluate
+from pipelines.workers import run_side_by_side
+from tests.eval.task_rows import write_arc
 from tests.pipelines.recorded_progress import RecordedProgress
 from tests.teacher.backends.openai.chat_endpoint import ChatEndpoint, serving
 from tests.teacher.backends.tiny_models import save_tiny_model
@@ -321,3 +325,58 @@ def test_answers_without_reference_stand_beside_the_teacher_s(student, run_dir, 
     assert [suite.name for suite in comparison.suites] == ["pico"], "it is not ranked"
     assert summary(comparison, comparison.stages)["retention"] == [row]
     assert "| mine | mini-base | 50.0" in summary_markdown(comparison, comparison.stages)
+
+
+def test_lm_evals_own_tasks_stand_beside_ours(student, run_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    write_arc(tmp_path, count=5)
+    recipe = recipe_of(student, suites=["lm_eval:arc_challenge", "pico"], roles=["base", "distilled"])
+    recipe = recipe.model_copy(update={"bench_data": str(tmp_path)})
+    manifest = evaluate(recipe, run_dir, ALONE)
+    assert manifest.counts["asked"] == 2 * (6 * 2 + 5 * 4)
+    folder = run_dir / "eval" / "mini-base"
+    cards = json.loads((folder / "scores.json").read_text())
+    assert {(card["suite"], card["metric"]) for card in cards if "/" not in card["suite"]} == {
+        ("pico", "pass@1"),
+        ("lm_eval:arc_challenge", "acc,none"),
+        ("lm_eval:arc_challenge", "acc_norm,none"),
+    }
+    assert len((folder / "lm_eval" / "arc_challenge.jsonl").read_text().splitlines()) == 5
+    before = stamps(run_dir)
+    evaluate(recipe, run_dir, ALONE)
+    assert stamps(run_dir) == before
+    monkeypatch.setattr(kept, "GRADING_VERSION", 99)  # grades what is kept: lm-eval's scores stay
+    assert evaluate(recipe, run_dir, ALONE).counts["asked"] == 0
+    assert json.loads((folder / "scores.json").read_text()) == cards
+    comparison = compare_run(run_dir, recipe.deciding_suite)
+    assert [suite.name for suite in comparison.suites] == ["pico"]
+    assert scores_csv(comparison).count("lm_eval:arc_challenge") == 2 * 2
+    assert r"| arc\_challenge | acc\_norm,none |" in summary_markdown(comparison, [])
+    (data,) = tmp_path.glob("lm_eval/*/*/*/test.jsonl")
+    data.write_text(data.read_text() + data.read_text().replace("melts", "thaws").splitlines()[0] + "\n")
+    again = evaluate(recipe, run_dir, ALONE)
+    assert again.counts["asked"] == 2 * 4, "one question is new"
+    alone = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"suites": ("lm_eval:arc_challenge",)})})
+    assert evaluate(alone, run_dir, ALONE).counts["asked"] == 0
+    with pytest.raises(DataError, match="only lm-eval's tasks were scored"):
+        compare_run(run_dir, recipe.deciding_suite)
+
+
+def note_gpus(path: Path, progress: Progress) -> None:
+    path.write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+
+
+def test_models_share_out_the_gpus(student, run_dir, tmp_path):
+    """Places are of whole models; every process sees its own alone, and what it scores is what one alone scores."""
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in _places(("2", "3", "5", "7", "9"), 2)] == ["2,3", "5,7"]
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in _places(("0", "1"), 8)] == ["0,1"]
+    assert _places(("0", "1"), 0) == [{}], "an endpoint needs none"
+    jobs = [(str(number), tmp_path / f"{number}.txt") for number in range(4)]
+    run_side_by_side(note_gpus, jobs, 2, num_threads=1, progress=silent(), environments=_places(("4", "6"), 1))
+    assert {path.read_text() for _, path in jobs} == {"4", "6"}
+    recipe = recipe_of(student)
+    evaluate(recipe, run_dir, ALONE)
+    alone = {path.parent.name: path.read_bytes() for path in (run_dir / "eval").glob("*/samples.parquet")}
+    shutil.rmtree(run_dir / "eval")
+    assert evaluate(recipe, run_dir, Context(Path(), gpus=("4", "6"))).counts["models"] == 3
+    assert {path.parent.name: path.read_bytes() for path in (run_dir / "eval").glob("*/samples.parquet")} == alone

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.errors import CheckpointError, DataError, PotstillError, UserInputError
 from distill.logprobs import TokenLogprobs
+from distill.protocols import Likelihood, PlainAnswer, PlainPrompt, ScoredText
 from distill.reasoning import END_OF_THINKING, FORCED_END, THINK_LINE
 from distill.recipe import UNINSTRUCTED, Instruction
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest
@@ -27,6 +28,7 @@ from teacher.backends.chat_template import ChatTemplate
 from teacher.backends.native.fleet import Fleet
 from teacher.backends.native.live import LiveEngine, LocalEngine, WorkerEngines, generate_in_workers
 from teacher.backends.native.pace import Pace
+from teacher.backends.native.scoring import likelihood_of, plain_answer, plain_sequence, scored_sequence
 from teacher.backends.native.workers import EngineSettings
 from teacher.backends.tokenizer import (
     encode_prompt,
@@ -34,6 +36,7 @@ from teacher.backends.tokenizer import (
     most_characters,
     render_question,
 )
+from teacher.backends.vocabulary import FolderVocabulary
 from teacher.engine.engine import Engine
 from teacher.engine.guide import Guides
 from teacher.engine.sampler import SamplingParams
@@ -124,6 +127,32 @@ class NativeBackend:
                     raise DataError(done.fault, where=problem.source, field=f"prompt {problem.prompt[:40]!r}")
                 completion, _ = self._completion(requests[done.key], prefixes[done.key], done)
                 yield completion
+
+    @cached_property
+    def vocabulary(self) -> FolderVocabulary:
+        return FolderVocabulary(self.tokenizer, self.folder)
+
+    @property
+    def num_positions(self) -> int:
+        return self.engine.max_positions
+
+    def likelihoods(self, wanted: Many[ScoredText]) -> Iterator[tuple[int, Likelihood]]:
+        """As `distill.protocols.TokenModel`. In this process: prompts keep all cores busy, unlike decoding."""
+        self._pace = Pace(self.engine)
+        sequences = [scored_sequence(number, text) for number, text in enumerate(wanted)]
+        with contextlib.closing(self.engine.run(sequences)) as finished:
+            for done in finished:
+                yield done.key, likelihood_of(done)
+
+    def continuations(self, wanted: Many[PlainPrompt]) -> Iterator[tuple[int, PlainAnswer]]:
+        """As `distill.protocols.TokenModel`."""
+        sequences = [plain_sequence(number, prompt) for number, prompt in enumerate(wanted)]
+        with contextlib.closing(self._finished(sequences)) as finished:
+            for done in finished:
+                yield done.key, plain_answer(done, self._spell_plain, self._eos_token_ids)
+
+    def _spell_plain(self, token_ids: Many[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def submit(
         self, request: GenerationRequest, sampling: Sampling, on_done: OnDone, on_tokens: OnTokens | None = None
@@ -314,7 +343,10 @@ class NativeBackend:
         def on_start(engines: WorkerEngines) -> None:
             self._pace = Pace(engines)
 
-        return generate_in_workers(self._worker_engine, sequences, num_workers=num_workers, on_start=on_start)
+        settings = self._worker_engine
+        if any(sequence.stops for sequence in sequences):
+            settings = replace(settings, tokenizer=self.tokenizer.backend_tokenizer.to_str())
+        return generate_in_workers(settings, sequences, num_workers=num_workers, on_start=on_start)
 
     @property
     def _worker_engine(self) -> EngineSettings:

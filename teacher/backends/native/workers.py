@@ -149,6 +149,8 @@ def packed(sequence: Sequence[int]) -> list[Any]:
         "repetition": None if repetition is None else asdict(repetition),
         "grammar": None if grammar is None else asdict(grammar),
         "streamed": sequence.streamed,
+        "scored_from": sequence.scored_from,
+        "first_ids": list(sequence.first_ids),
     }
     return [list(sequence.prompt_ids), settings]
 

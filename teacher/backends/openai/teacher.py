@@ -11,13 +11,14 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from distill.errors import PotstillError, RecipeError, nearest
 from distill.reasoning import FORCED_END
 from distill.recipe import OpenAITeacher
 from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest, content_id
+from teacher.backends.openai.answers import Answer
 from teacher.backends.openai.client import Client, RequestFailed, Usage
 from teacher.backends.openai.completing import Asker
 from teacher.backends.openai.concurrency import AdaptiveConcurrency
@@ -30,7 +31,9 @@ WINDOW_S = 3.0
 # So many failures without one answer between them end the run.
 FAILURES_IN_A_ROW = 16
 
-Result = Completion | BaseException | None
+Result = Any  # of a request, a BaseException that ends the call, or None: that was all
+Ask = Callable[[Any], Awaitable[Any]]
+Asks = Callable[[Client], Ask]
 
 
 class OpenAICompatibleTeacher:
@@ -86,10 +89,30 @@ class OpenAICompatibleTeacher:
     def generate(self, requests: Sequence[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
         """Yield completions as they finish. Closing the iterator cancels what is in flight."""
         forced_ids = self._forced_ids(sampling)
+        yield from self._asked(requests, lambda client: Asker(client, sampling, forced_ids=forced_ids).complete)
+
+    def complete(self, payloads: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Answer]]:
+        """Yield the number and the answer of every request to `/completions`, as they come; `model` is put in here."""
+
+        def asks(client: Client) -> Callable[[tuple[int, Mapping[str, Any]]], Awaitable[tuple[int, Answer]]]:
+            async def ask(numbered: tuple[int, Mapping[str, Any]]) -> tuple[int, Answer]:
+                number, payload = numbered
+                body = {"model": self.config.model, **self.config.extra_body, **payload}
+                answer = await client.ask(f"{client.base_url}/completions", body)
+                if client.key.is_in(answer.content):
+                    message = "answers with the API key in its text; nothing of it is kept"
+                    raise RequestFailed(RecipeError(message, where=client.base_url))
+                return number, answer
+
+            return ask
+
+        yield from self._asked(list(enumerate(payloads)), asks)
+
+    def _asked(self, requests: Sequence[Any], asks: Asks) -> Iterator[Any]:
         self._asked_since = self._asked_since or time.monotonic()
         results: queue.SimpleQueue[Result] = queue.SimpleQueue()
         loop = asyncio.new_event_loop()
-        work = _GenerateCall(self, requests, sampling, forced_ids, results)
+        work = _GenerateCall(self, requests, asks, results)
         thread = threading.Thread(target=_drive, args=(loop, work), name="openai-teacher", daemon=True)
         thread.start()
         try:
@@ -157,21 +180,19 @@ class OpenAICompatibleTeacher:
 
 
 class _GenerateCall:
-    """All requests of one call of `generate`, on the loop's thread."""
+    """All requests of one call, on the loop's thread. `asks` makes of a client what answers one of them."""
 
     def __init__(
         self,
         teacher: OpenAICompatibleTeacher,
-        requests: Sequence[TraceRequest],
-        sampling: Sampling,
-        forced_ids: list[int],
+        requests: Sequence[Any],
+        asks: Asks,
         results: queue.SimpleQueue[Result],
     ) -> None:
         self._teacher = teacher
         self._requests = iter(requests)
         self._num_requests = len(requests)
-        self._sampling = sampling
-        self._forced_ids = forced_ids
+        self._asks = asks
         self._results = results
         self._fatal: PotstillError | None = None
         self._refused: list[PotstillError] = []
@@ -184,8 +205,8 @@ class _GenerateCall:
         if not self._cancelled:
             num_workers = min(self._teacher.config.max_concurrency, self._num_requests)
             async with self._teacher.client() as client:
-                asker = Asker(client, self._sampling, forced_ids=self._forced_ids)
-                await asyncio.gather(*(self._worker(asker) for _ in range(num_workers)))
+                ask = self._asks(client)
+                await asyncio.gather(*(self._worker(ask) for _ in range(num_workers)))
         if self._fatal is not None:
             raise self._fatal
         if self._refused:
@@ -196,13 +217,13 @@ class _GenerateCall:
         if self._task is not None:
             self._task.cancel()
 
-    async def _worker(self, asker: Asker) -> None:
+    async def _worker(self, ask: Ask) -> None:
         """Take requests until there are none, or until it is no use: what is in flight still comes home."""
         for request in self._requests:
             if self._fatal is not None or self._in_a_row >= FAILURES_IN_A_ROW:
                 return
             try:
-                self._results.put(await asker.complete(request))
+                self._results.put(await ask(request))
                 self._in_a_row = 0
             except RequestFailed as exc:
                 self._refused.append(exc.fault)

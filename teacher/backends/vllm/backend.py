@@ -15,9 +15,10 @@ import secrets
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from distill.bundled import locate
 from distill.errors import CheckpointError, EnvironmentFault
@@ -29,6 +30,7 @@ from distill.records import Completion, Sampling, TeacherIdentity, TraceRequest,
 from distill.weights import folder_identity
 from teacher.backends.folder import check_cpu_sizes, readable_on_cpu
 from teacher.backends.openai import OpenAICompatibleTeacher
+from teacher.backends.openai.answers import Answer
 from teacher.backends.vllm.launch import (
     KEY_VARIABLE,
     installed_version,
@@ -40,8 +42,6 @@ from teacher.backends.vllm.launch import (
 from teacher.backends.vllm.server import Server
 
 LOOPBACK = "127.0.0.1"
-# Flags that change what the same weights write; the others say how fast they do.
-NUMERICS = ("dtype", "hf-overrides", "kv-cache-dtype", "quantization", "speculative-config")
 
 
 def open_vllm(
@@ -102,15 +102,40 @@ class VllmBackend:
     def generate(self, requests: Sequence[TraceRequest], sampling: Sampling) -> Iterator[Completion]:
         """Yield completions as they finish. Raises EnvironmentFault where the server cannot be brought up (again)."""
         waiting = {(request.problem.id, request.sample_index): request for request in requests}
+
+        def ask(client: OpenAICompatibleTeacher) -> Iterator[tuple[Any, Completion]]:
+            with contextlib.closing(client.generate(list(waiting.values()), sampling)) as stream:
+                for completion in stream:
+                    yield (completion.request.problem.id, completion.request.sample_index), completion
+
+        with contextlib.closing(self._asked_again(waiting, ask)) as stream:
+            for _, completion in stream:
+                yield completion
+
+    def complete(self, payloads: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Answer]]:
+        """As `OpenAICompatibleTeacher.complete`, of a server that is started again where it dies."""
+        waiting = dict(enumerate(payloads))
+
+        def ask(client: OpenAICompatibleTeacher) -> Iterator[tuple[int, Answer]]:
+            numbers = list(waiting)
+            with contextlib.closing(client.complete(list(waiting.values()))) as stream:
+                for number, answer in stream:
+                    yield numbers[number], answer
+
+        yield from self._asked_again(waiting, ask)
+
+    def _asked_again(
+        self, waiting: dict[Any, Any], ask: Callable[[OpenAICompatibleTeacher], Iterator[tuple[Any, Any]]]
+    ) -> Iterator[tuple[Any, Any]]:
+        """What `ask` brings for what waits, until nothing does; what a server that died still owed is asked again."""
         while waiting:
             server = self._running()
             try:
                 self._client = self.client(server)
-                with contextlib.closing(self._client.generate(list(waiting.values()), sampling)) as stream:
-                    for completion in stream:
-                        request = completion.request
-                        if waiting.pop((request.problem.id, request.sample_index), None) is not None:
-                            yield completion
+                with contextlib.closing(ask(self._client)) as stream:
+                    for key, answer in stream:
+                        if waiting.pop(key, None) is not None:
+                            yield key, answer
             except EnvironmentFault:
                 if server.alive:
                     raise
@@ -183,7 +208,7 @@ def client_settings(config: ServedTeacher, base_url: str, model: str) -> OpenAIT
 
 def vllm_identity(config: VllmTeacher, version: str) -> TeacherIdentity:
     """Weights and template as the native backend names them, vLLM's version, and the flags that change numbers."""
-    numerics = {name: config.flags[name] for name in NUMERICS if config.flags.get(name) is not None}
+    numerics = config.numerics
     engine = version if not numerics else f"{version} {content_id(numerics, digits=8)}"
     if Path(config.model).is_dir():
         identity = folder_identity(Path(config.model), backend="vllm", backend_version=engine)

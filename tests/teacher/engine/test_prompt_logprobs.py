@@ -85,6 +85,34 @@ def test_they_are_transformers(
             assert all(value == pytest.approx(row_V[token].item(), abs=TOLERANCE) for token, value in top)
 
 
+def test_the_rest_of_a_prompt_and_a_given_token_are_scored(folder: Path, wanted: list[torch.Tensor]) -> None:
+    """From a place on, behind pages that others have computed, up to a token that needs no place of its own."""
+    model = load_model(folder, torch.device("cpu"))
+    engine = Engine(model, batch_size=4, eos_token_ids=[], num_pages=8)
+    engine.max_positions = 199  # the longest prompt and its given token have 200
+    scored = SamplingParams(top_logprobs=1, prompt_logprobs=1)
+    sequences = [
+        Sequence((n, start), ids[:-1], 1, 0, scored, scored_from=start, first_ids=ids[-1:])
+        for n, ids in enumerate(prompts())
+        for start in (0, 63, 64, 100, len(ids) - 2)
+        if 0 <= start < len(ids) - 1
+    ]
+    for sequence in engine.run(sequences):
+        (n, start), ids = sequence.key, prompts()[sequence.key[0]]
+        logprobs_TV = wanted[n]
+        assert (sequence.fault, sequence.generated_ids) == (None, ids[-1:])
+        found = [*sequence.prompt_logprobs, *sequence.logprobs]
+        assert len(found) == len(ids) - 1 - start
+        for place, (own, [(best, value)]) in enumerate(found, start=start):
+            assert own == pytest.approx(logprobs_TV[place, ids[place + 1]].item(), abs=TOLERANCE)
+            assert value == pytest.approx(logprobs_TV[place, best].item(), abs=TOLERANCE)
+            assert value == pytest.approx(logprobs_TV[place].max().item(), abs=TOLERANCE)
+    assert engine.num_computed_tokens < sum(len(sequence.prompt_ids) for sequence in sequences), "pages were shared"
+    too_long = Sequence("long", prompts()[6], 1, 0, scored)
+    (refused,) = engine.run([too_long])
+    assert refused.fault == "the prompt has 200 tokens; the engine takes 198"
+
+
 def test_logits_of_a_long_prompt_are_never_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(REPOSITORY / "students" / "pico" / "qwen2-0.2m", torch.device("cpu"))
     asked: list[int] = []
