@@ -255,6 +255,7 @@ def test_an_untrained_student_is_one_line_and_nothing_written(student, tmp_path)
     assert not (tmp_path / "tiny").exists()
 
 
+@pytest.mark.slow
 def test_lm_evals_own_tasks_stand_beside_ours(student, run_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     write_arc(tmp_path, count=5)
@@ -294,6 +295,7 @@ def note_gpus(path: Path, progress: Progress) -> None:
     path.write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
 
 
+@pytest.mark.slow
 def test_models_share_out_the_gpus(student, run_dir, tmp_path):
     """Places are of whole models; every process sees its own alone, and what it scores is what one alone scores."""
     assert [place["CUDA_VISIBLE_DEVICES"] for place in _places(("2", "3", "5", "7", "9"), 2)] == ["2,3", "5,7"]
