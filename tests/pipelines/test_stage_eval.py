@@ -327,6 +327,7 @@ def test_answers_without_reference_stand_beside_the_teacher_s(student, run_dir, 
     assert "| mine | mini-base | 50.0" in summary_markdown(comparison, comparison.stages)
 
 
+@pytest.mark.slow
 def test_lm_evals_own_tasks_stand_beside_ours(student, run_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     write_arc(tmp_path, count=5)
@@ -366,6 +367,7 @@ def note_gpus(path: Path, progress: Progress) -> None:
     path.write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
 
 
+@pytest.mark.slow
 def test_models_share_out_the_gpus(student, run_dir, tmp_path):
     """Places are of whole models; every process sees its own alone, and what it scores is what one alone scores."""
     assert [place["CUDA_VISIBLE_DEVICES"] for place in _places(("2", "3", "5", "7", "9"), 2)] == ["2,3", "5,7"]
