@@ -148,8 +148,9 @@ test-all: $(STAMP) $(if $(NO_VLLM),,$(STAMP_VLLM)) ## Run what test leaves out: 
 test-gpu: $(STAMP) ## Run the tests of what computes on a GPU, one or several
 	@$(BIN)/python -m pytest -m gpu $(TESTS)
 
-torture: $(STAMP) ## Run the long batteries: kills, hostile answers and programs, thousands of hangs
+torture: $(STAMP) ## Run the long batteries: kills, hostile answers and programs, thousands of hangs, new examples
 	@$(ON_CPU) -m torture --timeout 7200 $(TESTS)
+	@$(if $(filter tests,$(TESTS)),$(ON_CPU) $(SPREAD) --hypothesis-profile search --timeout 7200 tests/distill)
 
 clean: ## Delete .venv and the caches; runs/ stays
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache potstill.egg-info

@@ -8,7 +8,9 @@ from hypothesis import settings
 from tests.leftovers import Leftovers
 
 # A deadline is wall time, which a machine that does other things stretches; the suite's timeout bounds whole tests.
-settings.register_profile("potstill", deadline=None)
+# The same examples in every run, so that a change is what turns a test red; `make torture` looks for new ones.
+settings.register_profile("potstill", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=2_000)
 settings.load_profile("potstill")
 
 LEFTOVERS = Leftovers()

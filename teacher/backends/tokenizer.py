@@ -29,9 +29,11 @@ def load_tokenizer(folder: Path, facts: ModelFacts, *, of_base: bool = False) ->
     if not path.exists() and not converted:
         raise CheckpointError("no such file", where=path)
     # AutoTokenizer would put the pre-tokenizer of a family in the place of the file's own.
-    read = _converted if converted else PreTrainedTokenizerFast.from_pretrained
     try:
-        tokenizer = read(folder, local_files_only=True, trust_remote_code=False)
+        if converted:
+            tokenizer = _converted(folder)
+        else:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as exc:
         raise CheckpointError(f"is not a usable tokenizer: {exc}", where=path) from exc
     # Whatever the file says: a prompt that is too long is refused, not cut.
@@ -45,11 +47,11 @@ def load_tokenizer(folder: Path, facts: ModelFacts, *, of_base: bool = False) ->
     return tokenizer
 
 
-def _converted(folder: Path, **how: Any) -> PreTrainedTokenizerBase:
+def _converted(folder: Path) -> PreTrainedTokenizerBase:
     """A tokenizer made of the files that its family had before there was tokenizer.json."""
     from transformers import AutoTokenizer  # brings every model's code: half of the time in which a process starts
 
-    return AutoTokenizer.from_pretrained(folder, **how)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def render_question(tokenizer: PreTrainedTokenizerBase, question: str, instruction: Instruction) -> str:
