@@ -24,7 +24,7 @@ from eval.compare import Comparison, SuiteComparison
 from eval.curation import curation_context
 from eval.page import heat_tables, template, visible, words
 from eval.scored import METRIC, Model, first_answers
-from eval.summary import best_rule, run_device, scores_csv, summary, summary_markdown
+from eval.summary import best_rule, detectable_sentence, run_device, scores_csv, summary, summary_markdown
 from eval.traces import SuiteTraces, page_names, side_by_side, slug, write_pages
 
 MAX_PAGE_BYTES = 3_000_000
@@ -276,6 +276,7 @@ def _suite(suite: SuiteComparison, figures: Mapping[str, Figure]) -> dict[str, A
         "students": suite.students,
         "size_chart": _markup(figures.get(_size_chart(suite))),
         "size_verdict": suite.size_verdict,
+        "detectable": detectable_sentence(suite),
         "size_steps": [str(step) for step in suite.size_steps],
         "answers": answers,
         "consensus": next((one["consensus"].metric for one in answers if one["consensus"]), None),

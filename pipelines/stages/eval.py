@@ -299,7 +299,11 @@ def _suite_files(config: EvalConfig, base_dir: Path, bench_data: Path | None) ->
 
 
 def _task_files(suites: tuple[str, ...], bench_data: Path | None) -> dict[str, Path]:
-    files = {"protocol": TASKS / "_r1_protocol.yaml", "metrics": TASKS / "processors.py"}
+    files = {
+        "protocol": TASKS / "_r1_protocol.yaml",
+        "metrics": TASKS / "processors.py",
+        "statistics": TASKS.parent / "statistics.py",
+    }
     for suite in suites:
         files[f"task:{suite}"] = TASKS / f"{suite}.yaml"
         if suite in OWN_SUITES:
