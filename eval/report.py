@@ -21,6 +21,7 @@ from distill.manifest import atomic_folder, write_atomically
 from distill.progress import Progress, Task, silent
 from eval.charts import Figure, accuracy_by_family, accuracy_by_parameters, filter_funnel, picture, render, short_count
 from eval.compare import Comparison, SuiteComparison
+from eval.conditions import conditions, shown_conditions
 from eval.curation import curation_context
 from eval.page import heat_tables, template, visible, words
 from eval.scored import METRIC, Model, first_answers
@@ -169,6 +170,7 @@ def _context(
         "unverifiable": sum(of_suite.unverifiable for of_suite in answers),
         "samples": sum(of_suite.num_samples for of_suite in answers),
         "overlap": _overlap(comparison),
+        "graders": sorted({conditions(model, model.suites[0]).graders or "" for model in comparison.models} - {""}),
     }
 
 
@@ -301,7 +303,8 @@ def _suite_answers(model: Model, suite: str) -> dict[str, Any]:
         "card": model.card(suite),
         "consensus": next((card for card in model.cards_of(suite) if card.metric != METRIC), None),
         "num_questions": len(answers.means),
-        "engine": " ".join(model.identity.get(name, "") for name in ("backend", "backend_version")).strip(),
+        "engine": shown_conditions(model, suite)["engine"],
+        "dtype": shown_conditions(model, suite)["dtype"],
     }
 
 

@@ -29,6 +29,7 @@ from distill.records import ScoreCard
 from distill.verify.audit import AuditSummary, SuspectedReference
 from eval.bootstrap import bootstrap_interval
 from eval.compare import Comparison, SizeStep, StudentRow, SuiteComparison, p_text
+from eval.conditions import conditions
 from eval.power import smallest_difference_measured
 from eval.scored import METRIC, Model
 from eval.statistics import Difference
@@ -159,18 +160,12 @@ def _model(model: Model, suite: SuiteComparison) -> dict[str, Any]:
         "families": {
             family: _score(card) for family in suite.families if (card := model.card(f"{suite.name}/{family}"))
         },
-        "num_questions": len(answers.means),
         "num_samples": answers.num_samples,
-        "samples_per_question": answers.samples_per_question,
-        "truncated": answers.truncated,
-        "ungraded": answers.ungraded,
+        **asdict(conditions(model, suite.name)),
         "unverifiable": answers.unverifiable,
         "mean_tokens": answers.mean_tokens,
-        **{name: model.identity.get(field) for name, field in IDENTITY.items()},
+        "weights": model.identity.get("weights"),
     }
-
-
-IDENTITY = {"engine": "backend", "engine_version": "backend_version", "weights": "weights", "template": "template"}
 
 
 def _score(card: ScoreCard) -> dict[str, Any]:
@@ -200,8 +195,9 @@ def _of_whole_suites(model: Model, card: ScoreCard) -> dict[str, Any]:
     """What is counted for a suite and not for its families."""
     answers = None if "/" in card.suite else model.answers[card.suite]
     counted = ("samples_per_question", "truncated", "ungraded", "unverifiable", "mean_tokens")
+    told = asdict(conditions(model, card.suite.partition("/")[0]))
     return {name: "" if answers is None else getattr(answers, name) for name in counted} | {
-        name: model.identity.get(IDENTITY[name], "") for name in ("engine", "engine_version")
+        name: told[name] or "" for name in ("engine", "engine_version", "dtype", "template", "graders")
     }
 
 

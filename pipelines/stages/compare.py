@@ -24,7 +24,7 @@ from pipelines.context import Context
 SOURCES = (
     "templates",
     *(f"{name}.py" for name in ("charts", "compare", "curation", "page", "report", "scored")),
-    *(f"{name}.py" for name in ("bootstrap", "power", "statistics", "summary", "traces")),
+    *(f"{name}.py" for name in ("bootstrap", "conditions", "power", "statistics", "summary", "traces")),
 )
 
 
