@@ -31,7 +31,7 @@ INTERPRETED = if $(BIN)/python -c 'import triton' 2>/dev/null; \
 	else echo 'no Triton here: the interpreted kernels are left out'; fi
 
 .PHONY: help setup setup-vllm lock models demo small generate distill eval compare regrade push push-traces serve doctor zoo
-.PHONY: bench bench-kernels bench-parallel tune bench-graders bench-ledger bench-serve bench-serving keep-run readme torture pico-teacher pico-bases check format test test-all test-gpu clean
+.PHONY: bench bench-kernels bench-parallel tune bench-graders bench-coverage bench-ledger bench-serve bench-serving keep-run readme torture pico-teacher pico-bases check format test test-all test-gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -118,6 +118,9 @@ bench-ledger: $(STAMP) ## Resume and export a million samples: seconds and memor
 
 bench-graders: $(STAMP) ## Grade the gold solutions of the benchmarks in POTSTILL_BENCH_DATA
 	@$(BIN)/python -m benchmarks.graders
+
+bench-coverage: $(STAMP) ## Simulate how often the intervals of scores hold the truth (minutes)
+	@$(BIN)/python -m benchmarks.coverage
 
 bench-serving: $(STAMP) $(STAMP_VLLM) ## Measure generation through the vLLM backend against vLLM's own benchmark
 	@$(BIN)/python -m benchmarks.serving

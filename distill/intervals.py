@@ -9,8 +9,8 @@ LEVEL = 0.95
 Z95 = NormalDist().inv_cdf(0.5 + LEVEL / 2)
 
 
-def wilson(num_successes: int, num_trials: int) -> tuple[float, float]:
-    """The 95% score interval of a share of independent trials, at least one (Wilson 1927)."""
+def wilson(num_successes: float, num_trials: float) -> tuple[float, float]:
+    """The 95% score interval of a share of independent trials (Wilson 1927); their number may be an effective one."""
     share, z2 = num_successes / num_trials, Z95 * Z95
     centre = (share + z2 / (2 * num_trials)) / (1 + z2 / num_trials)
     spread = math.sqrt(share * (1 - share) / num_trials + z2 / (4 * num_trials**2))

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.compare import Comparison, by_size, compare_suite
+from eval.compare import Comparison, by_size, compare_suite, difference_on, with_adjusted_p
 from eval.contamination import Contamination
 from eval.scored import Model
-from eval.statistics import Difference, paired_difference
+from eval.statistics import Difference, holm
 
 ASKED = ("sampling", "instruction", "question_alone", "grading")  # of a model's settings, those that are the protocol
 SEED = "sampling.seed"
@@ -40,7 +40,7 @@ def merge(runs: Mapping[str, Comparison]) -> Comparison:
         first,
         name=", ".join(runs),
         models=models,
-        suites=tuple(compare_suite(name, models) for name in suites),
+        suites=with_adjusted_p(compare_suite(name, models) for name in suites),
         funnel=(),
         questions={},
         num_hinted=0,
@@ -74,14 +74,18 @@ def of_run(model: Model, run: str) -> Model:
 
 
 def run_pairs(models: Sequence[Model], suite: str) -> list[RunPair]:
-    """Models of one name in several runs, each beside that of the first run that has it."""
+    """Models of one name in several runs, each beside that of the first run that has it.
+
+    The pairs of one suite are a family of comparisons: p-values are adjusted for their number.
+    """
     firsts: dict[str, Model] = {}
     pairs = []
     for model in sorted(models, key=lambda model: list(dict.fromkeys(one.run for one in models)).index(model.run)):
         first = firsts.setdefault(model.name.removeprefix(f"{model.run}/"), model)
         if first is not model:
             pairs.append(RunPair(first, model, *difference_of(model, first, suite)))
-    return pairs
+    adjusted = iter(holm([pair.difference for pair in pairs if pair.difference is not None]))
+    return [pair if pair.difference is None else replace(pair, difference=next(adjusted)) for pair in pairs]
 
 
 def difference_of(model: Model, other: Model, suite: str) -> tuple[Difference | None, str]:
@@ -90,7 +94,7 @@ def difference_of(model: Model, other: Model, suite: str) -> tuple[Difference | 
         return None, why
     if not model.answers[suite].means.keys() & other.answers[suite].means.keys():
         return None, "no question in common"
-    return paired_difference(model.answers[suite].means, other.answers[suite].means), ""
+    return difference_on(suite, model, other), ""
 
 
 def pair_row(suite: str, other: Model, model: Model) -> dict[str, Any]:
@@ -105,6 +109,7 @@ def pair_row(suite: str, other: Model, model: Model) -> dict[str, Any]:
         "difference": difference.value,
         "ci95_low": low,
         "ci95_high": high,
+        "p_value": difference.p_value,
         "num_questions": difference.num_questions,
     }
 

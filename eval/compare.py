@@ -2,14 +2,15 @@
 
 Reads what the stages left in a run folder and computes; `eval.summary` and `eval.report` show. Every difference between
 two models is paired over the questions that both answered (`eval.statistics.paired_difference`), because two intervals
-that overlap do not mean that the difference is unclear.
+that overlap do not mean that the difference is unclear. Its p-value is adjusted (Holm) among all gains of the run,
+whatever student, rival and suite, or among all its size steps: who looks at twenty comparisons finds one by luck.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from distill.manifest import read_manifest
 from distill.progress import Progress, silent
 from distill.records import ScoreCard, StageManifest
 from distill.verify.audit import AuditSummary
+from eval.bootstrap import bootstrap_interval
 from eval.contamination import Contamination
 from eval.harness import SCORES
 from eval.retained import read_retention
 from eval.scored import METRIC, Model, read_model
-from eval.statistics import Difference, paired_difference
+from eval.statistics import Difference, holm, paired_difference
 from eval.training_curves import Curve, read_curves
 
 LIKE_SIZE = 1.15  # students whose parameter counts differ by less are not a size comparison
@@ -54,8 +56,11 @@ class SizeStep:
         low, high = (100 * bound for bound in self.difference.ci95)
         figures = f"{100 * self.difference.value:+.1f} points (95% interval {low:+.1f} to {high:+.1f})"
         smaller = self.smaller if self.one_architecture else f"{self.smaller} (another architecture)"
-        if not self.difference.clear:
+        if self.difference.holds_zero:
             return f"{self.larger} against {smaller}: {figures}; the difference lies within its interval"
+        figures += f", p = {p_text(self.difference.adjusted_p)} of all steps together"
+        if not self.difference.clear:
+            return f"{self.larger} against {smaller}: {figures}, which is not clear"
         return f"{self.larger} {'beats' if self.difference.value > 0 else 'falls behind'} {smaller}: {figures}"
 
 
@@ -76,6 +81,12 @@ class SuiteComparison:
     @property
     def size_verdict(self) -> str:
         return size_verdict(self.size_steps)
+
+    @property
+    def differences(self) -> list[Difference]:
+        """Every gain and size step of the suite."""
+        gains = [gain for row in self.students for gain in row.gained.values()]
+        return [*gains, *(step.difference for step in self.size_steps)]
 
     def of_role(self, role: str) -> list[Model]:
         """Models of one role, smallest first."""
@@ -146,7 +157,7 @@ def compare_run(run_dir: Path, deciding_suite: str | None = None, progress: Prog
     return Comparison(
         name=run_dir.name,
         models=models,
-        suites=tuple(compare_suite(name, models) for name in names),
+        suites=with_adjusted_p(compare_suite(name, models) for name in names),
         deciding_suite=deciding_suite or names[0],
         funnel=tuple(_read_funnel(run_dir / "curate" / "funnel.json")),
         questions=_read_question_funnels(run_dir / "generate"),
@@ -173,6 +184,26 @@ def compare_suite(name: str, models: Sequence[Model]) -> SuiteComparison:
     )
 
 
+def with_adjusted_p(suites: Iterable[SuiteComparison]) -> tuple[SuiteComparison, ...]:
+    """The same suites: all their gains are one family of comparisons, all their size steps another."""
+    suites = tuple(suites)
+    gains = iter(holm([gain for suite in suites for row in suite.students for gain in row.gained.values()]))
+    steps = iter(holm([step.difference for suite in suites for step in suite.size_steps]))
+    return tuple(
+        replace(
+            suite,
+            students=tuple(replace(row, gained={role: next(gains) for role in row.gained}) for row in suite.students),
+            size_steps=tuple(replace(step, difference=next(steps)) for step in suite.size_steps),
+        )
+        for suite in suites
+    )
+
+
+def p_text(p: float) -> str:
+    """`0.03`, `0.0004`, `under 0.0001`."""
+    return "under 0.0001" if p < 1e-4 else f"{p:.1g}" if p < 0.1 else f"{p:.2f}"
+
+
 def size_verdict(steps: Sequence[SizeStep]) -> str:
     """One sentence: is larger better, as far as these questions can tell?"""
     if not steps:
@@ -180,10 +211,10 @@ def size_verdict(steps: Sequence[SizeStep]) -> str:
     clear_gain = [step for step in steps if step.difference.clear and step.difference.value > 0]
     clear_loss = [step for step in steps if step.difference.clear and step.difference.value < 0]
     if len(clear_gain) == len(steps):
-        return "Larger is better at every step, and no interval of a difference reaches zero."
+        return "Larger is better at every step, and clearly so with all steps taken together."
     counted = [
         (len(clear_gain), "larger is clearly better"),
-        (len(steps) - len(clear_gain) - len(clear_loss), "the difference lies within its interval"),
+        (len(steps) - len(clear_gain) - len(clear_loss), "the difference is not clear"),
         (len(clear_loss), "the larger student is clearly worse"),
     ]
     first, *others = [(count, what) for count, what in counted if count]
@@ -191,6 +222,16 @@ def size_verdict(steps: Sequence[SizeStep]) -> str:
         return f"At every step {first[1]}."
     parts = [f"At {first[0]} of {len(steps)} steps {first[1]}", *(f"at {count} {what}" for count, what in others)]
     return f"{'; '.join(parts)}."
+
+
+def difference_on(suite: str, a: Model, b: Model) -> Difference:
+    """a - b on one suite, as if it were the only comparison: `holm` takes a family of them."""
+    of_a, of_b = a.answers[suite], b.answers[suite]
+    samples_each = (of_a.samples_per_question, of_b.samples_per_question)
+    difference = paired_difference(of_a.means, of_b.means, samples_each)
+    both = of_a.means.keys() & of_b.means.keys()
+    values = [of_a.means[question] - of_b.means[question] for question in both]
+    return replace(difference, bootstrap95=bootstrap_interval(values))
 
 
 def stage_manifests(run_dir: Path) -> dict[str, StageManifest]:
@@ -247,10 +288,9 @@ def _student_rows(models: Sequence[Model], suite: str) -> list[StudentRow]:
         scores = {role: card for role, model in of_role.items() if (card := model.card(suite))}
         gained = {}
         if "distilled" in of_role:
-            distilled = of_role["distilled"].answers[suite].means
             for role in ("base", "direct"):
                 if role in of_role:
-                    gained[role] = paired_difference(distilled, of_role[role].answers[suite].means)
+                    gained[role] = difference_on(suite, of_role["distilled"], of_role[role])
         parameters = max(card.num_parameters for card in scores.values())
         rows.append(StudentRow(student, parameters, scores, gained))
     return rows
@@ -266,7 +306,7 @@ def _size_steps(models: Sequence[Model], suite: str) -> list[SizeStep]:
         own = [model for model in larger if model.cards[0].architecture == small.cards[0].architecture]
         if larger:
             large = (own or larger)[0]
-            difference = paired_difference(large.answers[suite].means, small.answers[suite].means)
+            difference = difference_on(suite, large, small)
             steps.append(SizeStep(small.student, large.student, difference, one_architecture=bool(own)))
     return steps
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.charts import short_count
+from eval.compare import p_text
 from eval.scored import Model
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -35,7 +36,7 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": short_count, "words": words, "duration": duration, "size": size}
+    environment.filters |= {"count": short_count, "words": words, "duration": duration, "size": size, "p": p_text}
     return environment
 
 

@@ -27,12 +27,13 @@ from eval.charts import (
     short_count,
 )
 from eval.compare import Comparison, SuiteComparison
+from eval.conditions import conditions, shown_conditions
 from eval.curation import curation_context
 from eval.figures import family_chart, figures_of, markup, size_chart, tables_csv, tradeoff_chart
 from eval.leaks import leaks_context, leaks_csv
 from eval.page import heat_tables, template, visible, words
 from eval.scored import METRIC, Model, first_answers
-from eval.summary import best_rule, run_device, scores_csv, summary, summary_markdown
+from eval.summary import best_rule, detectable_sentence, run_device, scores_csv, summary, summary_markdown
 from eval.traces import SuiteTraces, compared, page_names, side_by_side, slug, write_pages
 from eval.tradeoffs import fronts, tradeoff_rows
 
@@ -153,6 +154,7 @@ def _context(
         "unverifiable": sum(of_suite.unverifiable for of_suite in answers),
         "samples": sum(of_suite.num_samples for of_suite in answers),
         "overlap": _overlap(comparison),
+        "graders": sorted({conditions(model, model.suites[0]).graders or "" for model in comparison.models} - {""}),
     }
 
 
@@ -276,6 +278,7 @@ def _suite(suite: SuiteComparison, figures: Mapping[str, Figure], price_per_hour
         "run_pairs": run_pairs(suite.models, suite.name),
         "size_chart": markup(figures.get(size_chart(suite))),
         "size_verdict": suite.size_verdict,
+        "detectable": detectable_sentence(suite),
         "size_steps": [str(step) for step in suite.size_steps],
         "tradeoffs": tradeoff_rows(suite, found) if (found := fronts(suite, price_per_hour)) else [],
         "tradeoff_chart": markup(figures.get(tradeoff_chart(suite))),
@@ -311,7 +314,8 @@ def _suite_answers(model: Model, suite: str) -> dict[str, Any]:
         "card": model.card(suite),
         "consensus": model.consensus(suite),
         "num_questions": len(answers.means),
-        "engine": " ".join(model.identity.get(name, "") for name in ("backend", "backend_version")).strip(),
+        "engine": shown_conditions(model, suite)["engine"],
+        "dtype": shown_conditions(model, suite)["dtype"],
     }
 
 

@@ -5,7 +5,8 @@
     name, device, seconds, stages                the run, its cost by stage and together
     num_cores                                    of the machine that wrote the report
     best                                         the best student and the rule that says so
-    suites                                       per suite: every model's scores and samples, and the order of sizes;
+    suites                                       per suite: every model's scores and samples, the order of sizes, and
+                                                 the smallest difference that it can show, by the spread of its gains;
                                                  of several runs, `run_pairs`: a model in a later run minus the first's
     students                                     per student what it gained, by suite over its base and its control
     retention                                    students' answers beside the teacher's, of suites without references
@@ -13,8 +14,10 @@
     models, funnel, audit                        ScoreCards of whole suites (pass@1), the filters, the second grader
     lm_eval                                      ScoreCards of lm-eval's own tasks, by lm-eval's metrics
 
-A difference has `value`, `stderr`, `ci95`, `num_questions`, and `within_interval`: its interval holds zero. Shares and
-scores lie in [0, 1].
+A difference has `value`, `stderr`, `ci95`, `num_questions`, `within_interval` (its interval holds zero), `p_value`,
+`bootstrap95` (a second interval: `eval.bootstrap`, null where all questions agree; models have one for pass@1),
+`adjusted_p` (Holm, among all gains or all size steps of the run) and `clear` (that is below 5%). Shares and scores lie
+in [0, 1].
 """
 
 from __future__ import annotations
@@ -28,8 +31,11 @@ from distill.recipe import LM_EVAL
 from distill.records import ScoreCard
 from distill.verify.audit import AuditSummary, SuspectedReference
 from eval.across import RunPair, run_pairs
-from eval.compare import Comparison, SizeStep, StudentRow, SuiteComparison
+from eval.bootstrap import bootstrap_interval
+from eval.compare import Comparison, SizeStep, StudentRow, SuiteComparison, p_text
+from eval.conditions import conditions, setting
 from eval.leaks import leaks_summary
+from eval.power import smallest_difference_measured
 from eval.scored import METRIC, Model
 from eval.statistics import Difference
 from eval.table import csv_text, markdown_cell as _cell, markdown_row as _row
@@ -135,7 +141,7 @@ def interval(low: float, high: float) -> str:
 
 def difference_in_points(difference: Difference) -> str:
     low, high = (100 * bound for bound in difference.ci95)
-    return f"{100 * difference.value:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{100 * difference.value:+.1f} ({low:+.1f} to {high:+.1f}; p {p_text(difference.adjusted_p)})"
 
 
 def _best(comparison: Comparison) -> dict[str, Any] | None:
@@ -149,6 +155,7 @@ def _best(comparison: Comparison) -> dict[str, Any] | None:
 def _suite(suite: SuiteComparison) -> dict[str, Any]:
     return {
         "name": suite.name,
+        "smallest_difference": smallest_difference_measured(suite.differences),
         "num_questions": max(len(model.answers[suite.name].means) for model in suite.models),
         "samples_per_question": max(model.answers[suite.name].samples_per_question for model in suite.models),
         "models": [_model(model, suite) for model in suite.models],
@@ -166,22 +173,19 @@ def _model(model: Model, suite: SuiteComparison) -> dict[str, Any]:
         "student": None if model.role == "teacher" else model.student,
         "num_parameters": model.num_parameters,
         "scores": {card.metric: _score(card) for card in model.cards_of(suite.name)},
+        "bootstrap95": bootstrap_interval(list(answers.means.values())),
         "families": {
             family: _score(card) for family in suite.families if (card := model.card(f"{suite.name}/{family}"))
         },
-        "num_questions": len(answers.means),
         "num_samples": answers.num_samples,
-        "samples_per_question": answers.samples_per_question,
-        "truncated": answers.truncated,
-        "ungraded": answers.ungraded,
+        **asdict(conditions(model, suite.name)),
         "unverifiable": answers.unverifiable,
         **{name: getattr(answers, name) for name in RATES},
-        **{name: model.identity.get(field) for name, field in IDENTITY.items()},
+        "weights": model.identity.get("weights"),
     }
 
 
 RATES = ("mean_tokens", "p50_tokens", "p95_tokens", "format_rate", "language_mixing")
-IDENTITY = {"engine": "backend", "engine_version": "backend_version", "weights": "weights", "template": "template"}
 
 
 def _score(card: ScoreCard) -> dict[str, Any]:
@@ -208,7 +212,8 @@ def _student(comparison: Comparison, student: str) -> dict[str, Any]:
 
 
 def _difference(difference: Difference) -> dict[str, Any]:
-    return {**asdict(difference), "ci95": list(difference.ci95), "within_interval": not difference.clear}
+    shown = {**asdict(difference), "ci95": list(difference.ci95)}
+    return {**shown, "within_interval": difference.holds_zero, "clear": difference.clear}
 
 
 def _of_whole_suites(model: Model, card: ScoreCard) -> dict[str, Any]:
@@ -216,12 +221,15 @@ def _of_whole_suites(model: Model, card: ScoreCard) -> dict[str, Any]:
     answers = None if "/" in card.suite else model.answers.get(card.suite)  # lm-eval's own tasks have none
     counted = ("samples_per_question", "truncated", "ungraded", "unverifiable", *RATES)
     return {name: "" if answers is None else getattr(answers, name) for name in counted} | {
-        name: model.identity.get(IDENTITY[name], "") for name in ("engine", "engine_version")
+        name: value or "" for name, value in asdict(setting(model)).items()
     }
 
 
 def _suite_markdown(suite: SuiteComparison) -> list[str]:
-    lines = [f"{METRIC} in %, its 95% interval in brackets; gains are paired over questions, in points.", ""]
+    lines = [
+        f"{METRIC} in %, its 95% interval in brackets; gains are paired over questions, in points, with Holm's p.",
+        "",
+    ]
     head = ["student", "parameters", "base", "control", "distilled", *(f"gain over {of}" for of in RIVALS.values())]
     lines += [_row(head), _row(["---"] * len(head))]
     lines += [_row(_student_cells(row)) for row in suite.students]
@@ -229,7 +237,7 @@ def _suite_markdown(suite: SuiteComparison) -> list[str]:
         who = _cell(teacher.name) if teacher.run else "The teacher"
         lines += ["", f"{who} scores {_points(teacher.card(suite.name))}."]
     head = ["model", "questions x samples", "cons@k", "cut off", "tokens an answer", "engine"]
-    lines += ["", suite.size_verdict, "", _row(head), _row(["---"] * len(head))]
+    lines += ["", suite.size_verdict, *_detectable(suite), "", _row(head), _row(["---"] * len(head))]
     lines += [_row(_answer_cells(model, suite.name)) for model in suite.models]
     return lines
 
@@ -251,6 +259,22 @@ def _tasks_markdown(cards: Sequence[ScoreCard]) -> list[str]:
         )
         for card in whole
     ]
+
+
+def _detectable(suite: SuiteComparison) -> list[str]:
+    shown = detectable_sentence(suite)
+    return ["", shown] if shown else []
+
+
+def detectable_sentence(suite: SuiteComparison) -> str:
+    """What a set of this size can tell apart, by the spread that was measured; empty where nothing was compared."""
+    smallest = smallest_difference_measured(suite.differences)
+    if smallest is None:
+        return ""
+    return (
+        f"With this many questions a difference of {100 * smallest:.1f} points or more is found four times in five "
+        "(5% level, one comparison, by the spread of the differences measured here)."
+    )
 
 
 def _student_cells(row: StudentRow) -> list[str]:

@@ -56,6 +56,7 @@ def examine_recipe(
     """
     from pipelines.chain import folder_of
     from pipelines.checks import recipe_checks
+    from pipelines.detectable import detectable_differences
     from pipelines.run_folder import check_run_folder
 
     try:
@@ -72,6 +73,7 @@ def examine_recipe(
     own = (("questions", lambda: _questions(recipe, base_dir)), ("run folder", run_folder))
     for name, check in (*recipe_checks(recipe, base_dir, progress), *own):
         findings.append(_outcome(name, check))
+    findings += detectable_differences(recipe, base_dir)
     fit = {finding.check for finding in findings if finding.state == "ok"}
     for name, teacher in recipe.teachers.items():
         findings += _teacher(name, teacher, recipe, base_dir) if name in fit else ()

@@ -157,7 +157,7 @@ def lm_eval_settings(tasks: tuple[str, ...], config: LmEvalConfig) -> dict[str, 
 
 def task_files(suites: tuple[str, ...], tasks: tuple[str, ...], bench_data: Path | None) -> dict[str, Path]:
     files = {f"protocol:{path.stem}": path for path in sorted(TASKS.glob("_*_protocol.yaml"))}
-    files["metrics"] = TASKS / "processors.py"
+    files |= {"metrics": TASKS / "processors.py", "statistics": TASKS.parent / "statistics.py"}
     for suite in suites:
         if (task := TASKS / f"{suite}.yaml").exists():
             files[f"task:{suite}"] = task

@@ -31,22 +31,9 @@ from pipelines.stages.distill import EXAMPLES
 SOURCES = (
     "templates",
     "training_curves.py",
-    *(
-        f"{name}.py"
-        for name in (
-            "across",
-            "charts",
-            "compare",
-            "contamination",
-            "curation",
-            "figures",
-            "leaks",
-            "page",
-            "report",
-            "scored",
-        )
-    ),
-    *(f"{name}.py" for name in ("statistics", "summary", "table", "tradeoffs", "traces")),
+    *(f"{name}.py" for name in ("across", "bootstrap", "charts", "compare", "conditions", "contamination", "curation")),
+    *(f"{name}.py" for name in ("figures", "leaks", "page", "power", "report", "scored", "statistics", "summary")),
+    *(f"{name}.py" for name in ("table", "tradeoffs", "traces")),
 )
 LEAKS = "contamination"
 FINDINGS = "findings.json"

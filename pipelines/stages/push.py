@@ -23,6 +23,9 @@ from distill.publish.synthesised import question_funnels
 from distill.recipe import LM_EVAL, ProblemSource, Recipe, StudentConfig, parse
 from distill.records import ScoreCard, StageManifest
 from eval.compare import best_student
+from eval.conditions import shown_conditions
+from eval.harness import SAMPLES
+from eval.scored import read_model
 from pipelines.context import Context
 
 
@@ -132,9 +135,19 @@ def _card(
         questions=question_funnels(read_manifest(run_dir / "generate")),
         num_hinted=_num_hinted(run_dir),
         hashes=_hashes(run_dir, folder),
+        conditions=_conditions(run_dir, shown),
         versions={key: value for key, value in (manifest.versions if manifest else {}).items() if value[:1].isdigit()},
     )
     return model_card(repo, student, log, shown, lineage), student, repo
+
+
+def _conditions(run_dir: Path, scores: Iterable[ScoreCard]) -> list[dict[str, str]]:
+    """How each of these scores came about; nothing where the samples are not here."""
+    wanted = dict.fromkeys((score.name, score.suite) for score in scores)
+    folders = {name: run_dir / "eval" / name for name, _ in wanted}
+    models = {name: read_model(folder) for name, folder in folders.items() if (folder / SAMPLES).exists()}
+    there = [(models[name], suite) for name, suite in wanted if name in models]
+    return [shown_conditions(model, suite) for model, suite in there if suite in model.answers]
 
 
 def _licence_now(trained: StudentConfig, recipe: Recipe) -> str:

@@ -25,7 +25,8 @@ class Lineage:
     """Sources of a student; `teacher` and `problems` are Markdown, `instruction` is what it learned questions with.
 
     `questions` are the funnels of sources that a teacher wrote, `num_hinted` the examples that needed a hint. Hashes
-    are SHA-256 of files and folders, as the stages' manifests have them.
+    are SHA-256 of files and folders, as the stages' manifests have them. `conditions` are rows, by the names of their
+    columns, of how each score came about.
     """
 
     recipe: str
@@ -37,6 +38,7 @@ class Lineage:
     num_hinted: int = 0
     hashes: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    conditions: Sequence[Mapping[str, str]] = ()
 
 
 def model_card(
@@ -51,7 +53,7 @@ def model_card(
             f"# {repo.rpartition('/')[2]}\n",
             _summary(student, log, lineage),
             "## Scores\n",
-            _scores(scores, name),
+            _scores(scores, name, lineage.conditions),
             "## Lineage\n",
             _lineage(student, lineage),
             "## Training\n",
@@ -113,7 +115,7 @@ def _asked(instruction: Instruction) -> str:
     return f"{asked}, and with a blank line and `{suffix}` behind the question" if suffix else asked
 
 
-def _scores(scores: Sequence[ScoreCard], name: str) -> str:
+def _scores(scores: Sequence[ScoreCard], name: str, conditions: Sequence[Mapping[str, str]]) -> str:
     if not scores:
         return "Not scored yet.\n"
     rows = ["| model | suite | metric | score | 95% interval | questions x samples |", "|---|---|---|---|---|---|"]
@@ -124,7 +126,11 @@ def _scores(scores: Sequence[ScoreCard], name: str) -> str:
             f"| {bold}{score.name}{bold} ({score.role}) | {score.suite} | {score.metric} | {100 * score.value:.1f} | "
             f"{low:.1f} to {high:.1f} | {score.num_questions} x {score.num_samples} |"
         )
-    return "\n".join(rows) + "\n\nStandard errors are clustered by question.\n"
+    rows += ["", "Intervals are clustered by question."]
+    if conditions:
+        rows += ["", f"| {' | '.join(conditions[0])} |", "|---" * len(conditions[0]) + "|"]
+        rows += [f"| {' | '.join(one.values())} |" for one in conditions]
+    return "\n".join(rows) + "\n"
 
 
 def _lineage(student: StudentConfig, lineage: Lineage) -> str:

@@ -107,7 +107,16 @@ def test_sizes_are_compared_within_an_architecture_and_beyond_where_it_has_no_la
             ("llama-0.4m", "qwen2-0.8m", False),
         ]
         for step in suite["size_steps"]:
-            assert step["within_interval"] == (step["ci95"][0] <= 0 <= step["ci95"][1])
+            assert step["within_interval"] == (step["ci95"][0] <= 0 <= step["ci95"][1]) == (step["p_value"] >= 0.05)
+            assert step["clear"] == (step["adjusted_p"] < 0.05)
+
+
+def test_all_gains_of_a_run_are_one_family_of_comparisons(got):
+    gains = [gain for one in got["students"] for of_suite in one["gained"].values() for gain in of_suite.values()]
+    assert len(gains) == 2 * len(SIZES) * len(SUITES)
+    ordered = sorted(gains, key=lambda gain: gain["p_value"])
+    assert ordered[0]["adjusted_p"] == pytest.approx(min(1.0, len(gains) * ordered[0]["p_value"]))
+    assert ordered[-1]["adjusted_p"] == max(gain["adjusted_p"] for gain in gains)
     assert len({suite["size_steps"][0]["value"] for suite in got["suites"]}) == 3
 
 
@@ -144,8 +153,11 @@ def test_tables_beside_the_report_hold_every_suite(comparison, got):
     assert {line.count("|") for line in lines} == {8, 7}, "the two kinds of tables, every row whole"
 
 
-def step(value: float, half: float, **more) -> SizeStep:
-    return SizeStep("small", "large", Difference(value, half / 2, (value - half, value + half), 100), **more)
+def step(value: float, half: float, *, among: int = 1, **more) -> SizeStep:
+    """One of `among` steps, with a normal test's p-value."""
+    p = math.erfc(abs(value) / (half / 1.96) / math.sqrt(2))
+    difference = Difference(value, half / 2, (value - half, value + half), 100, p, min(1.0, among * p))
+    return SizeStep("small", "large", difference, **more)
 
 
 @pytest.mark.parametrize(
@@ -155,14 +167,14 @@ def step(value: float, half: float, **more) -> SizeStep:
         ([step(0.1, 0.05), step(0.05, 0.04)], "Larger is better at every step"),
         (
             [step(0.1, 0.05), step(0.01, 0.04)],
-            "At 1 of 2 steps larger is clearly better; at 1 the difference lies within",
+            "At 1 of 2 steps larger is clearly better; at 1 the difference is not clear",
         ),
         (
             [step(-0.1, 0.05), step(0.01, 0.04)],
-            "At 1 of 2 steps the difference lies within its interval; at 1 the larger",
+            "At 1 of 2 steps the difference is not clear; at 1 the larger",
         ),
         ([step(-0.1, 0.05)], "At every step the larger student is clearly worse."),
-        ([step(0.01, 0.05)], "At every step the difference lies within its interval."),
+        ([step(0.05, 0.048, among=3)], "At every step the difference is not clear."),
     ],
 )
 def test_the_size_verdict_says_what_the_intervals_say(steps, words):
@@ -170,7 +182,9 @@ def test_the_size_verdict_says_what_the_intervals_say(steps, words):
 
 
 def test_a_step_in_words():
-    assert str(step(0.1, 0.05)) == "large beats small: +10.0 points (95% interval +5.0 to +15.0)"
+    told = "large beats small: +10.0 points (95% interval +5.0 to +15.0), p = under 0.0001 of all steps together"
+    assert str(step(0.1, 0.05)) == told
+    assert str(step(0.05, 0.048, among=3)).endswith("p = 0.12 of all steps together, which is not clear")
     assert str(step(0.01, 0.05)).endswith("the difference lies within its interval")
     assert "falls behind small (another architecture)" in str(step(-0.1, 0.05, one_architecture=False))
 
