@@ -133,7 +133,8 @@ def test_vllm_scores_and_continues_as_the_native_engine_does(tmp_path: Path) -> 
         asked = requests(32)
         ours, theirs = texts(native, asked), texts(model, asked)
         assert [row[2] for row in theirs] == [row[2] for row in ours], "the same prompts"
-        assert sum(one[0] == other[0] for one, other in zip(ours, theirs, strict=True)) >= 24
+        same = sum(one[0] == other[0] for one, other in zip(ours, theirs, strict=True))
+        assert same >= len(asked) // 2, "most greedy texts have no tie"
         wanted = scored_texts(native)
         expected, found = dict(native.likelihoods(wanted)), dict(model.likelihoods(wanted))
         for number, text in enumerate(wanted):
