@@ -86,7 +86,7 @@ def tables_csv(comparison: Comparison) -> dict[str, str]:
     if comparison.curves:
         files["training_curves.csv"] = csv_text(("name", "step", "loss", "lr"), curve_rows(comparison.curves))
     pairs = [pair_row(suite.name, *pair) for suite in comparison.suites for pair in combinations(suite.models, 2)]
-    columns = ("suite", "model", "minus", "difference", "ci95_low", "ci95_high", "num_questions", "why_not")
+    columns = ("suite", "model", "minus", "difference", "ci95_low", "ci95_high", "p_value", "num_questions", "why_not")
     return files | {"pairs.csv": csv_text(columns, pairs)}
 
 
