@@ -11,6 +11,7 @@ SET ?=
 OUT ?= runs
 RUN ?= runs/small
 RUNS ?=
+NAME ?= pico
 DRY_RUN ?=
 NO_VLLM ?=
 
@@ -30,7 +31,7 @@ INTERPRETED = if $(BIN)/python -c 'import triton' 2>/dev/null; \
 	then TRITON_INTERPRET=1 $(ON_CPU) $(SPREAD) tests/teacher/kernels; \
 	else echo 'no Triton here: the interpreted kernels are left out'; fi
 
-.PHONY: help setup setup-vllm lock models demo small generate distill eval compare regrade push push-traces serve doctor zoo
+.PHONY: help setup setup-vllm lock models demo small generate distill eval compare regrade reproduce push push-traces serve doctor zoo
 .PHONY: bench bench-kernels bench-parallel tune bench-graders bench-coverage bench-ledger bench-serve bench-serving keep-run readme torture pico-teacher pico-bases check format test test-all test-gpu clean
 
 help: ## Show this list
@@ -69,6 +70,9 @@ compare: $(STAMP) ## Write the report of RECIPE, or of several runs together: RU
 
 regrade: $(STAMP) ## Grade what a run of RECIPE keeps again, without generating
 	@$(POTSTILL) regrade $(RECIPE) $(OPTIONS)
+
+reproduce: $(STAMP) ## Score a known model by its published protocol (NAME=pico; exit code 1 outside its interval)
+	@$(POTSTILL) reproduce $(NAME) $(OPTIONS)
 
 push: $(STAMP) ## Push a student of RECIPE to the Hub (DRY_RUN=1 only shows what would go)
 	@$(POTSTILL) push $(RECIPE) $(OPTIONS) $(if $(DRY_RUN),--dry-run)

@@ -3,6 +3,7 @@
     potstill init [FOLDER]     potstill --version
     potstill run|generate|distill|eval|compare RECIPE [--set a.b=value] [--out runs]
     potstill compare RUN RUN... [--report FOLDER]     potstill regrade RUN_OR_RECIPE
+    potstill reproduce NAME [--set a.b=value]
     potstill push|push-traces|serve RECIPE [--dry-run]     potstill doctor [RECIPE]     potstill zoo list|show
     potstill pretrain RECIPE (under torchrun)     potstill launch JOB [--dry-run]     potstill pico teacher|bases
     potstill ledger merge OUT IN...     potstill models list|fetch NAME...
@@ -23,7 +24,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from distill.errors import EnvironmentFault, PotstillError
-from pipelines.cli import chain, compare, doctor, init, ledger, models, regrade, serving, training, zoo
+from pipelines.cli import chain, compare, doctor, init, ledger, models, regrade, reproduce, serving, training, zoo
 from pipelines.preemption import preemptible
 from pipelines.printing import say
 
@@ -37,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for commands in (
-    *(init.app, chain.app, compare.app, regrade.app, serving.app, doctor.app, zoo.app),
+    *(init.app, chain.app, compare.app, regrade.app, reproduce.app, serving.app, doctor.app, zoo.app),
     *(models.app, training.app, training.pico, ledger.app),
 ):
     app.add_typer(commands)
