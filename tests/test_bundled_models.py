@@ -132,6 +132,7 @@ def test_the_teachers_card_says_how_it_was_made() -> None:
         assert line in card(TEACHER)
 
 
+@pytest.mark.slow
 def test_the_teacher_is_right_on_held_out_problems() -> None:
     source = ReasoningGymSource(families=str(PICO_FAMILIES), count=64, seed=20_231, split="held_out")
     problems = load_problems([source], base_dir=REPOSITORY)

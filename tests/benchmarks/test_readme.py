@@ -118,6 +118,7 @@ def finished(tmp_path: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_run_is_kept_as_it_wrote_itself(finished: Path, tmp_path: Path) -> None:
     kept = keep_run(finished, tmp_path / "results")
     assert kept == tmp_path / "results/nvidia-h200/small"
@@ -134,6 +135,7 @@ def test_a_run_is_kept_as_it_wrote_itself(finished: Path, tmp_path: Path) -> Non
     assert {path.name for path in kept.iterdir()} == names, "nothing kept is lost"
 
 
+@pytest.mark.slow
 def test_before_the_run_there_is_no_table_and_after_it_every_suite(finished: Path, tmp_path: Path) -> None:
     assert written(SMALL, "README.md", tmp_path / "results") == SMALL
     keep_run(finished, tmp_path / "results")

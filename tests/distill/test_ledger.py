@@ -56,6 +56,7 @@ def killed_writers(path: Path) -> Iterator[set[str]]:
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_twenty_sigkills_lose_and_double_nothing(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     acknowledged: set[str] = set()

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from benchmarks.code_sets import CODE_SETS, spoiled
+from benchmarks.code_sets import spoiled
 from distill.errors import DataError, EnvironmentFault, RecipeError
 from distill.problems import load_problems
+from distill.problems.benchmark import read_benchmark
 from distill.protocols import Verifier
 from distill.recipe import CodeLimits, LocalSource, VerifyConfig, parse
 from distill.records import Problem
@@ -235,6 +236,7 @@ def test_a_failing_sandbox_is_never_the_models_fault(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.slow
 def test_programs_that_are_killed_from_outside_are_graded_again(level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right answers, of each of which the first try has its program or its tests killed: none is wrong."""
 
@@ -378,7 +380,13 @@ def test_the_question_shows_signatures_and_no_expected_value(tmp_path: Path) -> 
     }
     with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
         file.write(json.dumps(row) + "\n")
-    (problem,) = load_problems([CODE_SETS["mbpp"].model_copy(update={"path": "x.jsonl.gz"})], base_dir=tmp_path)
+    columns = {
+        "prompt_field": "text",
+        "answer_field": "code",
+        "tests_field": "test_list",
+        "setup_field": "test_setup_code",
+    }
+    (problem,) = load_problems([LocalSource(path="x.jsonl.gz", grader="code", **columns)], base_dir=tmp_path)
     assert "def count(n, deep=False):" in problem.prompt
     assert "class Node:\n    def __init__(self, v):" in problem.prompt
     assert "other" not in problem.prompt
@@ -431,7 +439,7 @@ def test_tests_and_the_code_grader_go_together() -> None:
 @pytest.mark.parametrize(("name", "step"), [("humaneval", 5), ("mbpp", 30)])
 def test_canonical_solutions_are_correct_and_spoiled_ones_are_not(verifier: Verifier, name: str, step: int) -> None:
     """A sample of what `benchmarks/graders.py` runs whole."""
-    problems = load_problems([CODE_SETS[name]], base_dir=Path(str(BENCH_DATA)))[::step]
+    problems = read_benchmark(name, "test", Path(str(BENCH_DATA)))[::step]
     solved = [(problem, answer(problem.answer or ""), "stop") for problem in problems]
     assert Counter(verdict.state for verdict in verifier.verify(solved)) == {"correct": len(problems)}  # type: ignore[arg-type]
     broken = [(problem, answer(spoiled(problem)), "stop") for problem in problems[:8]]

@@ -182,6 +182,7 @@ def solve(prompt: str) -> str:
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "arc_challenge"])
+@pytest.mark.slow
 def test_lm_eval_makes_the_same_numbers_of_the_same_answers(tmp_path: Path, task: str) -> None:
     write_arc(tmp_path)
     write_gsm8k(tmp_path)
@@ -205,6 +206,7 @@ def test_lm_eval_makes_the_same_numbers_of_the_same_answers(tmp_path: Path, task
         }
 
 
+@pytest.mark.slow
 def test_what_had_arrived_is_not_asked_again(tmp_path: Path) -> None:
     write_arc(tmp_path)
     straight = scored(Scripted(), "arc_challenge", tmp_path / "straight", tmp_path)

@@ -162,6 +162,7 @@ def test_traces_beside_the_page_are_those_of_all_models(report):
     assert "answer: 3" in words
 
 
+@pytest.mark.slow
 def test_a_page_holds_300_traces_and_3_mb_whatever_is_in_them(tmp_path):
     run = write_synthetic_run(tmp_path / "pico", suites=SUITES, questions=8, samples=1)
     for path in (run / "eval").glob("*/samples.parquet"):
@@ -243,6 +244,7 @@ def test_what_was_not_relabelled_is_said_to_be_nobodys_wish(tmp_path):
 
 
 @pytest.mark.parametrize("left", ["no file", "nothing to audit"])
+@pytest.mark.slow
 def test_where_nothing_was_audited_there_is_no_section(tmp_path, left):
     run = write_synthetic_run(tmp_path / "pico", questions=1)
     path = run / "curate" / "audit.json"

@@ -92,4 +92,5 @@ def test_retention_is_clustered_by_question():
     row = retention("mine", "m", pairs, [WIN] * 4 + [DRAW] * 2 + [LOSS] * 2)
     assert (row["value"], row["num_questions"], row["num_pairs"]) == ((1 + 0.25) / 2, 2, 8)
     assert (row["wins"], row["ties"], row["losses"]) == (4, 2, 2)
-    assert row["ci95"] == [0.0, 1.0]
+    low, high = row["ci95"]
+    assert high - low > 0.95, "two questions tell next to nothing"

@@ -33,6 +33,7 @@ def run(folder: Path, port: int, proxy: str, trusted: Path) -> tuple[int, str, s
 
 
 @pytest.mark.parametrize("login", [LOGIN, None], ids=["password", "none"])
+@pytest.mark.slow
 def test_a_tunnel_carries_the_key_unseen(tmp_path: Path, login: str | None) -> None:
     seen: list[str] = []
     tls = certificate(tmp_path)

@@ -138,6 +138,7 @@ def test_a_changed_recipe_reruns_what_depends_on_it(
         assert {name: after[name] for name in names} == {name: before[name] for name in names}
 
 
+@pytest.mark.slow
 def test_the_hub_token_is_found_nowhere_after_a_push(recipe: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     """Refused by a Hub that echoes it, then taken; whole tracebacks are searched too."""
     out = shutil.copytree(finished[0], tmp_path / "runs", copy_function=shutil.copy2)

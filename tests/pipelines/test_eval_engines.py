@@ -49,6 +49,7 @@ def recipe_of(engine: Any, *, count: int, student: str = "qwen2-0.4m", **changes
     )
 
 
+@pytest.mark.slow
 def test_an_endpoint_scores_what_the_native_engine_scores(tmp_path: Path) -> None:
     base = Path(find_student("qwen2-0.4m").base)
     app = build_app(open_it(REPOSITORY / base), model="pico", sampling=Sampling())

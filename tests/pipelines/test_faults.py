@@ -172,6 +172,7 @@ def test_corrupt_checkpoint(
     assert tree_of(own_world) == before
 
 
+@pytest.mark.slow
 def test_corrupt_checkpoint_in_a_process_of_its_own(own_world: Path) -> None:
     names = not_finite(own_world / "teacher")
     assert_refused(own_world, "generate", own_world / "recipe.yaml", names=names)

@@ -97,6 +97,7 @@ def test_the_unsolved_get_a_second_try(endpoint: ChatEndpoint, tmp_path: Path) -
     assert "20 samples were asked with the reference as a hint" in card
 
 
+@pytest.mark.slow
 def test_a_second_run_asks_nothing_and_more_samples_leave_the_hinted_alone(
     endpoint: ChatEndpoint, tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ def test_the_bundled_teacher_answers(server: subprocess.Popen[str]) -> None:
     assert without_progress(server.stderr.read()) == ""
 
 
+@pytest.mark.slow
 def test_a_teacher_that_speculates_answers_the_same_and_says_how_often_it_was_right() -> None:
     command = [*COMMAND, "serve", PICO, "--port", "0", "--speculate"]
     with subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
@@ -112,6 +113,7 @@ def test_flags_of_a_native_server_are_checked_before_anything_is_loaded() -> Non
     assert (result.returncode, result.stderr) == (2, said)
 
 
+@pytest.mark.slow
 def test_with_a_key_in_the_environment_the_server_asks_for_it() -> None:
     command = [*COMMAND, "serve", PICO, "--port", "0", "--host", "0.0.0.0"]
     environment = {**ENVIRONMENT, "POTSTILL_API_KEY": "sk-canary-0917"}

@@ -50,6 +50,7 @@ def test_the_report_is_written_once_and_again_when_a_score_changes(run_dir):
     assert "12.3" in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_damaged_report_is_written_again(run_dir):
     first = compare(RECIPE, run_dir, HERE)
     (run_dir / "report" / "index.html").write_text("torn")
@@ -65,6 +66,7 @@ def test_nothing_scored_is_one_line_and_nothing_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["funnel.json", "audit.json"])
+@pytest.mark.slow
 def test_a_broken_file_of_curation_leaves_no_manifest(run_dir, name):
     compare(RECIPE, run_dir, HERE)
     (run_dir / "curate" / name).write_text("{")

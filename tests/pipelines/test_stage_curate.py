@@ -99,6 +99,7 @@ def test_nothing_runs_twice_and_other_filters_need_no_new_grading(
     assert run(run_dir, recipe(curate={"decontaminate": False})).fingerprint != first.fingerprint
 
 
+@pytest.mark.slow
 def test_an_interrupted_grading_asks_for_no_answer_twice(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage_module, "PART_SIZE", 30)
     graded: list[str] = []
@@ -131,6 +132,7 @@ def test_an_interrupted_grading_asks_for_no_answer_twice(run_dir: Path, monkeypa
     assert resumed == {path.name: path.read_bytes() for path in (straight / "curate").glob("*.parquet")}
 
 
+@pytest.mark.slow
 def test_a_verdict_is_found_again_unless_something_can_change_it(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

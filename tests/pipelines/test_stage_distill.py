@@ -71,6 +71,7 @@ def stamps(run: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in (run / "distill").glob("*/model.safetensors")}
 
 
+@pytest.mark.slow
 def test_one_after_the_other_then_nothing_then_what_changed(run):
     recipe = recipe_of(run, ["small"], methods=["distilled", "direct"])
     recorder = Recorder()

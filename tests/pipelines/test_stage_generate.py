@@ -200,6 +200,7 @@ def start(run_dir: Path, seed: int, at: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_signals_leave_a_run_that_goes_on(tmp_path: Path) -> None:
     """Ctrl-C and SIGTERM keep all that had arrived; SIGKILL at most loses what had come since the last flush."""
     expected = 0

@@ -34,6 +34,7 @@ def test_load_counts_every_choice_once():
     assert out.load_LE.sum(dim=1).tolist() == [24.0 * config.num_experts_per_tok] * 3
 
 
+@pytest.mark.slow
 def test_bias_update_moves_load_towards_the_mean():
     model = random_model(tiny_config())
     ids = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(2))

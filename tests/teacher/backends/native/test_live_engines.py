@@ -133,6 +133,7 @@ def test_a_client_that_leaves_frees_its_places(folder: Path, workers: int) -> No
     live.close()
 
 
+@pytest.mark.slow
 def test_a_run_in_several_lines_that_is_abandoned_leaves_its_places_to_the_next(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -196,6 +196,7 @@ def test_a_budget_needs_the_closing_tag_as_one_token(folder, tmp_path):
 # --- worker processes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_workers_write_what_one_process_writes(folder):
     wanted = requests(count=8)
     teacher = open_it(folder, batch_size=4)

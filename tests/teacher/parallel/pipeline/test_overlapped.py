@@ -115,6 +115,7 @@ def numbers(log: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name not in ("seconds", "tokens_per_s")} for row in log]
 
 
+@pytest.mark.slow
 def test_overlapped_pairs_learn_what_they_learn_one_behind_the_other(tmp_path: Path) -> None:
     plain = run_ranks(trained, 4, tmp_path / "plain", False, "dualpipev")
     paired = run_ranks(trained, 4, tmp_path / "paired", True, "dualpipev")

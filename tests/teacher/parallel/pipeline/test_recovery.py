@@ -30,6 +30,7 @@ def until_a_rank_is_lost(ranks: Ranks, config, folder: Path, place: str) -> tupl
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_killed_rank_ends_all_and_the_run_goes_on_under_any_layout(tmp_path) -> None:
     config = config_of(LAYOUT, **SETTINGS)
     undisturbed = run_ranks(trained, 4, tmp_path / "whole", config)

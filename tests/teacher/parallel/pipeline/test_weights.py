@@ -82,6 +82,7 @@ def served(ranks: Ranks, layout: Layout) -> torch.Tensor:
     return greedy(draw_part(CONFIG, form_meshes(layout, ranks), seed=3).eval(), prompts(ranks.rank))
 
 
+@pytest.mark.slow
 def test_attention_by_rank_and_experts_over_ranks_serve_what_one_process_does(tmp_path) -> None:
     whole = whole_model().eval()
     layout = Layout(ep=4, dispatch="fp32", combine="fp32")
