@@ -33,6 +33,7 @@ from eval.figures import family_chart, figures_of, markup, size_chart, tables_cs
 from eval.leaks import leaks_context, leaks_csv
 from eval.page import heat_tables, template, visible, words
 from eval.scored import METRIC, Model, first_answers
+from eval.sizes import size_fit
 from eval.summary import best_rule, detectable_sentence, run_device, scores_csv, summary, summary_markdown
 from eval.traces import SuiteTraces, compared, page_names, side_by_side, slug, write_pages
 from eval.tradeoffs import fronts, tradeoff_rows
@@ -141,7 +142,7 @@ def _context(
         "tiles": _tiles(comparison),
         "overview": _overview(comparison),
         "runs": _runs(comparison),
-        "suites": [_suite(suite, figures, comparison.price_per_hour) for suite in comparison.suites],
+        "suites": [_suite(comparison, suite, figures) for suite in comparison.suites],
         "price_per_hour": comparison.price_per_hour,
         "training_chart": markup(figures.get("training_curves")),
         "leaks": leaks_context(comparison),
@@ -262,7 +263,7 @@ def _runs(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def _suite(suite: SuiteComparison, figures: Mapping[str, Figure], price_per_hour: float | None) -> dict[str, Any]:
+def _suite(comparison: Comparison, suite: SuiteComparison, figures: Mapping[str, Figure]) -> dict[str, Any]:
     answers = [_suite_answers(model, suite.name) for model in suite.models]
     rows = []
     for family in suite.families:
@@ -280,7 +281,8 @@ def _suite(suite: SuiteComparison, figures: Mapping[str, Figure], price_per_hour
         "size_verdict": suite.size_verdict,
         "detectable": detectable_sentence(suite),
         "size_steps": [str(step) for step in suite.size_steps],
-        "tradeoffs": tradeoff_rows(suite, found) if (found := fronts(suite, price_per_hour)) else [],
+        "size_fit": str(size_fit(suite, comparison.curves) or ""),
+        "tradeoffs": tradeoff_rows(suite, found) if (found := fronts(suite, comparison.price_per_hour)) else [],
         "tradeoff_chart": markup(figures.get(tradeoff_chart(suite))),
         "matrix": _matrix(suite),
         "answers": answers,

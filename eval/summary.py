@@ -7,6 +7,7 @@
     best                                         the best student and the rule that says so
     suites                                       per suite: every model's scores and samples, the order of sizes, and
                                                  the smallest difference that it can show, by the spread of its gains;
+                                                 `size_fit`, the line through its students (`eval.sizes`), or null;
                                                  of several runs, `run_pairs`: a model in a later run minus the first's
     students                                     per student what it gained, by suite over its base and its control
     retention                                    students' answers beside the teacher's, of suites without references
@@ -37,6 +38,7 @@ from eval.conditions import conditions, setting
 from eval.leaks import leaks_summary
 from eval.power import smallest_difference_measured
 from eval.scored import METRIC, Model
+from eval.sizes import size_fit
 from eval.statistics import Difference
 from eval.table import csv_text, markdown_cell as _cell, markdown_row as _row
 
@@ -54,7 +56,7 @@ def summary(comparison: Comparison, stages: Sequence[Mapping[str, Any]]) -> dict
         "seconds": round(sum(stage["seconds"] for stage in stages), 3),
         "stages": list(stages),
         "best": _best(comparison),
-        "suites": [_suite(suite) for suite in comparison.suites],
+        "suites": [_suite(comparison, suite) for suite in comparison.suites],
         "students": [_student(comparison, student) for student in comparison.students],
         "retention": list(comparison.retention),
         "models": [card.model_dump(mode="json") for card in totals],
@@ -115,7 +117,7 @@ def summary_markdown(comparison: Comparison, stages: Sequence[Mapping[str, Any]]
         name = _cell(comparison.best.name.removesuffix("-distilled"))
         lines.append(f"Best distilled student: **{name}**, {best_rule(comparison)}.")
     for suite in comparison.suites:
-        lines += ["", f"## {_cell(suite.name)}", "", *_suite_markdown(suite)]
+        lines += ["", f"## {_cell(suite.name)}", "", *_suite_markdown(comparison, suite)]
     if comparison.retention:
         head = ["suite", "student", "retention", "wins", "ties", "losses", "questions", "judge"]
         lines += ["", "## Beside the teacher", "", _row(head), _row(["---"] * len(head))]
@@ -152,7 +154,8 @@ def _best(comparison: Comparison) -> dict[str, Any] | None:
     return {"student": student, "suite": best.suite, "rule": best_rule(comparison), "value": best.value}
 
 
-def _suite(suite: SuiteComparison) -> dict[str, Any]:
+def _suite(comparison: Comparison, suite: SuiteComparison) -> dict[str, Any]:
+    fit = size_fit(suite, comparison.curves)
     return {
         "name": suite.name,
         "smallest_difference": smallest_difference_measured(suite.differences),
@@ -162,6 +165,7 @@ def _suite(suite: SuiteComparison) -> dict[str, Any]:
         "run_pairs": [_run_pair(pair) for pair in run_pairs(suite.models, suite.name)],
         "size_steps": [_size_step(step) for step in suite.size_steps],
         "size_verdict": suite.size_verdict,
+        "size_fit": None if fit is None else asdict(fit),
     }
 
 
@@ -225,7 +229,8 @@ def _of_whole_suites(model: Model, card: ScoreCard) -> dict[str, Any]:
     }
 
 
-def _suite_markdown(suite: SuiteComparison) -> list[str]:
+def _suite_markdown(comparison: Comparison, suite: SuiteComparison) -> list[str]:
+    fit = size_fit(suite, comparison.curves)
     lines = [
         f"{METRIC} in %, its 95% interval in brackets; gains are paired over questions, in points, with Holm's p.",
         "",
@@ -237,7 +242,9 @@ def _suite_markdown(suite: SuiteComparison) -> list[str]:
         who = _cell(teacher.name) if teacher.run else "The teacher"
         lines += ["", f"{who} scores {_points(teacher.card(suite.name))}."]
     head = ["model", "questions x samples", "cons@k", "cut off", "tokens an answer", "engine"]
-    lines += ["", suite.size_verdict, *_detectable(suite), "", _row(head), _row(["---"] * len(head))]
+    lines += ["", suite.size_verdict, *_detectable(suite)]
+    lines += [] if fit is None else ["", str(fit)]
+    lines += ["", _row(head), _row(["---"] * len(head))]
     lines += [_row(_answer_cells(model, suite.name)) for model in suite.models]
     return lines
 

@@ -32,8 +32,8 @@ SOURCES = (
     "templates",
     "training_curves.py",
     *(f"{name}.py" for name in ("across", "bootstrap", "charts", "compare", "conditions", "contamination", "curation")),
-    *(f"{name}.py" for name in ("figures", "leaks", "page", "power", "report", "scored", "statistics", "summary")),
-    *(f"{name}.py" for name in ("table", "tradeoffs", "traces")),
+    *(f"{name}.py" for name in ("figures", "leaks", "page", "power", "report", "scored", "sizes", "statistics")),
+    *(f"{name}.py" for name in ("summary", "table", "tradeoffs", "traces")),
 )
 LEAKS = "contamination"
 FINDINGS = "findings.json"
