@@ -49,15 +49,14 @@ def reproduce(name: str, overrides: Iterable[str], out: Path, context: Context) 
 def reproduction_recipe(name: str, reference: Reference, overrides: Iterable[str] = ()) -> Recipe:
     """The bundled scale's recipe with the reference's model and protocol in place of its own; `overrides` come last."""
     teacher = {"backend": "native", "model": reference.model, "reasoning": reference.reasoning}
-    settings = {
-        "name": f"reproduce-{name}",
-        "teacher": teacher,
-        "eval.suites": [reference.suite],
-        "eval.roles": ["teacher"],
-        "eval.num_samples": reference.num_samples,
-        "eval.sampling": reference.sampling.model_dump(exclude_none=True),
+    scored = {
+        "suites": [reference.suite],
+        "roles": ["teacher"],
+        "num_samples": reference.num_samples,
+        "sampling": reference.sampling.model_dump(exclude_none=True),
     }
     if reference.suite not in OWN_SUITES:
-        settings["eval.held_out"] = None
+        scored["held_out"] = None
+    settings = {"name": f"reproduce-{name}", "teacher": teacher, **{f"eval.{field}": scored[field] for field in scored}}
     own = [f"{field}={json.dumps(value)}" for field, value in settings.items()]
     return load_recipe(find_recipe("pico"), [*own, *overrides])
