@@ -58,7 +58,7 @@ class SizeStep:
         smaller = self.smaller if self.one_architecture else f"{self.smaller} (another architecture)"
         if self.difference.holds_zero:
             return f"{self.larger} against {smaller}: {figures}; the difference lies within its interval"
-        figures += f", p = {p_text(self.difference.adjusted_p)} of all steps together"
+        figures += f", p {p_text(self.difference.adjusted_p)} of all steps together"
         if not self.difference.clear:
             return f"{self.larger} against {smaller}: {figures}, which is not clear"
         return f"{self.larger} {'beats' if self.difference.value > 0 else 'falls behind'} {smaller}: {figures}"

@@ -182,9 +182,9 @@ def test_the_size_verdict_says_what_the_intervals_say(steps, words):
 
 
 def test_a_step_in_words():
-    told = "large beats small: +10.0 points (95% interval +5.0 to +15.0), p = under 0.0001 of all steps together"
+    told = "large beats small: +10.0 points (95% interval +5.0 to +15.0), p under 0.0001 of all steps together"
     assert str(step(0.1, 0.05)) == told
-    assert str(step(0.05, 0.048, among=3)).endswith("p = 0.12 of all steps together, which is not clear")
+    assert str(step(0.05, 0.048, among=3)).endswith("p 0.12 of all steps together, which is not clear")
     assert str(step(0.01, 0.05)).endswith("the difference lies within its interval")
     assert "falls behind small (another architecture)" in str(step(-0.1, 0.05, one_architecture=False))
 
