@@ -94,7 +94,7 @@ class LmEvalConfig(Config):
 
     num_fewshot: int | None = Field(None, ge=0, description="examples in a prompt; none: as the task says")
     chat_template: bool = Field(False, description="the model's own chat template around every prompt")
-    fewshot_as_multiturn: bool = Field(False, description="with the chat template: every example a turn of its own")
+    fewshot_as_multiturn: bool = Field(True, description="with the chat template: every example a turn of its own")
 
 
 def _by_backend(given: Any) -> Any:

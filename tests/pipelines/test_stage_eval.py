@@ -341,6 +341,7 @@ def test_lm_evals_own_tasks_stand_beside_ours(student, run_dir, tmp_path, monkey
     cards = json.loads((folder / "scores.json").read_text())
     assert {(card["suite"], card["metric"]) for card in cards if "/" not in card["suite"]} == {
         ("pico", "pass@1"),
+        ("pico", "pass@2"),
         ("lm_eval:arc_challenge", "acc,none"),
         ("lm_eval:arc_challenge", "acc_norm,none"),
     }
