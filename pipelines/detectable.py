@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill.benchmarks import bench_folder, parts_of_suites
+from distill.benchmarks import BENCHMARKS, bench_folder
 from distill.errors import PotstillError
 from distill.findings import Finding
 from distill.problems import load_problems
 from distill.problems.benchmark import read_benchmark
-from distill.recipe import OWN_SUITES, ReasoningGymSource, Recipe
+from distill.recipe import OWN_SUITES, BenchmarkSource, DatasetSource, ReasoningGymSource, Recipe
 from eval.harness import task_config
 from eval.power import POWER, Expected, smallest_difference
+from eval.suites import HELD_OUT, own_suites
 
 
 def detectable_differences(recipe: Recipe, base_dir: Path) -> Iterator[Finding]:
     """A suite whose questions cannot be counted is left out: other checks name the fault, or a run fetches them."""
     config, expected = recipe.eval, Expected()
-    for suite in config.suites:
+    for suite in config.graded:
         try:
             counted = _num_questions(suite, recipe, base_dir)
         except PotstillError:
@@ -26,8 +27,7 @@ def detectable_differences(recipe: Recipe, base_dir: Path) -> Iterator[Finding]:
         if counted is None:
             continue
         num_questions = min(counted, config.limit or counted)
-        stated = "num_samples" in config.model_fields_set or set(config.suites) <= set(OWN_SUITES)
-        num_samples = config.num_samples if stated else int(task_config(suite)["repeats"])
+        num_samples = config.stated("num_samples") or _repeats(suite)
         shown = 100 * smallest_difference(num_questions, num_samples, expected)
         yield Finding(
             f"{suite} shows",
@@ -37,14 +37,20 @@ def detectable_differences(recipe: Recipe, base_dir: Path) -> Iterator[Finding]:
         )
 
 
+def _repeats(suite: str) -> int:
+    """Samples a question by the suite's own protocol; problems of the recipe's own are asked like `held_out`."""
+    return int(task_config(suite if suite in BENCHMARKS else HELD_OUT)["repeats"])
+
+
 def _num_questions(suite: str, recipe: Recipe, base_dir: Path) -> int | None:
     """None where it takes the Hub to know."""
-    held_out = recipe.eval.held_out
-    if suite in OWN_SUITES:
-        if held_out is None:
-            return None
-        drawn = isinstance(held_out, ReasoningGymSource)
-        return held_out.count if drawn else len(load_problems([held_out], base_dir=base_dir))
     folder = bench_folder(recipe.bench_data, base_dir)
-    parts = parts_of_suites([suite])
-    return len(read_benchmark(*parts[0], folder, recipe.limits)) if folder and parts else None
+    if suite in BENCHMARKS:
+        return len(read_benchmark(suite, "test", folder, recipe.limits)) if folder else None
+    source = own_suites(recipe.eval).get(HELD_OUT if suite in OWN_SUITES else suite)
+    if isinstance(source, ReasoningGymSource):
+        return source.count
+    from_hub = folder is None and isinstance(source, BenchmarkSource)
+    if source is None or isinstance(source, DatasetSource) or from_hub:
+        return None
+    return len(load_problems([source], base_dir=base_dir, limits=recipe.limits, bench_data=folder))

@@ -188,6 +188,14 @@ class EvalConfig(Config):
             raise ValueError(f"suites: beside {compared[0]!r} one must have references, by which models are ranked")
         return self
 
+    def stated(self, name: Literal["num_samples", "sampling"]) -> Any:
+        """The setting where it holds: as the recipe states it, or for lack of a protocol; None: as a suite's task says.
+
+        The recipe's own problems have no protocol, benchmarks have one.
+        """
+        without_protocol = set(self.our_suites) <= {*OWN_SUITES, *self.own}
+        return getattr(self, name) if without_protocol or name in self.model_fields_set else None
+
     @property
     def our_suites(self) -> tuple[str, ...]:
         """The suites that potstill asks itself."""

@@ -1,4 +1,4 @@
-"""The command that writes reports: of one run by its recipe or folder, or of several runs together."""
+"""The command that writes reports: of one run by its recipe, or of several runs by their folders."""
 
 from __future__ import annotations
 

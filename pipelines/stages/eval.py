@@ -26,7 +26,6 @@ from distill.problems import benchmark_parts, load_problems, normalise, source_f
 from distill.progress import Progress
 from distill.protocols import Teacher, TokenModel
 from distill.recipe import (
-    OWN_SUITES,
     EvalConfig,
     Recipe,
     ServedEngine,
@@ -72,6 +71,8 @@ def evaluate(recipe: Recipe, run_dir: Path, context: Context) -> StageManifest:
         "instruction": recipe.learned_instruction.words,
         "question_alone": bool(recipe.teacher.prompt_suffix),
     }
+    if not config.lm_eval_tasks:
+        del settings["eval"]["lm_eval"]
     if isinstance(config.engine, ServedEngine):  # most of what it is set to changes no sample
         del settings["eval"]["engine"]
         settings["engine"] = engine_settings(config.engine)
@@ -223,9 +224,6 @@ def _jobs(
     from students.zoo import students_of
 
     config = recipe.eval
-    given = config.model_fields_set
-    # No protocol of their own: the recipe's settings hold, defaults too.
-    own = set(config.our_suites) <= {*OWN_SUITES, *config.own}
     models: list[tuple[str, Role, Path | TeacherConfig]] = []
     if "teacher" in config.roles:
         models.append(("teacher", "teacher", recipe.teacher))
@@ -251,8 +249,8 @@ def _jobs(
             suites=config.our_suites,
             tasks=config.lm_eval_tasks,
             lm_eval=config.lm_eval,
-            num_samples=config.num_samples if own or "num_samples" in given else None,
-            sampling=config.sampling if own or "sampling" in given else None,
+            num_samples=config.stated("num_samples"),
+            sampling=config.stated("sampling"),
             seed=config.sampling.seed,
             limit=config.limit,
             contest_dates=config.contest_dates,

@@ -13,6 +13,7 @@ from distill.records import Sampling
 from distill.verify.kept import KeptVerdicts
 from eval.answers import KeptAnswers
 from eval.side_by_side import DRAW, LOSS, WIN, Pair, ballot, final_answer, judge_pairs, read_verdict, retention
+from eval.statistics import mean_estimate
 from tests.distill.test_judge import ScriptedJudge
 from tests.eval.scripted import Exact
 
@@ -92,5 +93,6 @@ def test_retention_is_clustered_by_question():
     row = retention("mine", "m", pairs, [WIN] * 4 + [DRAW] * 2 + [LOSS] * 2)
     assert (row["value"], row["num_questions"], row["num_pairs"]) == ((1 + 0.25) / 2, 2, 8)
     assert (row["wins"], row["ties"], row["losses"]) == (4, 2, 2)
-    low, high = row["ci95"]
-    assert high - low > 0.95, "two questions tell next to nothing"
+    assert row["ci95"] == pytest.approx(mean_estimate([1.0, 0.25], 8).ci95)
+    low, high = mean_estimate([1.0] * 4 + [0.5] * 2 + [0.0] * 2, 8).ci95
+    assert row["ci95"][1] - row["ci95"][0] > 1.5 * (high - low), "pooled, eight pairs would seem to tell more"

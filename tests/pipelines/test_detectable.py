@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.recipe import load_recipe
+from distill.recipe import EvalConfig, load_recipe
 from eval.power import smallest_difference
 from pipelines.detectable import detectable_differences
 from pipelines.recipes import find_recipe
@@ -21,3 +21,20 @@ def test_every_suite_of_a_recipe_says_what_it_can_show(tmp_path: Path, monkeypat
     assert "2 questions x 4" in found[1].text, "the recipe states its samples"
     limited = load_recipe(find_recipe("pico"), ["eval.limit=30", "eval.num_samples=1"])
     assert "30 questions x 1" in next(detectable_differences(limited, Path.cwd())).text
+
+
+def test_problems_of_one_s_own_are_counted_too(tmp_path: Path) -> None:
+    """By the recipe's samples, as long as no suite beside them has a protocol."""
+    (tmp_path / "mine.jsonl").write_text("".join(f'{{"prompt": "{n} + 1?", "answer": {n + 1}}}\n' for n in range(7)))
+    (tmp_path / "aime24.json").write_text('{"id": 1, "problem": "1 + 1", "answer": "2", "solution": ""}\n')
+    mine = f"{{name: mine, problems: {{kind: local, path: {tmp_path / 'mine.jsonl'}}}}}"
+    recipe = load_recipe(find_recipe("pico"), [f"eval.suites=[pico, {mine}]", "push.best_by=mine"])
+    pico, own = [one.text for one in detectable_differences(recipe, Path.cwd())]
+    assert f"7 questions x {recipe.eval.num_samples}" in own
+    assert f"400 questions x {recipe.eval.num_samples}" in pico
+    unstated = recipe.eval.model_dump(exclude={"num_samples", "sampling"}) | {"suites": ("mine", "aime24")}
+    beside = recipe.model_copy(update={"eval": EvalConfig.model_validate(unstated), "bench_data": str(tmp_path)})
+    assert beside.eval.stated("num_samples") is None
+    own, aime = [one.text for one in detectable_differences(beside, Path.cwd())]
+    assert "7 questions x 4" in own
+    assert "1 questions x 64" in aime

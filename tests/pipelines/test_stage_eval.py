@@ -281,6 +281,12 @@ def test_problems_of_one_s_own_are_a_suite(student, run_dir, tmp_path):
         evaluate(recipe, run_dir, ALONE)
 
 
+def test_how_lm_eval_would_be_asked_is_nothing_to_others(student, run_dir):
+    recipe = recipe_of(student, roles=["base"])
+    manifest = evaluate(recipe, run_dir, ALONE)
+    assert evaluate(recipe_of(student, roles=["base"], lm_eval={"num_fewshot": 3}), run_dir, ALONE) == manifest
+
+
 class TeacherAndJudge(ChatEndpoint):
     """Writes something for every question; as a judge it prefers what it reads first, and fails from a request on."""
 
